@@ -1,0 +1,134 @@
+"""All tensors of one model: its updates, its dense form, its state on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from tenslora.constructions import Geometry, modes, tensor_grid
+from tenslora.errors import TensLoRAError
+from tenslora.factorizations import Matrix, Tucker
+from tenslora.files import read_safetensors, write_safetensors
+from tenslora.ranks import RankStrategy
+
+FORMAT = "tenslora-1"
+
+
+@dataclass(frozen=True)
+class TensLoraConfig:
+    """What makes an adapter, apart from the backbone's geometry.
+
+    tensor_mode: one of `constructions.CONSTRUCTIONS`. rank_strategy: how the ranks are chosen.
+    alpha: multiplies the update directly (no division by the rank). dropout: probability, on the adapter's
+    input; query, key and value of a layer share one mask, as they share the input.
+    init, head_layout: see `factorizations.Tucker`; lora starts as LoRA does whatever `init` says.
+    tensor_seeds: distinct gives every tensor its own random stream; equal starts all tensors of a shape alike,
+    as the paper's released code does. seed: of those streams, which nothing else draws from.
+    """
+
+    tensor_mode: str = "qkv_depth"
+    rank_strategy: RankStrategy = field(default_factory=RankStrategy)
+    alpha: float = 4.0
+    dropout: float = 0.0
+    init: str = "orthogonal"
+    head_layout: str = "aligned"
+    tensor_seeds: str = "distinct"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise TensLoRAError(f"adapter.dropout={self.dropout}: must be from 0 to below 1")
+        if not math.isfinite(self.alpha):
+            raise TensLoRAError(f"adapter.alpha={self.alpha}: must be a finite number")
+        if self.tensor_seeds not in ("distinct", "equal"):
+            raise TensLoRAError(f"adapter.tensor_seeds={self.tensor_seeds}: must be one of distinct, equal")
+
+
+class Adapter(nn.Module):
+    """The trainable updates of all P projections in all L layers of one backbone.
+
+    >>> adapter = Adapter(TensLoraConfig("qkv_depth"), Geometry(d_in=768, heads=12, d_head=64, layers=12))
+    >>> adapter.ranks, sum(p.numel() for p in adapter.parameters())
+    ((4, 4, 4, 4), 6460)
+
+    `ranks` stands in for the strategy's where they are known already, as in a saved adapter. Raises
+    TensLoRAError for settings that do not fit the geometry.
+    """
+
+    def __init__(self, config: TensLoraConfig, geometry: Geometry, ranks: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = geometry
+        self.ranks = tuple(ranks or config.rank_strategy.resolve(config.tensor_mode, geometry))
+        self.grid = tensor_grid(config.tensor_mode, geometry)
+        sizes = modes(config.tensor_mode, geometry)
+        tensors: list[Matrix | Tucker] = []
+        for index in range(math.prod(self.grid)):
+            generator = _stream(config.seed, index if config.tensor_seeds == "distinct" else 0)
+            if config.tensor_mode == "lora":
+                tensors.append(Matrix(sizes, self.ranks, generator))
+            else:
+                tensors.append(Tucker(sizes, self.ranks, generator, config.init, config.head_layout))
+        self.tensors = nn.ModuleList(tensors)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def layer(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """The thin products of one layer: (left, right) of shapes (d_in, r_in) and (k, r_in, d_out).
+
+        One pair with k = P where the projections share a tensor, else P pairs with k = 1, in the order query,
+        key, value.
+        """
+        over_projections, over_layers = self.grid
+        column = layer if over_layers > 1 else 0
+        tensors = [cast(Matrix | Tucker, self.tensors[row * over_layers + column]) for row in range(over_projections)]
+        return [tensor.layer(layer) for tensor in tensors]
+
+    def dense(self, layer: int) -> Tensor:
+        """dW of one layer, shape (P, d_in, d_out), without alpha. For merging and for looking at, not for training."""
+        return torch.cat([left @ right for left, right in self.layer(layer)])
+
+    def save(self, path: Path) -> None:
+        """Write the factors and, in the header, the config, geometry and ranks, as one safetensors file, atomically.
+
+        Raises TensLoRAError if the file cannot be written.
+        """
+        header = {
+            "format": FORMAT,
+            "config": dataclasses.asdict(self.config),
+            "geometry": dataclasses.asdict(self.geometry),
+            "ranks": list(self.ranks),
+        }
+        write_safetensors(path, dict(self.state_dict()), header)
+
+
+def load_adapter(path: Path) -> Adapter:
+    """Read an adapter that `Adapter.save` wrote.
+
+    Raises TensLoRAError if the file is missing, damaged, or not an adapter.
+    """
+    header, tensors = read_safetensors(path)
+    if header.get("format") != FORMAT:
+        raise TensLoRAError(f"{path}: not a TensLoRA adapter (the format in its header is {header.get('format')})")
+    try:
+        settings = dict(header["config"])
+        strategy = settings.pop("rank_strategy")
+        strategy["ranks"] = strategy["ranks"] and tuple(strategy["ranks"])
+        config = TensLoraConfig(rank_strategy=RankStrategy(**strategy), **settings)
+        adapter = Adapter(config, Geometry(**header["geometry"]), header["ranks"])
+        adapter.load_state_dict(tensors)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise TensLoRAError(f"{path}: its header does not fit the factors in it ({error})") from error
+    return adapter
+
+
+def _stream(seed: int, tensor: int) -> torch.Generator:
+    digest = hashlib.sha256(f"tenslora adapter {seed} {tensor}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,189 @@
+"""Puts an adapter on a model and takes it off again.
+
+The model's own Linear layers are replaced by `AdaptedLinear`, which share their weights, so that the names in the
+model's state dict stay as they were; the adapter becomes the submodule `tenslora`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tenslora.adapter import Adapter, TensLoraConfig, load_adapter
+from tenslora.errors import TensLoRAError
+from tenslora.projections import find_projections
+
+NAME = "tenslora"
+
+
+class LayerUpdate:
+    """The update of one layer's projections at one input, computed once for all that share the input.
+
+    With alpha folded in, the update of projection p is ``h @ right_p``, where ``h = x @ left``.
+    """
+
+    def __init__(self, adapter: Adapter, layer: int) -> None:
+        self.adapter = adapter
+        self.layer = layer
+        self._x: Tensor | None = None
+        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def separate(self, x: Tensor, projection: int) -> tuple[Tensor, Tensor]:
+        """(h, right) of one projection: shapes (..., r) and (r, d_out)."""
+        # Query, key and value are called one after the other with the very same tensor. The first of them
+        # computes all three; identity, not equality, says that the others may take what is waiting.
+        if self._x is not x or projection not in self._pending:
+            self._x, self._pending = x, {}
+            h, rights = self._terms(x)
+            rank = rights.shape[1]
+            for p in range(len(rights)):
+                shared = h.shape[-1] == rank
+                self._pending[p] = (h if shared else h[..., p * rank : (p + 1) * rank], rights[p])
+        term = self._pending.pop(projection)
+        if not self._pending:
+            self._x = None
+        return term
+
+    def fused(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(h, right) of all projections side by side: shapes (..., r) and (r, P * d_out)."""
+        h, rights = self._terms(x)
+        if h.shape[-1] == rights.shape[1]:
+            return h, rights.transpose(0, 1).flatten(1)
+        return h, torch.block_diag(*rights)  # type: ignore[no-untyped-call]
+
+    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # h: (..., r) if one left serves all projections, else (..., P r); rights: (P, r, d_out).
+        pairs = self.adapter.layer(self.layer)
+        left = torch.cat([left for left, _ in pairs], dim=1) if len(pairs) > 1 else pairs[0][0]
+        rights = torch.cat([right for _, right in pairs]) * self.adapter.config.alpha
+        return self.adapter.dropout(x) @ left.to(x.dtype), rights.to(x.dtype)
+
+
+class AdaptedLinear(nn.Linear):
+    """y = x W^T + b + alpha x dW for the projections that one Linear holds.
+
+    x: (..., d_in); y: (..., d_out) or (..., P * d_out). Shares weight and bias with the Linear it stands for;
+    once merged, it computes that Linear alone.
+    """
+
+    def __init__(self, linear: nn.Linear, update: LayerUpdate, projections: tuple[int, ...]) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate and draw a weight to throw away
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.base = (linear,)  # in a tuple, and so not a submodule: its parameters are registered here already
+        self.update = update
+        self.projections = projections
+        self.merged = False
+        self.training = linear.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.merged:
+            return y
+        if len(self.projections) == 1:
+            h, right = self.update.separate(x, self.projections[0])
+        else:
+            h, right = self.update.fused(x)
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), right).view_as(y)
+
+
+def attach(model: nn.Module, adapter: TensLoraConfig | Adapter) -> Adapter:
+    """Freeze `model` and put an adapter on its attention projections.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+    >>> adapter = attach(model, TensLoraConfig("qkv_depth"))
+    >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+    788
+
+    Args:
+        model: any Transformer that `find_projections` understands; changed in place. All its parameters are
+            frozen: thaw a classification head afterwards.
+        adapter: the settings of a new adapter, or one that exists, as from `load_adapter`.
+
+    Returns the adapter, now also ``model.tenslora`` and on the model's device. At its start the model's outputs
+    are unchanged. Raises TensLoRAError if the model has an adapter already, has no such projections, or if the
+    adapter was made for other dimensions: the message says which one differs.
+    """
+    if hasattr(model, NAME):
+        raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
+    geometry, sites = find_projections(model)
+    if isinstance(adapter, TensLoraConfig):
+        adapter = Adapter(adapter, geometry)
+    differing = [
+        f"{name} is {value} in the adapter and {getattr(geometry, name)} in the backbone"
+        for name, value in vars(adapter.geometry).items()
+        if value != getattr(geometry, name)
+    ]
+    if differing:
+        raise TensLoRAError(f"the adapter does not fit {type(model).__name__}: {'; '.join(differing)}")
+    model.requires_grad_(False)
+    adapter.to(sites[0].linear.weight.device)
+    updates = [LayerUpdate(adapter, layer) for layer in range(geometry.layers)]
+    for site in sites:
+        _replace(model, site.path, AdaptedLinear(site.linear, updates[site.layer], site.projections))
+    model.add_module(NAME, adapter)
+    return adapter
+
+
+def load(model: nn.Module, path: Path | str) -> Adapter:
+    """Attach the adapter in the safetensors file at `path`. Raises TensLoRAError as `load_adapter` and `attach` do."""
+    return attach(model, load_adapter(Path(path)))
+
+
+def detach(model: nn.Module) -> Adapter:
+    """Take the adapter off and return it; the model is the plain backbone, with its own modules.
+
+    What was merged stays in the weights. All parameters stay frozen or not as they were. Raises TensLoRAError if
+    there is no adapter.
+    """
+    adapter = adapter_of(model)
+    for path, linear in _adapted(model).items():
+        linear.base[0].train(linear.training)
+        _replace(model, path, linear.base[0])
+    delattr(model, NAME)
+    return adapter
+
+
+def merge(model: nn.Module) -> None:
+    """Add alpha dW to the weights: W <- W + alpha dW^T, after which the forward pass costs what the backbone's does.
+
+    Twice does what once does. Raises TensLoRAError if there is no adapter.
+    """
+    _fold(model, into_weights=True)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take alpha dW out of the weights again, up to rounding. Raises TensLoRAError if there is no adapter."""
+    _fold(model, into_weights=False)
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter that `attach` put on `model`. Raises TensLoRAError if there is none."""
+    adapter = getattr(model, NAME, None)
+    if not isinstance(adapter, Adapter):
+        raise TensLoRAError(f"{type(model).__name__}: has no adapter")
+    return adapter
+
+
+@torch.no_grad()
+def _fold(model: nn.Module, into_weights: bool) -> None:
+    adapter = adapter_of(model)
+    for linear in _adapted(model).values():
+        if linear.merged != into_weights:
+            update = adapter.dense(linear.update.layer)[list(linear.projections)]  # (k, d_in, d_out)
+            update = update.transpose(1, 2).flatten(0, 1) * adapter.config.alpha  # (k d_out, d_in)
+            linear.weight.add_(update.to(linear.weight), alpha=1 if into_weights else -1)
+            linear.merged = into_weights
+
+
+def _adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

@@ -1,0 +1,72 @@
+"""Files that are whole or absent: every write goes to a temporary file that then takes the name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenslora.errors import TensLoRAError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HEADER = "tenslora"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, atomically and durably.
+
+    A process killed at any point, or a full disk, leaves the old file as it was. Raises TensLoRAError if the
+    file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise TensLoRAError(
+            f"{path}: cannot be written ({error.strerror}); the file before it, if any, is kept"
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file as `write_bytes` does. Raises TensLoRAError if it cannot be written."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write named tensors and a JSON header as one safetensors file, as `write_bytes` does.
+
+    Equal tensors and headers give equal bytes. Raises TensLoRAError if the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One header entry: safetensors writes several in an order that changes from process to process.
+    write_bytes(path, save(plain, metadata={_HEADER: json.dumps(header)}))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(header, tensors) of a file that `write_safetensors` wrote.
+
+    The header is empty for a safetensors file from elsewhere. Raises TensLoRAError if the file is missing or
+    damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise TensLoRAError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise TensLoRAError(f"{path}: not a readable safetensors file ({error})") from error

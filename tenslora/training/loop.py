@@ -1,0 +1,238 @@
+"""The training loop: AdamW under a cosine schedule, evaluated and checkpointed after every epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from tenslora.backbones import logits_of
+from tenslora.config import OptimizerConfig, TrainerConfig
+from tenslora.data.batches import TrainBatches, test_batches
+from tenslora.data.encoding import Collate, Encoded
+from tenslora.errors import TensLoRAError
+from tenslora.training.checkpoint import State, load_checkpoint, save_checkpoint
+from tenslora.training.metrics import score
+from tenslora.training.processes import Processes
+from tenslora.training.schedule import cosine_rate
+
+log = logging.getLogger(__name__)
+
+PLAIN_LINE_SECONDS = 30  # how often a run without a terminal says where it is
+
+
+class Diverged(TensLoRAError):
+    """The loss is no longer a finite number. state: how far the run came. step, rate: where it happened."""
+
+    def __init__(self, state: State, rate: float, loss: float) -> None:
+        step = state.steps + 1
+        super().__init__(
+            f"the loss is {loss} at step {step}, learning rate {rate:.3g}: the run has diverged; try a smaller "
+            f"optimizer.lr, a warm-up (optimizer.warmup_steps) or trainer.clip_norm"
+        )
+        self.state, self.step, self.rate = state, step, rate
+
+
+def fit(
+    model: nn.Module,
+    data: tuple[Encoded, Encoded, Collate],
+    metrics: list[str],
+    *,
+    trainer: TrainerConfig,
+    optimizer: OptimizerConfig,
+    seed: int,
+    processes: Processes,
+    checkpoint: Path,
+    digest: str,
+    resume: bool,
+    on_epoch: Callable[[dict[str, Any]], None],
+) -> State:
+    """Train every parameter of `model` that requires a gradient, and return how it went.
+
+    Args:
+        model: on the processes' device, already adapted.
+        data: (train, test, collate) as `tenslora.data.encoding.encode` gives them.
+        metrics: computed on the whole test split after each epoch; the first is the headline.
+        trainer, optimizer, seed: settings; see conf/.
+        processes: who shares the work.
+        checkpoint: written after every epoch. digest: of the run, kept in it. resume: go on from it if it is there.
+        on_epoch: called on the main process with each entry of the history as it arises.
+
+    Each entry of the history holds epoch, step, train_loss, test_loss, lr and the metrics. On a CPU the history
+    and the final parameters are a function of the settings alone, however often the run was killed and resumed.
+
+    Raises Diverged when the loss is not finite, after which the checkpoint still holds the last whole epoch, and
+    TensLoRAError if a checkpoint cannot be read or written.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adamw = torch.optim.AdamW(
+        parameters.values(),
+        lr=optimizer.lr,
+        betas=(optimizer.betas[0], optimizer.betas[1]),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+    )
+    state = State()
+    if resume and checkpoint.is_file():
+        state = load_checkpoint(checkpoint, digest, parameters, adamw)
+        log.info("resuming after epoch %d of %d", state.epochs, trainer.epochs)
+
+    train, test, collate = data
+    share = {"process": processes.index, "processes": processes.count, "workers": trainer.workers}
+    batches = TrainBatches(
+        train, collate, batch_size=trainer.batch_size, accumulation=trainer.accumulation, seed=seed, **share
+    )
+    steps = min(trainer.epochs * batches.steps_per_epoch, trainer.max_steps or sys.maxsize)
+    wrapped = processes.wrap(model)
+    device = processes.device
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainer.precision == "bf16")
+
+    with logging_redirect_tqdm(), _Progress(steps, state.steps, processes.is_main) as progress:
+        while state.steps < steps:
+            started = time.perf_counter()
+            epoch = state.epochs + 1
+            torch.manual_seed(_epoch_seed(seed, epoch, processes.index))
+            wrapped.train()
+            losses: list[float] = []
+            rate, step_loss = 0.0, torch.zeros((), device=device)
+            for batch in batches.epoch(epoch):
+                inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
+                labels = batch.labels.to(device, non_blocking=True)
+                exchange = contextlib.nullcontext() if batch.closes_step else processes.local_gradients(wrapped)
+                with exchange:
+                    with autocast:
+                        logits = logits_of(wrapped, inputs)
+                    loss = F.cross_entropy(logits.float(), labels) * batch.weight
+                    loss.backward()  # type: ignore[no-untyped-call]
+                step_loss += loss.detach()
+                if not batch.closes_step:
+                    continue
+                rate = cosine_rate(state.steps, steps, optimizer.lr, optimizer.min_lr, optimizer.warmup_steps)
+                losses.append(processes.mean(step_loss).item())
+                step_loss.zero_()
+                if not math.isfinite(losses[-1]):
+                    raise Diverged(state, rate, losses[-1])
+                if trainer.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(parameters.values(), trainer.clip_norm)
+                for group in adamw.param_groups:
+                    group["lr"] = rate
+                adamw.step()
+                adamw.zero_grad()
+                state.steps += 1
+                progress.step(losses[-1])
+                if state.steps == steps:
+                    break
+            state.seconds["train"] += time.perf_counter() - started
+
+            started = time.perf_counter()
+            test_loss, scores = evaluate(wrapped, test, collate, metrics, trainer, processes, autocast)
+            state.seconds["evaluate"] += time.perf_counter() - started
+            state.epochs = epoch
+            entry = {
+                "epoch": epoch,
+                "step": state.steps,
+                "lr": rate,
+                "train_loss": math.fsum(losses) / len(losses),
+                "test_loss": test_loss,
+                **scores,
+            }
+            state.history.append(entry)
+            if processes.is_main:
+                save_checkpoint(checkpoint, digest, state, parameters, adamw)
+                on_epoch(entry)
+            progress.epoch(entry, metrics[0])
+    return state
+
+
+def evaluate(
+    model: nn.Module,
+    test: Encoded,
+    collate: Collate,
+    metrics: list[str],
+    trainer: TrainerConfig,
+    processes: Processes,
+    autocast: torch.autocast,
+) -> tuple[float, dict[str, float]]:
+    """(mean loss, metrics) over the whole test split; every process gets the same."""
+    model.eval()
+    loader = test_batches(
+        test, collate, batch_size=trainer.eval_batch_size, process=processes.index, processes=processes.count,
+        workers=trainer.workers,
+    )  # fmt: skip
+    results: list[tuple[float, int, int]] = []
+    with torch.inference_mode():
+        for inputs, labels in loader:
+            inputs = {name: tensor.to(processes.device, non_blocking=True) for name, tensor in inputs.items()}
+            with autocast:
+                logits = logits_of(model, inputs)
+            losses = F.cross_entropy(logits.float(), labels.to(processes.device), reduction="none")
+            results += zip(losses.tolist(), labels.tolist(), logits.argmax(-1).tolist(), strict=True)
+    everyone = processes.gather(results)
+    labels_, predictions = [label for _, label, _ in everyone], [guess for _, _, guess in everyone]
+    mean_loss = math.fsum(loss for loss, _, _ in everyone) / len(everyone)
+    return mean_loss, {metric: score(metric, labels_, predictions) for metric in metrics}
+
+
+def _epoch_seed(seed: int, epoch: int, process: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"tenslora epoch {seed} {epoch} {process}".encode()).digest()[:7], "big")
+
+
+class _Progress:
+    """A bar over all steps of the run, or plain lines where there is no terminal; silent off the main process."""
+
+    def __init__(self, steps: int, done: int, shown: bool) -> None:
+        terminal = sys.stderr.isatty()
+        self.steps, self.done, self.first = steps, done, done
+        self.lines = shown and not terminal
+        self.started = self.last_line = time.monotonic()
+        self.bar: tqdm[Any] = tqdm(
+            total=steps, initial=done, unit="step", disable=not (shown and terminal), dynamic_ncols=True
+        )
+        self.latest: dict[str, str] = {}
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self, loss: float) -> None:
+        self.done += 1
+        self.latest["loss"] = f"{loss:.4f}"
+        if not self.bar.disable:
+            self.bar.set_postfix(self.latest, refresh=False)
+            self.bar.update()
+        elif self.lines and time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
+            self._line()
+
+    def epoch(self, entry: dict[str, Any], metric: str) -> None:
+        self.latest = {
+            "epoch": str(entry["epoch"]),
+            "loss": f"{entry['train_loss']:.4f}",
+            metric: f"{entry[metric]:.4f}",
+        }
+        if not self.bar.disable:
+            self.bar.set_postfix(self.latest)
+        elif self.lines:
+            self._line()
+
+    def _line(self) -> None:
+        self.last_line = time.monotonic()
+        speed = (self.done - self.first) / max(1e-9, self.last_line - self.started)
+        left = (self.steps - self.done) / max(1e-9, speed)
+        what = "  ".join(f"{name} {value}" for name, value in self.latest.items())
+        log.info(
+            "step %d of %d  %s  %.1f steps/s  %d:%02d left", self.done, self.steps, what, speed, *divmod(int(left), 60)
+        )

@@ -1,0 +1,98 @@
+"""One process or several: under torchrun (or accelerate launch) each takes its share of every batch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenslora.errors import TensLoRAError
+
+
+class Processes:
+    """The processes that train one model together, and the device of this one.
+
+    Args:
+        device: auto (cuda if there is one), cpu, cuda or cuda:<index>; with several processes on GPUs each takes
+            the GPU of its local rank.
+
+    Raises TensLoRAError for a device that this machine does not have.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.index, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._accelerator: Any = None
+        self.device = _device(device)
+        if self.count > 1:
+            from accelerate import Accelerator
+
+            self._accelerator = Accelerator(cpu=self.device.type == "cpu")
+            self.device = self._accelerator.device
+
+    @property
+    def name(self) -> str:
+        """The device's name, as its maker calls it."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        return platform.machine()
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory held at once: allocated on the GPU, or resident in this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """`model`, so that its gradients are the mean over processes."""
+        wrapped: nn.Module = model if self._accelerator is None else self._accelerator.prepare_model(model)
+        return wrapped
+
+    def local_gradients(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """A context in which gradients pile up here and are not exchanged yet."""
+        return contextlib.nullcontext() if self._accelerator is None else self._accelerator.no_sync(model)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over processes, on every process."""
+        if self._accelerator is None:
+            return value
+        reduced: Tensor = self._accelerator.reduce(value, reduction="mean")
+        return reduced
+
+    def gather(self, items: Sequence[Any]) -> list[Any]:
+        """The items of all processes, in process order, on every process."""
+        if self._accelerator is None:
+            return list(items)
+        from accelerate.utils import gather_object
+
+        return list(gather_object(list(items)))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TensLoRAError(f"trainer.device={name}: must be auto, cpu, cuda or cuda:<index>") from error
+    if device.type not in ("cpu", "cuda"):
+        raise TensLoRAError(f"trainer.device={name}: must be auto, cpu, cuda or cuda:<index>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise TensLoRAError(f"trainer.device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device

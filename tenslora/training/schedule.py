@@ -1,0 +1,18 @@
+"""The learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine_rate(step: int, steps: int, peak: float, floor: float, warmup: int = 0) -> float:
+    """Learning rate of optimizer step `step` (0-based) out of `steps`.
+
+    Rises linearly over the first `warmup` steps, then falls as
+    ``floor + (peak - floor) (1 + cos(pi t)) / 2``, where t runs from 0 at the end of the warm-up to 1 at `steps`
+    (Loshchilov and Hutter, 2017, equation 5, one cycle; torch's CosineAnnealingLR).
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    t = (step - warmup) / max(1, steps - warmup)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * t)) / 2

@@ -1,0 +1,152 @@
+"""One run: fine-tune a frozen Transformer with one TensLoRA adapter.
+
+    python train.py tensor_mode=qkv_depth dataset=dtd
+
+composes the settings from conf/ and the command line, trains, and leaves result.json, adapter.safetensors and
+head.safetensors in outputs/<dataset>/<model>/<what was run>.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenslora.app import run_app
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from omegaconf import DictConfig
+    from torch.nn import Parameter
+
+log = logging.getLogger("train")
+
+
+def train(composed: DictConfig, folder: Path) -> dict[str, Any]:
+    """Carry out one run in `folder` and return its record.
+
+    Raises TensLoRAError for whatever the user can put right; a run that diverged leaves its record first.
+    """
+    from tenslora.config import digest, identity, validate
+
+    run = validate(composed)  # before the heavy imports: a slip in the settings shows at once
+
+    from tenslora.adapter import TensLoraConfig
+    from tenslora.attachment import attach
+    from tenslora.backbones import load_backbone, load_tokenizer
+    from tenslora.data import load_dataset
+    from tenslora.data.encoding import encode
+    from tenslora.files import write_safetensors
+    from tenslora.projections import check_geometry, find_projections
+    from tenslora.ranks import parameter_count
+    from tenslora.results.record import environment, metrics_of, summary, write_record
+    from tenslora.tracking import start_tracker
+    from tenslora.training.loop import Diverged, fit
+    from tenslora.training.processes import Processes
+
+    clock = [time.perf_counter()]
+    processes = Processes(run.trainer.device)
+    if not processes.is_main:
+        logging.getLogger().setLevel(logging.WARNING)
+
+    # The dataset, then a backbone with a fresh head for its classes, then the adapter.
+    dataset = load_dataset(run.dataset, run.seed)
+    tokenizer = load_tokenizer(run.model, dataset.train.inputs) if run.dataset.modality == "text" else None
+    clock.append(time.perf_counter())
+    backbone = load_backbone(run.model, len(dataset.classes), run.seed, tokenizer)
+    model = backbone.model.to(processes.device)
+    geometry, _ = find_projections(model)
+    check_geometry(run.geometry, geometry)
+    adapter = None
+    if run.has_adapter:
+        adapter = attach(model, TensLoraConfig(run.mode, run.strategy, seed=run.seed, **vars(run.adapter)))
+    else:
+        model.requires_grad_(run.mode == "full")
+    head = backbone.head_parameters()
+    for parameter in head.values():
+        parameter.requires_grad_(True)
+    data = encode(dataset.train, dataset.test, run.dataset, run.model, backbone.input_name, tokenizer)
+    clock.append(time.perf_counter())
+
+    def count(parameters: Iterable[Parameter]) -> int:
+        return sum(p.numel() for p in parameters)
+
+    facts: dict[str, Any] = {
+        "digest": digest(composed),
+        "model": run.model.name,
+        "dataset": run.dataset.name,
+        "tensor_mode": run.mode,
+        "factorization": None if adapter is None else "matrix" if run.mode == "lora" else "tucker",
+        "rank_strategy": run.strategy.name if adapter else None,
+        "ranks": list(adapter.ranks) if adapter else None,
+        "seed": run.seed,
+        "geometry": vars(geometry),
+        "adapter_parameters": count(adapter.parameters()) if adapter else 0,
+        "lora_parameters": parameter_count("lora", geometry, [run.strategy.rank]),
+        "head_parameters": count(head.values()),
+        "trained_parameters": count(p for p in model.parameters() if p.requires_grad),
+        "total_parameters": count(model.parameters()),
+        "train_examples": len(dataset.train),
+        "test_examples": len(dataset.test),
+        "classes": list(dataset.classes),
+        "processes": processes.count,
+        "device": processes.name,
+    }
+    tracker = start_tracker(run.logger, folder, identity(composed), facts, watch=processes.is_main)
+
+    # Train, and leave the record whatever comes of it: it is written last, so that where it is, all is.
+    failure = None
+    try:
+        state = fit(
+            model,
+            data,
+            run.dataset.metrics,
+            trainer=run.trainer,
+            optimizer=run.optimizer,
+            seed=run.seed,
+            processes=processes,
+            checkpoint=folder / "checkpoint.safetensors",
+            digest=facts["digest"],
+            resume=run.resume,
+            on_epoch=tracker.epoch,
+        )
+    except Diverged as error:
+        state, failure = error.state, error
+    except BaseException:
+        tracker.abandon()
+        raise
+    record = {
+        "status": "diverged" if failure else "completed",
+        "failure": failure and {"message": str(failure), "step": failure.step, "lr": failure.rate},
+        **facts,
+        "metrics": metrics_of(state.history, run.dataset.metrics),
+        "seconds": {"data": clock[1] - clock[0], "backbone": clock[2] - clock[1], **state.seconds},
+        "steps_per_second": state.steps / state.seconds["train"] if state.steps else None,
+        "peak_memory_bytes": processes.peak_memory_bytes(),
+        "environment": environment(),
+        "config": identity(composed),
+    }
+    if processes.is_main:
+        if not failure:
+            if adapter:
+                adapter.save(folder / "adapter.safetensors")
+            trained = head if run.mode != "full" else dict(model.named_parameters())
+            write_safetensors(folder / ("model.safetensors" if run.mode == "full" else "head.safetensors"), trained, {})
+        path = write_record(folder, record)
+        tracker.finish(record, folder / "adapter.safetensors" if adapter and not failure else None)
+        log.info("%s\nrecord: %s", summary(record), path)
+    if failure:
+        raise failure
+    return record
+
+
+def main(composed: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    train(composed, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    run_app(main, config_name="config")
