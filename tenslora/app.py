@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -48,6 +48,9 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
 
 
 def _line(error: Exception) -> str:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"error: {group}={option}: must be one of {', '.join(error.options)}"
     # An error from a data worker comes wrapped in the worker's traceback; its own message is the last line.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any(line.startswith("Original Traceback") for line in lines):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from tenslora.config import ModelConfig
 from tenslora.errors import TensLoRAError
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent / "vit_digits.safetensors"
 
@@ -172,11 +175,17 @@ class _Fetching:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
+        self.client_log = logging.getLogger("huggingface_hub")
 
     def __enter__(self) -> None:
-        return None
+        # The client warns of each of its retries, over twenty lines in a minute.
+        self.level = self.client_log.level
+        self.client_log.setLevel(logging.ERROR)
+        if self.config.checkpoint is None:
+            log.info("%s: looking for %s", self.config.name, self.config.architecture)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.client_log.setLevel(self.level)
         # The hub clients raise OSError, ValueError, RuntimeError and their HTTP libraries' own types.
         if not isinstance(error, Exception) or isinstance(error, (TypeError, TensLoRAError)):
             return
