@@ -121,7 +121,7 @@ def attach(model: nn.Module, adapter: TensLoraConfig | Adapter) -> Adapter:
     if differing:
         raise TensLoRAError(f"the adapter does not fit {type(model).__name__}: {'; '.join(differing)}")
     model.requires_grad_(False)
-    adapter.to(sites[0].linear.weight.device)
+    adapter.to(sites[0].linear.weight.device).train(model.training)
     updates = [LayerUpdate(adapter, layer) for layer in range(geometry.layers)]
     for site in sites:
         _replace(model, site.path, AdaptedLinear(site.linear, updates[site.layer], site.projections))

@@ -70,9 +70,9 @@ class Tucker(nn.Module):
             raise TensLoRAError(f"adapter.head_layout={head_layout}: must be one of {', '.join(HEAD_LAYOUTS)}")
         self.head_layout = head_layout
         self.core = nn.Parameter(torch.zeros(*ranks))
-        self.factors = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(n, r)) for (name, n), r in zip(modes.items(), ranks, strict=True)}
-        )
+        self.factors = nn.ParameterDict()
+        for (name, n), r in zip(modes.items(), ranks, strict=True):
+            self.factors[name] = nn.Parameter(torch.empty(n, r))  # one by one: a whole dict would be sorted
         for factor in self.factors.values():
             if init == "orthogonal":
                 nn.init.orthogonal_(factor, generator=generator)

@@ -146,7 +146,7 @@ def isoparameters(
     best: tuple[tuple[float, float], tuple[int, ...]] | None = None
     for ranks in _integer_ranks(list(sizes.values()), ideal, budget, tolerance):
         excess = abs(_per_tensor(construction, geometry, ranks) / budget - 1)
-        key = (max(excess - tolerance, 0.0), distance(ranks))
+        key = (max(round(excess - tolerance, 9), 0.0), distance(ranks))  # rounded: equal misses are to tie
         if best is None or key < best[0]:
             best = key, ranks
     assert best is not None  # the ideal's own neighbourhood always yields candidates

@@ -1,0 +1,86 @@
+"""Tiny Transformers with random weights, built the same way under every supported version of their libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from tenslora.constructions import Geometry
+
+GEOMETRY = Geometry(d_in=24, heads=3, d_head=8, layers=2)
+_SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
+_IMAGE = {"image_size": 16, "patch_size": 8, "num_channels": 3}
+_TEXT = {"vocab_size": 50, "max_position_embeddings": 20}
+
+
+def _vit() -> nn.Module:
+    return hf.ViTForImageClassification(hf.ViTConfig(**_SIZES, **_IMAGE))
+
+
+def _deit() -> nn.Module:
+    return hf.DeiTForImageClassification(hf.DeiTConfig(**_SIZES, **_IMAGE))
+
+
+def _dinov2() -> nn.Module:
+    return hf.Dinov2ForImageClassification(hf.Dinov2Config(**_SIZES, **_IMAGE))
+
+
+def _bert() -> nn.Module:
+    return hf.BertForSequenceClassification(hf.BertConfig(**_SIZES, **_TEXT))
+
+
+def _roberta() -> nn.Module:
+    return hf.RobertaForSequenceClassification(hf.RobertaConfig(**_SIZES, **_TEXT))
+
+
+def _distilbert() -> nn.Module:
+    config = hf.DistilBertConfig(dim=24, n_layers=2, n_heads=3, hidden_dim=32, **_TEXT)
+    return hf.DistilBertForSequenceClassification(config)
+
+
+def _timm(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model: nn.Module = timm.create_model(
+            name, img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=2
+        )
+        return model
+
+    return build
+
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    "hf_vit": _vit,
+    "hf_deit": _deit,
+    "hf_dinov2": _dinov2,
+    "hf_bert": _bert,
+    "hf_roberta": _roberta,
+    "hf_distilbert": _distilbert,
+    "timm_vit": _timm("vit_tiny_patch16_224"),
+    "timm_deit": _timm("deit_tiny_distilled_patch16_224"),
+}
+
+
+def build(name: str) -> nn.Module:
+    """The model in evaluation mode, in float64, with reproducible random weights."""
+    torch.manual_seed(0)
+    return BUILDERS[name]().double().eval()
+
+
+def inputs(name: str, seed: int = 0) -> dict[str, Tensor]:
+    """A batch of two for it."""
+    generator = torch.Generator().manual_seed(seed)
+    if name in ("hf_bert", "hf_roberta", "hf_distilbert"):
+        return {"input_ids": torch.randint(5, 50, (2, 7), generator=generator)}
+    pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=generator)
+    return {"x" if name.startswith("timm") else "pixel_values": pixels}
+
+
+def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    output = model(**batch)
+    result: Tensor = getattr(output, "logits", output)
+    return result

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tenslora.adapter import Adapter, TensLoraConfig, load_adapter
+from tenslora.constructions import CONSTRUCTIONS, Geometry
+from tenslora.errors import TensLoRAError
+from tenslora.ranks import RankStrategy
+
+GEOMETRY = Geometry(d_in=12, heads=3, d_head=4, layers=4)
+
+
+def built(name: str, **settings: object) -> Adapter:
+    return Adapter(TensLoraConfig(name, **settings), GEOMETRY)  # type: ignore[arg-type]
+
+
+def randomised(name: str) -> Adapter:
+    adapter = built(name)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_()
+    return adapter
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_each_projection_and_layer_reads_its_own_tensor(name: str) -> None:
+    # Silencing one tensor must silence the projections and layers that are stacked in it, and no others.
+    adapter = randomised(name)
+    stacked = CONSTRUCTIONS[name]
+    index = len(adapter.tensors) - 1  # holds the last projection and the last layer
+    with torch.no_grad():
+        for parameter in adapter.tensors[index].parameters():
+            parameter.zero_()
+    for layer in range(GEOMETRY.layers):
+        for projection in range(3):
+            silent = (layer == 3 or "depth" in stacked) and (projection == 2 or "projection" in stacked)
+            assert (adapter.dense(layer)[projection].abs().max().item() == 0) == silent
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_the_start_depends_on_the_seed_and_nothing_else(name: str) -> None:
+    torch.manual_seed(1)
+    first = built(name, seed=5)
+    torch.manual_seed(2)
+    again, other = built(name, seed=5), built(name, seed=6)
+    state = torch.get_rng_state()
+    built(name)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+def test_tensors_start_apart_and_alike_only_on_request() -> None:
+    apart, alike = built("depth"), built("depth", tensor_seeds="equal")
+    assert not torch.equal(apart.tensors[0].factors["d_in"], apart.tensors[1].factors["d_in"])  # type: ignore[union-attr,index]
+    assert torch.equal(alike.tensors[0].factors["d_in"], alike.tensors[1].factors["d_in"])  # type: ignore[union-attr,index]
+
+
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_a_saved_adapter_comes_back_whole(name: str, tmp_path: Path) -> None:
+    adapter = randomised(name)
+    adapter.save(tmp_path / "a.safetensors")
+    loaded = load_adapter(tmp_path / "a.safetensors")
+    assert (loaded.config, loaded.geometry, loaded.ranks) == (adapter.config, adapter.geometry, adapter.ranks)
+    for layer in range(GEOMETRY.layers):
+        assert torch.equal(loaded.dense(layer), adapter.dense(layer))
+
+
+def test_a_saved_adapter_keeps_its_ranks_even_if_its_strategy_would_choose_others_today(tmp_path: Path) -> None:
+    config = TensLoraConfig("depth", RankStrategy("isoparameters"))
+    adapter = Adapter(config, GEOMETRY, ranks=[3, 2, 4])
+    adapter.save(tmp_path / "a.safetensors")
+    assert load_adapter(tmp_path / "a.safetensors").ranks == (3, 2, 4)
+
+
+def test_equal_adapters_are_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        built("att_qkv_depth").save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
+    adapter = randomised("qkv_depth")
+    adapter.save(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(tensors["tensors.0.core"], adapter.tensors[0].core)  # type: ignore[arg-type]
+
+
+def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(TensLoRAError, match="not a TensLoRA adapter"):
+        load_adapter(tmp_path / "other.safetensors")
+    with pytest.raises(TensLoRAError, match="no such file"):
+        load_adapter(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dropout": 1.0}, r"adapter\.dropout=1\.0"),
+        ({"dropout": -0.1}, r"adapter\.dropout=-0\.1"),
+        ({"alpha": float("nan")}, r"adapter\.alpha=nan"),
+        ({"tensor_seeds": "some"}, r"adapter\.tensor_seeds=some"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(TensLoRAError, match=message):
+        replace(TensLoraConfig(), **settings)  # type: ignore[arg-type]

@@ -1,0 +1,275 @@
+"""Adapters on whole models, against the backbone with each update built and added by hand, and against PEFT."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tenslora import TensLoraConfig, TensLoRAError, attach, detach, load, merge, unmerge
+from tenslora.adapter import Adapter
+from tenslora.attachment import adapter_of
+from tenslora.constructions import CONSTRUCTIONS, Geometry
+from tenslora.projections import find_projections
+from tenslora.ranks import RankStrategy
+from tests.models import BUILDERS, build, inputs, logits
+
+
+def attached(model: nn.Module, mode: str, **settings: object) -> Adapter:
+    """An adapter with random entries on `model`, all trainable, in float64."""
+    adapter = attach(model, TensLoraConfig(mode, **settings)).double()  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return adapter
+
+
+def by_hand(name: str, adapter: Adapter) -> Tensor:
+    """Logits of a fresh backbone whose weights had alpha dW^T added as functions of the adapter's parameters."""
+    model = build(name)
+    _, sites = find_projections(model)
+    weights = {}
+    for site in sites:
+        update = adapter.dense(site.layer)[list(site.projections)]
+        rows = torch.cat([matrix.T for matrix in update])
+        weights[f"{site.path}.weight"] = site.linear.weight.detach() + adapter.config.alpha * rows
+    output = torch.func.functional_call(model, weights, kwargs=inputs(name), args=())
+    result: Tensor = getattr(output, "logits", output)
+    return result
+
+
+@pytest.mark.parametrize("mode", CONSTRUCTIONS)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_logits_and_gradients_are_those_of_the_dense_update(name: str, mode: str) -> None:
+    model = build(name)
+    adapter = attached(model, mode)
+    y, oracle = logits(model, inputs(name)), by_hand(name, adapter)
+    torch.testing.assert_close(y, oracle, rtol=0, atol=1e-11)
+    probe = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((y * probe).sum(), list(adapter.parameters()))
+    theirs = torch.autograd.grad((oracle * probe).sum(), list(adapter.parameters()))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).norm() <= 1e-10 * other.norm()
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_at_the_start_the_model_is_unchanged(name: str) -> None:
+    model = build(name)
+    before = logits(model, inputs(name))
+    attach(model, TensLoraConfig("att_qkv_depth")).double()
+    assert torch.equal(logits(model, inputs(name)), before)
+
+
+@pytest.mark.parametrize("mode", CONSTRUCTIONS)
+@pytest.mark.parametrize("name", ["hf_bert", "timm_vit"])
+def test_merged_and_detached_is_a_plain_backbone_with_the_adapted_logits(name: str, mode: str) -> None:
+    plain = build(name).float()
+    names, modules = set(plain.state_dict()), [type(m) for m in plain.modules()]
+    batch = {key: value.float() if value.is_floating_point() else value for key, value in inputs(name).items()}
+    attached(plain, mode).float()
+    adapted = logits(plain, batch)
+    merge(plain)
+    merge(plain)  # twice does what once does
+    torch.testing.assert_close(logits(plain, batch), adapted, rtol=0, atol=1e-5)
+    detach(plain)
+    torch.testing.assert_close(logits(plain, batch), adapted, rtol=0, atol=1e-5)
+    assert set(plain.state_dict()) == names
+    assert [type(m) for m in plain.modules()] == modules
+    assert not hasattr(plain, "tenslora")
+
+
+def test_merging_changes_the_weights_and_unmerging_gives_them_back() -> None:
+    model = build("hf_vit")
+    attached(model, "qkv_depth")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merge(model)
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert len(changed) == 6
+    unmerge(model)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_detached_without_merging_is_the_backbone_as_it_was(name: str) -> None:
+    model = build(name)
+    before, linears = logits(model, inputs(name)), [m for m in model.modules() if isinstance(m, nn.Linear)]
+    attached(model, "depth")
+    assert not torch.equal(logits(model, inputs(name)), before)
+    detach(model)
+    assert torch.equal(logits(model, inputs(name)), before)
+    assert all(a is b for a, b in zip(linears, [m for m in model.modules() if isinstance(m, nn.Linear)], strict=True))
+
+
+def test_the_names_of_the_backbones_own_weights_do_not_change() -> None:
+    model = build("hf_roberta")
+    before = set(model.state_dict())
+    attach(model, TensLoraConfig("qkv"))
+    after = set(model.state_dict())
+    assert before <= after
+    assert {name.split(".")[0] for name in after - before} == {"tenslora"}
+
+
+def test_only_the_adapter_is_left_trainable() -> None:
+    model = build("hf_distilbert")
+    adapter = attach(model, TensLoraConfig("att_depth"))
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in adapter.parameters()}
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "timm_vit"])
+def test_query_key_and_value_share_one_product_with_the_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tenslora.attachment import LayerUpdate
+
+    calls: list[int] = []
+    terms = LayerUpdate._terms
+
+    def counted(update: LayerUpdate, x: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(update.layer)
+        return terms(update, x)
+
+    monkeypatch.setattr(LayerUpdate, "_terms", counted)
+    model = build(name)
+    attached(model, "qkv_depth")
+    logits(model, inputs(name))
+    assert calls == [0, 1]
+
+
+def test_projections_called_with_inputs_of_their_own_are_not_mixed_up() -> None:
+    # As in cross-attention: key and value see another tensor than query does.
+    model = build("hf_bert")
+    adapter = attached(model, "qkv_depth")
+    attention = model.bert.encoder.layer[1].attention.self  # type: ignore[union-attr,index]
+    generator = torch.Generator().manual_seed(0)
+    x, z = torch.randn(2, 1, 4, 24, dtype=torch.float64, generator=generator)
+    for tensor, index, linear in (
+        (x, 0, attention.query),
+        (z, 1, attention.key),
+        (z, 2, attention.value),
+        (x, 1, attention.key),
+    ):  # type: ignore[union-attr]
+        expected = nn.functional.linear(tensor, linear.weight, linear.bias) + 4.0 * tensor @ adapter.dense(1)[index]  # type: ignore[union-attr,arg-type]
+        torch.testing.assert_close(linear(tensor), expected, rtol=0, atol=1e-12)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("library", ["hf_bert", "hf_roberta", "hf_distilbert"])
+def test_lora_is_pefts_lora(library: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    names = {"hf_distilbert": ["q_lin", "k_lin", "v_lin"]}.get(library, ["query", "key", "value"])
+    model = build(library)
+    peft = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, lora_alpha=16, target_modules=names)).double().eval()
+    adapter = attached(model, "lora")
+    theirs = [module for module in peft.modules() if hasattr(module, "lora_A")]
+    assert len(theirs) == 6
+    order = [(projection, layer) for layer in range(2) for projection in range(3)]
+    pairs = [(adapter.tensors[p * 2 + layer], module) for (p, layer), module in zip(order, theirs, strict=True)]
+    with torch.no_grad():
+        for ours, module in pairs:
+            module.lora_A["default"].weight.copy_(ours.a.T)  # type: ignore[union-attr,index,operator]
+            module.lora_B["default"].weight.copy_(ours.b.T)  # type: ignore[union-attr,index,operator]
+    batch = inputs(library)
+    y, oracle = logits(model, batch), logits(peft, batch)
+    torch.testing.assert_close(y, oracle, rtol=0, atol=1e-12)
+    probe = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (y * probe).sum().backward()  # type: ignore[no-untyped-call]
+    (oracle * probe).sum().backward()  # type: ignore[no-untyped-call]
+    for ours, module in pairs:
+        for mine, other in ((ours.a, module.lora_A), (ours.b, module.lora_B)):  # type: ignore[union-attr]
+            gradient = other["default"].weight.grad.T  # type: ignore[union-attr,index]
+            assert gradient.norm() > 0
+            assert (mine.grad - gradient).norm() <= 1e-10 * gradient.norm()  # type: ignore[operator,union-attr]
+
+
+@pytest.mark.parametrize("mode", CONSTRUCTIONS)
+def test_no_matrix_as_large_as_a_weight_is_made_in_training(mode: str) -> None:
+    # d = 24 against 2 tokens and ranks of 2: a new tensor of 24 x 24 could only be an update.
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 8}
+    model = hf.BertModel(hf.BertConfig(**sizes, vocab_size=4, max_position_embeddings=4), add_pooling_layer=False)
+    attach(model, TensLoraConfig(mode, RankStrategy("isorank", rank=2)))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in weights:
+                    self.size = max(self.size, tensor.numel())
+            return result
+
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        model(input_ids=torch.tensor([[1, 2]])).last_hidden_state.sum().backward()
+    assert 0 < largest.size < 24 * 24
+    # And the probe does see an update where one is built.
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        adapter_of(model).dense(0)
+    assert largest.size >= 24 * 24
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = build("hf_bert")
+    attached(model, "qkv", dropout=0.5)
+    batch = inputs("hf_bert")
+    assert torch.equal(logits(model, batch), logits(model, batch))
+    model.tenslora.train()  # type: ignore[union-attr,operator]
+    assert not torch.equal(logits(model, batch), logits(model, batch))
+
+
+def test_an_adapter_travels_between_models_of_a_kind(tmp_path: Path) -> None:
+    source, target = build("hf_vit"), build("hf_vit")
+    adapter = attached(source, "att_qkv")
+    adapter.save(tmp_path / "adapter.safetensors")
+    load(target, tmp_path / "adapter.safetensors").double()
+    torch.testing.assert_close(logits(target, inputs("hf_vit")), logits(source, inputs("hf_vit")))
+
+
+def test_loading_onto_the_wrong_backbone_says_which_dimension_differs(tmp_path: Path) -> None:
+    Adapter(TensLoraConfig("depth"), Geometry(d_in=24, heads=3, d_head=8, layers=6)).save(tmp_path / "a.safetensors")
+    with pytest.raises(TensLoRAError, match=r"layers is 6 in the adapter and 2 in the backbone"):
+        load(build("hf_bert"), tmp_path / "a.safetensors")
+
+
+def test_a_refused_adapter_leaves_the_model_alone() -> None:
+    model = build("hf_bert")
+    with pytest.raises(TensLoRAError):
+        attach(model, TensLoraConfig("nope"))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "tenslora")
+
+
+def test_two_adapters_at_once_are_refused_and_none_is_reported() -> None:
+    model = build("hf_bert")
+    with pytest.raises(TensLoRAError, match="has no adapter"):
+        detach(model)
+    attach(model, TensLoraConfig("qkv"))
+    with pytest.raises(TensLoRAError, match="has an adapter already"):
+        attach(model, TensLoraConfig("qkv"))
+
+
+def test_a_deep_copy_has_an_adapter_of_its_own() -> None:
+    model = build("timm_vit")
+    attached(model, "qkv_depth")
+    twin = copy.deepcopy(model)
+    before = logits(twin, inputs("timm_vit"))
+    with torch.no_grad():
+        for parameter in adapter_of(model).parameters():
+            parameter.zero_()
+    assert torch.equal(logits(twin, inputs("timm_vit")), before)
+    assert not torch.equal(logits(model, inputs("timm_vit")), before)
+
+
+def test_bf16_weights_are_served_by_a_float32_adapter() -> None:
+    model = build("hf_vit").bfloat16()
+    adapter = attached(model, "qkv_depth").float()
+    y = logits(model, {"pixel_values": inputs("hf_vit")["pixel_values"].bfloat16()})
+    y.float().sum().backward()  # type: ignore[no-untyped-call]
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tenslora.adapter import Adapter, TensLoraConfig
+from tenslora.constructions import CONSTRUCTIONS, Geometry, modes
+from tenslora.errors import TensLoRAError
+from tenslora.ranks import RULES, RankStrategy, explicit, isoparameters, isorank, parameter_count, rank_names
+
+TENSORS = [name for name in CONSTRUCTIONS if name != "lora"]
+GEOMETRIES = {
+    "vit_base": Geometry(768, 12, 64, 12),
+    "minilm": Geometry(384, 12, 32, 6),
+    "vit_small": Geometry(384, 6, 64, 12),
+    "deit_tiny": Geometry(192, 3, 64, 12),
+    "vit_digits": Geometry(64, 4, 16, 4),
+}
+VIT_BASE = GEOMETRIES["vit_base"]
+
+# The design's table for ViT-B/16 and RoBERTa-base at isorank 4.
+ISORANK_4 = {
+    "lora": 221_184,
+    "att": 123_840,
+    "qkv": 74_640,
+    "depth": 18_768,
+    "att_qkv": 43_728,
+    "att_depth": 11_040,
+    "qkv_depth": 6_460,
+    "att_qkv_depth": 4_460,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), ISORANK_4.items())
+def test_isorank_counts_are_the_papers(name: str, count: int) -> None:
+    assert parameter_count(name, VIT_BASE, isorank(name, VIT_BASE, 4)) == count
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_capped_isorank_stops_at_the_modes_sizes(name: str) -> None:
+    sizes = modes(name, VIT_BASE).values()
+    assert isorank(name, VIT_BASE, 20, cap=True) == tuple(min(20, n) for n in sizes)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_isoparameters_meets_loras_count_within_three_per_cent_on_the_papers_backbones(name: str) -> None:
+    assert abs(parameter_count(name, VIT_BASE, isoparameters(name, VIT_BASE)) / 221_184 - 1) < 0.03
+
+
+def test_of_two_counts_as_near_the_more_even_ranks_are_taken() -> None:
+    # (12, 8, 3) has 41 parameters per tensor too many, (10, 9, 3) 41 too few.
+    assert isoparameters("qkv", GEOMETRIES["vit_digits"]) == (10, 9, 3)
+
+
+def test_isoparameters_on_vit_base_keeps_the_structure_axes_whole() -> None:
+    assert isoparameters("qkv_depth", VIT_BASE) == (60, 60, 3, 12)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("name", TENSORS)
+def test_every_rule_stays_near_the_budget_within_the_modes(name: str, geometry: Geometry, rule: str) -> None:
+    ranks = isoparameters(name, geometry, rule=rule)
+    lora = parameter_count("lora", geometry, [4])
+    assert abs(parameter_count(name, geometry, ranks) / lora - 1) < 0.035
+    assert all(1 <= r <= n for r, n in zip(ranks, modes(name, geometry).values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["depth", "qkv_depth"])
+def test_no_integer_ranks_nearby_come_nearer_when_the_tolerance_is_zero(name: str) -> None:
+    geometry = GEOMETRIES["vit_digits"]
+    budget = parameter_count("lora", geometry, [4])
+
+    def miss(ranks: tuple[int, ...]) -> int:
+        return abs(parameter_count(name, geometry, ranks) - budget)
+
+    chosen = isoparameters(name, geometry, tolerance=0)
+    for r_in, r_out in itertools.product(range(-1, 2), repeat=2):
+        neighbour = (chosen[0] + r_in, chosen[1] + r_out, *chosen[2:])
+        assert miss(chosen) <= miss(neighbour)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 16])
+def test_isoparameters_follows_the_reference_rank(rank: int) -> None:
+    ranks = isoparameters("qkv_depth", VIT_BASE, rank)
+    assert abs(parameter_count("qkv_depth", VIT_BASE, ranks) / (rank * 55_296) - 1) < 0.03
+
+
+@pytest.mark.parametrize(
+    "strategy", [RankStrategy("isorank"), RankStrategy("isorank", cap=True), RankStrategy("isoparameters")]
+)
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_the_predicted_count_is_the_built_adapters(name: str, geometry: Geometry, strategy: RankStrategy) -> None:
+    with torch.device("meta"):  # shapes without the cost of drawing them
+        adapter = _build(TensLoraConfig(name, strategy), geometry)
+    built = sum(p.numel() for p in adapter.parameters())
+    assert built == parameter_count(name, geometry, strategy.resolve(name, geometry))
+
+
+def _build(config: TensLoraConfig, geometry: Geometry) -> Adapter:
+    return Adapter(config, geometry)
+
+
+def test_explicit_ranks_are_taken_as_given() -> None:
+    assert explicit("qkv_depth", VIT_BASE, [60, 60, 3, 12]) == (60, 60, 3, 12)
+    assert explicit("lora", VIT_BASE, [8]) == (8,)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        (None, r"ranks=None: tensor_mode qkv_depth needs 4 integers \(d_in 1\.\.768, .* depth 1\.\.12\)"),
+        ([60, 60, 3], r"needs 4 integers"),
+        ([60, 60, 3, 13], r"the rank 13 of depth must be from 1 to 12"),
+        ([60, 0, 3, 12], r"the rank 0 of d_out must be from 1 to 768"),
+    ],
+)
+def test_explicit_ranks_that_do_not_fit_are_refused_by_name(ranks: list[int] | None, message: str) -> None:
+    with pytest.raises(TensLoRAError, match=message):
+        explicit("qkv_depth", VIT_BASE, ranks)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (RankStrategy("isorank", rank=0), r"rank_strategy\.rank=0: must be from 1 to 768"),
+        (RankStrategy("isorank", rank=769), r"rank_strategy\.rank=769"),
+        (RankStrategy("isoparameters", rule="best"), r"rule=best: must be one of saturate, uniform, proportional"),
+        (RankStrategy("isoparameters", tolerance=1.0), r"tolerance=1\.0"),
+        (RankStrategy("magic"), r"rank_strategy=magic: must be one of isorank, isoparameters, explicit"),
+    ],
+)
+def test_a_strategy_out_of_range_is_refused(strategy: RankStrategy, message: str) -> None:
+    with pytest.raises(TensLoRAError, match=message):
+        strategy.resolve("depth", VIT_BASE)
+
+
+def test_rank_names_follow_the_modes() -> None:
+    assert rank_names("att_qkv", VIT_BASE) == ("d_in", "d_head", "head", "projection")
+    assert rank_names("lora", VIT_BASE) == ("rank",)
+
+
+def test_counting_needs_no_torch() -> None:
+    code = (
+        "import sys; import tenslora.ranks, tenslora.constructions, tenslora.config, tenslora.results.record;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'timm', 'sklearn', 'wandb')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
