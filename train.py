@@ -123,7 +123,7 @@ def train(composed: DictConfig, folder: Path) -> dict[str, Any]:
         **facts,
         "metrics": metrics_of(state.history, run.dataset.metrics),
         "seconds": {"data": clock[1] - clock[0], "backbone": clock[2] - clock[1], **state.seconds},
-        "steps_per_second": state.steps / state.seconds["train"] if state.steps else None,
+        "steps_per_second": state.steps / state.seconds["train"] if state.epochs else None,
         "peak_memory_bytes": processes.peak_memory_bytes(),
         "environment": environment(),
         "config": identity(composed),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.factorizations import Matrix, Tucker
 from tenslora.files import read_safetensors, write_safetensors
 from tenslora.ranks import RankStrategy
+from tenslora.streams import stream_seed
 
 FORMAT = "tenslora-1"
 
@@ -72,7 +72,8 @@ class Adapter(nn.Module):
         sizes = modes(config.tensor_mode, geometry)
         tensors: list[Matrix | Tucker] = []
         for index in range(math.prod(self.grid)):
-            generator = _stream(config.seed, index if config.tensor_seeds == "distinct" else 0)
+            stream = index if config.tensor_seeds == "distinct" else 0
+            generator = torch.Generator().manual_seed(stream_seed("adapter", config.seed, stream))
             if config.tensor_mode == "lora":
                 tensors.append(Matrix(sizes, self.ranks, generator))
             else:
@@ -127,8 +128,3 @@ def load_adapter(path: Path) -> Adapter:
     except (KeyError, TypeError, RuntimeError) as error:
         raise TensLoRAError(f"{path}: its header does not fit the factors in it ({error})") from error
     return adapter
-
-
-def _stream(seed: int, tensor: int) -> torch.Generator:
-    digest = hashlib.sha256(f"tenslora adapter {seed} {tensor}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

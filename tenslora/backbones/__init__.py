@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from tenslora.config import ModelConfig
 from tenslora.errors import TensLoRAError
+from tenslora.streams import stream_seed
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +56,13 @@ def load_backbone(config: ModelConfig, classes: int, seed: int, tokenizer: Any =
     Raises TensLoRAError if the weights are missing, damaged or another model's, or the hub cannot be reached.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_stream(seed, "backbone"))
+        torch.manual_seed(stream_seed("backbone", seed))
         if config.library == "timm":
             backbone = _load_timm(config, classes)
         else:
             backbone = _load_transformers(config, classes, tokenizer)
     backbone.model.float()
-    generator = torch.Generator().manual_seed(_stream(seed, "head"))
+    generator = torch.Generator().manual_seed(stream_seed("head", seed))
     for module in backbone.head:
         for part in module.modules():
             if isinstance(part, nn.Linear):
@@ -261,7 +261,3 @@ def _train_tokenizer(sentences: Iterable[tuple[str, ...]]) -> Any:
         model_max_length=512,
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def _stream(seed: int, purpose: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"tenslora {purpose} {seed}".encode()).digest()[:7], "big")

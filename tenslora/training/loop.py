@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import sys
@@ -23,6 +22,7 @@ from tenslora.config import OptimizerConfig, TrainerConfig
 from tenslora.data.batches import TrainBatches, test_batches
 from tenslora.data.encoding import Collate, Encoded
 from tenslora.errors import TensLoRAError
+from tenslora.streams import stream_seed
 from tenslora.training.checkpoint import State, load_checkpoint, save_checkpoint
 from tenslora.training.metrics import score
 from tenslora.training.processes import Processes
@@ -103,7 +103,7 @@ def fit(
         while state.steps < steps:
             started = time.perf_counter()
             epoch = state.epochs + 1
-            torch.manual_seed(_epoch_seed(seed, epoch, processes.index))
+            torch.manual_seed(stream_seed("epoch", seed, epoch, processes.index))
             wrapped.train()
             losses: list[float] = []
             rate, step_loss = 0.0, torch.zeros((), device=device)
@@ -183,10 +183,6 @@ def evaluate(
     labels_, predictions = [label for _, label, _ in everyone], [guess for _, _, guess in everyone]
     mean_loss = math.fsum(loss for loss, _, _ in everyone) / len(everyone)
     return mean_loss, {metric: score(metric, labels_, predictions) for metric in metrics}
-
-
-def _epoch_seed(seed: int, epoch: int, process: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"tenslora epoch {seed} {epoch} {process}".encode()).digest()[:7], "big")
 
 
 class _Progress:

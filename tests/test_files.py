@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tenslora.errors import TensLoRAError
+from tenslora.files import read_safetensors, write_bytes, write_json, write_safetensors
+
+TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(4, dtype=torch.float16), "n": torch.tensor(3)}
+HEADER = {"construction": "qkv_depth", "ranks": [4, 4, 3, 4], "alpha": 4.0}
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("broken", ["replace", "fsync"])
+@pytest.mark.parametrize("before", [b"old", None], ids=["over a file", "anew"])
+def test_a_failed_write_leaves_what_was_there(
+    broken: str, before: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    if before is not None:
+        path.write_bytes(before)
+    monkeypatch.setattr(os, broken, no_space)
+    with pytest.raises(TensLoRAError, match=r"result\.json: cannot be written \(No space left on device\)"):
+        write_bytes(path, b"new")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == (
+        [] if before is None else [("result.json", before)]
+    )
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file"
+    for content in (b"first", b"second and longer", b""):
+        write_bytes(path, content)
+        assert path.read_bytes() == content
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_another_open_handle_still_sees_the_whole_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_bytes(path, b"old content")
+    with open(path, "rb") as reader:
+        write_bytes(path, b"new")
+        assert reader.read() == b"old content"
+
+
+@pytest.mark.parametrize("below", ["file", "folder/file"])
+def test_a_folder_that_cannot_be_made_is_one_line(below: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(TensLoRAError, match=r"taken/\S*: cannot be written \(") as caught:
+        write_bytes(tmp_path / "taken" / below, b"")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_the_way_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(TensLoRAError, match="file: cannot be written"):
+        write_bytes(tmp_path / "file", b"")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_json_comes_back_and_ends_in_a_newline(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None, True], "a": {"text": "é\u2028"}}
+    write_json(tmp_path / "value.json", value)
+    text = (tmp_path / "value.json").read_text()
+    assert json.loads(text) == value
+    assert text.endswith("}\n")
+
+
+def test_safetensors_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    write_safetensors(path, {**TENSORS, "t": TENSORS["b"].T, "p": torch.nn.Parameter(torch.ones(2))}, HEADER)
+    header, tensors = read_safetensors(path)
+    assert header == HEADER
+    assert tensors.keys() == {*TENSORS, "t", "p"}
+    for name, tensor in {**TENSORS, "t": TENSORS["b"].T}.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+    with safe_open(path, framework="pt") as file:  # any safetensors reader can
+        assert torch.equal(file.get_tensor("t"), TENSORS["b"].T)
+
+
+def test_equal_tensors_and_headers_give_equal_bytes(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "one", TENSORS, HEADER)
+    write_safetensors(tmp_path / "two", {name: tensor.clone() for name, tensor in TENSORS.items()}, dict(HEADER))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_equal_tensors_and_headers_in_another_order_give_equal_bytes(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "one", TENSORS, HEADER)
+    write_safetensors(tmp_path / "two", dict(reversed(TENSORS.items())), dict(reversed(HEADER.items())))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_bytes_do_not_depend_on_the_process(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch; from pathlib import Path; from tenslora.files import write_safetensors;"
+        "write_safetensors(Path(sys.argv[1]), {f'layer{i}': torch.full((i,), i) for i in range(9)},"
+        "{f'key{i}': i for i in range(9)})"
+    )
+    digests = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])}
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / seed)], env=environment, check=True)
+        digests.add(hashlib.sha256((tmp_path / seed).read_bytes()).hexdigest())
+    write_safetensors(
+        tmp_path / "here", {f"layer{i}": torch.full((i,), i) for i in range(9)}, {f"key{i}": i for i in range(9)}
+    )
+    digests.add(hashlib.sha256((tmp_path / "here").read_bytes()).hexdigest())
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_safetensors_file_from_elsewhere_has_an_empty_header(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "file", metadata=metadata)
+    header, tensors = read_safetensors(tmp_path / "file")
+    assert header == {}
+    assert tensors.keys() == {"w"}
+
+
+@pytest.mark.parametrize("path", ["absent.safetensors", "."])
+def test_a_missing_file_is_named(path: str, tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=rf"{tmp_path.name}\S*: no such file"):
+        read_safetensors(tmp_path / path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut in the header", "cut in the data", "text", "pickle", "other header"])
+def test_a_damaged_file_is_named_in_one_line(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    write_safetensors(path, TENSORS, HEADER)
+    content = path.read_bytes()
+    if damage == "pickle":
+        torch.save(TENSORS, path)
+    elif damage == "other header":
+        save_file(TENSORS, path, metadata={"tenslora": "{not json"})
+    else:
+        cut = {
+            "empty": b"",
+            "cut in the header": content[:40],
+            "cut in the data": content[:-8],
+            "text": b"hello\n" * 99,
+        }
+        path.write_bytes(cut[damage])
+    with pytest.raises(TensLoRAError, match=r"adapter\.safetensors: not a readable safetensors file") as caught:
+        read_safetensors(path)
+    assert "\n" not in str(caught.value)

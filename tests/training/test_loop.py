@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tenslora.training.loop import Diverged
+from tests.running import SHORT, record, run
+
+
+def test_the_loop_is_adamw_on_the_mean_loss(tmp_path: Path) -> None:
+    # By hand: the same order of examples, torch's own loss, schedule and optimizer, and the update built densely.
+    from tenslora.adapter import Adapter, TensLoraConfig
+    from tenslora.backbones import load_backbone
+    from tenslora.config import validate
+    from tenslora.data import load_dataset
+    from tenslora.data.batches import TrainBatches
+    from tenslora.data.encoding import encode
+    from tests.running import composed
+
+    overrides = [*SHORT, "tensor_mode=depth", "trainer.batch_size=20", "optimizer.weight_decay=0.1", "trainer.epochs=1"]
+    history = run(tmp_path, *overrides)["metrics"]["history"]
+
+    settings = validate(composed(*overrides))
+    dataset = load_dataset(settings.dataset, 0)
+    backbone = load_backbone(settings.model, 5, 0)
+    model = backbone.model.requires_grad_(False).eval()
+    geometry = settings.geometry
+    assert geometry is not None
+    adapter = Adapter(TensLoraConfig("depth", settings.strategy), geometry)
+    head = list(backbone.head_parameters().values())
+    for parameter in head:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW([*adapter.parameters(), *head], lr=1e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3, eta_min=1e-6)
+    data, _, collate = encode(dataset.train, dataset.test, settings.dataset, settings.model, "x", None)
+    order = TrainBatches(data, collate, batch_size=20, seed=0).order(1).tolist()
+    losses = []
+    for start in (0, 20, 40):
+        batch, labels = collate([data[i] for i in order[start : start + 20]])
+        weights = {
+            f"blocks.{layer}.attn.qkv.weight": model.get_parameter(f"blocks.{layer}.attn.qkv.weight")
+            + 4.0 * adapter.dense(layer).transpose(1, 2).flatten(0, 1)
+            for layer in range(4)
+        }
+        logits = torch.func.functional_call(model, weights, args=(), kwargs=batch)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert history[0]["train_loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    trained = load_file(tmp_path / "adapter.safetensors")
+    for name, parameter in adapter.named_parameters():
+        assert (trained[name] - parameter.detach()).norm() < 1e-4 * parameter.norm()
+
+
+def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
+    whole = run(tmp_path / "a", *SHORT, "trainer.batch_size=32")
+    parts = run(tmp_path / "b", *SHORT, "trainer.batch_size=8", "trainer.accumulation=4")
+    assert whole["metrics"]["history"][-1]["step"] == parts["metrics"]["history"][-1]["step"] == 4
+    for one, other in zip(whole["metrics"]["history"], parts["metrics"]["history"], strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+        assert one["test_loss"] == pytest.approx(other["test_loss"], rel=1e-5)
+
+
+def test_max_steps_ends_the_schedule_and_is_evaluated(tmp_path: Path) -> None:
+    history = run(tmp_path, *SHORT, "trainer.epochs=9", "trainer.max_steps=3", "optimizer.min_lr=0")["metrics"][
+        "history"
+    ]
+    assert [entry["step"] for entry in history] == [2, 3]
+    assert history[-1]["lr"] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 2 / 3)) / 2)
+
+
+def test_clipping_bounds_the_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def measured(self: torch.optim.AdamW) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", measured)
+    run(tmp_path / "free", *SHORT)
+    free, norms[:] = list(norms), []
+    run(tmp_path / "clipped", *SHORT, "trainer.clip_norm=0.1")
+    assert min(free) > 0.1
+    assert max(norms) <= 0.1 * (1 + 1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_record_says_so(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"the loss is (nan|inf) at step \d+, learning rate \d\S*e\+29"):
+        run(tmp_path, *SHORT, "optimizer.lr=1e30")
+    left = record(tmp_path)
+    assert left["status"] == "diverged"
+    assert left["failure"]["step"] >= 2
+    assert left["failure"]["lr"] > 1e29
+    assert not (tmp_path / "adapter.safetensors").exists()
+
+
+def test_bf16_autocast_trains_float32_parameters(tmp_path: Path) -> None:
+    full = run(tmp_path / "a", *SHORT)
+    half = run(tmp_path / "b", *SHORT, "trainer.precision=bf16")
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "b" / "adapter.safetensors").values())
+    one, other = (r["metrics"]["history"][-1]["test_loss"] for r in (full, half))
+    assert one != other
+    assert one == pytest.approx(other, rel=0.05)
+
+
+def test_equal_settings_give_equal_bytes_and_other_seeds_others(tmp_path: Path) -> None:
+    first, again, other = (
+        run(tmp_path / name, *SHORT, f"seed={seed}", "adapter.dropout=0.1")
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    assert first["metrics"] == again["metrics"] != other["metrics"]
+    for file in ("adapter.safetensors", "head.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        assert (tmp_path / "a" / file).read_bytes() != (tmp_path / "c" / file).read_bytes()
+
+
+def test_workers_do_not_change_a_run_even_with_augmentation(tmp_path: Path) -> None:
+    overrides = [*SHORT, "trainer.epochs=1", "dataset.transform.color_jitter=0.4", "dataset.transform.flip=true"]
+    alone = run(tmp_path / "a", *overrides)
+    helped = run(tmp_path / "b", *overrides, "trainer.workers=2")
+    plain = run(tmp_path / "c", *SHORT, "trainer.epochs=1")
+    assert alone["metrics"] == helped["metrics"] != plain["metrics"]
+    assert alone["digest"] == helped["digest"] != plain["digest"]
