@@ -44,7 +44,7 @@ class WandbTracker(Tracker):
                 name=f"{facts['dataset']}-{facts['model']}-{facts['tensor_mode']}-seed{facts['seed']}",
                 id=None,
                 job_type="train",
-                config={**settings, **facts},
+                config={**facts, **settings},
                 dir=str(folder),
                 mode=mode,  # type: ignore[arg-type]
                 settings=wandb.Settings(silent=True),

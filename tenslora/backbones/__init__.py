@@ -99,10 +99,8 @@ def _load_timm(config: ModelConfig, classes: int) -> Backbone:
                 model = timm.create_model(config.architecture, pretrained=True, **build)
         else:
             model = timm.create_model(config.architecture, pretrained=False, **build)
-    except TypeError as error:
-        raise TensLoRAError(
-            f"model.options={config.options}: {config.architecture} does not take them ({error})"
-        ) from error
+    except _UNBUILDABLE as error:
+        raise _not_buildable(config, error) from error
     head = model.get_classifier()
     heads = list(head) if isinstance(head, tuple) else [head]
     if config.pretrained and config.checkpoint is not None:
@@ -162,10 +160,13 @@ def _load_transformers(config: ModelConfig, classes: int, tokenizer: Any) -> Bac
             raise _other_model(config, Path(source), f"it lacks or misshapes {(lacking + odd)[0]}")
     else:
         extra = {"pad_token_id": tokenizer.pad_token_id} if text else {}
-        settings = AutoConfig.for_model(**config.options, num_labels=classes, **extra)
-        if text and len(tokenizer) > settings.vocab_size:
-            raise TensLoRAError(f"model.options.vocab_size={settings.vocab_size}: must be at least {len(tokenizer)}")
-        model = auto.from_config(settings)
+        try:
+            settings = AutoConfig.for_model(**config.options, num_labels=classes, **extra)
+            if text and len(tokenizer) > settings.vocab_size:
+                raise ValueError(f"vocab_size must be at least {len(tokenizer)}, the size of the tokenizer's")
+            model = auto.from_config(settings)
+        except _UNBUILDABLE as error:
+            raise _not_buildable(config, error) from error
     head = [child for name, child in model.named_children() if name != model.base_model_prefix]
     return Backbone(model, head, "pixel_values")
 
@@ -201,6 +202,17 @@ class _Fetching:
             f"repository where there is a network and set model.checkpoint to the folder, or model.pretrained=false "
             f"for random weights"
         ) from error
+
+
+# What the libraries raise for settings that make no model, some of it by assertion.
+_UNBUILDABLE = (TypeError, ValueError, KeyError, AssertionError, RuntimeError)
+
+
+def _not_buildable(config: ModelConfig, error: Exception) -> TensLoRAError:
+    if isinstance(error, TensLoRAError):
+        return error
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return TensLoRAError(f"model.options={config.options}: make no {config.architecture} ({reason})")
 
 
 def _weights_file(config: ModelConfig) -> Path:
