@@ -195,7 +195,7 @@ def validate(composed: DictConfig) -> RunConfig:
 
 
 def identity(composed: DictConfig) -> dict[str, Any]:
-    """The settings that can change a run's result: all but where and how fast it runs and what watches it."""
+    """The settings that can change a run's result: all but the device it runs on, how fast, and what watches it."""
     own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])  # type: ignore[misc]
     settings = OmegaConf.to_container(own, resolve=True)
     assert isinstance(settings, dict)
@@ -205,11 +205,22 @@ def identity(composed: DictConfig) -> dict[str, Any]:
     }
     if result["tensor_mode"]["name"] in REFERENCES:
         del result["rank_strategy"], result["adapter"]
-    return result
+    plain = _canonical(result)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _canonical(value: Any) -> Any:
+    # 4 and 4.0 are one setting, however it was written.
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def digest(composed: DictConfig) -> str:
-    """Twelve hexadecimal digits of `identity`: equal for equal runs, whatever their number or place."""
+    """Twelve hexadecimal digits of `identity`: equal for equal runs, whatever their number."""
     return hashlib.sha256(json.dumps(identity(composed), sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -246,6 +257,7 @@ def _check(run: RunConfig) -> None:
         raise TensLoRAError(f"dataset.metrics=[]: needs at least one of {', '.join(METRICS)}")
     for metric in dataset.metrics:
         _one_of("dataset.metrics", metric, METRICS)
+    _within("seed", run.seed, 0)
     _within("adapter.dropout", run.adapter.dropout, 0, 1, open_end=True)
     _within("adapter.alpha", run.adapter.alpha)
     _within("optimizer.lr", optimizer.lr, 0)
@@ -293,5 +305,5 @@ def _within(
     if not (low <= value < high if open_end else low <= value <= high) or not math.isfinite(value):
         end = "below" if open_end else "at most"
         bounds = [f"at least {low:g}"] if math.isfinite(low) else []
-        bounds += [f"{end} {high:g}"] if math.isfinite(high) else []
-        raise TensLoRAError(f"{setting}={value}: must be {' and '.join(bounds) or 'a finite number'}")
+        bounds += [f"{end} {high:g}"] if math.isfinite(high) else ["finite"]
+        raise TensLoRAError(f"{setting}={value}: must be {' and '.join(bounds)}")

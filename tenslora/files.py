@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -31,7 +32,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise TensLoRAError(
             f"{path}: cannot be written ({error.strerror}); the file before it, if any, is kept"
         ) from error
@@ -51,7 +53,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One header entry: safetensors writes several in an order that changes from process to process.
-    write_bytes(path, save(plain, metadata={_HEADER: json.dumps(header)}))
+    write_bytes(path, save(plain, metadata={_HEADER: json.dumps(header, sort_keys=True)}))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

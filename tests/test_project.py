@@ -52,6 +52,15 @@ def test_the_code_is_clean(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_git_ignores_no_source() -> None:
+    sources = [
+        str(path.relative_to(ROOT)) for folder in ("tenslora", "tests", "conf") for path in (ROOT / folder).rglob("*")
+    ]
+    wanted = [path for path in sources if path.endswith((".py", ".yaml", ".safetensors"))]
+    done = subprocess.run(["git", "check-ignore", *wanted], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+
+
 def test_every_group_has_the_options_that_were_promised() -> None:
     promised = {
         "tensor_mode": "lora att qkv depth att_qkv att_depth qkv_depth att_qkv_depth head_only full",

@@ -83,8 +83,13 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
         return _train_tokenizer(sentences)
     from transformers import AutoTokenizer
 
+    if config.checkpoint is not None and not Path(config.checkpoint).is_dir():
+        raise TensLoRAError(f"model.checkpoint={config.checkpoint}: no such folder")
     with _Fetching(config):
-        return AutoTokenizer.from_pretrained(config.checkpoint or config.architecture)
+        tokenizer = AutoTokenizer.from_pretrained(config.checkpoint or config.architecture)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers 5 makes of no tokenizer files
+            raise OSError("no tokenizer there")
+        return tokenizer
 
 
 def _load_timm(config: ModelConfig, classes: int) -> Backbone:
@@ -112,7 +117,8 @@ def _load_timm(config: ModelConfig, classes: int) -> Backbone:
 def _load_timm_weights(model: nn.Module, config: ModelConfig, path: Path, heads: Sequence[nn.Module]) -> None:
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-    weights = _read_weights(path)
+    # In float32 first: what is resampled below would be rounded to the file's precision.
+    weights = {name: tensor.float() for name, tensor in _read_weights(path).items()}
     if isinstance(model, VisionTransformer):
         try:
             weights = checkpoint_filter_fn(weights, model)  # resamples the position grid to the image size
@@ -188,7 +194,9 @@ class _Fetching:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.client_log.setLevel(self.level)
         # The hub clients raise OSError, ValueError, RuntimeError and their HTTP libraries' own types.
-        if not isinstance(error, Exception) or isinstance(error, (TypeError, TensLoRAError)):
+        if not isinstance(error, Exception) or isinstance(error, TensLoRAError):
+            return
+        if isinstance(error, TypeError) and self.config.library == "timm":  # options that it does not take
             return
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         config = self.config
@@ -232,12 +240,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        return weights
+        weights = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise TensLoRAError(f"model.checkpoint={path}: damaged, or not a checkpoint ({error})") from error
     except Exception as error:  # pickle's refusal of anything but tensors has no stable type
         raise TensLoRAError(f"model.checkpoint={path}: not a plain dictionary of tensors") from error
+    for key in ("model", "state_dict"):  # as some training scripts nest them
+        weights = weights.get(key, weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items()
+    ):
+        raise TensLoRAError(f"model.checkpoint={path}: not a plain dictionary of tensors")
+    return weights
 
 
 def _other_model(config: ModelConfig, path: Path, difference: str) -> TensLoRAError:

@@ -1,0 +1,135 @@
+"""From raw examples to what a model takes: image transforms, tokenisation, collation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from tenslora.config import DatasetConfig, ImageDatasetConfig, ModelConfig, TextDatasetConfig
+from tenslora.data import Examples
+from tenslora.streams import stream_seed
+
+Item = tuple[Any, int]
+KEEP_BYTES = 2**31  # how much of one split may be kept in memory
+Collate = Callable[[list[Item]], tuple[dict[str, Tensor], Tensor]]
+
+
+class Encoded(TorchDataset[Item]):
+    """Examples with an encoding applied when one is fetched.
+
+    keep: hold on to what was encoded, so that an example is read and transformed once and not once an epoch.
+    augmented: the encoding draws random numbers, so that nothing is kept. Each example then has a random stream of
+    its own, a function of `stream` and its index, whichever process or worker it falls to.
+    """
+
+    def __init__(
+        self,
+        inputs: Any,
+        labels: Sequence[int],
+        encode: Callable[[Any], Any],
+        keep: bool = False,
+        augmented: bool = False,
+    ) -> None:
+        self.inputs, self.labels, self.encode, self.augmented = inputs, labels, encode, augmented
+        self.kept: dict[int, Any] | None = {} if keep and not augmented else None
+        self.stream: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Item:
+        if self.augmented:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(stream_seed("augmentation", *self.stream, index))
+                return self.encode(self.inputs[index]), self.labels[index]
+        if self.kept is None:
+            return self.encode(self.inputs[index]), self.labels[index]
+        if index not in self.kept:
+            self.kept[index] = self.encode(self.inputs[index])
+        return self.kept[index], self.labels[index]
+
+
+def encode_images(
+    train: Examples, test: Examples, config: ImageDatasetConfig, model: ModelConfig, input_name: str
+) -> tuple[Encoded, Encoded, Collate]:
+    """(train, test, collate) for images: (channels, image_size, image_size) floats, normalised as the backbone was.
+
+    Training images are augmented as `config.transform` says, test images never.
+    """
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import v2 as T
+
+    settings = config.transform
+    size = round(model.image_size / settings.crop_ratio)
+    resize = T.Resize(
+        [size, size] if settings.squash else [size],
+        InterpolationMode(settings.interpolation),
+        antialias=True,
+    )
+    jitter = [settings.color_jitter] * 4
+    augment = [
+        *(
+            [T.RandomApply([T.ColorJitter(*jitter[:3], hue=min(jitter[3], 0.5))], p=0.5)]
+            if settings.color_jitter
+            else []
+        ),
+        *([T.RandomHorizontalFlip()] if settings.flip else []),
+    ]
+    finish = [
+        T.Grayscale(num_output_channels=model.channels) if model.channels == 1 else T.RGB(),
+        T.ToImage(),
+        T.ToDtype(torch.float32, scale=True),
+        *([T.Normalize(model.mean, model.std)] if settings.normalize else []),
+    ]
+    crop = T.CenterCrop(model.image_size)
+
+    def collate(items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
+        pixels = torch.stack([torch.as_tensor(image) for image, _ in items])
+        return {input_name: pixels}, torch.tensor([label for _, label in items])
+
+    def encoded(examples: Examples, augment: list[Any]) -> Encoded:
+        size = len(examples) * model.channels * model.image_size**2 * 4
+        transform = T.Compose([resize, crop, *augment, *finish])
+        return Encoded(examples.inputs, examples.labels, transform, size <= KEEP_BYTES, augmented=bool(augment))
+
+    return encoded(train, augment), encoded(test, []), collate
+
+
+def encode_texts(
+    train: Examples, test: Examples, config: TextDatasetConfig, tokenizer: Any
+) -> tuple[Encoded, Encoded, Collate]:
+    """(train, test, collate) for one or two sentences: token ids, padded per batch or to max_length.
+
+    Pairs are encoded as pairs, with the model's own separators and, where it has them, segment ids.
+    """
+    longest = min(config.max_length, tokenizer.model_max_length)
+
+    def tokenize(examples: Examples) -> Encoded:
+        sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
+        ids = tokenizer(*sentences, truncation=True, max_length=longest)
+        return Encoded(range(len(examples)), examples.labels, lambda i: {name: ids[name][i] for name in ids})
+
+    def collate(items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
+        batch = tokenizer.pad(
+            [row for row, _ in items],
+            padding=True if config.padding == "longest" else "max_length",
+            max_length=None if config.padding == "longest" else longest,
+            return_tensors="pt",
+        )
+        return dict(batch), torch.tensor([label for _, label in items])
+
+    return tokenize(train), tokenize(test), collate
+
+
+def encode(
+    train: Examples, test: Examples, config: DatasetConfig, model: ModelConfig, input_name: str, tokenizer: Any
+) -> tuple[Encoded, Encoded, Collate]:
+    """(train, test, collate) as the dataset's modality asks."""
+    if isinstance(config, TextDatasetConfig):
+        return encode_texts(train, test, config, tokenizer)
+    assert isinstance(config, ImageDatasetConfig)
+    return encode_images(train, test, config, model, input_name)
