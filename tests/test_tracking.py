@@ -19,7 +19,7 @@ from tests.running import SHORT, run
 
 def records(path: Path) -> Iterator[Any]:
     """The protobuf records of an offline run's file: LevelDB's log format after a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     content = path.read_bytes()
     assert content[:4] == b":W&B"
