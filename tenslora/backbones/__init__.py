@@ -161,7 +161,9 @@ def _load_transformers(config: ModelConfig, classes: int, tokenizer: Any) -> Bac
             )
         prefix = model.base_model_prefix + "."
         lacking = [name for name in info["missing_keys"] if name.startswith(prefix)]
-        odd = [name for name, *_ in info["mismatched_keys"] if name.startswith(prefix)]
+        # (name, its shape, the model's shape) in transformers 5, the name alone in 4
+        odd = [item if isinstance(item, str) else item[0] for item in info["mismatched_keys"]]
+        odd = [name for name in odd if name.startswith(prefix)]
         if lacking or odd:
             raise _other_model(config, Path(source), f"it lacks or misshapes {(lacking + odd)[0]}")
     else:
