@@ -29,15 +29,18 @@ def train(composed: DictConfig, folder: Path) -> dict[str, Any]:
 
     Raises TensLoRAError for whatever the user can put right; a run that diverged leaves its record first.
     """
-    from tenslora.config import digest, identity, validate
+    from tenslora.config import digest, identity, settings, validate
 
     run = validate(composed)  # before the heavy imports: a slip in the settings shows at once
+
+    import torch
 
     from tenslora.adapter import TensLoraConfig
     from tenslora.attachment import attach
     from tenslora.backbones import load_backbone, load_tokenizer
     from tenslora.data import load_dataset
     from tenslora.data.encoding import encode
+    from tenslora.errors import TensLoRAError
     from tenslora.files import write_safetensors
     from tenslora.projections import check_geometry, find_projections
     from tenslora.ranks import parameter_count
@@ -52,10 +55,11 @@ def train(composed: DictConfig, folder: Path) -> dict[str, Any]:
         logging.getLogger().setLevel(logging.WARNING)
 
     # The dataset, then a backbone with a fresh head for its classes, then the adapter.
-    dataset = load_dataset(run.dataset, run.seed)
-    tokenizer = load_tokenizer(run.model, dataset.train.inputs) if run.dataset.modality == "text" else None
-    clock.append(time.perf_counter())
-    backbone = load_backbone(run.model, len(dataset.classes), run.seed, tokenizer)
+    with processes.main_first():
+        dataset = load_dataset(run.dataset, run.seed)
+        tokenizer = load_tokenizer(run.model, dataset.train.inputs) if run.dataset.modality == "text" else None
+        clock.append(time.perf_counter())
+        backbone = load_backbone(run.model, len(dataset.classes), run.seed, tokenizer)
     model = backbone.model.to(processes.device)
     geometry, _ = find_projections(model)
     check_geometry(run.geometry, geometry)
@@ -94,49 +98,52 @@ def train(composed: DictConfig, folder: Path) -> dict[str, Any]:
         "processes": processes.count,
         "device": processes.name,
     }
-    tracker = start_tracker(run.logger, folder, identity(composed), facts, watch=processes.is_main)
-
     # Train, and leave the record whatever comes of it: it is written last, so that where it is, all is.
     failure = None
-    try:
-        state = fit(
-            model,
-            data,
-            run.dataset.metrics,
-            trainer=run.trainer,
-            optimizer=run.optimizer,
-            seed=run.seed,
-            processes=processes,
-            checkpoint=folder / "checkpoint.safetensors",
-            digest=facts["digest"],
-            resume=run.resume,
-            on_epoch=tracker.epoch,
-        )
-    except Diverged as error:
-        state, failure = error.state, error
-    except BaseException:
-        tracker.abandon()
-        raise
-    record = {
-        "status": "diverged" if failure else "completed",
-        "failure": failure and {"message": str(failure), "step": failure.step, "lr": failure.rate},
-        **facts,
-        "metrics": metrics_of(state.history, run.dataset.metrics),
-        "seconds": {"data": clock[1] - clock[0], "backbone": clock[2] - clock[1], **state.seconds},
-        "steps_per_second": state.steps / state.seconds["train"] if state.epochs else None,
-        "peak_memory_bytes": processes.peak_memory_bytes(),
-        "environment": environment(),
-        "config": identity(composed),
-    }
-    if processes.is_main:
-        if not failure:
-            if adapter:
-                adapter.save(folder / "adapter.safetensors")
-            trained = head if run.mode != "full" else dict(model.named_parameters())
-            write_safetensors(folder / ("model.safetensors" if run.mode == "full" else "head.safetensors"), trained, {})
-        path = write_record(folder, record)
-        tracker.finish(record, folder / "adapter.safetensors" if adapter and not failure else None)
-        log.info("%s\nrecord: %s", summary(record), path)
+    with start_tracker(run.logger, folder, settings(composed), facts, watch=processes.is_main) as tracker:
+        try:
+            state = fit(
+                model,
+                data,
+                run.dataset.metrics,
+                trainer=run.trainer,
+                optimizer=run.optimizer,
+                seed=run.seed,
+                processes=processes,
+                checkpoint=folder / "checkpoint.safetensors",
+                digest=facts["digest"],
+                resume=run.resume,
+                on_epoch=tracker.epoch,
+            )
+        except Diverged as error:
+            state, failure = error.state, error
+        except torch.OutOfMemoryError as error:
+            raise TensLoRAError(
+                f"trainer.batch_size={run.trainer.batch_size}: does not fit into the memory of {processes.name}; a "
+                f"smaller one with trainer.accumulation in proportion trains the same"
+            ) from error
+        record = {
+            "status": "diverged" if failure else "completed",
+            "failure": failure and {"message": str(failure), "step": failure.step, "lr": failure.rate},
+            **facts,
+            "metrics": metrics_of(state.history, run.dataset.metrics),
+            "seconds": {"data": clock[1] - clock[0], "backbone": clock[2] - clock[1], **state.seconds},
+            "steps_per_second": state.steps / state.seconds["train"] if state.steps else None,
+            "peak_memory_bytes": processes.peak_memory_bytes(),
+            "environment": environment(),
+            "identity": identity(composed),
+            "config": settings(composed),
+        }
+        if processes.is_main:
+            files = []
+            if adapter and not failure:
+                files.append(adapter.save(folder / "adapter.safetensors"))
+            if not failure:
+                name, rest = ("model", dict(model.named_parameters())) if run.mode == "full" else ("head", head)
+                files.append(write_safetensors(folder / f"{name}.safetensors", rest, {}))
+            path = write_record(folder, record)
+            tracker.finish(record, files)
+            log.info("%s\nrecord: %s", summary(record), path)
     if failure:
         raise failure
     return record

@@ -96,10 +96,10 @@ class Adapter(nn.Module):
         """dW of one layer, shape (P, d_in, d_out), without alpha. For merging and for looking at, not for training."""
         return torch.cat([left @ right for left, right in self.layer(layer)])
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: Path | str) -> Path:
         """Write the factors and, in the header, the config, geometry and ranks, as one safetensors file, atomically.
 
-        Raises TensLoRAError if the file cannot be written.
+        Returns the path. Raises TensLoRAError if the file cannot be written.
         """
         header = {
             "format": FORMAT,
@@ -107,7 +107,7 @@ class Adapter(nn.Module):
             "geometry": dataclasses.asdict(self.geometry),
             "ranks": list(self.ranks),
         }
-        write_safetensors(Path(path), dict(self.state_dict()), header)
+        return write_safetensors(Path(path), dict(self.state_dict()), header)
 
 
 def load_adapter(path: Path) -> Adapter:

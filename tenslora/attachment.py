@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tenslora.adapter import Adapter, TensLoraConfig, load_adapter
 from tenslora.errors import TensLoRAError
@@ -65,22 +64,22 @@ class LayerUpdate:
 class AdaptedLinear(nn.Linear):
     """y = x W^T + b + alpha x dW for the projections that one Linear holds.
 
-    x: (..., d_in); y: (..., d_out) or (..., P * d_out). Shares weight and bias with the Linear it stands for;
-    once merged, it computes that Linear alone.
+    x: (..., d_in); y: (..., d_out) or (..., P * d_out). Shares its parameters with the Linear that it stands for and
+    calls; once merged, it computes that Linear alone.
     """
 
     def __init__(self, linear: nn.Linear, update: LayerUpdate, projections: tuple[int, ...]) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate and draw a weight to throw away
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        self.base = (linear,)  # in a tuple, and so not a submodule: its parameters are registered here already
+        self.base = (linear,)  # in a tuple, and so not a submodule: its parameters are registered here
+        self._parameters = linear._parameters  # the table itself: what replaces a weight here replaces it there
         self.update = update
         self.projections = projections
         self.merged = False
         self.training = linear.training
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y: Tensor = self.base[0](x)
         if self.merged:
             return y
         if len(self.projections) == 1:
@@ -151,7 +150,8 @@ def detach(model: nn.Module) -> Adapter:
 def merge(model: nn.Module) -> None:
     """Add alpha dW to the weights: W <- W + alpha dW^T, after which the forward pass costs what the backbone's does.
 
-    Twice does what once does. Raises TensLoRAError if there is no adapter.
+    Twice does what once does. Raises TensLoRAError if there is no adapter, or if a weight is not a plain matrix of
+    floats (quantised, packed).
     """
     _fold(model, into_weights=True)
 
@@ -172,6 +172,10 @@ def adapter_of(model: nn.Module) -> Adapter:
 @torch.no_grad()
 def _fold(model: nn.Module, into_weights: bool) -> None:
     adapter = adapter_of(model)
+    for path, linear in _adapted(model).items():
+        if not linear.weight.is_floating_point() or linear.weight.shape != (linear.out_features, linear.in_features):
+            kind = type(linear.base[0]).__name__
+            raise TensLoRAError(f"{path}: the weight of a {kind} cannot take up an update; leave the adapter unmerged")
     for linear in _adapted(model).values():
         if linear.merged != into_weights:
             update = adapter.dense(linear.update.layer)[list(linear.projections)]  # (k, d_in, d_out)

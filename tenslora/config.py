@@ -194,12 +194,17 @@ def validate(composed: DictConfig) -> RunConfig:
     return run
 
 
+def settings(composed: DictConfig) -> dict[str, Any]:
+    """The settings of a run as plain, resolved values, without Hydra's own."""
+    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])  # type: ignore[misc]
+    plain = OmegaConf.to_container(own, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
 def identity(composed: DictConfig) -> dict[str, Any]:
     """The settings that can change a run's result: all but the device it runs on, how fast, and what watches it."""
-    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])  # type: ignore[misc]
-    settings = OmegaConf.to_container(own, resolve=True)
-    assert isinstance(settings, dict)
-    result = {str(key): value for key, value in settings.items() if key not in ("logger", "resume")}
+    result = {key: value for key, value in settings(composed).items() if key not in ("logger", "resume")}
     result["trainer"] = {
         k: v for k, v in result["trainer"].items() if k not in ("device", "workers", "eval_batch_size")
     }

@@ -41,11 +41,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file as `write_bytes` does. Raises TensLoRAError if it cannot be written."""
-    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write named tensors and a JSON header as one safetensors file, as `write_bytes` does.
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+    """Write named tensors and a JSON header as one safetensors file, as `write_bytes` does, and return its path.
 
     Equal tensors and headers give equal bytes. Raises TensLoRAError if the file cannot be written.
     """
@@ -54,6 +54,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One header entry: safetensors writes several in an order that changes from process to process.
     write_bytes(path, save(plain, metadata={_HEADER: json.dumps(header, sort_keys=True)}))
+    return path
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

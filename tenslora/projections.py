@@ -43,6 +43,9 @@ def find_projections(model: nn.Module) -> tuple[Geometry, list[Site]]:
             linears = [getattr(module, name, None) for name in names]
             if not all(isinstance(linear, nn.Linear) for linear in linears):
                 continue
+            if getattr(module, "q_bias", None) is not None and not getattr(module, "qkv_bias_separate", False):
+                # timm's BEiT and EVA read the weight and add biases of their own: they never call the Linear.
+                raise TensLoRAError(f"{path}: does not call its Linear {names[0]}, so that no adapter can act on it")
             layer = len(blocks)
             blocks.append((path, module))
             for index, (name, linear) in enumerate(zip(names, linears, strict=True)):

@@ -57,6 +57,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
         (["model.geometry.layers=6", "rank_strategy=isorank"], "layers=6: the backbone that was loaded has 4"),
         (["model.options.num_heads=5"], "make no vit_tiny_patch16_224 (dim should be divisible by num_heads)"),
         (["tensor_mode"], "missing EQUAL"),
+        (["optimizer=null"], "Config group override must be a string"),
+        (["dataset=dtd", "model=deit_tiny_timm", "dataset.root=missing", "model.image_size=0"], "model.image_size=0"),
     ],
 )
 def test_a_wrong_setting_is_one_line(
@@ -145,7 +147,7 @@ def test_a_disk_that_is_really_full_ends_the_run_in_one_line(monkeypatch: pytest
 def test_the_process_itself_ends_with_status_1_and_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "optimizer.lr=-1", f"hydra.run.dir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (1, "error: optimizer.lr=-1.0: must be at least 0\n")
+    assert (done.returncode, done.stderr) == (1, "error: optimizer.lr=-1.0: must be at least 0 and finite\n")
 
 
 def test_the_traceback_comes_on_request(tmp_path: Path) -> None:
@@ -170,4 +172,9 @@ def test_a_multirun_goes_on_past_a_job_that_fails(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert len(list(tmp_path.rglob("result.json"))) == 1
-    assert done.stderr.splitlines()[-1] == "error: optimizer.lr=-1.0: must be at least 0"
+    assert done.stderr.splitlines()[-1] == "error: optimizer.lr=-1.0: must be at least 0 and finite"
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path}/file" in refused(monkeypatch, *SHORT, f"hydra.run.dir={tmp_path}/file/run")

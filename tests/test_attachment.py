@@ -273,3 +273,37 @@ def test_bf16_weights_are_served_by_a_float32_adapter() -> None:
     y.float().sum().backward()  # type: ignore[no-untyped-call]
     assert y.dtype == torch.bfloat16
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+def test_the_linears_own_forward_and_hooks_are_kept() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = build("timm_vit")
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = Doubling
+    before = logits(model, inputs("timm_vit"))
+    attach(model, TensLoraConfig("qkv")).double()
+    assert torch.equal(logits(model, inputs("timm_vit")), before)
+
+
+def test_weights_that_are_replaced_while_attached_are_still_there_when_detached() -> None:
+    model, other = build("hf_vit"), build("hf_vit")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    attach(model, TensLoraConfig("qkv")).double()
+    model.load_state_dict(other.state_dict(), strict=False, assign=True)
+    detach(model)
+    assert torch.equal(logits(model, inputs("hf_vit")), logits(other, inputs("hf_vit")))
+
+
+def test_packed_weights_are_not_merged_into() -> None:
+    model = build("timm_vit")
+    attached(model, "qkv")
+    packed = nn.Parameter(torch.zeros(72 * 12, 1, dtype=torch.uint8), requires_grad=False)
+    model.blocks[1].attn.qkv.weight = packed  # type: ignore[union-attr,index]
+    with pytest.raises(TensLoRAError, match=r"blocks\.1\.attn\.qkv: the weight of a Linear cannot take up an update"):
+        merge(model)

@@ -94,3 +94,12 @@ def test_finding_changes_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     find_projections(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_attention_that_never_calls_its_linear_is_refused(name: str) -> None:
+    import timm
+
+    sizes = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 2}
+    with pytest.raises(TensLoRAError, match="does not call its Linear qkv"):
+        find_projections(timm.create_model(name, **sizes))

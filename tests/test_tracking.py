@@ -76,7 +76,7 @@ def test_an_offline_run_holds_settings_metrics_counts_and_the_adapter(tmp_path: 
     artifacts = [r.request.log_artifact.artifact for r in kept if r.request.HasField("log_artifact")]
     artifacts += [r.artifact for r in kept if r.WhichOneof("record_type") == "artifact"]
     assert [(a.type, [entry.path for entry in a.manifest.contents]) for a in artifacts] == [
-        ("model", ["adapter.safetensors"])
+        ("model", ["adapter.safetensors", "head.safetensors"])
     ]
 
 

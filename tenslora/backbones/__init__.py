@@ -56,7 +56,7 @@ def load_backbone(config: ModelConfig, classes: int, seed: int, tokenizer: Any =
     Raises TensLoRAError if the weights are missing, damaged or another model's, or the hub cannot be reached.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed("backbone", seed))
+        torch.default_generator.manual_seed(stream_seed("backbone", seed))  # the CPU's alone
         if config.library == "timm":
             backbone = _load_timm(config, classes)
         else:
@@ -167,14 +167,17 @@ def _load_transformers(config: ModelConfig, classes: int, tokenizer: Any) -> Bac
         if lacking or odd:
             raise _other_model(config, Path(source), f"it lacks or misshapes {(lacking + odd)[0]}")
     else:
-        extra = {"pad_token_id": tokenizer.pad_token_id} if text else {}
+        extra = {"pad_token_id": tokenizer.pad_token_id} if text else {"image_size": config.image_size}
         try:
-            settings = AutoConfig.for_model(**config.options, num_labels=classes, **extra)
+            settings = AutoConfig.for_model(**{**config.options, **extra}, num_labels=classes)
             if text and len(tokenizer) > settings.vocab_size:
                 raise ValueError(f"vocab_size must be at least {len(tokenizer)}, the size of the tokenizer's")
             model = auto.from_config(settings)
         except _UNBUILDABLE as error:
             raise _not_buildable(config, error) from error
+    size = getattr(model.config, "image_size", None)
+    if not text and size not in (None, config.image_size):
+        raise TensLoRAError(f"model.image_size={config.image_size}: {config.name} takes images of {size}")
     head = [child for name, child in model.named_children() if name != model.base_model_prefix]
     return Backbone(model, head, "pixel_values")
 

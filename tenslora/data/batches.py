@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -38,7 +37,7 @@ class TrainBatches:
         batch_size: examples per forward pass over all processes. accumulation: forward passes per optimizer step.
         seed: with the epoch it decides the order.
         process, processes: which share of each batch is this process's.
-        workers: processes that prepare batches ahead.
+        workers: processes that prepare batches ahead. pin_memory: for a faster copy to a GPU.
     """
 
     def __init__(
@@ -52,10 +51,12 @@ class TrainBatches:
         process: int = 0,
         processes: int = 1,
         workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         self.data, self.collate = data, collate
         self.batch_size, self.accumulation, self.seed = batch_size, accumulation, seed
-        self.process, self.processes, self.workers = process, processes, workers
+        self.process, self.processes = process, processes
+        self.workers, self.pin_memory = workers, pin_memory
         self.batches_per_epoch = math.ceil(len(data) / batch_size)
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / accumulation)
 
@@ -75,6 +76,7 @@ class TrainBatches:
             [share or batch[:1] for share, batch in zip(mine, batches, strict=True)],
             self.collate,
             self.workers,
+            self.pin_memory,
         )
         for index, (inputs, labels) in enumerate(loader):
             first = index - index % self.accumulation
@@ -88,21 +90,30 @@ class TrainBatches:
 
 
 def test_batches(
-    data: Encoded, collate: Collate, *, batch_size: int, process: int = 0, processes: int = 1, workers: int = 0
+    data: Encoded,
+    collate: Collate,
+    *,
+    batch_size: int,
+    process: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader[tuple[dict[str, Tensor], Tensor]]:
     """This process's share of the test examples, every `processes`-th, in order."""
     mine = list(range(process, len(data), processes))
-    return _loader(data, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)], collate, workers)
+    return _loader(
+        data, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)], collate, workers, pin_memory
+    )
 
 
 def _loader(
-    data: Encoded, batches: list[list[int]], collate: Collate, workers: int
+    data: Encoded, batches: list[list[int]], collate: Collate, workers: int, pin_memory: bool
 ) -> DataLoader[tuple[dict[str, Tensor], Tensor]]:
     loader: DataLoader[Any] = DataLoader(
         data,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
     )
     return loader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ Collate = Callable[[list[Item]], tuple[dict[str, Tensor], Tensor]]
 class Encoded(TorchDataset[Item]):
     """Examples with an encoding applied when one is fetched.
 
-    keep: hold on to what was encoded, so that an example is read and transformed once and not once an epoch.
+    keep: hold on to what was encoded, so that an example is read and transformed once and not once an epoch (with
+    workers, which live for an epoch, it is once an epoch all the same).
     augmented: the encoding draws random numbers, so that nothing is kept. Each example then has a random stream of
     its own, a function of `stream` and its index, whichever process or worker it falls to.
     """
@@ -44,13 +46,55 @@ class Encoded(TorchDataset[Item]):
     def __getitem__(self, index: int) -> Item:
         if self.augmented:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(stream_seed("augmentation", *self.stream, index))
+                # This generator alone: torch.manual_seed would set the GPUs' too, where dropout draws.
+                torch.default_generator.manual_seed(stream_seed("augmentation", *self.stream, index))
                 return self.encode(self.inputs[index]), self.labels[index]
         if self.kept is None:
             return self.encode(self.inputs[index]), self.labels[index]
         if index not in self.kept:
             self.kept[index] = self.encode(self.inputs[index])
         return self.kept[index], self.labels[index]
+
+
+# Classes and not closures, so that a worker process can be handed one however it was started.
+
+
+@dataclass(frozen=True)
+class ImageCollate:
+    """A batch of image tensors under the model's own name for them, and the labels."""
+
+    input_name: str
+
+    def __call__(self, items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
+        pixels = torch.stack([torch.as_tensor(image) for image, _ in items])
+        return {self.input_name: pixels}, torch.tensor([label for _, label in items])
+
+
+@dataclass(frozen=True)
+class TextCollate:
+    """A batch of token rows, padded to its longest or to `pad_to` tokens, and the labels."""
+
+    tokenizer: Any
+    pad_to: int | None
+
+    def __call__(self, items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
+        batch = self.tokenizer.pad(
+            [row for row, _ in items],
+            padding=True if self.pad_to is None else "max_length",
+            max_length=self.pad_to,
+            return_tensors="pt",
+        )
+        return dict(batch), torch.tensor([label for _, label in items])
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One example's row of what the tokenizer gave for all."""
+
+    columns: dict[str, list[list[int]]]
+
+    def __call__(self, index: int) -> dict[str, list[int]]:
+        return {name: column[index] for name, column in self.columns.items()}
 
 
 def encode_images(
@@ -87,16 +131,12 @@ def encode_images(
     ]
     crop = T.CenterCrop(model.image_size)
 
-    def collate(items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
-        pixels = torch.stack([torch.as_tensor(image) for image, _ in items])
-        return {input_name: pixels}, torch.tensor([label for _, label in items])
-
     def encoded(examples: Examples, augment: list[Any]) -> Encoded:
         size = len(examples) * model.channels * model.image_size**2 * 4
         transform = T.Compose([resize, crop, *augment, *finish])
         return Encoded(examples.inputs, examples.labels, transform, size <= KEEP_BYTES, augmented=bool(augment))
 
-    return encoded(train, augment), encoded(test, []), collate
+    return encoded(train, augment), encoded(test, []), ImageCollate(input_name)
 
 
 def encode_texts(
@@ -111,18 +151,10 @@ def encode_texts(
     def tokenize(examples: Examples) -> Encoded:
         sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
         ids = tokenizer(*sentences, truncation=True, max_length=longest)
-        return Encoded(range(len(examples)), examples.labels, lambda i: {name: ids[name][i] for name in ids})
+        return Encoded(range(len(examples)), examples.labels, TokenRow(dict(ids)))
 
-    def collate(items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
-        batch = tokenizer.pad(
-            [row for row, _ in items],
-            padding=True if config.padding == "longest" else "max_length",
-            max_length=None if config.padding == "longest" else longest,
-            return_tensors="pt",
-        )
-        return dict(batch), torch.tensor([label for _, label in items])
-
-    return tokenize(train), tokenize(test), collate
+    pad_to = None if config.padding == "longest" else longest
+    return tokenize(train), tokenize(test), TextCollate(tokenizer, pad_to)
 
 
 def encode(

@@ -105,10 +105,21 @@ SOURCES = {
 def load_images(config: ImageDatasetConfig, seed: int) -> Dataset:
     """The examples of an image dataset; see `tenslora.data.load_dataset`."""
     if config.name == "digits":
+        for setting, value, only in (
+            ("root", config.root, None),
+            ("train_splits", config.train_splits, ["train"]),
+            ("test_split", config.test_split, "test"),
+        ):
+            if value != only:
+                raise TensLoRAError(f"dataset.{setting}={value}: the digits are embedded; it can only be {only}")
         return digits(range(5, 10))
     if config.name not in SOURCES:
         raise TensLoRAError(f"dataset.name={config.name}: must be one of digits, {', '.join(SOURCES)}")
     source = SOURCES[config.name]
+    if config.train_fraction is not None and None not in source.sizes:
+        raise TensLoRAError(
+            f"dataset.train_fraction={config.train_fraction}: {config.name} has published splits; use null"
+        )
     if None in source.sizes:
         return _split(config, source, seed)
     for split in [*(config.train_splits or []), config.test_split]:

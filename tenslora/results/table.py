@@ -41,24 +41,30 @@ def markdown(records: list[dict[str, Any]]) -> str:
         strategy = "" if mode in (*REFERENCES, "lora") else record["rank_strategy"]
         ranks = ", ".join(map(str, record["ranks"] or []))
         key = (record["dataset"], record["model"], strategy, _ORDER.index(mode), ranks)
-        seen = rows[key].setdefault(record["seed"], record)
-        if seen["metrics"]["last"] != record["metrics"]["last"]:
+        other = next(iter(rows[key].values()), record)
+        if _but_for_seed(record) != _but_for_seed(other):
             raise TensLoRAError(
-                f"{record['dataset']}, {mode}, seed {record['seed']}: two runs with different settings (digests "
-                f"{seen['digest']} and {record['digest']}); give a folder that holds one of them"
+                f"{record['dataset']}, {record['model']}, {mode}: the runs {other['digest']} and {record['digest']} "
+                f"differ in more than the seed; give a folder that holds one kind"
             )
+        rows[key][record["seed"]] = record
     lines = [
-        "| dataset | construction | ranks | parameters | % of LoRA | metric | last | best |",
-        "|---|---|---|---:|---:|---|---:|---:|",
+        "| dataset | model | construction | ranks | parameters | % of LoRA | metric | last | best |",
+        "|---|---|---|---|---:|---:|---|---:|---:|",
     ]
-    for (dataset, _, strategy, order, ranks), seeds in sorted(rows.items(), key=lambda row: row[0]):
+    for (dataset, model, strategy, order, ranks), seeds in sorted(rows.items(), key=lambda row: row[0]):
         runs = list(seeds.values())
         count, lora = runs[0]["adapter_parameters"], runs[0]["lora_parameters"]
         scores = [_spread([run["metrics"][which] for run in runs]) for which in ("last", "best")]
         name = f"{_ORDER[order]} {strategy}".strip()
-        cells = [dataset, name, ranks, f"{count:,}", f"{100 * count / lora:.1f}", runs[0]["metrics"]["name"], *scores]
-        lines.append(f"| {' | '.join(cells)} |")
+        share, metric = f"{100 * count / lora:.1f}", runs[0]["metrics"]["name"]
+        lines.append(f"| {' | '.join([dataset, model, name, ranks, f'{count:,}', share, metric, *scores])} |")
     return "\n".join(lines)
+
+
+def _but_for_seed(record: dict[str, Any]) -> dict[str, Any]:
+    left_out = {"seed", "rank_strategy"} if record["tensor_mode"] == "lora" else {"seed"}
+    return {name: value for name, value in record["identity"].items() if name not in left_out}
 
 
 def _spread(scores: list[float]) -> str:

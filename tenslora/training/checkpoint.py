@@ -60,6 +60,13 @@ def load_checkpoint(
             f"{path}: is of a run with other settings (digest {header['digest']}, this run {digest}); "
             f"start without resume, or in another folder"
         )
+    expected = {f"parameters/{name}": parameter.shape for name, parameter in parameters.items()}
+    stored = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameters/")}
+    if stored != expected:
+        odd = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
+        raise TensLoRAError(
+            f"{path}: does not hold this model's parameters (first difference: {odd}); start without resume"
+        )
     moments: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         kind, _, rest = name.partition("/")

@@ -34,12 +34,11 @@ PLAIN_LINE_SECONDS = 30  # how often a run without a terminal says where it is
 
 
 class Diverged(TensLoRAError):
-    """The loss is no longer a finite number. state: how far the run came. step, rate: where it happened."""
+    """A loss is no longer a finite number. state: how far the run came. step, rate: where it happened."""
 
-    def __init__(self, state: State, rate: float, loss: float) -> None:
-        step = state.steps + 1
+    def __init__(self, state: State, step: int, rate: float, which: str, loss: float) -> None:
         super().__init__(
-            f"the loss is {loss} at step {step}, learning rate {rate:.3g}: the run has diverged; try a smaller "
+            f"the {which} loss is {loss} at step {step}, learning rate {rate:.3g}: the run has diverged; try a smaller "
             f"optimizer.lr, a warm-up (optimizer.warmup_steps) or trainer.clip_norm"
         )
         self.state, self.step, self.rate = state, step, rate
@@ -68,7 +67,8 @@ def fit(
         trainer, optimizer, seed: settings; see conf/.
         processes: who shares the work.
         checkpoint: written after every epoch. digest: of the run, kept in it. resume: go on from it if it is there.
-        on_epoch: called on the main process with each entry of the history as it arises.
+        on_epoch: called on the main process with each entry of the history as it arises, and on resuming with those
+            of the checkpoint.
 
     Each entry of the history holds epoch, step, train_loss, test_loss, lr and the metrics. On a CPU the history
     and the final parameters are a function of the settings alone, however often the run was killed and resumed.
@@ -88,11 +88,21 @@ def fit(
     if resume and checkpoint.is_file():
         state = load_checkpoint(checkpoint, digest, parameters, adamw)
         log.info("resuming after epoch %d of %d", state.epochs, trainer.epochs)
+        if processes.is_main:
+            for entry in state.history:
+                on_epoch(entry)
 
     train, test, collate = data
-    share = {"process": processes.index, "processes": processes.count, "workers": trainer.workers}
     batches = TrainBatches(
-        train, collate, batch_size=trainer.batch_size, accumulation=trainer.accumulation, seed=seed, **share
+        train,
+        collate,
+        batch_size=trainer.batch_size,
+        accumulation=trainer.accumulation,
+        seed=seed,
+        process=processes.index,
+        processes=processes.count,
+        workers=trainer.workers,
+        pin_memory=processes.device.type == "cuda",
     )
     steps = min(trainer.epochs * batches.steps_per_epoch, trainer.max_steps or sys.maxsize)
     wrapped = processes.wrap(model)
@@ -122,8 +132,14 @@ def fit(
                 rate = cosine_rate(state.steps, steps, optimizer.lr, optimizer.min_lr, optimizer.warmup_steps)
                 losses.append(processes.mean(step_loss).item())
                 step_loss.zero_()
+                idle = [name for name, p in parameters.items() if p.grad is None] if state.steps == 0 else []
+                if idle:
+                    raise TensLoRAError(
+                        f"{type(model).__name__}: {idle[0]} has no part in the loss; is it ever called?"
+                    )
                 if not math.isfinite(losses[-1]):
-                    raise Diverged(state, rate, losses[-1])
+                    state.seconds["train"] += time.perf_counter() - started
+                    raise Diverged(state, state.steps + 1, rate, "training", losses[-1])
                 if trainer.clip_norm is not None:
                     nn.utils.clip_grad_norm_(parameters.values(), trainer.clip_norm)
                 for group in adamw.param_groups:
@@ -139,6 +155,8 @@ def fit(
             started = time.perf_counter()
             test_loss, scores = evaluate(wrapped, test, collate, metrics, trainer, processes, autocast)
             state.seconds["evaluate"] += time.perf_counter() - started
+            if not math.isfinite(test_loss):
+                raise Diverged(state, state.steps, rate, "test", test_loss)
             state.epochs = epoch
             entry = {
                 "epoch": epoch,
@@ -168,9 +186,14 @@ def evaluate(
     """(mean loss, metrics) over the whole test split; every process gets the same."""
     model.eval()
     loader = test_batches(
-        test, collate, batch_size=trainer.eval_batch_size, process=processes.index, processes=processes.count,
+        test,
+        collate,
+        batch_size=trainer.eval_batch_size,
+        process=processes.index,
+        processes=processes.count,
         workers=trainer.workers,
-    )  # fmt: skip
+        pin_memory=processes.device.type == "cuda",
+    )
     results: list[tuple[float, int, int]] = []
     with torch.inference_mode():
         for inputs, labels in loader:

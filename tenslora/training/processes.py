@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import platform
@@ -26,14 +27,21 @@ class Processes:
     """
 
     def __init__(self, device: str) -> None:
-        self.index, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.index, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._accelerator: Any = None
         self.device = _device(device)
         if self.count > 1:
             from accelerate import Accelerator
 
-            self._accelerator = Accelerator(cpu=self.device.type == "cpu")
+            if self.device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
+                raise TensLoRAError(f"trainer.device={device}: more processes than this machine's CUDA devices")
+            # Autocast is the training loop's; Accelerate would take a precision of its own from the environment.
+            self._accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
             self.device = self._accelerator.device
+            atexit.register(self._accelerator.state.destroy_process_group)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     @property
     def name(self) -> str:
@@ -47,7 +55,7 @@ class Processes:
         return platform.machine()
 
     def peak_memory_bytes(self) -> int:
-        """The most memory held at once: allocated on the GPU, or resident in this process on a CPU."""
+        """The most memory held at once: allocated on the GPU by this run, or resident since the process began."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         import resource
@@ -58,6 +66,10 @@ class Processes:
     @property
     def is_main(self) -> bool:
         return self.index == 0
+
+    def main_first(self) -> contextlib.AbstractContextManager[Any]:
+        """A context that the main process of each machine leaves before the others enter: it downloads, they read."""
+        return contextlib.nullcontext() if self._accelerator is None else self._accelerator.local_main_process_first()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """`model`, so that its gradients are the mean over processes."""

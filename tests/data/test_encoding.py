@@ -123,7 +123,7 @@ def test_image_batches_go_by_the_models_input_name() -> None:
     assert (labels.tolist(), labels.dtype) == ([2, 0], torch.int64)
 
 
-def by_example(data: Encoded, collate: Any, epoch: int, seed: int = 0, **share: int) -> dict[int, Tensor]:
+def by_example(data: Encoded, collate: Any, epoch: int, seed: int = 0, **share: Any) -> dict[int, Tensor]:
     source = TrainBatches(data, collate, batch_size=4, seed=seed, **share)
     return {
         label: pixels
@@ -161,7 +161,7 @@ def test_color_jitter_changes_half_of_the_training_images_and_no_test_image() ->
 def test_augmentation_is_a_function_of_seed_epoch_and_example_alone() -> None:
     examples = pictures(10, (8, 8))
 
-    def draws(epoch: int, seed: int = 0, **share: int) -> dict[int, Tensor]:
+    def draws(epoch: int, seed: int = 0, **share: Any) -> dict[int, Tensor]:
         train, _, collate = encode_pictures(examples, model_config(), flip=True, color_jitter=0.4)
         return by_example(train, collate, epoch, seed, **share)
 

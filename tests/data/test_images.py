@@ -245,7 +245,7 @@ def test_missing_data_says_where_it_looked_and_for_what(name: str, there: bool, 
     layout = {"dtd": "dtd/dtd/images", "eurosat": "eurosat/2750", "cifar10": "cifar-10-batches-py"}
     expected = layout.get(name, "fgvc-aircraft-2013b/data")
     with pytest.raises(TensLoRAError, match=rf"dataset\.root=\S*here: .*{expected}"):
-        load(name, root, train_fraction=0.8)
+        load(name, root, train_fraction=0.8 if name == "eurosat" else None)
     assert not there or not list(root.iterdir())
 
 
@@ -273,3 +273,14 @@ def test_an_empty_test_split_is_refused(tmp_path: Path) -> None:
 def test_unknown_dataset_names_the_known_ones() -> None:
     with pytest.raises(TensLoRAError, match=r"dataset\.name=mnist: .*digits, dtd, eurosat, cifar10, fgvc_aircraft"):
         load("mnist", None)
+
+
+@pytest.mark.parametrize("changes", [{"train_splits": ["val"]}, {"test_split": "train"}])
+def test_settings_that_the_embedded_digits_have_no_use_for_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(TensLoRAError, match=r"dataset\.(train_splits|test_split)=.*the digits are embedded"):
+        load("digits", None, **changes)
+
+
+def test_a_share_of_a_dataset_with_published_splits_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"dataset\.train_fraction=0\.5: dtd has published splits"):
+        load("dtd", tmp_path, train_fraction=0.5)

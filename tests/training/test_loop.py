@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tenslora.errors import TensLoRAError
 from tenslora.training.loop import Diverged
 from tests.running import SHORT, record, run
 
@@ -94,7 +95,7 @@ def test_clipping_bounds_the_gradient(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_record_says_so(tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match=r"the loss is (nan|inf) at step \d+, learning rate \d\S*e\+29"):
+    with pytest.raises(Diverged, match=r"the training loss is (nan|inf) at step \d+, learning rate \d\S*e\+29"):
         run(tmp_path, *SHORT, "optimizer.lr=1e30")
     left = record(tmp_path)
     assert left["status"] == "diverged"
@@ -130,3 +131,20 @@ def test_workers_do_not_change_a_run_even_with_augmentation(tmp_path: Path) -> N
     plain = run(tmp_path / "c", *SHORT, "trainer.epochs=1")
     assert alone["metrics"] == helped["metrics"] != plain["metrics"]
     assert alone["digest"] == helped["digest"] != plain["digest"]
+
+
+def test_a_blow_up_that_only_the_evaluation_sees_is_recorded_too(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"the test loss is nan at step 1"):
+        run(tmp_path, *SHORT, "optimizer.lr=1e30", "trainer.max_steps=1")
+    assert record(tmp_path)["status"] == "diverged"
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_a_parameter_that_takes_no_part_is_an_error_and_not_a_quiet_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tenslora.attachment import AdaptedLinear
+
+    monkeypatch.setattr(AdaptedLinear, "forward", lambda self, x: self.base[0](x))
+    with pytest.raises(TensLoRAError, match=r"tenslora\.tensors\.0\.core has no part in the loss"):
+        run(tmp_path, *SHORT)
