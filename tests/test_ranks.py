@@ -102,6 +102,16 @@ def test_the_predicted_count_is_the_built_adapters(name: str, geometry: Geometry
     assert built == parameter_count(name, geometry, strategy.resolve(name, geometry))
 
 
+@pytest.mark.parametrize("name", CONSTRUCTIONS)
+def test_explicit_ranks_are_counted_as_built(name: str) -> None:
+    geometry = GEOMETRIES["minilm"]
+    ranks = tuple(2 + i % 2 for i in range(len(rank_names(name, geometry))))
+    with torch.device("meta"):
+        adapter = _build(TensLoraConfig(name, RankStrategy("explicit", ranks=ranks)), geometry)
+    assert adapter.ranks == ranks
+    assert sum(p.numel() for p in adapter.parameters()) == parameter_count(name, geometry, ranks)
+
+
 def _build(config: TensLoraConfig, geometry: Geometry) -> Adapter:
     return Adapter(config, geometry)
 
