@@ -45,7 +45,9 @@ class WandbTracker(Tracker):
         self._wandb = wandb
         mode = config.mode
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
+            mode = os.environ.get("WANDB_MODE") or (
+                "online" if _has_key(wandb.setup().settings.base_url) else "offline"
+            )
         try:
             self._run = wandb.init(
                 project=config.project,
@@ -101,12 +103,12 @@ def start_tracker(
     return WandbTracker(config, folder, settings, facts)
 
 
-def _has_key() -> bool:
-    # Where W&B itself looks: the environment, then the netrc file under the service's host.
+def _has_key(base_url: str) -> bool:
+    # Where W&B itself looks: the environment, then the netrc file under the service's host, which has had two names.
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
-        return host in netrc.netrc(os.environ.get("NETRC")).hosts
+        known = netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
         return False
+    return urlsplit(base_url).hostname in known or "api.wandb.ai" in known

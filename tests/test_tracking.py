@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tenslora.config import LoggerConfig
-from tenslora.tracking import Tracker, start_tracker
+from tenslora.tracking import Tracker, _has_key, start_tracker
 from tests.conftest import ROOT
 from tests.running import SHORT, run
 
@@ -98,3 +98,21 @@ def test_a_run_that_does_not_want_wandb_does_without_it(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
     assert (tmp_path / "result.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("host", "found"), [("api.wandb.ai", True), ("wandb.example.org", True), ("example.com", False), (None, False)]
+)
+@pytest.mark.usefixtures("_no_wandb_key")
+def test_a_key_in_the_netrc_file_is_seen(
+    host: str | None, found: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if host:
+        (tmp_path / "keys").write_text(f"machine {host}\n  login user\n  password {'a' * 40}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+    assert _has_key("https://wandb.example.org/path") == found
+
+
+def test_a_key_in_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert _has_key("https://wandb.example.org")
