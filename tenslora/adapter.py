@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tenslora.constructions import Geometry, modes, tensor_grid
+from tenslora.constructions import TENSOR_SEEDS, Geometry, modes, tensor_grid
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import Matrix, Tucker
 from tenslora.files import read_safetensors, write_safetensors
@@ -48,8 +48,8 @@ class TensLoraConfig:
             raise TensLoRAError(f"adapter.dropout={self.dropout}: must be from 0 to below 1")
         if not math.isfinite(self.alpha):
             raise TensLoRAError(f"adapter.alpha={self.alpha}: must be a finite number")
-        if self.tensor_seeds not in ("distinct", "equal"):
-            raise TensLoRAError(f"adapter.tensor_seeds={self.tensor_seeds}: must be one of distinct, equal")
+        if self.tensor_seeds not in TENSOR_SEEDS:
+            raise TensLoRAError(f"adapter.tensor_seeds={self.tensor_seeds}: must be one of {', '.join(TENSOR_SEEDS)}")
 
 
 class Adapter(nn.Module):

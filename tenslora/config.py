@@ -12,7 +12,7 @@ from typing import Any, Optional
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tenslora.constructions import CONSTRUCTIONS, Geometry
+from tenslora.constructions import CONSTRUCTIONS, HEAD_LAYOUTS, INITS, TENSOR_SEEDS, Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.ranks import RULES, STRATEGIES, RankStrategy
 
@@ -251,9 +251,9 @@ def _check(run: RunConfig) -> None:
     _one_of("rank_strategy", run.rank_strategy.name, STRATEGIES)
     _one_of("rank_strategy.rule", run.rank_strategy.rule, tuple(RULES))
     _one_of("model.library", model.library, ("transformers", "timm"))
-    _one_of("adapter.init", run.adapter.init, ("orthogonal", "normal", "kaiming_uniform"))
-    _one_of("adapter.head_layout", run.adapter.head_layout, ("aligned", "interleaved"))
-    _one_of("adapter.tensor_seeds", run.adapter.tensor_seeds, ("distinct", "equal"))
+    _one_of("adapter.init", run.adapter.init, INITS)
+    _one_of("adapter.head_layout", run.adapter.head_layout, HEAD_LAYOUTS)
+    _one_of("adapter.tensor_seeds", run.adapter.tensor_seeds, TENSOR_SEEDS)
     _one_of("optimizer", optimizer.name, ("adamw",))
     _one_of("trainer.precision", trainer.precision, ("fp32", "bf16"))
     _one_of("logger", run.logger.name, ("none", "wandb"))

@@ -29,6 +29,11 @@ CONSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 """Name of each construction and the set S of axes it stacks."""
 
+# What else of a tensor is chosen by name; the modules that act on it need torch, the check of the settings does not.
+INITS = ("orthogonal", "normal", "kaiming_uniform")
+HEAD_LAYOUTS = ("aligned", "interleaved")
+TENSOR_SEEDS = ("distinct", "equal")
+
 
 @dataclass(frozen=True)
 class Geometry:

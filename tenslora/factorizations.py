@@ -12,11 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from tenslora.constructions import DEPTH, HEAD, PROJECTION
+from tenslora.constructions import DEPTH, HEAD, HEAD_LAYOUTS, INITS, PROJECTION
 from tenslora.errors import TensLoRAError
-
-INITS = ("orthogonal", "normal", "kaiming_uniform")
-HEAD_LAYOUTS = ("aligned", "interleaved")
 
 
 class Matrix(nn.Module):

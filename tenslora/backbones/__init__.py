@@ -83,10 +83,9 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
         return _train_tokenizer(sentences)
     from transformers import AutoTokenizer
 
-    if config.checkpoint is not None and not Path(config.checkpoint).is_dir():
-        raise TensLoRAError(f"model.checkpoint={config.checkpoint}: no such folder")
+    source = _folder_or_repository(config)
     with _Fetching(config):
-        tokenizer = AutoTokenizer.from_pretrained(config.checkpoint or config.architecture)
+        tokenizer = AutoTokenizer.from_pretrained(source)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers 5 makes of no tokenizer files
             raise OSError("no tokenizer there")
         return tokenizer
@@ -149,10 +148,8 @@ def _load_transformers(config: ModelConfig, classes: int, tokenizer: Any) -> Bac
     text = config.modality == "text"
     auto = AutoModelForSequenceClassification if text else AutoModelForImageClassification
     if config.pretrained:
-        source = config.checkpoint or config.architecture
+        source = _folder_or_repository(config)
         if config.checkpoint is not None:
-            if not Path(source).is_dir():
-                raise TensLoRAError(f"model.checkpoint={source}: no such folder")
             transformers.utils.logging.disable_progress_bar()  # a download shows one, a local read need not
         transformers.utils.logging.set_verbosity_error()  # the new head and the dropped one are as intended
         with _Fetching(config):
@@ -180,6 +177,13 @@ def _load_transformers(config: ModelConfig, classes: int, tokenizer: Any) -> Bac
         raise TensLoRAError(f"model.image_size={config.image_size}: {config.name} takes images of {size}")
     head = [child for name, child in model.named_children() if name != model.base_model_prefix]
     return Backbone(model, head, "pixel_values")
+
+
+def _folder_or_repository(config: ModelConfig) -> str:
+    # Checked here, since a folder that is not there would be taken for a repository's name.
+    if config.checkpoint is not None and not Path(config.checkpoint).is_dir():
+        raise TensLoRAError(f"model.checkpoint={config.checkpoint}: no such folder")
+    return config.checkpoint or config.architecture
 
 
 class _Fetching:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from tenslora.attachment import NAME as ADAPTER
 from tenslora.backbones import logits_of
 from tenslora.config import OptimizerConfig, TrainerConfig
 from tenslora.data.batches import TrainBatches, test_batches
@@ -132,11 +133,8 @@ def fit(
                 rate = cosine_rate(state.steps, steps, optimizer.lr, optimizer.min_lr, optimizer.warmup_steps)
                 losses.append(processes.mean(step_loss).item())
                 step_loss.zero_()
-                idle = [name for name, p in parameters.items() if p.grad is None] if state.steps == 0 else []
-                if idle:
-                    raise TensLoRAError(
-                        f"{type(model).__name__}: {idle[0]} has no part in the loss; is it ever called?"
-                    )
+                if state.steps == 0:
+                    _check_adapter_is_used(model)
                 if not math.isfinite(losses[-1]):
                     state.seconds["train"] += time.perf_counter() - started
                     raise Diverged(state, state.steps + 1, rate, "training", losses[-1])
@@ -172,6 +170,14 @@ def fit(
                 on_epoch(entry)
             progress.epoch(entry, metrics[0])
     return state
+
+
+def _check_adapter_is_used(model: nn.Module) -> None:
+    # A backbone may have weights that a classifier does not use; an adapter without gradients sits on Linear layers
+    # that are never called, and the run would be head_only under another name.
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{ADAPTER}.") and parameter.grad is None:
+            raise TensLoRAError(f"{type(model).__name__}: {name} has no part in the loss; is it ever called?")
 
 
 def evaluate(

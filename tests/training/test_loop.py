@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tenslora.config import ModelConfig
 from tenslora.errors import TensLoRAError
 from tenslora.training.loop import Diverged
 from tests.running import SHORT, record, run
@@ -140,7 +141,7 @@ def test_a_blow_up_that_only_the_evaluation_sees_is_recorded_too(tmp_path: Path)
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
-def test_a_parameter_that_takes_no_part_is_an_error_and_not_a_quiet_run(
+def test_an_adapter_that_takes_no_part_is_an_error_and_not_a_quiet_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tenslora.attachment import AdaptedLinear
@@ -148,3 +149,19 @@ def test_a_parameter_that_takes_no_part_is_an_error_and_not_a_quiet_run(
     monkeypatch.setattr(AdaptedLinear, "forward", lambda self, x: self.base[0](x))
     with pytest.raises(TensLoRAError, match=r"tenslora\.tensors\.0\.core has no part in the loss"):
         run(tmp_path, *SHORT)
+
+
+def test_a_weight_of_the_backbone_that_takes_no_part_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As DINOv2's mask token, which only its pretraining uses.
+    import tenslora.backbones as backbones
+
+    load = backbones._load_timm
+
+    def with_a_spare(config: ModelConfig, classes: int) -> backbones.Backbone:
+        backbone = load(config, classes)
+        backbone.model.register_parameter("spare", torch.nn.Parameter(torch.ones(2)))
+        return backbone
+
+    monkeypatch.setattr(backbones, "_load_timm", with_a_spare)
+    assert run(tmp_path / "a", *SHORT, "tensor_mode=full")["status"] == "completed"
+    assert run(tmp_path / "b", *SHORT)["status"] == "completed"
