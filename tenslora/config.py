@@ -80,6 +80,7 @@ class ImageDatasetConfig(DatasetConfig):
 class TextDatasetConfig(DatasetConfig):
     max_length: int = MISSING
     padding: str = MISSING
+    group_by_length: bool = MISSING
 
 
 @dataclass
@@ -210,6 +211,8 @@ def identity(composed: DictConfig) -> dict[str, Any]:
     }
     if result["tensor_mode"]["name"] in REFERENCES:
         del result["rank_strategy"], result["adapter"]
+    elif strategy_of(composed) == "":
+        result["rank_strategy"] = {"rank": result["rank_strategy"]["rank"]}
     plain = _canonical(result)
     assert isinstance(plain, dict)
     return plain
@@ -231,9 +234,17 @@ def digest(composed: DictConfig) -> str:
 
 def run_folder(composed: DictConfig) -> str:
     """The folder of a run, named after what was run: dataset/model/construction-strategy-seed-digest."""
-    mode = composed.tensor_mode.name
-    strategy = "" if mode in REFERENCES else f"-{composed.rank_strategy.name}"
-    return f"{composed.dataset.name}/{composed.model.name}/{mode}{strategy}-seed{composed.seed}-{digest(composed)}"
+    row = "-".join(filter(None, (composed.tensor_mode.name, strategy_of(composed))))
+    return f"{composed.dataset.name}/{composed.model.name}/{row}-seed{composed.seed}-{digest(composed)}"
+
+
+def strategy_of(composed: DictConfig) -> str:
+    """The rank strategy that sets a run apart from others of its tensor_mode; empty where none does.
+
+    LoRA at a rank is one run under isorank and isoparameters; a run without an adapter has no ranks.
+    """
+    mode, strategy = composed.tensor_mode.name, composed.rank_strategy.name
+    return "" if mode in REFERENCES or (mode == "lora" and strategy != "explicit") else str(strategy)
 
 
 def register_resolvers() -> None:

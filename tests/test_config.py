@@ -176,6 +176,14 @@ def test_reference_rows_ignore_ranks_and_adapter(mode: str, ignored: str) -> Non
     assert not {"rank_strategy", "adapter"} & identity(other).keys()
 
 
+def test_lora_at_a_rank_is_one_run_under_both_strategies_of_the_paper() -> None:
+    one, other = edited("tensor_mode=lora"), edited("tensor_mode=lora", "rank_strategy=isorank")
+    assert run_folder(one) == run_folder(other)
+    assert digest(one) != digest(edited("tensor_mode=lora", "rank_strategy.rank=8"))
+    given = edited("tensor_mode=lora", "rank_strategy=explicit", "rank_strategy.ranks=[8]")
+    assert digest(given) not in (digest(one), digest(edited("tensor_mode=lora", "rank_strategy.rank=8")))
+
+
 def test_digest_is_twelve_hexadecimal_digits_and_ignores_the_order_on_the_command_line() -> None:
     one = digest(composed("seed=3", "optimizer.lr=1e-4", "tensor_mode=depth"))
     assert re.fullmatch("[0-9a-f]{12}", one)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from tenslora.data.encoding import Collate, Encoded
 
+POOL_BATCHES = 50
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,7 +34,8 @@ class TrainBatches:
     """The training batches of every epoch.
 
     Args:
-        data, collate: as `encode` gives them.
+        data, collate: as `encode` gives them. Where the data has lengths, examples of like length share a batch, so
+            that little is padding.
         batch_size: examples per forward pass over all processes. accumulation: forward passes per optimizer step.
         seed: with the epoch it decides the order.
         process, processes: which share of each batch is this process's.
@@ -60,15 +62,24 @@ class TrainBatches:
         self.batches_per_epoch = math.ceil(len(data) / batch_size)
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / accumulation)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """The permutation of the examples in an epoch."""
-        return np.random.default_rng([self.seed, epoch, 0x0D3]).permutation(len(self.data))
+    def order(self, epoch: int) -> list[list[int]]:
+        """The examples of each batch of an epoch; all batches but the last are full."""
+        random = np.random.default_rng([self.seed, epoch, 0x0D3])
+        order = random.permutation(len(self.data)).tolist()
+        if self.data.lengths is None:
+            return _cut(order, self.batch_size)
+        # As transformers groups by length: sorted within pools of batches drawn at random, few pools enough that
+        # an epoch mixes, many enough that batches differ from epoch to epoch. The batches come in random order.
+        pool = self.batch_size * min(POOL_BATCHES, max(1, self.batches_per_epoch // 4))
+        length = self.data.lengths.__getitem__
+        by_length = [i for part in _cut(order, pool) for i in sorted(part, key=length, reverse=True)]
+        *batches, last = _cut(by_length, self.batch_size)
+        return [*(batches[i] for i in random.permutation(len(batches))), last]
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch, in order."""
-        order = self.order(epoch).tolist()
+        batches = self.order(epoch)
         self.data.stream = (self.seed, epoch)
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         mine = [batch[self.process :: self.processes] for batch in batches]
         loader = _loader(
             self.data,
@@ -99,11 +110,15 @@ def test_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[dict[str, Tensor], Tensor]]:
-    """This process's share of the test examples, every `processes`-th, in order."""
-    mine = list(range(process, len(data), processes))
-    return _loader(
-        data, [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)], collate, workers, pin_memory
-    )
+    """This process's share of the test examples, every `processes`-th, in order, or longest first."""
+    order = list(range(len(data)))
+    if data.lengths is not None:
+        order.sort(key=data.lengths.__getitem__, reverse=True)
+    return _loader(data, _cut(order[process::processes], batch_size), collate, workers, pin_memory)
+
+
+def _cut(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def _loader(

@@ -26,6 +26,7 @@ class Encoded(TorchDataset[Item]):
     workers, which live for an epoch, it is once an epoch all the same).
     augmented: the encoding draws random numbers, so that nothing is kept. Each example then has a random stream of
     its own, a function of `stream` and its index, whichever process or worker it falls to.
+    lengths: of each example, where batches are to hold examples of like length.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class Encoded(TorchDataset[Item]):
         encode: Callable[[Any], Any],
         keep: bool = False,
         augmented: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.inputs, self.labels, self.encode, self.augmented = inputs, labels, encode, augmented
+        self.lengths = lengths
         self.kept: dict[int, Any] | None = {} if keep and not augmented else None
         self.stream: tuple[int, ...] = ()
 
@@ -151,7 +154,8 @@ def encode_texts(
     def tokenize(examples: Examples) -> Encoded:
         sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
         ids = tokenizer(*sentences, truncation=True, max_length=longest)
-        return Encoded(range(len(examples)), examples.labels, TokenRow(dict(ids)))
+        lengths = [len(row) for row in ids["input_ids"]] if config.group_by_length else None
+        return Encoded(range(len(examples)), examples.labels, TokenRow(dict(ids)), lengths=lengths)
 
     pad_to = None if config.padding == "longest" else longest
     return tokenize(train), tokenize(test), TextCollate(tokenizer, pad_to)

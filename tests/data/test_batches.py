@@ -149,3 +149,47 @@ def test_test_examples_are_shared_out_in_order(processes: int, count: int) -> No
     ]
     assert sorted(flat(shares)) == list(range(count))
     assert all(share == sorted(share) for share in shares)
+
+
+def grouped(count: int = 2000, batch_size: int = 16, **share: int) -> batches.TrainBatches:
+    lengths = (torch.rand(count, generator=torch.Generator().manual_seed(1)).square() * 40 + 3).int().tolist()
+    source = Encoded(lengths, range(count), lambda value: value, lengths=lengths)
+    return batches.TrainBatches(source, collate, batch_size=batch_size, seed=0, **share)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(2000, 16), (23, 5), (4, 5), (1, 1), (500, 1)])
+def test_grouped_by_length_an_epoch_has_every_example_once(count: int, batch_size: int) -> None:
+    found = labels(grouped(count, batch_size))
+    assert sorted(flat(found)) == list(range(count))
+    assert all(len(batch) == batch_size for batch in found[:-1])
+
+
+def test_grouped_by_length_little_is_padding() -> None:
+    def waste(source: batches.TrainBatches) -> float:
+        widths = [batch.inputs["x"].tolist() for batch in source.epoch(1)]
+        return 1 - sum(map(sum, widths)) / sum(max(row) * len(row) for row in widths)
+
+    random = grouped()
+    random.data.lengths = None
+    assert waste(grouped()) < 0.1 < 0.5 < waste(random)
+
+
+def test_grouped_by_length_batches_differ_from_epoch_to_epoch_and_come_in_random_order() -> None:
+    first, second = (labels(grouped(), epoch) for epoch in (1, 2))
+    assert not set(map(frozenset, first)) & set(map(frozenset, second))
+    widths = [max(batch.inputs["x"].tolist()) for batch in grouped().epoch(1)]
+    assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
+    assert labels(grouped(), 2) == second
+
+
+def test_grouped_by_length_processes_partition_each_batch_and_the_test_split() -> None:
+    shares = [labels(grouped(processes=2, process=p)) for p in range(2)]
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in labels(grouped())]
+    data = grouped(23).data
+    tested = [
+        [inputs["x"].tolist() for inputs, _ in batches.test_batches(data, collate, batch_size=4, process=p, processes=2)]
+        for p in range(2)
+    ]
+    for share in tested:
+        assert flat(share) == sorted(flat(share), reverse=True)
+    assert sorted(flat(map(flat, tested))) == sorted(data.inputs)

@@ -230,9 +230,13 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 def encode_sentences(
-    rows: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int = 64, padding: str = "longest"
+    rows: Sequence[tuple[str, ...]],
+    tokenizer: Any,
+    max_length: int = 64,
+    padding: str = "longest",
+    grouped: bool = False,
 ) -> tuple[Encoded, Encoded, Any]:
-    config = TextDatasetConfig("tiny", "text", None, ["accuracy"], None, None, None, max_length, padding)
+    config = TextDatasetConfig("tiny", "text", None, ["accuracy"], None, None, None, max_length, padding, grouped)
     examples = Examples(rows, [i % 2 for i in range(len(rows))])
     return encode(examples, examples, config, model_config(modality="text"), "ids", tokenizer)
 
@@ -297,3 +301,9 @@ def test_images_are_read_from_files_only_when_fetched(tmp_path: Path) -> None:
     train, _, _ = encode_pictures(examples, model_config())
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "absent.png")
     torch.testing.assert_close(torch.as_tensor(train[0][0])[0], torch.full((8, 8), (1 - MEAN[0]) / STD[0]))
+
+
+def test_lengths_are_the_tokens_of_each_row_and_given_only_where_batches_group_by_them(tokenizer: Any) -> None:
+    train, _, _ = encode_sentences(PAIRS, tokenizer, 40, grouped=True)
+    assert train.lengths == [len(train[i][0]["input_ids"]) for i in range(len(train))]
+    assert encode_sentences(PAIRS, tokenizer, 40)[0].lengths is None

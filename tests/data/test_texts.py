@@ -21,6 +21,7 @@ def load(name: str, root: Path, **changes: object) -> Dataset:
         "train_size": None,
         "max_length": 32,
         "padding": "longest",
+        "group_by_length": False,
         **changes,
     }
     return load_dataset(TextDatasetConfig(name=name, root=str(root), **settings), seed=0)  # type: ignore[arg-type]
