@@ -15,6 +15,7 @@ from tenslora.data.encoding import Collate, Encoded
 
 POOL_BATCHES = 50
 
+
 @dataclass(frozen=True)
 class Batch:
     """One process's part of one forward pass.

@@ -151,10 +151,10 @@ def test_test_examples_are_shared_out_in_order(processes: int, count: int) -> No
     assert all(share == sorted(share) for share in shares)
 
 
-def grouped(count: int = 2000, batch_size: int = 16, **share: int) -> batches.TrainBatches:
+def grouped(count: int = 2000, batch_size: int = 16, process: int = 0, processes: int = 1) -> batches.TrainBatches:
     lengths = (torch.rand(count, generator=torch.Generator().manual_seed(1)).square() * 40 + 3).int().tolist()
     source = Encoded(lengths, range(count), lambda value: value, lengths=lengths)
-    return batches.TrainBatches(source, collate, batch_size=batch_size, seed=0, **share)
+    return batches.TrainBatches(source, collate, batch_size=batch_size, seed=0, process=process, processes=processes)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(2000, 16), (23, 5), (4, 5), (1, 1), (500, 1)])
@@ -187,7 +187,10 @@ def test_grouped_by_length_processes_partition_each_batch_and_the_test_split() -
     assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(batch) for batch in labels(grouped())]
     data = grouped(23).data
     tested = [
-        [inputs["x"].tolist() for inputs, _ in batches.test_batches(data, collate, batch_size=4, process=p, processes=2)]
+        [
+            inputs["x"].tolist()
+            for inputs, _ in batches.test_batches(data, collate, batch_size=4, process=p, processes=2)
+        ]
         for p in range(2)
     ]
     for share in tested:
