@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("train")
 
 
-def train(composed: DictConfig, folder: Path) -> dict[str, Any]:
-    """Carry out one run in `folder` and return its record.
+def train(composed: DictConfig, folder: Path, shown: bool = True) -> dict[str, Any]:
+    """Carry out one run in `folder` and return its record; `shown` says whether it draws its progress.
 
     Raises TensLoRAError for whatever the user can put right; a run that diverged leaves its record first.
     """
@@ -50,7 +50,7 @@ def train(composed: DictConfig, folder: Path) -> dict[str, Any]:
     from tenslora.training.processes import Processes
 
     clock = [time.perf_counter()]
-    processes = Processes(run.trainer.device)
+    processes = Processes(run.trainer.device, run.trainer.threads)
     if not processes.is_main:
         logging.getLogger().setLevel(logging.WARNING)
 
@@ -113,6 +113,7 @@ def train(composed: DictConfig, folder: Path) -> dict[str, Any]:
                 checkpoint=folder / "checkpoint.safetensors",
                 digest=facts["digest"],
                 resume=run.resume,
+                shown=shown and processes.is_main,
                 on_epoch=tracker.epoch,
             )
         except Diverged as error:

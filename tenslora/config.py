@@ -19,6 +19,9 @@ from tenslora.ranks import RULES, STRATEGIES, RankStrategy
 REFERENCES = ("head_only", "full")
 """Values of tensor_mode that have no adapter: only the head is trained, or every weight."""
 
+SWEEP_KEYS = ("table", "dry_run", "collect_only")
+"""What a job of a sweep has in its config beside the settings of the run."""
+
 METRICS = ("accuracy", "matthews", "f1")
 
 # OmegaConf reads these annotations at run time and knows Optional[...] in every version that we support.
@@ -128,6 +131,7 @@ class TrainerConfig:
     max_steps: Optional[int] = MISSING  # noqa: UP045
     precision: str = MISSING
     device: str = MISSING
+    threads: Optional[int] = MISSING  # noqa: UP045
     workers: int = MISSING
 
 
@@ -186,7 +190,7 @@ def validate(composed: DictConfig) -> RunConfig:
     schema = OmegaConf.structured(RunConfig)
     schema.dataset = OmegaConf.structured(TextDatasetConfig if text else ImageDatasetConfig)
     try:
-        plain = OmegaConf.create(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+        plain = OmegaConf.create(OmegaConf.to_container(_own(composed), resolve=True, throw_on_missing=True))
         run = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     except OmegaConfBaseException as error:
         raise TensLoRAError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
@@ -196,18 +200,21 @@ def validate(composed: DictConfig) -> RunConfig:
 
 
 def settings(composed: DictConfig) -> dict[str, Any]:
-    """The settings of a run as plain, resolved values, without Hydra's own."""
-    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])  # type: ignore[misc]
-    plain = OmegaConf.to_container(own, resolve=True)
+    """The settings of a run as plain, resolved values, without Hydra's own and the sweep's."""
+    plain = OmegaConf.to_container(_own(composed), resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def _own(composed: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(composed, [k for k in composed if k not in ("hydra", *SWEEP_KEYS)])  # type: ignore[misc]
 
 
 def identity(composed: DictConfig) -> dict[str, Any]:
     """The settings that can change a run's result: all but the device it runs on, how fast, and what watches it."""
     result = {key: value for key, value in settings(composed).items() if key not in ("logger", "resume")}
     result["trainer"] = {
-        k: v for k, v in result["trainer"].items() if k not in ("device", "workers", "eval_batch_size")
+        k: v for k, v in result["trainer"].items() if k not in ("device", "threads", "workers", "eval_batch_size")
     }
     if result["tensor_mode"]["name"] in REFERENCES:
         del result["rank_strategy"], result["adapter"]
@@ -286,7 +293,7 @@ def _check(run: RunConfig) -> None:
     for beta in optimizer.betas:
         _within("optimizer.betas", beta, 0, 1, open_end=True)
     _within("trainer.workers", trainer.workers, 0)
-    for name in ("epochs", "batch_size", "accumulation", "eval_batch_size", "max_steps"):
+    for name in ("epochs", "batch_size", "accumulation", "eval_batch_size", "max_steps", "threads"):
         _within(f"trainer.{name}", getattr(trainer, name), 1)
     _within("dataset.train_size", dataset.train_size, 1)
     if trainer.clip_norm is not None and not trainer.clip_norm > 0:

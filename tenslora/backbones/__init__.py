@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tenslora.config import ModelConfig
 from tenslora.errors import TensLoRAError
+from tenslora.kept import kept
 from tenslora.streams import stream_seed
 
 log = logging.getLogger(__name__)
@@ -51,17 +53,12 @@ def load_backbone(config: ModelConfig, classes: int, seed: int, tokenizer: Any =
 
     The weights come from `config.checkpoint` (a local file or folder, or "embedded"), else from the hub under
     `config.architecture`; with `pretrained=false` they are random, from `seed`, and nothing is fetched.
-    `tokenizer` is needed only for a text model with random weights, whose padding id it sets.
+    `tokenizer` is needed only for a text model with random weights, whose padding id it sets. The model is the
+    caller's own, but a process reads the weights only once.
 
     Raises TensLoRAError if the weights are missing, damaged or another model's, or the hub cannot be reached.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(stream_seed("backbone", seed))  # the CPU's alone
-        if config.library == "timm":
-            backbone = _load_timm(config, classes)
-        else:
-            backbone = _load_transformers(config, classes, tokenizer)
-    backbone.model.float()
+    backbone = copy.deepcopy(_load(config, classes, 0 if config.pretrained else seed, tokenizer))
     generator = torch.Generator().manual_seed(stream_seed("head", seed))
     for module in backbone.head:
         for part in module.modules():
@@ -71,6 +68,19 @@ def load_backbone(config: ModelConfig, classes: int, seed: int, tokenizer: Any =
     return backbone
 
 
+@kept(1)
+def _load(config: ModelConfig, classes: int, seed: int, tokenizer: Any) -> Backbone:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(stream_seed("backbone", seed))  # the CPU's alone
+        if config.library == "timm":
+            backbone = _load_timm(config, classes)
+        else:
+            backbone = _load_transformers(config, classes, tokenizer)
+    backbone.model.float()
+    return backbone
+
+
+@kept(1)
 def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) -> Any:
     """The tokenizer that a text model was pretrained with.
 

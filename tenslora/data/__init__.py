@@ -9,6 +9,7 @@ from typing import Any
 
 from tenslora.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig
 from tenslora.errors import TensLoRAError
+from tenslora.kept import kept
 from tenslora.streams import stream_seed
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Dataset:
     classes: tuple[str, ...]
 
 
+@kept(1)
 def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
     """Load the train and test examples that a dataset config asks for; random choices are drawn from `seed`.
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from tenslora.config import DatasetConfig, ImageDatasetConfig, ModelConfig, TextDatasetConfig
+from tenslora.config import DatasetConfig, ImageDatasetConfig, ModelConfig, TextDatasetConfig, TransformConfig
 from tenslora.data import Examples
+from tenslora.kept import kept
 from tenslora.streams import stream_seed
 
 Item = tuple[Any, int]
@@ -107,10 +108,21 @@ def encode_images(
 
     Training images are augmented as `config.transform` says, test images never.
     """
+
+    def encoded(examples: Examples, augmented: bool) -> Encoded:
+        settings = config.transform
+        if not augmented:
+            settings = replace(settings, color_jitter=0.0, flip=False)
+        return _transformed(examples, settings, model)
+
+    return encoded(train, True), encoded(test, False), ImageCollate(input_name)
+
+
+@kept(2)  # the two splits of a dataset
+def _transformed(examples: Examples, settings: TransformConfig, model: ModelConfig) -> Encoded:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import v2 as T
 
-    settings = config.transform
     size = round(model.image_size / settings.crop_ratio)
     resize = T.Resize(
         [size, size] if settings.squash else [size],
@@ -132,14 +144,9 @@ def encode_images(
         T.ToDtype(torch.float32, scale=True),
         *([T.Normalize(model.mean, model.std)] if settings.normalize else []),
     ]
-    crop = T.CenterCrop(model.image_size)
-
-    def encoded(examples: Examples, augment: list[Any]) -> Encoded:
-        size = len(examples) * model.channels * model.image_size**2 * 4
-        transform = T.Compose([resize, crop, *augment, *finish])
-        return Encoded(examples.inputs, examples.labels, transform, size <= KEEP_BYTES, augmented=bool(augment))
-
-    return encoded(train, augment), encoded(test, []), ImageCollate(input_name)
+    transform = T.Compose([resize, T.CenterCrop(model.image_size), *augment, *finish])
+    bytes_ = len(examples) * model.channels * model.image_size**2 * 4
+    return Encoded(examples.inputs, examples.labels, transform, bytes_ <= KEEP_BYTES, augmented=bool(augment))
 
 
 def encode_texts(
@@ -151,14 +158,19 @@ def encode_texts(
     """
     longest = min(config.max_length, tokenizer.model_max_length)
 
-    def tokenize(examples: Examples) -> Encoded:
-        sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
-        ids = tokenizer(*sentences, truncation=True, max_length=longest)
-        lengths = [len(row) for row in ids["input_ids"]] if config.group_by_length else None
-        return Encoded(range(len(examples)), examples.labels, TokenRow(dict(ids)), lengths=lengths)
+    def encoded(examples: Examples) -> Encoded:
+        rows = _tokenize(examples, tokenizer, longest)
+        lengths = [len(row) for row in rows.columns["input_ids"]] if config.group_by_length else None
+        return Encoded(range(len(examples)), examples.labels, rows, lengths=lengths)
 
     pad_to = None if config.padding == "longest" else longest
-    return tokenize(train), tokenize(test), TextCollate(tokenizer, pad_to)
+    return encoded(train), encoded(test), TextCollate(tokenizer, pad_to)
+
+
+@kept(2)  # the two splits of a dataset
+def _tokenize(examples: Examples, tokenizer: Any, longest: int) -> TokenRow:
+    sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
+    return TokenRow(dict(tokenizer(*sentences, truncation=True, max_length=longest)))
 
 
 def encode(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tenslora.config import ImageDatasetConfig
 from tenslora.data import Dataset, Examples, check_size, draw
 from tenslora.errors import TensLoRAError
+from tenslora.kept import kept
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -121,7 +122,7 @@ def load_images(config: ImageDatasetConfig, seed: int) -> Dataset:
             f"dataset.train_fraction={config.train_fraction}: {config.name} has published splits; use null"
         )
     if None in source.sizes:
-        return _split(config, source, seed)
+        return _split(config, seed)
     for split in [*(config.train_splits or []), config.test_split]:
         if split not in source.sizes:
             raise TensLoRAError(
@@ -133,8 +134,8 @@ def load_images(config: ImageDatasetConfig, seed: int) -> Dataset:
         raise TensLoRAError(
             f"dataset.train_splits={config.train_splits}: needs at least one of {', '.join(map(str, source.sizes))}"
         )
-    read = [_read(config, source, split) for split in config.train_splits]
-    test, classes = _read(config, source, config.test_split)
+    read = [_read(config.name, config.root, split) for split in config.train_splits]
+    test, classes = _read(config.name, config.root, config.test_split)
     for split, (_, others) in zip(config.train_splits, read, strict=True):
         if others != classes:  # torchvision numbers the classes of each split by themselves
             raise TensLoRAError(f"dataset={config.name}: the classes of {split} and {config.test_split} differ")
@@ -143,15 +144,16 @@ def load_images(config: ImageDatasetConfig, seed: int) -> Dataset:
     return Dataset(Examples(inputs, [label for part in parts for label in part.labels]), test, classes)
 
 
-def _split(config: ImageDatasetConfig, source: Source, seed: int) -> Dataset:
+def _split(config: ImageDatasetConfig, seed: int) -> Dataset:
     if config.train_fraction is None:
         raise TensLoRAError(f"dataset.train_fraction=None: {config.name} has no published split; give 0.8, say")
-    examples, classes = _read(config, source, None)
+    examples, classes = _read(config.name, config.root, None)
     train = draw(len(examples), int(config.train_fraction * len(examples)), seed)
     test = sorted(set(range(len(examples))).difference(train))
     return Dataset(examples.select(train), examples.select(test), classes)
 
 
+@kept(1)
 def digits(wanted: Sequence[int]) -> Dataset:
     """scikit-learn's UCI digits of the `wanted` classes: 8 x 8 grey images, every third of a class for testing."""
     import numpy as np
@@ -170,20 +172,21 @@ def digits(wanted: Sequence[int]) -> Dataset:
     return Dataset(everything.select(sorted(train)), everything.select(sorted(test)), tuple(map(str, wanted)))
 
 
-def _read(config: ImageDatasetConfig, source: Source, split: str | None) -> tuple[Examples, tuple[str, ...]]:
-    root = DOWNLOADS if config.root is None else Path(config.root)
-    if config.root is not None and not root.is_dir():
-        raise TensLoRAError(f"dataset.root={config.root}: no such folder; it should hold {source.layout}")
+@kept(4)
+def _read(name: str, local: str | None, split: str | None) -> tuple[Examples, tuple[str, ...]]:
+    source, root = SOURCES[name], Path(local or DOWNLOADS)
+    if local is not None and not root.is_dir():
+        raise TensLoRAError(f"dataset.root={local}: no such folder; it should hold {source.layout}")
     try:
-        data = source.open(root, split, config.root is None)
+        data = source.open(root, split, local is None)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        if config.root is None:
+        if local is None:
             raise TensLoRAError(
-                f"dataset={config.name}: cannot be downloaded ({_first_line(error)}); put a copy in torchvision's "
+                f"dataset={name}: cannot be downloaded ({_first_line(error)}); put a copy in torchvision's "
                 f"layout ({source.layout}) into a folder and set dataset.root to it"
             ) from error
         raise TensLoRAError(
-            f"dataset.root={config.root}: no {config.name} in torchvision's layout there, which is {source.layout} "
+            f"dataset.root={local}: no {name} in torchvision's layout there, which is {source.layout} "
             f"({_first_line(error)})"
         ) from error
     inputs: Sequence[Any]
@@ -193,7 +196,7 @@ def _read(config: ImageDatasetConfig, source: Source, split: str | None) -> tupl
         inputs, labels = ImageFiles([Path(path) for path, _ in data.samples]), [label for _, label in data.samples]
     else:
         inputs, labels = ImageFiles([Path(path) for path in data._image_files]), list(data._labels)
-    check_size(config.name, split or "whole", len(labels), source.sizes[split])
+    check_size(name, split or "whole", len(labels), source.sizes[split])
     return Examples(inputs, labels), tuple(map(str, data.classes))
 
 

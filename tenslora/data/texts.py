@@ -10,6 +10,7 @@ from typing import Any
 from tenslora.config import TextDatasetConfig
 from tenslora.data import Dataset, Examples, check_size
 from tenslora.errors import TensLoRAError
+from tenslora.kept import kept
 
 HUB = "nyu-mll/glue"
 
@@ -94,6 +95,7 @@ TASKS = {
 _SUBFOLDERS = ("", "raw", "cola_public/raw", "CoLA", "MRPC", "SST-2", "QNLI", "RTE")
 
 
+@kept(1)
 def load_texts(config: TextDatasetConfig) -> Dataset:
     """The examples of a GLUE task; see `tenslora.data.load_dataset`."""
     if config.name not in TASKS:

@@ -57,6 +57,7 @@ def fit(
     checkpoint: Path,
     digest: str,
     resume: bool,
+    shown: bool,
     on_epoch: Callable[[dict[str, Any]], None],
 ) -> State:
     """Train every parameter of `model` that requires a gradient, and return how it went.
@@ -68,6 +69,7 @@ def fit(
         trainer, optimizer, seed: settings; see conf/.
         processes: who shares the work.
         checkpoint: written after every epoch. digest: of the run, kept in it. resume: go on from it if it is there.
+        shown: whether to draw a bar, or where there is no terminal to log a line now and then.
         on_epoch: called on the main process with each entry of the history as it arises, and on resuming with those
             of the checkpoint.
 
@@ -110,7 +112,7 @@ def fit(
     device = processes.device
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainer.precision == "bf16")
 
-    with logging_redirect_tqdm(), _Progress(steps, state.steps, processes.is_main) as progress:
+    with logging_redirect_tqdm(), _Progress(steps, state.steps, shown) as progress:
         while state.steps < steps:
             started = time.perf_counter()
             epoch = state.epochs + 1
@@ -215,7 +217,7 @@ def evaluate(
 
 
 class _Progress:
-    """A bar over all steps of the run, or plain lines where there is no terminal; silent off the main process."""
+    """A bar over all steps of the run, or plain lines where there is no terminal."""
 
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         terminal = sys.stderr.isatty()

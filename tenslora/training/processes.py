@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from tenslora.errors import TensLoRAError
 
+_THREADS = torch.get_num_threads()
+
 
 class Processes:
     """The processes that train one model together, and the device of this one.
@@ -22,11 +24,13 @@ class Processes:
     Args:
         device: auto (cuda if there is one), cpu, cuda or cuda:<index>; with several processes on GPUs each takes
             the GPU of its local rank.
+        threads: of a CPU that compute; None: as many as torch takes by itself.
 
     Raises TensLoRAError for a device that this machine does not have.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, threads: int | None = None) -> None:
+        torch.set_num_threads(threads or _THREADS)
         self.index, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._accelerator: Any = None
         self.device = _device(device)
