@@ -1,79 +1,143 @@
-"""A table of finished runs, as Markdown.
-
-python -m tenslora.results.table outputs/digits
-"""
+"""A table of runs: rows are what was varied, columns where it was tried, a cell holds one run per seed."""
 
 from __future__ import annotations
 
 import statistics
-import sys
-from collections import defaultdict
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from tenslora.config import REFERENCES
 from tenslora.constructions import CONSTRUCTIONS
-from tenslora.errors import TensLoRAError
-from tenslora.results.record import NAME, read_record
 
-_ORDER = ["head_only", *CONSTRUCTIONS, "full"]
-
-
-def collect(folder: Path) -> list[dict[str, Any]]:
-    """The records of all completed runs below `folder`. Raises TensLoRAError if there are none."""
-    records = [read_record(path.parent) for path in sorted(folder.rglob(NAME))]
-    completed = [record for record in records if record["status"] == "completed"]
-    if not completed:
-        raise TensLoRAError(f"{folder}: no completed runs (no {NAME}) below it")
-    return completed
+ORDER = (*CONSTRUCTIONS, "head_only", "full")
+"""Rows in the paper's order, LoRA first; the reference rows stand below."""
 
 
-def markdown(records: list[dict[str, Any]]) -> str:
-    """One row per dataset, model, construction and ranks: parameters, % of LoRA, and the last score over seeds.
+@dataclass(frozen=True)
+class Row:
+    """What sets one row apart: the construction, the rank strategy, and whatever else was swept.
 
-    Scores are in per cent, mean ± standard deviation (n - 1) over seeds. Runs of one row must differ in nothing but
-    the seed; TensLoRAError otherwise.
+    strategy: empty for runs that it does not change: lora at a rank, and those without an adapter.
+    variant: "key=value" for each further setting that differs from row to row.
     """
-    rows: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = defaultdict(dict)
-    for record in records:
-        mode = record["tensor_mode"]
-        # LoRA has the same rank under isorank and isoparameters: one row, each seed once.
-        strategy = "" if mode in (*REFERENCES, "lora") else record["rank_strategy"]
-        ranks = ", ".join(map(str, record["ranks"] or []))
-        key = (record["dataset"], record["model"], strategy, _ORDER.index(mode), ranks)
-        other = next(iter(rows[key].values()), record)
-        if _but_for_seed(record) != _but_for_seed(other):
-            raise TensLoRAError(
-                f"{record['dataset']}, {record['model']}, {mode}: the runs {other['digest']} and {record['digest']} "
-                f"differ in more than the seed; give a folder that holds one kind"
-            )
-        rows[key][record["seed"]] = record
-    lines = [
-        "| dataset | model | construction | ranks | parameters | % of LoRA | metric | last | best |",
-        "|---|---|---|---|---:|---:|---|---:|---:|",
-    ]
-    for (dataset, model, strategy, order, ranks), seeds in sorted(rows.items(), key=lambda row: row[0]):
-        runs = list(seeds.values())
-        count, lora = runs[0]["adapter_parameters"], runs[0]["lora_parameters"]
-        scores = [_spread([run["metrics"][which] for run in runs]) for which in ("last", "best")]
-        name = f"{_ORDER[order]} {strategy}".strip()
-        share, metric = f"{100 * count / lora:.1f}", runs[0]["metrics"]["name"]
-        lines.append(f"| {' | '.join([dataset, model, name, ranks, f'{count:,}', share, metric, *scores])} |")
-    return "\n".join(lines)
+
+    tensor_mode: str
+    strategy: str = ""
+    variant: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return " ".join(filter(None, (self.tensor_mode, self.strategy, *self.variant)))
+
+    @property
+    def is_construction(self) -> bool:
+        """Whether it is one of the paper's seven, and neither LoRA nor a reference row."""
+        return self.tensor_mode in CONSTRUCTIONS and self.tensor_mode != "lora"
 
 
-def _but_for_seed(record: dict[str, Any]) -> dict[str, Any]:
-    left_out = {"seed", "rank_strategy"} if record["tensor_mode"] == "lora" else {"seed"}
-    return {name: value for name, value in record["identity"].items() if name not in left_out}
+@dataclass(frozen=True)
+class Column:
+    """A dataset, and the backbone that is adapted to it."""
+
+    dataset: str
+    model: str
 
 
-def _spread(scores: list[float]) -> str:
-    mean = f"{100 * statistics.fmean(scores):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(scores):.1f}" if len(scores) > 1 else mean
+@dataclass(frozen=True)
+class Run:
+    """One run of a table, finished or not.
+
+    digest: identifies its settings. ranks, parameters, lora_parameters: as planned from the backbone's declared
+    geometry; None where that is left open or there is no adapter. record: its result.json once it is there.
+    problem: why there is no score: "missing", or what went wrong; empty for a completed run.
+    """
+
+    row: Row
+    column: Column
+    seed: int
+    digest: str
+    ranks: tuple[int, ...] | None = None
+    parameters: int | None = None
+    lora_parameters: int | None = None
+    record: dict[str, Any] | None = None
+    problem: str = "missing"
+
+    def score(self, which: str) -> float | None:
+        """The headline metric after the last epoch (which = last) or the best of all; None without a score."""
+        if self.record is None or self.problem:
+            return None
+        value: float | None = self.record["metrics"][which]
+        return value
 
 
-if __name__ == "__main__":
-    try:
-        print(markdown(collect(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs"))))
-    except TensLoRAError as error:
-        sys.exit(f"error: {error}")
+@dataclass(frozen=True)
+class Table:
+    """Runs by row, column and seed.
+
+    name: of the table, as in conf/table. title: for people. score: last or best, the number that it shows.
+    """
+
+    name: str
+    title: str
+    runs: tuple[Run, ...]
+    score: str = "last"
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        found = dict.fromkeys(run.row for run in self.runs)
+        strategies = list(dict.fromkeys(row.strategy for row in found))
+        variants = list(dict.fromkeys(row.variant for row in found))
+
+        def place(row: Row) -> tuple[int, ...]:
+            mode = ORDER.index(row.tensor_mode)
+            group = 0 if row.tensor_mode == "lora" else 1 if row.is_construction else 2
+            return group, variants.index(row.variant), strategies.index(row.strategy), mode
+
+        return sorted(found, key=place)
+
+    @cached_property
+    def columns(self) -> list[Column]:
+        return list(dict.fromkeys(run.column for run in self.runs))
+
+    def cell(self, row: Row, column: Column) -> list[Run]:
+        """The runs of a cell by rising seed; empty where the table has none there."""
+        return self._cells.get((row, column), [])
+
+    @cached_property
+    def _cells(self) -> dict[tuple[Row, Column], list[Run]]:
+        cells: dict[tuple[Row, Column], list[Run]] = {}
+        for run in sorted(self.runs, key=lambda run: run.seed):
+            cells.setdefault((run.row, run.column), []).append(run)
+        return cells
+
+    def scores(self, row: Row, column: Column) -> dict[int, float]:
+        """The scores of a cell by seed, of its completed runs."""
+        found = {run.seed: run.score(self.score) for run in self.cell(row, column)}
+        return {seed: score for seed, score in found.items() if score is not None}
+
+    def reference(self, row: Row) -> Row | None:
+        """The LoRA row that a row is compared with: that of the same variant, else the only one there is."""
+        lora = [other for other in self.rows if other.tensor_mode == "lora" and other != row]
+        same = [other for other in lora if other.variant == row.variant]
+        found = same or lora
+        return found[0] if len(found) == 1 else None
+
+    def metric(self, column: Column) -> str | None:
+        """The name of the column's headline metric, as its finished runs tell; None before the first."""
+        for run in self.runs:
+            if run.column == column and run.record:
+                name: str = run.record["metrics"]["name"]
+                return name
+        return None
+
+    def problems(self, row: Row, column: Column) -> list[str]:
+        """Why seeds of a cell have no score, each reason once."""
+        return list(dict.fromkeys(run.problem for run in self.cell(row, column) if run.problem))
+
+
+def mean_and_deviation(scores: Iterable[float]) -> tuple[float, float | None]:
+    """(mean, standard deviation with n - 1) of at least one score; no deviation for a single one."""
+    values = list(scores)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
