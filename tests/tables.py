@@ -1,0 +1,110 @@
+"""Tables of runs that were never made, for the tests of what is made of a table."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tenslora.constructions import CONSTRUCTIONS, Geometry
+from tenslora.ranks import isoparameters, isorank, parameter_count
+from tenslora.results.table import Column, Row, Run, Table
+
+DTD, COLA = Column("dtd", "vit_base"), Column("cola", "minilm")
+GEOMETRY = {
+    "vit_base": Geometry(768, 12, 64, 12),
+    "minilm": Geometry(384, 12, 32, 6),
+    "vit_digits": Geometry(64, 4, 16, 4),
+}
+METRIC = {"dtd": "accuracy", "digits": "accuracy", "cola": "matthews"}
+
+
+def made(
+    mode: str,
+    strategy: str = "",
+    *,
+    seed: int = 0,
+    epochs: Sequence[float] = (),
+    column: Column = DTD,
+    variant: tuple[str, ...] = (),
+    problem: str = "",
+    **changes: Any,
+) -> Run:
+    """A run whose headline metric was `epochs`, one score per epoch; without any, there is no record."""
+    geometry = GEOMETRY[column.model]
+    lora = parameter_count("lora", geometry, [4])
+    ranks = None
+    if mode in CONSTRUCTIONS:
+        ranks = isoparameters(mode, geometry) if strategy == "isoparameters" else isorank(mode, geometry)
+    parameters = parameter_count(mode, geometry, ranks) if ranks else None
+    metric = METRIC[column.dataset]
+    history = [
+        {"epoch": epoch, "step": 16 * epoch, "lr": 1e-3, "train_loss": 1.0, "test_loss": 1.0, metric: score}
+        for epoch, score in enumerate(epochs, start=1)
+    ]
+    best = max(history, key=lambda entry: float(entry[metric]), default=None)
+    record = {
+        "schema": 1,
+        "status": "diverged" if problem else "completed",
+        "ranks": list(ranks) if ranks else None,
+        "adapter_parameters": parameters or 0,
+        "lora_parameters": lora,
+        "head_parameters": 325,
+        "train_examples": 1000,
+        "test_examples": 400,
+        "device": "NVIDIA H100 80GB HBM3",
+        "processes": 1,
+        "seconds": {"data": 1.0, "backbone": 2.0, "train": 12.5, "evaluate": 3.0},
+        "environment": {
+            "versions": {"python": "3.11.7", "torch": "2.8.0"},
+            "platform": "Linux-6.1-x86_64",
+            "git": {"commit": "d206ab517a5399bed7b9395fba4d805547f99308", "changed": False},
+        },
+        "metrics": {
+            "name": metric,
+            "last": history[-1][metric] if history else None,
+            "best": best and best[metric],
+            "best_epoch": best and best["epoch"],
+            "others_last": {},
+            "history": history,
+        },
+        **changes,
+    }
+    row = Row(mode, strategy, variant)
+    digest = f"{mode}-{strategy}-{column.dataset}-{seed}"
+    if not history:
+        return Run(row, column, seed, digest, ranks, parameters, lora, None, problem or "missing")
+    return Run(row, column, seed, digest, ranks, parameters, lora, record, problem)
+
+
+def table(runs: Iterable[Run], **changes: Any) -> Table:
+    return Table(**{"name": "sample", "title": "A sample", "runs": tuple(runs), **changes})
+
+
+def whole(
+    columns: Sequence[Column] = (DTD, COLA),
+    strategies: Sequence[str] = ("isoparameters", "isorank"),
+    seeds: int = 3,
+    epochs: int = 4,
+    random_seed: int = 0,
+) -> Table:
+    """LoRA, all constructions and head_only, with plausible scores.
+
+    In the first column a run of att_qkv has failed, in the last one of depth is missing.
+    """
+    draw = random.Random(random_seed)
+    seven = [mode for mode in CONSTRUCTIONS if mode != "lora"]
+    rows = [("lora", ""), *((mode, strategy) for strategy in strategies for mode in seven), ("head_only", "")]
+    runs = []
+    for column in columns:
+        for mode, strategy in rows:
+            top = 0.45 if mode == "head_only" else 0.7 + draw.uniform(-0.04, 0.04)
+            for seed in range(seeds):
+                shift = draw.gauss(0, 0.01)
+                curve = [(top + shift) * (1 - 2.0**-epoch) + draw.gauss(0, 0.004) for epoch in range(1, epochs + 1)]
+                failed = column == columns[0] and (mode, strategy, seed) == ("att_qkv", strategies[0], 1)
+                missing = column == columns[-1] and (mode, strategy, seed) == ("depth", strategies[0], 2)
+                problem = "diverged: training loss nan at step 37" if failed else ""
+                scores = [] if missing else curve
+                runs.append(made(mode, strategy, seed=seed, epochs=scores, column=column, problem=problem))
+    return table(runs)
