@@ -190,24 +190,29 @@ def validate(composed: DictConfig) -> RunConfig:
     schema = OmegaConf.structured(RunConfig)
     schema.dataset = OmegaConf.structured(TextDatasetConfig if text else ImageDatasetConfig)
     try:
-        plain = OmegaConf.create(OmegaConf.to_container(_own(composed), resolve=True, throw_on_missing=True))
+        plain = OmegaConf.create(_own(composed, throw_on_missing=True))
         run = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     except OmegaConfBaseException as error:
         raise TensLoRAError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(run, RunConfig)
-    _check(run)
+    check(run)
     return run
 
 
 def settings(composed: DictConfig) -> dict[str, Any]:
     """The settings of a run as plain, resolved values, without Hydra's own and the sweep's."""
-    plain = OmegaConf.to_container(_own(composed), resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return _own(composed, throw_on_missing=False)
 
 
-def _own(composed: DictConfig) -> DictConfig:
-    return OmegaConf.masked_copy(composed, [k for k in composed if k not in ("hydra", *SWEEP_KEYS)])  # type: ignore[misc]
+def _own(composed: DictConfig, throw_on_missing: bool) -> dict[str, Any]:
+    # Key by key: OmegaConf's masked copy takes thirty times as long, and a sweep asks for many.
+    return {
+        str(key): OmegaConf.to_container(node, resolve=True, throw_on_missing=throw_on_missing)
+        if OmegaConf.is_config(node := composed[key])
+        else node
+        for key in composed
+        if key not in ("hydra", *SWEEP_KEYS)
+    }
 
 
 def identity(composed: DictConfig) -> dict[str, Any]:
@@ -259,7 +264,8 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_folder", lambda *, _root_: run_folder(_root_), replace=True)
 
 
-def _check(run: RunConfig) -> None:
+def check(run: RunConfig) -> None:
+    """The part of `validate` that looks at values: ranges, names, and what does not go together."""
     model, dataset, optimizer, trainer = run.model, run.dataset, run.optimizer, run.trainer
     if model.modality != dataset.modality:
         raise TensLoRAError(

@@ -47,6 +47,7 @@ def pretrain(path: Path, epochs: int = EPOCHS) -> float:
         checkpoint=checkpoint,
         digest="",
         resume=False,
+        shown=True,
         on_epoch=Tracker().epoch,
     )
     checkpoint.unlink()

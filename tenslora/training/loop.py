@@ -112,7 +112,7 @@ def fit(
     device = processes.device
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainer.precision == "bf16")
 
-    with logging_redirect_tqdm(), _Progress(steps, state.steps, shown) as progress:
+    with _Progress(steps, state.steps, shown) as progress:
         while state.steps < steps:
             started = time.perf_counter()
             epoch = state.epochs + 1
@@ -220,25 +220,32 @@ class _Progress:
     """A bar over all steps of the run, or plain lines where there is no terminal."""
 
     def __init__(self, steps: int, done: int, shown: bool) -> None:
-        terminal = sys.stderr.isatty()
+        terminal = shown and sys.stderr.isatty()
         self.steps, self.done, self.first = steps, done, done
         self.lines = shown and not terminal
         self.started = self.last_line = time.monotonic()
-        self.bar: tqdm[Any] = tqdm(
-            total=steps, initial=done, unit="step", disable=not (shown and terminal), dynamic_ncols=True
-        )
+        self.bar: tqdm[Any] | None = None
+        if terminal:
+            self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
         self.latest: dict[str, str] = {}
+        # Lines for the console go above the bar; where the console gets none, as in a sweep, redirecting would
+        # send them there.
+        to_console = any(type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers)
+        self.redirect = logging_redirect_tqdm() if to_console and self.bar is not None else contextlib.nullcontext()
 
     def __enter__(self) -> _Progress:
+        self.redirect.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.close()
+        self.redirect.__exit__(None, None, None)
+        if self.bar is not None:
+            self.bar.close()
 
     def step(self, loss: float) -> None:
         self.done += 1
         self.latest["loss"] = f"{loss:.4f}"
-        if not self.bar.disable:
+        if self.bar is not None:
             self.bar.set_postfix(self.latest, refresh=False)
             self.bar.update()
         elif self.lines and time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
@@ -250,7 +257,7 @@ class _Progress:
             "loss": f"{entry['train_loss']:.4f}",
             metric: f"{entry[metric]:.4f}",
         }
-        if not self.bar.disable:
+        if self.bar is not None:
             self.bar.set_postfix(self.latest)
         elif self.lines:
             self._line()

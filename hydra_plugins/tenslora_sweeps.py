@@ -1,0 +1,186 @@
+"""What sweep.py needs of Hydra: a sweeper that asks the app what to run, and launchers that outlive a lost job.
+
+Hydra takes plugins from the package `hydra_plugins` only.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext, TaskFunction
+from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from tenslora.errors import TensLoRAError
+
+LOOK_SECONDS = 5.0
+
+
+class TableSweeper(BasicSweeper):
+    """Hydra's basic sweeper, but for who decides: every job is composed and handed to the app's own `sweep`.
+
+    The app's task has a method `sweep(config, jobs, launch)`: config as composed without the swept values, jobs as
+    pairs of (overrides, composed config), and `launch`, which runs some lists of overrides through the launcher.
+    """
+
+    task: Any
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        if patient := PATIENT.get(config.hydra.launcher._target_):
+            config = copy.deepcopy(config)
+            with read_write(config), open_dict(config):
+                config.hydra.launcher._target_ = f"{patient.__module__}.{patient.__name__}"
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.task = task_function
+
+    def sweep(self, arguments: list[str]) -> None:
+        assert self.hydra_context and self.config is not None and self.launcher
+        loader, config, launcher = self.hydra_context.config_loader, self.config, self.launcher
+        defaults = [f"{key}={value}" for key, value in (self.params or {}).items()]
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*defaults, *arguments])
+        [overrides] = self.split_arguments(parsed, None)  # a later value of a key takes the place of an earlier one
+        base: dict[tuple[str, ...], DictConfig] = {}
+        jobs = []
+        for words in overrides:
+            # Composing takes Hydra a tenth of a second; runs that differ in the seed alone share it.
+            seeds = [word for word in words if word.startswith("seed=")]
+            others = tuple(word for word in words if word not in seeds)
+            if others not in base:
+                base[others] = loader.load_sweep_config(config, list(words))
+            composed = copy.deepcopy(base[others])
+            if seeds:
+                composed.seed = OmegaConf.create(seeds[-1].replace("=", ": ", 1)).seed
+            jobs.append((tuple(words), composed))
+
+        def launch(chosen: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+            try:
+                return launcher.launch([list(words) for words in chosen], initial_job_idx=0)
+            except KeyboardInterrupt:
+                if "joblib" in type(launcher).__module__:
+                    from joblib.externals.loky import get_reusable_executor
+
+                    get_reusable_executor().shutdown(wait=True, kill_workers=True)
+                raise
+            except RuntimeError as error:  # a worker process that was killed takes joblib's whole pool with it
+                raise TensLoRAError(f"the launcher broke off ({error}); the same command goes on") from error
+
+        self.task.sweep(config, jobs, launch)
+
+
+class _Patient(submitit_launcher.BaseSubmititLauncher):
+    """submitit's launcher, but for what becomes of the others when one job is cancelled or crashes.
+
+    The plugin asks for results in order and raises at the first job without one, while the rest still run. Here
+    every job is waited for, and one that ended without a result counts as failed. To requeue what was preempted or
+    ran out of time is submitit's.
+    """
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        import submitit
+        from hydra.core.singleton import Singleton
+        from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+
+        given = dict(self.params)
+        start = {"folder": given.pop("submitit_folder")}
+        if "max_num_timeout" in given:
+            start[f"{self._EXECUTOR}_max_num_timeout"] = given.pop("max_num_timeout")
+        everywhere = OmegaConf.structured(BaseQueueConf)
+        numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
+        try:
+            executor = submitit.AutoExecutor(cluster=self._EXECUTOR, **start)
+            executor.update_parameters(
+                **{key if key in everywhere else f"{self._EXECUTOR}_{key}": value for key, value in given.items()}
+            )
+            jobs = executor.map_array(
+                self,
+                [list(words) for words in job_overrides],
+                ["hydra.sweep.dir"] * len(numbers),
+                list(numbers),
+                [f"job_id_for_{number}" for number in numbers],
+                [Singleton.get_state()] * len(numbers),
+            )
+        except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
+            raise TensLoRAError(f"hydra/launcher: {self._EXECUTOR} takes no jobs ({error})") from error
+        print(f"submitted {len(jobs)} jobs to {self._EXECUTOR}: {_names(jobs)}", flush=True)
+        outcomes: dict[str, JobReturn] = {}
+        try:
+            while len(outcomes) < len(jobs):
+                time.sleep(LOOK_SECONDS)
+                for job, under_way in zip(jobs, self._are_under_way(jobs), strict=True):
+                    if not under_way and job.job_id not in outcomes:
+                        outcomes[job.job_id] = self._outcome(job)
+        except KeyboardInterrupt:
+            print(f"\nwhat is submitted goes on: {_names(jobs)}", flush=True)
+            raise
+        return [outcomes[job.job_id] for job in jobs]
+
+    def _are_under_way(self, jobs: Sequence[Any]) -> list[bool]:
+        return [not job.done() for job in jobs]
+
+    def _outcome(self, job: Any) -> JobReturn:
+        try:
+            result: JobReturn = job.results()[0]
+            return result
+        except Exception as error:
+            failed = JobReturn()
+            failed.status, failed.return_value = JobStatus.FAILED, error
+            return failed
+
+
+class PatientLocalLauncher(_Patient, submitit_launcher.LocalLauncher):
+    """In the place of hydra/launcher=submitit_local."""
+
+
+class PatientSlurmLauncher(_Patient, submitit_launcher.SlurmLauncher):
+    """In the place of hydra/launcher=submitit_slurm.
+
+    Asks squeue which jobs are left, where submitit asks sacct, which a cluster without accounting does not answer.
+    """
+
+    def _are_under_way(self, jobs: Sequence[Any]) -> list[bool]:
+        left = [not job.paths.result_pickle.exists() for job in jobs]
+        asked = subprocess.run(
+            ["squeue", "--noheader", "--array", "--me", "--format=%i"], capture_output=True, text=True, check=False
+        )
+        if asked.returncode:  # a controller that is busy or restarting: it may well know them later
+            return left
+        queued = set(asked.stdout.split())
+        return [is_left and job.job_id in queued for is_left, job in zip(left, jobs, strict=True)]
+
+    def _outcome(self, job: Any) -> JobReturn:
+        # A result may take its time to appear on a shared file system.
+        for _ in range(10):
+            if job.paths.result_pickle.exists():
+                return super()._outcome(job)
+            time.sleep(LOOK_SECONDS / 10)
+        asked = subprocess.run(
+            ["scontrol", "--oneliner", "show", "job", job.job_id], capture_output=True, text=True, check=False
+        )
+        facts = dict(word.split("=", 1) for word in asked.stdout.split() if "=" in word)
+        state = facts.get("JobState", "gone").lower()
+        failed = JobReturn()
+        failed.status = JobStatus.FAILED
+        failed.return_value = TensLoRAError(
+            f"Slurm job {job.job_id} is {state} without a result; see {job.paths.stderr}"
+        )
+        return failed
+
+
+PATIENT = {
+    f"{launcher.__module__}.{launcher.__name__}": patient
+    for launcher, patient in (
+        (submitit_launcher.LocalLauncher, PatientLocalLauncher),
+        (submitit_launcher.SlurmLauncher, PatientSlurmLauncher),
+    )
+}
+
+
+def _names(jobs: Sequence[Any]) -> str:
+    return ", ".join(dict.fromkeys(job.job_id.split("_")[0] for job in jobs))

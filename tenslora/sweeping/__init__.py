@@ -1,0 +1,1 @@
+"""The jobs of a table: planned, claimed, carried out, watched."""
