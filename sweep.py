@@ -69,8 +69,9 @@ def sweep(
         return
 
     todo = [] if config.collect_only else [job for job in jobs if job.state() is not State.DONE]
-    if todo:
+    if not config.collect_only:
         print("\n".join(["", *announcements(jobs)]), flush=True)
+    if todo:
         with Progress(jobs):
             while todo:
                 returned = launch([job.overrides for job in todo])

@@ -80,6 +80,7 @@ class _Task:
 
     def sweep(self, config: DictConfig, jobs: Any, launch: Any) -> None:
         assert self._sweep is not None
+        self.started = True
         self._sweep(config, jobs, launch)
 
 

@@ -28,7 +28,7 @@ def kept(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     latest.remove(entry)
                     latest.append(entry)
                     return entry[1]
-            del latest[: len(latest) - size + 1]
+            del latest[: max(0, len(latest) - size + 1)]
             latest.append((call, load(*args, **kwargs)))
             return latest[-1][1]
 

@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from tenslora.backbones import EMBEDDED
 from tenslora.config import digest
 from tests.conftest import ROOT
 from tests.running import SHORT, composed
+from tests.sweeps import held_elsewhere
 
 # One process imports everything once and, for each line of its input, forks the sweeps on it and waits for all of them.
 # A sweep is [folder, arguments, where, files for its output]. Where: "" or what happens to it, counted over all of its
@@ -279,6 +282,31 @@ def test_a_sweep_that_was_interrupted_and_killed_anywhere_ends_as_one_that_was_n
 def test_two_sweeps_on_one_folder_share_the_work(drive: Driver, whole: Path, tmp_path: Path) -> None:
     both = drive.together((tmp_path, [TWO]), (tmp_path, [TWO]))
     assert [(ended.status, ended.err) for ended in both] == [(0, ""), (0, "")]
+    assert completions(tmp_path) == [1, 1]
+    assert table(tmp_path) == table(whole)
+
+
+def test_what_another_sweep_has_in_hand_is_waited_for_and_taken_over_when_it_dies(
+    drive: Driver, whole: Path, tmp_path: Path
+) -> None:
+    theirs, ours = (tmp_path / next(whole.rglob(name)).relative_to(whole) for name in ("lora-*", "qkv_depth-*"))
+    with held_elsewhere(theirs) as holder:
+
+        def die() -> None:
+            while not (ours / "result.json").exists() and holder.poll() is None:
+                time.sleep(0.05)
+            time.sleep(1.5)  # the sweep has nothing left but to wait
+            holder.kill()
+
+        dying = threading.Thread(target=die)
+        dying.start()
+        ended = drive(tmp_path, TWO)
+        waited = holder.poll() is not None
+        holder.kill()
+        dying.join()
+    assert waited
+    assert (ended.status, ended.err) == (0, "")
+    assert "wait: digits lora seed 0 is running elsewhere" in ended.out
     assert completions(tmp_path) == [1, 1]
     assert table(tmp_path) == table(whole)
 
