@@ -27,7 +27,8 @@ class TableSweeper(BasicSweeper):
     """Hydra's basic sweeper, but for who decides: every job is composed and handed to the app's own `sweep`.
 
     The app's task has a method `sweep(config, jobs, launch)`: config as composed without the swept values, jobs as
-    pairs of (overrides, composed config), and `launch`, which runs some lists of overrides through the launcher.
+    pairs of (overrides, composed config), and `launch`, which runs some lists of overrides through the launcher, at
+    most `max_batch_size` at a time.
     """
 
     task: Any
@@ -42,6 +43,8 @@ class TableSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         assert self.hydra_context and self.config is not None and self.launcher
+        if (size := self.max_batch_size) is not None and size < 1:
+            raise TensLoRAError(f"hydra.sweeper.max_batch_size={size}: must be at least 1, or null for all at once")
         loader, config, launcher = self.hydra_context.config_loader, self.config, self.launcher
         defaults = [f"{key}={value}" for key, value in (self.params or {}).items()]
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*defaults, *arguments])
@@ -60,8 +63,11 @@ class TableSweeper(BasicSweeper):
             jobs.append((tuple(words), composed))
 
         def launch(chosen: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+            returned: list[JobReturn] = []
             try:
-                return launcher.launch([list(words) for words in chosen], initial_job_idx=0)
+                for batch in self.split_overrides_to_chunks([list(words) for words in chosen], size):
+                    returned += launcher.launch(batch, initial_job_idx=len(returned))
+                return returned
             except KeyboardInterrupt:
                 if "joblib" in type(launcher).__module__:
                     from joblib.externals.loky import get_reusable_executor
@@ -146,9 +152,7 @@ class PatientSlurmLauncher(_Patient, submitit_launcher.SlurmLauncher):
 
     def _are_under_way(self, jobs: Sequence[Any]) -> list[bool]:
         left = [not job.paths.result_pickle.exists() for job in jobs]
-        asked = subprocess.run(
-            ["squeue", "--noheader", "--array", "--me", "--format=%i"], capture_output=True, text=True, check=False
-        )
+        asked = _ask("squeue", "--noheader", "--array", "--me", "--format=%i")
         if asked.returncode:  # a controller that is busy or restarting: it may well know them later
             return left
         queued = set(asked.stdout.split())
@@ -160,9 +164,7 @@ class PatientSlurmLauncher(_Patient, submitit_launcher.SlurmLauncher):
             if job.paths.result_pickle.exists():
                 return super()._outcome(job)
             time.sleep(LOOK_SECONDS / 10)
-        asked = subprocess.run(
-            ["scontrol", "--oneliner", "show", "job", job.job_id], capture_output=True, text=True, check=False
-        )
+        asked = _ask("scontrol", "--oneliner", "show", "job", job.job_id)
         facts = dict(word.split("=", 1) for word in asked.stdout.split() if "=" in word)
         state = facts.get("JobState", "gone").lower()
         failed = JobReturn()
@@ -180,6 +182,13 @@ PATIENT = {
         (submitit_launcher.SlurmLauncher, PatientSlurmLauncher),
     )
 }
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise TensLoRAError(f"hydra/launcher: {command[0]} cannot be run ({error}); jobs submitted go on") from error
 
 
 def _names(jobs: Sequence[Any]) -> str:

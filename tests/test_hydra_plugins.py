@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import submitit
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
 from submitit.core.utils import DelayedSubmission, cloudpickle, cloudpickle_dump
 
 from tenslora.config import register_resolvers
@@ -105,6 +108,40 @@ class Slurm:
         return int((self.slurm / "asked").read_text())
 
 
+def table_sweeper(most: int | None, batches: list[list[list[str]]]) -> Any:
+    """A sweeper of the values of `x` whose launcher notes what it is given."""
+
+    class Launcher:
+        def launch(self, job_overrides: list[list[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+            assert initial_job_idx == sum(map(len, batches))
+            batches.append(job_overrides)
+            return [completed(words[0]) for words in job_overrides]
+
+    def run_all(_: Any, jobs: Sequence[Any], launch: Callable[..., Sequence[JobReturn]]) -> None:
+        returned = launch([words for words, _ in jobs])
+        assert [outcome.return_value for outcome in returned] == [words[0] for words, _ in jobs]
+
+    sweeper = importlib.import_module(PLUGIN).TableSweeper(most)
+    loader = SimpleNamespace(load_sweep_config=lambda _, words: OmegaConf.create(words))
+    sweeper.hydra_context, sweeper.config = SimpleNamespace(config_loader=loader), OmegaConf.create()
+    sweeper.launcher, sweeper.task = Launcher(), SimpleNamespace(sweep=run_all)
+    return sweeper
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(None, [5]), (5, [5]), (2, [2, 2, 1]), (1, [1] * 5)])
+def test_so_many_jobs_go_to_the_launcher_at_once(most: int | None, sizes: list[int]) -> None:
+    batches: list[list[list[str]]] = []
+    table_sweeper(most, batches).sweep(["x=0,1,2,3,4"])
+    assert [len(batch) for batch in batches] == sizes
+    assert [job for batch in batches for job in batch] == [[f"x={number}"] for number in range(5)]
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_so_many_jobs_at_once_are_at_least_one(most: int) -> None:
+    with pytest.raises(TensLoRAError, match=f"hydra.sweeper.max_batch_size={most}: must be at least 1"):
+        table_sweeper(most, []).sweep(["x=0,1"])
+
+
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     return Slurm(tmp_path, monkeypatch)
@@ -181,6 +218,17 @@ def test_a_machine_without_slurm_is_one_line(slurm: Slurm, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(TensLoRAError, match="hydra/launcher: slurm takes no jobs"):
         slurm.launch(1)
+
+
+@pytest.mark.parametrize("command", ["squeue", "scontrol"])
+def test_a_command_of_slurms_that_is_not_there_is_one_line(slurm: Slurm, command: str) -> None:
+    slurm.answers("")
+    (slurm.slurm / "bin" / command).unlink()
+    for tool in ("sh", "mv", "cp", "cat", "ls", "tail", "grep"):  # but no Slurm that this machine may have
+        (slurm.slurm / "bin" / tool).symlink_to(str(shutil.which(tool)))
+    slurm.patch.setenv("PATH", str(slurm.slurm / "bin"))
+    with pytest.raises(TensLoRAError, match=f"hydra/launcher: {command} cannot be run"):
+        slurm.launch(2)
 
 
 def test_an_interrupt_names_what_goes_on(slurm: Slurm, capfd: Any) -> None:

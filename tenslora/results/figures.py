@@ -38,6 +38,7 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5
 _FONTS = ("Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 _SIZE = 8.5  # of text, in points
 _WIDTH, _HEIGHT = 4.4, 3.3  # of a panel, in inches
+_LONGEST = 34  # of a name, in characters: more would leave a panel no room for what it shows
 
 # Counts that differ by less are shown as equal: a logarithmic axis would put all points on one spot.
 _EQUAL = 1.10
@@ -222,8 +223,9 @@ def _colour(row: Row) -> str:
 
 
 def _name(row: Row) -> str:
-    # The panel's title has the strategy.
-    return " ".join((row.tensor_mode, *row.variant))
+    # The panel's title has the strategy. Of a name that is too long, the ends tell most.
+    name = " ".join((row.tensor_mode, *row.variant))
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2 - 1]}…{name[-_LONGEST // 2 :]}"
 
 
 def _equal_counts(panel: Table) -> bool:

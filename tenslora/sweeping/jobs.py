@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from tenslora.config import RunConfig, check, digest, run_folder, strategy_of, validate
+from tenslora.config import SWEEP_KEYS, RunConfig, check, digest, run_folder, strategy_of, validate
 from tenslora.config import settings as plain_settings
 from tenslora.errors import TensLoRAError
 from tenslora.files import write_json
@@ -115,19 +115,26 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], folder: Pa
 
     composed: pairs of overrides and the config that they make. folder: of all runs. Two sets of overrides that make
     the same run (LoRA under both strategies) are one job. What varies beside dataset, model, seed, construction and
-    strategy becomes part of the row.
+    strategy becomes part of the row, where it makes a run another one.
 
-    Raises TensLoRAError for the first job whose settings are at fault, before anything is run.
+    Raises TensLoRAError for the first job whose settings are at fault, and where a setting of the whole sweep has
+    several values; before anything is run.
     """
-    values: dict[str, set[str]] = {}
+    values: dict[str, dict[str, None]] = {}
     for words, _ in composed:
         for key, _, value in (word.partition("=") for word in words):
-            values.setdefault(key, set()).add(value)
-    varied = [key for key, found in values.items() if len(found) > 1 and key not in (*_COLUMNS_AND_SEED, *_ROW)]
+            values.setdefault(key, {})[value] = None
+    varied = [key for key, found in values.items() if len(found) > 1]
+    for key in varied:
+        if key in SWEEP_KEYS or key.split(".")[0] in SWEEP_KEYS:
+            raise TensLoRAError(f"{key}={','.join(values[key])}: one value for the whole sweep, not several")
+    runs: dict[str, list[tuple[str, ...]]] = {}
+    identifiers = [digest(config) for _, config in composed]
+    for identifier, (words, _) in zip(identifiers, composed, strict=True):
+        runs.setdefault(identifier, []).append(words)
     jobs: dict[str, Job] = {}
     validated: dict[str, RunConfig] = {}
-    for words, config in composed:
-        identifier = digest(config)
+    for identifier, (words, config) in zip(identifiers, composed, strict=True):
         if identifier in jobs:
             continue
         # Runs that differ in the seed alone share the slow part of validating.
@@ -136,7 +143,13 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], folder: Pa
             validated[plain] = validate(config)
         settings = replace(validated[plain], seed=config.seed)
         check(settings)
-        variant = tuple(word for word in words if word.partition("=")[0] in varied)
+        variant = tuple(
+            word
+            for word in words
+            if (key := word.partition("=")[0]) in varied
+            and key not in (*_COLUMNS_AND_SEED, *_ROW)
+            and all(word in same for same in runs[identifier])
+        )
         jobs[identifier] = Job(
             overrides=words,
             settings=settings,

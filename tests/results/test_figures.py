@@ -164,6 +164,18 @@ def test_names_cover_neither_each_other_nor_points(sample: Table) -> None:
             assert not any(box.x0 < x < box.x1 and box.y0 < y < box.y1 for box in boxes.values())
 
 
+@pytest.mark.parametrize("modes", [("qkv", "depth"), ("lora",)])
+def test_a_name_of_any_length_leaves_room_for_the_scores(modes: tuple[str, ...]) -> None:
+    variants = [(f"optimizer.betas=[0.9,0.999{'0' * 60}{end}]",) for end in (1, 2)]
+    sample = table(made(mode, "isorank", epochs=[0.5, 0.6], variant=variant) for mode in modes for variant in variants)
+    for draw in (score_against_parameters, learning_curves):
+        (axes,) = panels(draw(sample)).values()
+        assert axes.get_position().width > 0.2
+        names = [text.get_text() for text in (*axes.texts, *axes.get_yticklabels())]
+        for mode in modes:
+            assert len({name for name in names if name.startswith(f"{mode} optimizer") and "…" in name}) == 2
+
+
 @pytest.mark.parametrize("random_seed", range(5))
 def test_spread_is_the_least_squares_solution(random_seed: int) -> None:
     draw = np.random.default_rng(random_seed)

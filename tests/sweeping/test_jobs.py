@@ -78,6 +78,20 @@ def test_whatever_else_is_swept_makes_rows_of_its_own(tmp_path: Path) -> None:
     assert jobs[5].label == "digits qkv_depth isorank optimizer.lr=2e-3 seed 1"
 
 
+def test_what_does_not_make_a_run_another_one_is_not_in_its_name(tmp_path: Path) -> None:
+    modes, alphas = ("qkv", "head_only"), ("adapter.alpha=1", "adapter.alpha=2")
+    composed = [swept(f"tensor_mode={mode}", STRATEGIES[0], alpha) for mode in modes for alpha in alphas]
+    labels = [job.row.label for job in plan_jobs(composed, tmp_path)]
+    assert labels == [f"qkv isoparameters {alphas[0]}", f"qkv isoparameters {alphas[1]}", "head_only"]
+
+
+@pytest.mark.parametrize(("key", "first", "second"), [("table", "digits", "isorank"), ("dry_run", "true", "false")])
+def test_a_sweep_is_of_one_table(key: str, first: str, second: str, tmp_path: Path) -> None:
+    composed = [swept(f"{key}={value}", f"seed={seed}") for value in (first, second) for seed in (0, 1)]
+    with pytest.raises(TensLoRAError, match=f"{key}={first},{second}: one value for the whole sweep"):
+        plan_jobs(composed, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
