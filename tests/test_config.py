@@ -103,10 +103,10 @@ def test_the_papers_protocol_is_the_default() -> None:
     assert round(eurosat.model.image_size / eurosat.dataset.transform.crop_ratio) == 300
 
 
-def test_a_dataset_sets_the_training_length_unless_the_command_line_does() -> None:
-    assert run("dataset=digits").trainer.epochs == 12
-    assert run("dataset=dtd").trainer.epochs == 10
-    assert run("trainer.epochs=3", "dataset=digits").trainer.epochs == 3
+def test_a_dataset_sets_the_batch_size_unless_the_command_line_does() -> None:
+    assert run("dataset=digits").trainer.batch_size == 32
+    assert run("dataset=dtd").trainer.batch_size == 64
+    assert run("trainer.batch_size=8", "dataset=digits").trainer.batch_size == 8
 
 
 def test_full_fine_tuning_brings_its_own_rate_unless_the_command_line_does() -> None:

@@ -86,6 +86,7 @@ def fit(
         betas=(optimizer.betas[0], optimizer.betas[1]),
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
+        fused=True,
     )
     state = State()
     if resume and checkpoint.is_file():
