@@ -38,7 +38,7 @@ def at(function, number, end):
         if next(calls) == number:
             if function is real_fsync:
                 os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
-            os.kill(os.getpid(), end)
+            signal.raise_signal(end)  # in this thread, and so just here
         return function(*args)
     return wrapped
 
