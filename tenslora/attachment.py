@@ -7,9 +7,12 @@ model's state dict stay as they were; the adapter becomes the submodule `tenslor
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from tenslora.adapter import Adapter, TensLoraConfig, load_adapter
 from tenslora.errors import TensLoRAError
@@ -21,7 +24,7 @@ NAME = "tenslora"
 class LayerUpdate:
     """The update of one layer's projections at one input, computed once for all that share the input.
 
-    With alpha folded in, the update of projection p is ``h @ right_p``, where ``h = x @ left``.
+    With alpha folded in, the update of projection p is ``h_p @ right_p``, where ``h_p = x @ left_p``.
     """
 
     def __init__(self, adapter: Adapter, layer: int) -> None:
@@ -30,35 +33,64 @@ class LayerUpdate:
         self._x: Tensor | None = None
         self._pending: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def separate(self, x: Tensor, projection: int) -> tuple[Tensor, Tensor]:
-        """(h, right) of one projection: shapes (..., r) and (r, d_out)."""
+    def add(self, y: Tensor, x: Tensor, tokens: Tensor, projections: tuple[int, ...]) -> Tensor:
+        """y (tokens, k d_out), in place, plus the update of k projections side by side; x as (tokens, d_in)."""
+        if len(projections) > 1:
+            h, rights = self._terms(tokens)
+            if h.shape[1] > rights.shape[1]:
+                added: Tensor = _AddBlocks.apply(y, h.to(y.dtype), rights.to(y.dtype))
+                return added
+            right = rights.transpose(0, 1).flatten(1)
+        else:
+            h, right = self._one(x, tokens, projections[0])
+        return y.addmm_(h.to(y.dtype), right.to(y.dtype))
+
+    def _one(self, x: Tensor, tokens: Tensor, projection: int) -> tuple[Tensor, Tensor]:
         # Query, key and value are called one after the other with the very same tensor. The first of them
         # computes all three; identity, not equality, says that the others may take what is waiting.
         if self._x is not x or projection not in self._pending:
-            self._x, self._pending = x, {}
-            h, rights = self._terms(x)
-            rank = rights.shape[1]
-            for p in range(len(rights)):
-                shared = h.shape[-1] == rank
-                self._pending[p] = (h if shared else h[..., p * rank : (p + 1) * rank], rights[p])
+            h, rights = self._terms(tokens)
+            hs = [h] * len(rights) if h.shape[1] == rights.shape[1] else h.chunk(len(rights), dim=1)
+            self._x, self._pending = x, dict(enumerate(zip(hs, rights.unbind(), strict=True)))
         term = self._pending.pop(projection)
         if not self._pending:
             self._x = None
         return term
 
-    def fused(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(h, right) of all projections side by side: shapes (..., r) and (r, P * d_out)."""
-        h, rights = self._terms(x)
-        if h.shape[-1] == rights.shape[1]:
-            return h, rights.transpose(0, 1).flatten(1)
-        return h, torch.block_diag(*rights)  # type: ignore[no-untyped-call]
-
-    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # h: (..., r) if one left serves all projections, else (..., P r); rights: (P, r, d_out).
+    def _terms(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        # h: (tokens, r) if one left serves all projections, else (tokens, P r); rights: (P, r, d_out).
         pairs = self.adapter.layer(self.layer)
         left = torch.cat([left for left, _ in pairs], dim=1) if len(pairs) > 1 else pairs[0][0]
-        rights = torch.cat([right for _, right in pairs]) * self.adapter.config.alpha
-        return self.adapter.dropout(x) @ left.to(x.dtype), rights.to(x.dtype)
+        rights = torch.cat([right for _, right in pairs]) if len(pairs) > 1 else pairs[0][1]
+        # As a Linear: the gradient of its weight takes half the time that left's takes in a plain product.
+        h = F.linear(self.adapter.dropout(tokens), left.T.to(tokens.dtype))
+        return h, rights * self.adapter.config.alpha
+
+
+class _AddBlocks(torch.autograd.Function):
+    """y[:, p] += h[:, p] @ rights[p] for P blocks of columns, in place.
+
+    y: (tokens, P d_out), h: (tokens, P r), rights: (P, r, d_out). What autograd would make of it costs a copy of y for
+    each block, and one product with a block-diagonal matrix mostly multiplies zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, rights: Tensor) -> Tensor:
+        blocks = len(rights)
+        for block, thin, right in zip(y.chunk(blocks, 1), h.chunk(blocks, 1), rights, strict=True):
+            block.addmm_(thin, right)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(h, rights)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, rights = ctx.saved_tensors
+        blocks = list(zip(grad.chunk(len(rights), 1), h.chunk(len(rights), 1), rights, strict=True))
+        grad_h = torch.cat([block @ right.T for block, _, right in blocks], dim=1)
+        grad_rights = torch.stack([thin.T @ block for block, thin, _ in blocks])
+        return grad, grad_h, grad_rights
 
 
 class AdaptedLinear(nn.Linear):
@@ -79,14 +111,14 @@ class AdaptedLinear(nn.Linear):
         self.training = linear.training
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base[0](x)
         if self.merged:
-            return y
-        if len(self.projections) == 1:
-            h, right = self.update.separate(x, self.projections[0])
-        else:
-            h, right = self.update.fused(x)
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), right).view_as(y)
+            merged: Tensor = self.base[0](x)
+            return merged
+        # Of a matrix, Linear makes a tensor of its own that can take the update in place; of more dimensions it makes
+        # a view, and autograd would copy that first.
+        tokens = x.reshape(-1, self.in_features)
+        y = self.update.add(self.base[0](tokens), x, tokens, self.projections)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def attach(model: nn.Module, adapter: TensLoraConfig | Adapter) -> Adapter:

@@ -98,8 +98,10 @@ class Tucker(nn.Module):
         else:
             core = core.unsqueeze(0)
         if HEAD in self.factors:  # core is (P, r_in, r_d_head, r_head)
-            order = "pihj" if self.head_layout == "aligned" else "pijh"
-            right = torch.einsum(f"piab,ja,hb->{order}", core, self.factors["d_head"], self.factors[HEAD]).flatten(-2)
+            slow, fast = self.factors[HEAD], self.factors["d_head"]
+            if self.head_layout == "interleaved":
+                core, slow, fast = core.mT, fast, slow
+            right = ((core @ slow.T).mT @ fast.T).flatten(-2)
         else:  # core is (P, r_in, r_out)
             right = core @ self.factors["d_out"].T
         return self.factors["d_in"], right
