@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sklearn.datasets
 
 from tenslora import backbones
 from tenslora.config import validate
+from tenslora.data import images
 from tenslora.data.images import digits
 from tenslora.kept import kept
 from tests.running import SHORT, composed, run
@@ -108,7 +108,7 @@ def test_runs_that_share_a_process_neither_disturb_each_other_nor_read_anything_
         return reading
 
     monkeypatch.setattr(backbones, "_read_weights", counting("weights", backbones._read_weights))
-    monkeypatch.setattr(sklearn.datasets, "load_digits", counting("dataset", sklearn.datasets.load_digits))
+    monkeypatch.setattr(images, "_uci_digits", counting("dataset", images._uci_digits))
 
     job = [*SHORT, "tensor_mode=qkv_depth", "adapter.dropout=0.2"]
     first = run(tmp_path / "first", *job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,9 +102,21 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
         return tokenizer
 
 
-def _load_timm(config: ModelConfig, classes: int) -> Backbone:
-    import timm
+def _timm() -> Any:
+    # timm's training scripts may log to wandb, and so it imports that; which takes longer than to build a model.
+    hidden = "wandb" not in sys.modules
+    if hidden:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        import timm
+    finally:
+        if hidden:
+            del sys.modules["wandb"]
+    return timm
 
+
+def _load_timm(config: ModelConfig, classes: int) -> Backbone:
+    timm = _timm()
     if not timm.is_model(config.architecture):
         raise TensLoRAError(f"model.architecture={config.architecture}: timm {timm.__version__} has no such model")
     build = {"num_classes": classes, "in_chans": config.channels, **config.options}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +158,8 @@ def _split(config: ImageDatasetConfig, seed: int) -> Dataset:
 def digits(wanted: Sequence[int]) -> Dataset:
     """scikit-learn's UCI digits of the `wanted` classes: 8 x 8 grey images, every third of a class for testing."""
     import numpy as np
-    from sklearn.datasets import load_digits
 
-    pixels, targets = load_digits(return_X_y=True)
+    pixels, targets = _uci_digits()
     images = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     train: list[int] = []
     test: list[int] = []
@@ -170,6 +170,22 @@ def digits(wanted: Sequence[int]) -> Dataset:
     number = {digit: index for index, digit in enumerate(wanted)}
     everything = Examples(ImageArrays(images), [number.get(int(t), -1) for t in targets])
     return Dataset(everything.select(sorted(train)), everything.select(sorted(test)), tuple(map(str, wanted)))
+
+
+def _uci_digits() -> tuple[Any, Any]:
+    """What sklearn.datasets.load_digits(return_X_y=True) gives: (1797, 64) values of 0 to 16, and the digits."""
+    import numpy as np
+
+    # Importing scikit-learn takes seconds, reading its file a moment.
+    package = importlib.util.find_spec("sklearn")
+    for folder in (package and package.submodule_search_locations) or []:
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")
+            return table[:, :-1], table[:, -1].astype(int)
+    from sklearn.datasets import load_digits
+
+    return load_digits(return_X_y=True)  # type: ignore[no-any-return]
 
 
 @kept(4)

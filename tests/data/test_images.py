@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from tenslora.config import ImageDatasetConfig, TransformConfig
 from tenslora.data import Dataset, Examples, load_dataset
-from tenslora.data.images import digits
+from tenslora.data.images import _uci_digits, digits
 from tenslora.errors import TensLoRAError
 
 
@@ -43,6 +43,15 @@ def numbers(examples: Examples) -> list[int]:
 
 def grey(examples: Examples) -> list[tuple[bytes, int]]:
     return [(np.asarray(examples.inputs[i]).tobytes(), label) for i, label in enumerate(examples.labels)]
+
+
+def test_digits_are_read_wherever_scikit_learn_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = [_uci_digits()]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    for pixels, targets in [*read, _uci_digits()]:
+        expected = load_digits(return_X_y=True)
+        np.testing.assert_array_equal(pixels, expected[0])
+        np.testing.assert_array_equal(targets, expected[1])
 
 
 @pytest.mark.parametrize("wanted", [range(5, 10), range(5)])
