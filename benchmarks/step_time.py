@@ -64,16 +64,15 @@ class Setting:
 def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
     """(model, its trainable parameters), in training mode and on the device."""
     import torch
-    from torch import nn
 
     torch.manual_seed(0)
-    model: nn.Module
+    model: Any
     if setting.backbone == "vit_timm":
         import timm
 
         model = timm.create_model("vit_base_patch16_224", num_classes=CLASSES)
-        first: nn.Parameter = model.cls_token  # type: ignore[assignment]
-        head = model.get_classifier()  # type: ignore[operator]
+        first = model.cls_token
+        head = model.get_classifier()
         names = ["qkv"]
     elif setting.backbone == "vit_hf":
         from transformers import ViTConfig, ViTForImageClassification
@@ -129,7 +128,7 @@ def _materialise(model: Any) -> None:
                 update = adapter.dense(layer)[list(module.projections)].transpose(0, 1).flatten(1)
                 return module.base[0](x) + adapter.config.alpha * (x @ update.to(x.dtype))
 
-            module.forward = forward  # type: ignore[method-assign, assignment]
+            module.forward = forward  # type: ignore[method-assign]
 
 
 def stepper(setting: Setting, model: Any, parameters: Sequence[Any]) -> Callable[[], Any]:
@@ -238,10 +237,15 @@ class Process:
         self.process = context.Process(target=worker, args=(setting, variant, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self.facts: dict[str, Any] = self.connection.recv()
+        self.facts: dict[str, Any] = {}
         self.seconds: list[float] = []
         self.ratios: list[float] = []
         self.peak = 0
+
+    def wait(self) -> None:
+        """Until it is ready, one step made."""
+        self.facts = self.connection.recv()
+        self.run(1)
 
     def run(self, steps: int) -> float:
         """The mean seconds of a step, over some steps."""
@@ -257,13 +261,13 @@ class Process:
 def measure(setting: Setting, variants: Sequence[str], rounds: int, steps: int, at_once: int) -> list[dict[str, Any]]:
     """A row per variant: the seconds of its steps, its ratios to the floor, and its memory."""
     floor = Process(setting, "floor")
-    floor.run(1)
-    rows = {"floor": _row("floor", floor)}
+    floor.wait()
+    rows: dict[str, dict[str, Any]] = {}
     others = [variant for variant in variants if variant != "floor"]
     for start in range(0, len(others), at_once):
         here = {variant: Process(setting, variant) for variant in others[start : start + at_once]}
         for process in here.values():
-            process.run(1)
+            process.wait()
         for number in range(rounds):
             order = list(here.values())
             order = order[number % len(order) :] + order[: number % len(order)]
@@ -283,9 +287,8 @@ def measure(setting: Setting, variants: Sequence[str], rounds: int, steps: int, 
             process.end()
             print(f"  {_line(rows[variant])}", file=sys.stderr, flush=True)
     floor.ratios = [seconds / statistics.median(floor.seconds) for seconds in floor.seconds]
-    rows["floor"] = _row("floor", floor)
     floor.end()
-    return [rows[variant] for variant in ("floor", *others)]
+    return [_row("floor", floor), *(rows[variant] for variant in others)]
 
 
 def _row(variant: str, process: Process) -> dict[str, Any]:
