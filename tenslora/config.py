@@ -130,6 +130,7 @@ class TrainerConfig:
     clip_norm: Optional[float] = MISSING  # noqa: UP045
     max_steps: Optional[int] = MISSING  # noqa: UP045
     precision: str = MISSING
+    compile: bool = MISSING
     device: str = MISSING
     threads: Optional[int] = MISSING  # noqa: UP045
     workers: int = MISSING
@@ -218,9 +219,8 @@ def _own(composed: DictConfig, throw_on_missing: bool) -> dict[str, Any]:
 def identity(composed: DictConfig) -> dict[str, Any]:
     """The settings that can change a run's result: all but the device it runs on, how fast, and what watches it."""
     result = {key: value for key, value in settings(composed).items() if key not in ("logger", "resume")}
-    result["trainer"] = {
-        k: v for k, v in result["trainer"].items() if k not in ("device", "threads", "workers", "eval_batch_size")
-    }
+    for key in ("compile", "device", "threads", "workers", "eval_batch_size"):
+        del result["trainer"][key]
     if result["tensor_mode"]["name"] in REFERENCES:
         del result["rank_strategy"], result["adapter"]
     elif strategy_of(composed) == "":

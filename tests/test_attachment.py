@@ -214,6 +214,49 @@ def test_no_matrix_as_large_as_a_weight_is_made_in_training(mode: str) -> None:
     assert largest.size >= 24 * 24
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("mode", ["att_depth", "qkv_depth"])
+@pytest.mark.parametrize(("name", "reentrant"), [("hf_vit", True), ("hf_vit", False), ("timm_vit", True)])
+def test_activations_may_be_recomputed_in_the_backward(name: str, reentrant: bool, mode: str) -> None:
+    gradients = []
+    for recomputed in (False, True):
+        model = build(name).train()
+        adapter = attached(model, mode)
+        if recomputed and name == "timm_vit":
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+        elif recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
+            # What is recomputed from inputs without a gradient has none, reentrantly.
+            model.vit.embeddings.cls_token.requires_grad_(True)  # type: ignore[union-attr]
+        for _ in range(2):  # as with accumulation
+            logits(model, inputs(name)).square().sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append([p.grad for p in adapter.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", CONSTRUCTIONS)
+@pytest.mark.parametrize("name", ["hf_roberta", "timm_vit"])
+def test_nothing_of_the_adapter_breaks_a_compiled_graph(name: str, mode: str) -> None:
+    model = build(name)
+    attached(model, mode)
+    given = inputs(name)
+    expected = logits(model, given)
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def traced(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    output = torch.compile(model, backend=traced, fullgraph=True, dynamic=True)(**given)
+    torch.testing.assert_close(getattr(output, "logits", output), expected, rtol=0, atol=1e-12)
+    others = {key: torch.cat([value, value])[:3] for key, value in given.items()}
+    others = {key: value[:, :5].contiguous() if key == "input_ids" else value for key, value in others.items()}
+    torch.compile(model, backend=traced, fullgraph=True, dynamic=True)(**others)
+    assert len(graphs) == 1
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = build("hf_bert")
     attached(model, "qkv", dropout=0.5)

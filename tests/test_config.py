@@ -126,6 +126,7 @@ def test_the_image_size_reaches_the_architecture() -> None:
         "resume=true",
         "trainer.device=cpu",
         "trainer.workers=3",
+        "trainer.compile=true",
         "trainer.eval_batch_size=7",
         "seed=0",
         "adapter.alpha=4",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
@@ -16,17 +19,51 @@ from tenslora.kept import kept
 from tenslora.streams import stream_seed
 
 Item = tuple[Any, int]
-KEEP_BYTES = 2**31  # how much of one split may be kept in memory
+KEEP_BYTES = 2**32  # how much of one split's images may be kept in memory
 Collate = Callable[[list[Item]], tuple[dict[str, Tensor], Tensor]]
+
+
+class Pixels(Sequence[Any]):
+    """Images decoded, resized and cut to one size, each of them once: arrays of bytes, (height, width, channels).
+
+    They stay in memory that worker processes share where they are forked, so that the work of one epoch's workers
+    serves the next epoch's. Where all of them would take more than KEEP_BYTES, none is kept.
+    """
+
+    def __init__(self, images: Sequence[Any], prepare: Callable[[Any], Any], size: int, channels: int) -> None:
+        self.images, self.prepare, self.shape = images, prepare, (size, size, channels)
+        self.kept: Any = None
+        self._is_kept: Any = None
+        count, bytes_ = len(images), len(images) * math.prod(self.shape)
+        if 0 < bytes_ <= KEEP_BYTES:
+            # Shared, and no file; the system finds room for a page when it is first written to.
+            memory = np.frombuffer(mmap.mmap(-1, bytes_ + count), np.uint8)
+            self.kept, self._is_kept = memory[:bytes_].reshape(count, *self.shape), memory[bytes_:]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a process that is not forked starts with none
+        return type(self), (self.images, self.prepare, self.shape[0], self.shape[2])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self.kept is None:
+            return self._read(index)
+        if not self._is_kept[index]:
+            self.kept[index] = self._read(index)
+            self._is_kept[index] = 1  # last, for whoever looks at the same time
+        return self.kept[index]
+
+    def _read(self, index: int) -> Any:
+        return np.asarray(self.prepare(self.images[index])).reshape(self.shape)
 
 
 class Encoded(TorchDataset[Item]):
     """Examples with an encoding applied when one is fetched.
 
-    keep: hold on to what was encoded, so that an example is read and transformed once and not once an epoch (with
-    workers, which live for an epoch, it is once an epoch all the same).
-    augmented: the encoding draws random numbers, so that nothing is kept. Each example then has a random stream of
-    its own, a function of `stream` and its index, whichever process or worker it falls to.
+    encode: what a model is given of an example; None: the example itself.
+    augmented: the encoding draws random numbers. Each example then has a random stream of its own, a function of
+    `stream` and its index, whichever process or worker it falls to.
     lengths: of each example, where batches are to hold examples of like length.
     """
 
@@ -34,44 +71,64 @@ class Encoded(TorchDataset[Item]):
         self,
         inputs: Any,
         labels: Sequence[int],
-        encode: Callable[[Any], Any],
-        keep: bool = False,
+        encode: Callable[[Any], Any] | None = None,
         augmented: bool = False,
         lengths: Sequence[int] | None = None,
     ) -> None:
         self.inputs, self.labels, self.encode, self.augmented = inputs, labels, encode, augmented
         self.lengths = lengths
-        self.kept: dict[int, Any] | None = {} if keep and not augmented else None
         self.stream: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Item:
-        if self.augmented:
-            with torch.random.fork_rng(devices=[]):
-                # This generator alone: torch.manual_seed would set the GPUs' too, where dropout draws.
-                torch.default_generator.manual_seed(stream_seed("augmentation", *self.stream, index))
-                return self.encode(self.inputs[index]), self.labels[index]
-        if self.kept is None:
-            return self.encode(self.inputs[index]), self.labels[index]
-        if index not in self.kept:
-            self.kept[index] = self.encode(self.inputs[index])
-        return self.kept[index], self.labels[index]
+        example, label = self.inputs[index], self.labels[index]
+        if self.encode is None:
+            return example, label
+        if not self.augmented:
+            return self.encode(example), label
+        with torch.random.fork_rng(devices=[]):
+            # This generator alone: torch.manual_seed would set the GPUs' too, where dropout draws.
+            torch.default_generator.manual_seed(stream_seed("augmentation", *self.stream, index))
+            return self.encode(example), label
 
 
 # Classes and not closures, so that a worker process can be handed one however it was started.
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """Random changes to an image, made by PIL: (height, width, channels) bytes to the same."""
+
+    transform: Callable[[Any], Any]
+
+    def __call__(self, pixels: Any) -> Any:
+        from PIL import Image
+
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        return np.asarray(self.transform(image)).reshape(pixels.shape)
+
+
+@dataclass(frozen=True)
 class ImageCollate:
-    """A batch of image tensors under the model's own name for them, and the labels."""
+    """A batch of images, (examples, channels, height, width) floats under the model's name for them, and the labels.
+
+    mean, std: of each channel, to normalise by; without them pixels stay in [0, 1].
+    """
 
     input_name: str
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
 
     def __call__(self, items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
-        pixels = torch.stack([torch.as_tensor(image) for image, _ in items])
-        return {self.input_name: pixels}, torch.tensor([label for _, label in items])
+        from torchvision.transforms.v2 import functional as F
+
+        pixels = torch.from_numpy(np.stack([image for image, _ in items])).permute(0, 3, 1, 2).contiguous()
+        batch = F.to_dtype(pixels, torch.float32, scale=True)
+        if self.mean is not None and self.std is not None:
+            F.normalize(batch, list(self.mean), list(self.std), inplace=True)
+        return {self.input_name: batch}, torch.tensor([label for _, label in items])
 
 
 @dataclass(frozen=True)
@@ -115,7 +172,8 @@ def encode_images(
             settings = replace(settings, color_jitter=0.0, flip=False)
         return _transformed(examples, settings, model)
 
-    return encoded(train, True), encoded(test, False), ImageCollate(input_name)
+    mean, std = (model.mean, model.std) if config.transform.normalize else (None, None)
+    return encoded(train, True), encoded(test, False), ImageCollate(input_name, mean, std)
 
 
 @kept(2)  # the two splits of a dataset
@@ -124,29 +182,27 @@ def _transformed(examples: Examples, settings: TransformConfig, model: ModelConf
     from torchvision.transforms import v2 as T
 
     size = round(model.image_size / settings.crop_ratio)
-    resize = T.Resize(
-        [size, size] if settings.squash else [size],
-        InterpolationMode(settings.interpolation),
-        antialias=True,
+    prepare = T.Compose(
+        [
+            T.Grayscale(num_output_channels=model.channels) if model.channels == 1 else T.RGB(),
+            T.Resize(
+                [size, size] if settings.squash else [size], InterpolationMode(settings.interpolation), antialias=True
+            ),
+            T.CenterCrop(model.image_size),
+        ]
     )
-    jitter = [settings.color_jitter] * 4
-    augment = [
-        *(
-            [T.RandomApply([T.ColorJitter(*jitter[:3], hue=min(jitter[3], 0.5))], p=0.5)]
-            if settings.color_jitter
-            else []
-        ),
-        *([T.RandomHorizontalFlip()] if settings.flip else []),
-    ]
-    finish = [
-        T.Grayscale(num_output_channels=model.channels) if model.channels == 1 else T.RGB(),
-        T.ToImage(),
-        T.ToDtype(torch.float32, scale=True),
-        *([T.Normalize(model.mean, model.std)] if settings.normalize else []),
-    ]
-    transform = T.Compose([resize, T.CenterCrop(model.image_size), *augment, *finish])
-    bytes_ = len(examples) * model.channels * model.image_size**2 * 4
-    return Encoded(examples.inputs, examples.labels, transform, bytes_ <= KEEP_BYTES, augmented=bool(augment))
+    augment: list[Any] = []
+    if settings.color_jitter:
+        jitter = [settings.color_jitter] * 4
+        augment.append(T.RandomApply([T.ColorJitter(*jitter[:3], hue=min(jitter[3], 0.5))], p=0.5))
+    if settings.flip:
+        augment.append(T.RandomHorizontalFlip())
+    return Encoded(
+        Pixels(examples.inputs, prepare, model.image_size, model.channels),
+        examples.labels,
+        Augmentation(T.Compose(augment)) if augment else None,
+        augmented=bool(augment),
+    )
 
 
 def encode_texts(

@@ -19,8 +19,8 @@ FORMAT = "tenslora-checkpoint-1"
 class State:
     """How far a run has come.
 
-    epochs, steps: finished so far. history: one entry per epoch, see `loop.fit`. seconds: spent in training and
-    in evaluation so far.
+    epochs, steps: finished so far. history: one entry per epoch, see `loop.fit`. seconds: spent in training, of these
+    in waiting for training batches, and in evaluation so far.
 
     The order of the data and every random draw of an epoch are functions of the seed and the epoch's number, so
     `epochs` says where each of their streams stands; the schedule is a function of `steps`.
@@ -29,7 +29,7 @@ class State:
     epochs: int = 0
     steps: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "evaluate": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "wait": 0.0, "evaluate": 0.0})
 
 
 def save_checkpoint(
@@ -77,4 +77,4 @@ def load_checkpoint(
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameters/{name}"])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return State(header["epochs"], header["steps"], header["history"], header["seconds"])
+    return State(header["epochs"], header["steps"], header["history"], {**State().seconds, **header["seconds"]})

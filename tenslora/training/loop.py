@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -20,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from tenslora.attachment import NAME as ADAPTER
 from tenslora.backbones import logits_of
 from tenslora.config import OptimizerConfig, TrainerConfig
-from tenslora.data.batches import TrainBatches, test_batches
+from tenslora.data.batches import Batch, TrainBatches, test_batches
 from tenslora.data.encoding import Collate, Encoded
 from tenslora.errors import TensLoRAError
 from tenslora.streams import stream_seed
@@ -111,6 +113,12 @@ def fit(
     steps = min(trainer.epochs * batches.steps_per_epoch, trainer.max_steps or sys.maxsize)
     wrapped = processes.wrap(model)
     device = processes.device
+    forward = wrapped
+    if trainer.compile:
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise TensLoRAError(f"trainer.compile=true: needs a C++ compiler, and {compiler} (or CXX) is not there")
+        forward = cast(nn.Module, torch.compile(wrapped))
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainer.precision == "bf16")
 
     with _Progress(steps, state.steps, shown) as progress:
@@ -121,13 +129,15 @@ def fit(
             wrapped.train()
             losses: list[float] = []
             rate, step_loss = 0.0, torch.zeros((), device=device)
-            for batch in batches.epoch(epoch):
+            for batch in _waited_for(batches.epoch(epoch), state.seconds):
                 inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
                 labels = batch.labels.to(device, non_blocking=True)
+                if trainer.compile:
+                    _mark_sizes(inputs)
                 exchange = contextlib.nullcontext() if batch.closes_step else processes.local_gradients(wrapped)
                 with exchange:
                     with autocast:
-                        logits = logits_of(wrapped, inputs)
+                        logits = logits_of(forward, inputs)
                     loss = F.cross_entropy(logits.float(), labels) * batch.weight
                     loss.backward()  # type: ignore[no-untyped-call]
                 step_loss += loss.detach()
@@ -173,6 +183,25 @@ def fit(
                 on_epoch(entry)
             progress.epoch(entry, metrics[0])
     return state
+
+
+def _waited_for(batches: Iterable[Batch], seconds: dict[str, float]) -> Iterator[Batch]:
+    iterator = iter(batches)
+    while True:
+        started = time.perf_counter()
+        batch = next(iterator, None)
+        seconds["wait"] += time.perf_counter() - started
+        if batch is None:
+            return
+        yield batch
+
+
+def _mark_sizes(inputs: dict[str, Tensor]) -> None:
+    # The last batch is shorter, and texts are of all lengths; torch.compile would find out one by one, and compile
+    # anew each time.
+    for tensor in inputs.values():
+        for dimension in range(1 if tensor.is_floating_point() else tensor.dim()):
+            torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 def _check_adapter_is_used(model: nn.Module) -> None:

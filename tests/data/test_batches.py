@@ -19,7 +19,7 @@ def collate(items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def data(count: int = COUNT) -> Encoded:
-    return Encoded(range(100, 100 + count), range(count), lambda value: value, keep=False)
+    return Encoded(range(100, 100 + count), range(count), lambda value: value)
 
 
 def train_batches(

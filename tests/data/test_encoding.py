@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import multiprocessing
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,12 @@ def encode_pictures(examples: Examples, model: ModelConfig, **transform: Any) ->
     return encode(examples, examples, config, model, "pixels", None)
 
 
+def pixels_of(data: Encoded, collate: Any, index: int) -> Tensor:
+    """What the model is given of one example."""
+    batch: Tensor = collate([data[index]])[0]["pixels"]
+    return batch[0]
+
+
 def scaled(image: Image.Image, mean: Sequence[float] | None = MEAN, std: Sequence[float] = STD) -> Tensor:
     array = np.asarray(image, dtype=np.float64) / 255
     if array.ndim == 2:
@@ -91,28 +99,28 @@ def test_images_are_resized_cropped_and_normalised_as_pil_and_numpy_do(
     box: tuple[int, int, int, int],
 ) -> None:
     examples = pictures()
-    _, test, _ = encode_pictures(
+    _, test, collate = encode_pictures(
         examples, model_config(), crop_ratio=crop_ratio, squash=squash, interpolation=interpolation
     )
     for index, image in enumerate(examples.inputs):
-        pixels, label = test[index]
-        torch.testing.assert_close(torch.as_tensor(pixels), scaled(image.resize(resized, resample).crop(box)))
-        assert label == index
+        expected = scaled(image.resize(resized, resample).crop(box))
+        torch.testing.assert_close(pixels_of(test, collate, index), expected)
+        assert test[index][1] == index
 
 
 def test_without_normalize_pixels_stay_between_0_and_1() -> None:
     examples = pictures(size=(8, 8))
-    _, test, _ = encode_pictures(examples, model_config(), normalize=False)
-    torch.testing.assert_close(torch.as_tensor(test[1][0]), scaled(examples.inputs[1], mean=None))
+    _, test, collate = encode_pictures(examples, model_config(), normalize=False)
+    torch.testing.assert_close(pixels_of(test, collate, 1), scaled(examples.inputs[1], mean=None))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_channels_are_the_models_whatever_the_image_has(mode: str, channels: int) -> None:
     examples = pictures(size=(8, 8), mode=mode)
-    _, test, _ = encode_pictures(examples, model_config(channels))
+    _, test, collate = encode_pictures(examples, model_config(channels))
     expected = scaled(examples.inputs[0].convert("L" if channels == 1 else "RGB"))
-    torch.testing.assert_close(torch.as_tensor(test[0][0]), expected)
+    torch.testing.assert_close(pixels_of(test, collate, 0), expected)
 
 
 def test_image_batches_go_by_the_models_input_name() -> None:
@@ -142,7 +150,7 @@ def test_flip_mirrors_half_of_the_training_images_and_no_test_image() -> None:
             flipped = torch.allclose(pixels, plain[index].flip(-1), atol=1e-6)
             assert flipped or torch.allclose(pixels, plain[index], atol=1e-6)
             mirrored += flipped
-            torch.testing.assert_close(torch.as_tensor(test[index][0]), plain[index])
+            torch.testing.assert_close(pixels_of(test, collate, index), plain[index])
     assert 30 < mirrored < 70
 
 
@@ -155,7 +163,7 @@ def test_color_jitter_changes_half_of_the_training_images_and_no_test_image() ->
     assert 30 < untouched < 70
     assert len({pixels.numpy().tobytes() for draw in epochs for pixels in draw.values()}) > 30
     for index in range(10):
-        torch.testing.assert_close(torch.as_tensor(test[index][0]), plain[index])
+        torch.testing.assert_close(pixels_of(test, collate, index), plain[index])
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_example_alone() -> None:
@@ -191,24 +199,51 @@ def test_equal_examples_are_augmented_each_in_its_own_way() -> None:
     assert len({pixels.numpy().tobytes() for pixels in by_example(train, collate, 1).values()}) > 8
 
 
-@pytest.mark.parametrize(("keep", "calls"), [(True, [5, 7]), (False, [5, 7, 5, 5])])
-def test_keep_encodes_an_example_once(keep: bool, calls: list[int]) -> None:
-    seen: list[int] = []
+class Counted(Sequence[Any]):
+    """Images that count how often each is read, in whatever process."""
 
-    def double(value: int) -> int:
-        seen.append(value)
-        return 2 * value
+    def __init__(self, images: Sequence[Any]) -> None:
+        self.images = images
+        self.reads = multiprocessing.Array("i", len(images))
 
-    data = Encoded([5, 7], [0, 1], double, keep=keep)
-    assert [data[0], data[1], data[0], data[0]] == [(10, 0), (14, 1), (10, 0), (10, 0)]
-    assert seen == calls
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        with self.reads:
+            self.reads[index] += 1
+        return self.images[index]
 
 
-def test_only_encodings_that_draw_nothing_are_kept() -> None:
-    for transform, kept in (({}, True), ({"flip": True}, False), ({"color_jitter": 0.1}, False)):
-        train, test, _ = encode_pictures(pictures(), model_config(), **transform)
-        assert (train[0][0] is train[0][0]) == kept
-        assert test[0][0] is test[0][0]
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("transform", [{}, {"flip": True, "color_jitter": 0.4}])
+def test_an_image_is_read_once_for_all_epochs_also_by_workers(transform: dict[str, Any], workers: int) -> None:
+    plain = pictures(10)
+    counted = Counted(plain.inputs)
+    train, _, collate = encode_pictures(Examples(counted, plain.labels), model_config(), **transform)
+    reference, _, _ = encode_pictures(plain, model_config(), **transform)
+    for epoch in (1, 2, 3):
+        found = by_example(train, collate, epoch, workers=workers)
+        expected = by_example(reference, collate, epoch)
+        assert all(torch.equal(found[index], expected[index]) for index in range(10))
+    assert counted.reads[:] == [1] * 10
+
+
+def test_images_that_would_fill_the_memory_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = pictures(4)
+    for most, reads in ((4 * 8 * 8 * 3, 1), (4 * 8 * 8 * 3 - 1, 2)):
+        monkeypatch.setattr("tenslora.data.encoding.KEEP_BYTES", most)
+        counted = Counted(plain.inputs)
+        train, _, collate = encode_pictures(Examples(counted, plain.labels), model_config())
+        by_example(train, collate, 1), by_example(train, collate, 2)
+        assert counted.reads[:] == [reads] * 4
+
+
+def test_images_travel_to_a_process_that_is_not_forked() -> None:
+    train, _, collate = encode_pictures(pictures(), model_config(), flip=True)
+    train.stream = (0, 1)
+    copied = pickle.loads(pickle.dumps(train))
+    assert all(torch.equal(pixels_of(copied, collate, i), pixels_of(train, collate, i)) for i in range(3))
 
 
 PAIRS = [
@@ -298,9 +333,9 @@ def test_max_length_stops_at_what_the_model_can_take(tokenizer: Any) -> None:
 
 def test_images_are_read_from_files_only_when_fetched(tmp_path: Path) -> None:
     examples = Examples(ImageFiles([tmp_path / "absent.png"]), [0])
-    train, _, _ = encode_pictures(examples, model_config())
+    train, _, collate = encode_pictures(examples, model_config())
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "absent.png")
-    torch.testing.assert_close(torch.as_tensor(train[0][0])[0], torch.full((8, 8), (1 - MEAN[0]) / STD[0]))
+    torch.testing.assert_close(pixels_of(train, collate, 0)[0], torch.full((8, 8), (1 - MEAN[0]) / STD[0]))
 
 
 def test_lengths_are_the_tokens_of_each_row_and_given_only_where_batches_group_by_them(tokenizer: Any) -> None:

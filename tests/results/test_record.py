@@ -52,7 +52,8 @@ def test_a_runs_record_holds_what_the_tables_need(tmp_path: Path) -> None:
     assert record["lora_parameters"] == 12 * 4 * 128
     assert record["head_parameters"] == 325
     assert record["trained_parameters"] == record["adapter_parameters"] + 325
-    assert {"train", "evaluate", "data", "backbone"} == set(record["seconds"])
+    assert {"train", "wait", "evaluate", "data", "backbone"} == set(record["seconds"])
+    assert 0 < record["seconds"]["wait"] < record["seconds"]["train"]
     assert record["steps_per_second"] > 0
     assert record["config"]["optimizer"]["lr"] == 1e-3
     text = summary(record)

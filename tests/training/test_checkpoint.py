@@ -28,7 +28,7 @@ def _step(parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> 
 def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     parameters, optimizer = _trained(5)
-    state = State(2, 5, [{"epoch": 1, "accuracy": 0.1 + 0.2}], {"train": 1.5, "evaluate": 0.5})
+    state = State(2, 5, [{"epoch": 1, "accuracy": 0.1 + 0.2}], {"train": 1.5, "wait": 0.25, "evaluate": 0.5})
     save_checkpoint(path, "d1", state, parameters, optimizer)
 
     restored, fresh = _trained(0, seed=9)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from safetensors.torch import load_file
 
 from tenslora.config import ModelConfig
@@ -112,6 +114,25 @@ def test_bf16_autocast_trains_float32_parameters(tmp_path: Path) -> None:
     one, other = (r["metrics"]["history"][-1]["test_loss"] for r in (full, half))
     assert one != other
     assert one == pytest.approx(other, rel=0.05)
+
+
+def test_compiled_it_trains_the_same_and_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = run(tmp_path / "eager", *SHORT, "trainer.batch_size=20")
+    quick = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)  # inductor would take a minute
+    monkeypatch.setattr(torch, "compile", quick)
+    monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
+    torch._dynamo.reset()
+    compiled = run(tmp_path / "compiled", *SHORT, "trainer.batch_size=20", "trainer.compile=true")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(compiled["metrics"]["history"]) == 2 and compiled["train_examples"] % 20
+    for one, other in zip(eager["metrics"]["history"], compiled["metrics"]["history"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(TensLoRAError, match=r"trainer\.compile=true: needs a C\+\+ compiler, and no-such-compiler"):
+        run(tmp_path, *SHORT, "trainer.compile=true")
 
 
 def test_equal_settings_give_equal_bytes_and_other_seeds_others(tmp_path: Path) -> None:
