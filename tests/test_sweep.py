@@ -42,6 +42,7 @@ def at(function, number, end):
         return function(*args)
     return wrapped
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
 hydra.core.plugins.Plugins.instance()
 real_fsync = os.fsync
 torch.set_num_threads(1)

@@ -122,6 +122,7 @@ def test_compiled_it_trains_the_same_and_is_compiled_once(tmp_path: Path, monkey
     monkeypatch.setattr(torch, "compile", quick)
     monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = run(tmp_path / "compiled", *SHORT, "trainer.batch_size=20", "trainer.compile=true")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert len(compiled["metrics"]["history"]) == 2 and compiled["train_examples"] % 20
