@@ -319,21 +319,15 @@ def machine(device: str) -> dict[str, Any]:
 
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    from tenslora.training.processes import Processes
+
     return {
-        "device": name,
+        "device": Processes(device).name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
 
 
 def main() -> None:
