@@ -1,7 +1,7 @@
 """What an epoch of training costs as a user sees it: the step, the padding in it, and the waiting for data.
 
     python benchmarks/epoch_time.py                       # all cases, with the data that lies in ../shared
-    python benchmarks/epoch_time.py --cases cola/grouped cola/512 --steps 4
+    python benchmarks/epoch_time.py --cases cola/grouped cola/random --steps 12
 
 Every case is `train.py` with other settings and random weights, stopped after some steps and scaled to an epoch. It
 runs twice in its process: cold, and again with the data that the first run has prepared, as from the second epoch on.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -123,7 +122,7 @@ def main() -> None:
     for case in arguments.cases:
         settings = [word.format(**roots) for word in CASES[case]]
         command = [sys.executable, __file__, "--one", "--", *settings, f"trainer.max_steps={arguments.steps}"]
-        done = subprocess.run([*command, *arguments.overrides], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        done = subprocess.run([*command, *arguments.overrides], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"{case}: failed")
         row = results[case] = json.loads(done.stdout.splitlines()[-1])
