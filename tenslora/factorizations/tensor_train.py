@@ -18,7 +18,7 @@ class TensorTrain(Factorization):
     """X[i_1, ..., i_N] = G_1[i_1] G_2[:, i_2] ... G_N[:, i_N], a product of matrices (Oseledets, 2011).
 
     The train runs d_in, projection, depth, site, head, d_head or d_out, as far as they are stacked: with the two wide
-    modes at its ends their cores are matrices, and over depth alone it is LoTR (arXiv 2402.01376). Of N modes it has
+    modes at its ends their cores are matrices, and over sites alone it is LoTR (arXiv 2402.01376). Of N modes it has
     N - 1 ranks, named after the modes that they join. Cores G_1 (d_in, r_1), G_k (r_k-1, n_k, r_k), and the last one
     (r_N-1, n_N), which starts at zero, under their modes' names. Of two modes it is LoRA's A B.
     """
