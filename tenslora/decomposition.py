@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tenslora.adapter import Adapter
 from tenslora.constructions import DEPTH, HEAD, PROJECTION, SITE, Geometry, modes, stacked_axes, tensor_grid
+from tenslora.errors import TensLoRAError
 from tenslora.factorizations import factorization_of
 from tenslora.factorizations.factorization import leading_vectors
 
@@ -64,13 +65,24 @@ def _slices(layer: Sequence[Tensor], geometry: Geometry) -> Tensor:
     return torch.stack(parts)
 
 
+def _energy(updates: Updates) -> float:
+    total = sum(update.double().square().sum().item() for layer in updates for update in layer)
+    if total == 0:
+        raise TensLoRAError("the updates are all zero, as before any training; there is nothing to come near to")
+    return total
+
+
 @torch.no_grad()
 def fit(adapter: Adapter, updates: Updates) -> Fit:
     """Give `adapter` the tensors nearest to `updates` that its factorization finds at its ranks.
 
-    In float64, whatever the updates come in. Raises TensLoRAError if the factorization cannot (CP).
+    In float64, whatever the updates come in, and on their device. Raises TensLoRAError if the factorization cannot
+    (CP), if alpha is zero, or if all updates are.
     """
     config, geometry = adapter.config, adapter.geometry
+    if config.alpha == 0:
+        raise TensLoRAError("adapter.alpha=0: no tensor times 0 is near to an update; must be another number")
+    total = _energy(updates)
     ways = factorization_of(config.tensor_mode, config.factorization)
     wanted = stack([[u.double() for u in layer] for layer in updates], config.tensor_mode, geometry, config.head_layout)
     over_layers = adapter.grid[1]
@@ -85,11 +97,10 @@ def fit(adapter: Adapter, updates: Updates) -> Fit:
                 vectors = leading_vectors(tensor.movedim(axis, 0).flatten(1), min(value.shape[-1], sizes[name]))
                 cut = vectors.T @ tensor.movedim(axis, 0).flatten(1)
                 kept[name] = kept.get(name, 0.0) + cut.square().sum().item()
-    total = sum(tensor.square().sum().item() for tensor in wanted)
     missed = 0.0
     for layer, each in enumerate(updates):
         for update, ours in zip(each, adapter.dense(layer), strict=True):
-            missed += (update.double() - config.alpha * ours.double()).square().sum().item()
+            missed += (update.double() - config.alpha * ours.to(update.device).double()).square().sum().item()
     return Fit((missed / total) ** 0.5, {name: value / total for name, value in kept.items()})
 
 
@@ -98,8 +109,10 @@ def spectra(updates: Updates, geometry: Geometry, head_layout: str = "aligned") 
     """How the updates' energy is spread along every axis: d_in, d_out, d_head, head, projection and depth.
 
     For each, the squared singular values of the unfolding of all updates along it, largest first, as shares of their
-    sum: what of || X ||^2 is left at rank r on that axis alone is the sum of the first r.
+    sum: what of || X ||^2 is left at rank r on that axis alone is the sum of the first r. Raises TensLoRAError if all
+    updates are zero.
     """
+    _energy(updates)
     plain = [[u.double() for u in layer] for layer in updates]
     found: dict[str, Tensor] = {}
     for construction in ("qkv_depth", "att_qkv_depth"):

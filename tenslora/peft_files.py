@@ -19,8 +19,15 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""PEFT's init_lora_weights that leave the backbone's own weights as they are."""
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of the LoRA in `folder`. Raises TensLoRAError if there is none, or one of a kind that is no LoRA."""
+    """The settings of the LoRA in `folder`.
+
+    Raises TensLoRAError if there is none, or one that is more than a product of two matrices on the backbone's weights.
+    """
     path = folder / CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -29,6 +36,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
         raise TensLoRAError(f"{path}: is a {kind} adapter; only a plain LoRA's update is a product of two matrices")
+    if config.get("lora_bias"):
+        raise TensLoRAError(f"{path}: lora_bias=true: it has biases of its own, which a tensor of updates cannot hold")
+    if (start := config.get("init_lora_weights", True)) not in _PLAIN_STARTS:
+        raise TensLoRAError(
+            f"{path}: init_lora_weights={start}: it changes the backbone's weights too; save it with PEFT's "
+            f"path_initial_model_for_weight_conversion, as a plain LoRA"
+        )
     return config
 
 
@@ -36,12 +50,12 @@ def read_updates(folder: Path, geometry: Geometry, sites: list[Site]) -> list[li
     """dW of each layer, and in it of each of the geometry's matrices, shape (d_in, width), PEFT's scaling included.
 
     geometry, sites: as `find_projections` gives them for the model that the LoRA is for. A matrix that it does not
-    adapt has zeros. Raises TensLoRAError if it adapts others than the geometry's, or other sizes.
+    adapt has zeros. Raises TensLoRAError if it adapts others than the geometry's, or other sizes, or nothing at all.
     """
     config = read_config(folder)
     _, weights = read_safetensors(folder / WEIGHTS)
     updates = [[torch.zeros(geometry.d_in, width) for width in geometry.widths] for _ in range(geometry.layers)]
-    left = {name.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for name in weights if ".lora_A." in name}
+    left = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", name.removeprefix(_PREFIX)) for name in weights if ".lora_" in name}
     for site in sites:
         # With or without a head the names differ in front.
         name = next((path for path in left if _ends(path, site.path) or _ends(site.path, path)), None)
@@ -54,14 +68,20 @@ def read_updates(folder: Path, geometry: Geometry, sites: list[Site]) -> list[li
             raise TensLoRAError(
                 f"{folder}: its update of {name} is {tuple(update.shape)}, the model's Linear {features(site.linear)}"
             )
+        rest = update.clone()
         for index, column in site.places:
             matrix = site.group[index]
-            width = geometry.widths[matrix]
-            updates[site.layer][matrix] = update.T if site.writes else update[:, column : column + width]
+            columns = slice(column, column + (update.shape[1] if site.writes else geometry.widths[matrix]))
+            updates[site.layer][matrix] = update[:, columns].T if site.writes else update[:, columns]
+            rest[:, columns] = 0
+        if rest.any():  # of a Linear that holds several
+            left.add(name)
     if left:
         raise TensLoRAError(
             f"{folder}: adapts {sorted(left)[0]}, which adapter.adapt={geometry.adapt} leaves out; choose more matrices"
         )
+    if not any(update.any() for layer in updates for update in layer):
+        raise TensLoRAError(f"{folder}: its updates are all zero, as before any training")
     return updates
 
 

@@ -111,6 +111,16 @@ def test_ranks_above_a_modes_size_are_of_no_harm() -> None:
     assert all(parameter.isfinite().all() for parameter in adapter.parameters())
 
 
+def test_nothing_is_near_to_no_update() -> None:
+    nothing = [[torch.zeros_like(update) for update in layer] for layer in updates()]
+    with pytest.raises(TensLoRAError, match="the updates are all zero"):
+        fit(Adapter(TensLoraConfig("qkv_depth", adapt="all"), GEOMETRY), nothing)
+    with pytest.raises(TensLoRAError, match="the updates are all zero"):
+        spectra(nothing, GEOMETRY)
+    with pytest.raises(TensLoRAError, match=r"adapter\.alpha=0"):
+        fit(Adapter(TensLoraConfig("qkv_depth", adapt="all", alpha=0.0), GEOMETRY), updates())
+
+
 def test_cp_says_that_it_cannot() -> None:
     with pytest.raises(TensLoRAError, match="factorization=cp: cannot be computed from a given update"):
         fit(built("depth", [4], "cp"), updates())

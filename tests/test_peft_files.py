@@ -72,6 +72,40 @@ def test_the_updates_are_what_peft_merges(name: str, adapt: str, settings: dict[
     assert changed > 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"target_modules": ["query"], "lora_bias": True}, "lora_bias=true"),
+        ({"target_modules": ["query"], "init_lora_weights": "olora"}, "init_lora_weights=olora"),
+        ({"target_modules": ["query", "word_embeddings"]}, "adapts .*word_embeddings, which adapter.adapt=qkv leaves"),
+    ],
+)
+def test_what_is_more_than_updates_of_the_matrices_is_refused(
+    settings: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    model = build("hf_bert").float()
+    saved(model, tmp_path, r=2, **settings)
+    with pytest.raises(TensLoRAError, match=problem):
+        read_updates(tmp_path, *find_projections(model))
+
+
+@pytest.mark.parametrize(("name", "linear"), [("timm_vit", "qkv"), ("gpt2", "c_attn")])
+def test_a_part_of_a_fused_linear_that_is_left_out_is_named(name: str, linear: str, tmp_path: Path) -> None:
+    model = build(name).float()
+    saved(model, tmp_path, r=2, target_modules=[linear])
+    with pytest.raises(TensLoRAError, match=rf"adapts .*{linear}, which adapter\.adapt=qv leaves out"):
+        read_updates(tmp_path, *find_projections(model, "qv"))
+
+
+def test_an_untrained_lora_has_nothing_to_start_from(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = build("hf_bert").float()
+    get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["query"])).save_pretrained(str(tmp_path))  # type: ignore[arg-type]
+    with pytest.raises(TensLoRAError, match="its updates are all zero"):
+        read_updates(tmp_path, *find_projections(model))
+
+
 def test_what_is_adapted_and_not_wanted_is_named(tmp_path: Path) -> None:
     model = build("hf_bert").float()
     saved(model, tmp_path, r=2, target_modules=["query", "output.dense"])
