@@ -62,8 +62,8 @@ def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, li
         model: any Transformer.
         adapt: see `constructions.adapted_matrices`.
 
-    Raises TensLoRAError if there is no such block, if what is to be adapted is not found in a layer, or if the layers
-    differ in width or in heads.
+    Raises TensLoRAError if there is no such block, if what is to be adapted is not found in a layer, if the layers
+    differ in width or in heads, or if two of them share a weight.
     """
     blocks = list(_attention_blocks(model))
     if not blocks:
@@ -90,7 +90,20 @@ def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, li
             places = tuple((members.index(name), column) for name, column in columns.items())
             writes = members[0] in ("output", "down")
             sites.append(Site(path, linear, layer, range(start, start + len(members)), places, writes))
+    _refuse_shared(sites)
     return geometry, sites
+
+
+def _refuse_shared(sites: Iterable[Site]) -> None:
+    # Such as tied layers, or a feed-forward block behind two attention blocks.
+    owners: dict[int, Site] = {}
+    for site in sites:
+        owner = owners.setdefault(id(site.linear.weight), site)
+        if owner is not site:
+            raise TensLoRAError(
+                f"{site.path}: would be adapted twice, for layers {owner.layer} and {site.layer} (there as "
+                f"{owner.path}); one weight takes one update. adapter.adapt chooses the matrices"
+            )
 
 
 def check_geometry(declared: Geometry | None, found: Geometry) -> None:
@@ -154,7 +167,8 @@ def _layer(model: nn.Module, path: str, module: nn.Module, names: tuple[str, ...
     if len(names) == 1:
         linear = getattr(module, names[0])
         d_in, together = features(linear)
-        if together % 3:
+        d_head = getattr(module, "head_dim", None)
+        if together % 3 or (isinstance(d_head, int) and together != 3 * heads * d_head):  # multi-query, as in StarCoder
             raise TensLoRAError(f"{at(names[0])}: its {together} outputs do not divide into query, key and value")
         widths = [together // 3] * 3
         matrices = {name: (at(names[0]), linear, place * widths[0]) for place, name in enumerate(qkv)}

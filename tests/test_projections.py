@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 
 from tenslora.constructions import Geometry
@@ -72,6 +73,28 @@ class _Block(nn.Module):
 def test_uneven_attention_is_refused(blocks: list[tuple[int, int, int | None]], message: str) -> None:
     with pytest.raises(TensLoRAError, match=message):
         find_projections(nn.Sequential(*(_Block(*block) for block in blocks)))
+
+
+def test_multi_query_attention_in_one_linear_is_refused() -> None:
+    block = _Block(8, 24, 2)
+    block.head_dim = 6  # type: ignore[assignment]  # queries of 2 x 6, a key and a value of 6
+    with pytest.raises(TensLoRAError, match=r"qkv: its 24 outputs do not divide into query, key and value"):
+        find_projections(block)
+
+
+def test_a_weight_that_two_layers_share_is_refused() -> None:
+    one, other = _Block(8, 24, 2), _Block(8, 24, 2)
+    other.qkv.weight = one.qkv.weight
+    with pytest.raises(TensLoRAError, match=r"1\.qkv: would be adapted twice, for layers 0 and 1 \(there as 0\.qkv\)"):
+        find_projections(nn.Sequential(one, other))
+
+
+def test_a_feed_forward_block_behind_two_attention_blocks_is_refused() -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
+    model = hf.BertModel(hf.BertConfig(**sizes, is_decoder=True, add_cross_attention=True))
+    assert find_projections(model)[0].layers == 4
+    with pytest.raises(TensLoRAError, match=r"intermediate\.dense: would be adapted twice"):
+        find_projections(model, "mlp")
 
 
 class _Separate(nn.Module):
