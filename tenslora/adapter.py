@@ -51,6 +51,10 @@ class TensLoraConfig:
     adapt: str = "qkv"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rank_strategy, RankStrategy):
+            raise TensLoRAError(
+                f"rank_strategy={self.rank_strategy!r}: must be a RankStrategy, as RankStrategy('isorank')"
+            )
         for name in ("dropout", "rank_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise TensLoRAError(f"adapter.{name}={getattr(self, name)}: must be from 0 to below 1")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,13 @@ class LayerUpdate:
         self.layer = layer
         self.matrices = None if len(matrices) == len(adapter.geometry.matrices) else matrices
         self.writes = writes
-        self._x: Tensor | None = None
-        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        # An input, and the (h, second) of the matrices that have not asked for theirs yet. One attribute, so that
+        # forward passes in several threads at once cannot mix one's input with another's terms.
+        self._waiting: tuple[Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts without what waits: it is of a forward pass, and may hang on a graph that cannot be copied.
+        return {**vars(self), "_waiting": None}
 
     def products(self) -> tuple[list[Tensor], list[Tensor]]:
         """(firsts, seconds) of all the matrices; one first only, where they share it."""
@@ -75,13 +80,12 @@ class LayerUpdate:
     def _one(self, x: Tensor, tokens: Tensor, index: int) -> tuple[Tensor, Tensor]:
         # Query, key and value are called one after the other with the very same tensor. The first of them
         # computes all three; identity, not equality, says that the others may take what is waiting.
-        if self._x is not x or index not in self._pending:
+        waiting = self._waiting
+        if waiting is None or waiting[0] is not x or index not in waiting[1]:
             hs, seconds = self._terms(tokens)
-            terms = [(hs[i % len(hs)], second) for i, second in enumerate(seconds)]
-            self._x, self._pending = x, dict(enumerate(terms))
-        term = self._pending.pop(index)
-        if not self._pending:
-            self._x = None
+            waiting = x, {i: (hs[i % len(hs)], second) for i, second in enumerate(seconds)}
+        term = waiting[1].pop(index)
+        self._waiting = waiting if waiting[1] else None
         return term
 
     def _terms(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -152,6 +156,10 @@ class AdaptedLinear(nn.Linear):
         tokens = x.reshape(-1, self.in_features)
         y = self.update.add(self.base[0](tokens), x, tokens, self.places)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        # What a layer's matrices share would be shared by all devices.
+        raise TensLoRAError("DataParallel: cannot copy an adapter; start one process per device instead (torchrun)")
 
     def lora(self) -> tuple[Tensor, Tensor]:
         """(first, second), (inputs, r) and (r, outputs), of all that is added: alpha dW = first @ second."""
@@ -252,17 +260,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Raises TensLoRAError if there is no adapter, or if it is merged: what is in the weights cannot be left out.
     """
-    adapter_of(model)
-    linears = list(_adapted(model).values())
-    if any(linear.merged for linear in linears):
-        raise TensLoRAError(f"{type(model).__name__}: its adapter is merged; unmerge it first")
+    linears = list(adapted_linears(model).values())
+    before = [linear.enabled for linear in linears]
     try:
         for linear in linears:
             linear.enabled = False
         yield
     finally:
-        for linear in linears:
-            linear.enabled = True
+        for linear, enabled in zip(linears, before, strict=True):
+            linear.enabled = enabled
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -271,6 +277,15 @@ def adapter_of(model: nn.Module) -> Adapter:
     if not isinstance(adapter, Adapter):
         raise TensLoRAError(f"{type(model).__name__}: has no adapter")
     return adapter
+
+
+def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted Linear layers by their paths. Raises TensLoRAError if there is no adapter, or if it is merged."""
+    adapter_of(model)
+    linears = _adapted(model)
+    if any(linear.merged for linear in linears.values()):
+        raise TensLoRAError(f"{type(model).__name__}: its adapter is merged; unmerge it first")
+    return linears
 
 
 @torch.no_grad()

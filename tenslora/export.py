@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tenslora.attachment import AdaptedLinear, adapter_of, detach, merge
+from tenslora.attachment import adapted_linears, detach, merge
 from tenslora.errors import TensLoRAError
 from tenslora.trained import Trained, load_trained
 
@@ -31,11 +32,9 @@ def lora_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     Returns, by the Linear's path in `model`, A (r, d_in) and B (d_out, r), PEFT's lora_A and lora_B weights at a
     scaling of 1. r is the tensors' d_in rank (or d_out rank, where that is what is multiplied with); where one Linear
     holds several projections that share no left factor, it is the sum of theirs, and B is block diagonal. Raises
-    TensLoRAError if there is no adapter.
+    TensLoRAError if there is no adapter, or if it is merged.
     """
-    adapter_of(model)
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-    thin = {path: linear.lora() for path, linear in linears.items()}
+    thin = {path: linear.lora() for path, linear in adapted_linears(model).items()}
     return {path: (first.T.contiguous(), second.T.contiguous()) for path, (first, second) in thin.items()}
 
 
@@ -43,7 +42,8 @@ def to_peft(model: nn.Module, head: Sequence[str] = ()) -> Any:
     """Turn an adapted model into a `peft.PeftModel` with an equal LoRA on the same Linear layers.
 
     model: changed in place; its TensLoRA adapter is taken off. head: paths of modules that were trained as they are,
-    which PEFT saves with the adapter (`modules_to_save`). Raises TensLoRAError if there is no adapter, or no PEFT.
+    which PEFT saves with the adapter (`modules_to_save`). Raises TensLoRAError if there is no adapter, if it is
+    merged, or without PEFT.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -149,8 +149,9 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
         temporary.mkdir(parents=True)
         FORMATS[form](load_trained(run, checkpoint), temporary)
         temporary.rename(out)
-    except OSError as error:
-        raise TensLoRAError(f"--out {out}: cannot be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TensLoRAError(f"--out {out}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

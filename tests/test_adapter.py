@@ -108,6 +108,7 @@ def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
         ({"dropout": -0.1}, r"adapter\.dropout=-0\.1"),
         ({"alpha": float("nan")}, r"adapter\.alpha=nan"),
         ({"tensor_seeds": "some"}, r"adapter\.tensor_seeds=some"),
+        ({"rank_strategy": "isorank"}, r"rank_strategy='isorank': must be a RankStrategy"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:

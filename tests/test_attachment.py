@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 
 import pytest
@@ -360,6 +361,10 @@ def test_disabled_the_model_is_the_backbone_for_a_while(name: str) -> None:
         assert torch.equal(logits(model, inputs(name)), before)
         raise ZeroDivisionError
     assert torch.equal(logits(model, inputs(name)), adapted)
+    with disabled(model):
+        with disabled(model):
+            pass
+        assert torch.equal(logits(model, inputs(name)), before)
     merge(model)
     with pytest.raises(TensLoRAError, match="its adapter is merged; unmerge it first"), disabled(model):
         pass
@@ -415,6 +420,45 @@ def test_a_deep_copy_has_an_adapter_of_its_own() -> None:
             parameter.zero_()
     assert torch.equal(logits(twin, inputs("timm_vit")), before)
     assert not torch.equal(logits(model, inputs("timm_vit")), before)
+
+
+def test_an_encoder_decoder_is_copied_after_a_step() -> None:
+    # Its cross-attention's key and value read another tensor than the query: what was computed for them waits in vain.
+    sizes = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50, "max_position_embeddings": 20}
+    heads = {"encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    model = hf.BartModel(hf.BartConfig(**sizes, **heads)).double()
+    adapter = attached(model, "qkv_depth")
+    tokens = torch.arange(5, 12).unsqueeze(0)
+    model(input_ids=tokens).last_hidden_state.square().sum().backward()
+    twin = copy.deepcopy(model)
+    assert adapter_of(twin) is not adapter
+    assert torch.equal(twin.eval()(tokens).last_hidden_state, model.eval()(tokens).last_hidden_state)
+
+
+def test_passes_at_the_same_time_do_not_mix_their_inputs() -> None:
+    projections = nn.Module()
+    projections.num_heads = 2  # type: ignore[assignment]
+    q, k, v = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(3))
+    projections.q_proj, projections.k_proj, projections.v_proj = q, k, v
+    attached(projections, "qkv")
+    one, other = torch.randn(2, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = projections.k_proj(other)
+    given_up = torch.zeros(1, 4, dtype=torch.float64)
+    with torch.no_grad():
+        projections.q_proj(given_up)
+        # Another thread may come in whenever memory is given back, as of the input that is not waited for any more.
+        weakref.finalize(given_up, projections.q_proj, other)
+        del given_up
+        projections.q_proj(one)
+        assert torch.equal(projections.k_proj(other), expected)
+
+
+def test_data_parallel_replicas_are_refused() -> None:
+    model = build("hf_bert")
+    attached(model, "qkv")
+    linear = model.get_submodule("bert.encoder.layer.0.attention.self.query")
+    with pytest.raises(TensLoRAError, match="DataParallel: cannot copy an adapter; start one process per device"):
+        linear._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
 
 def test_bf16_weights_are_served_by_a_float32_adapter() -> None:

@@ -10,15 +10,16 @@ import pytest
 import timm
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
-from tenslora import RankStrategy, TensLoRAError
+from tenslora import RankStrategy, TensLoRAError, export, merge
 from tenslora.backbones import load_backbone, logits_of
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.export import lora_weights, main, to_peft
 from tenslora.trained import load_trained
 from tests.models import attached, build, inputs, logits
-from tests.running import run
+from tests.running import SHORT, run
 
 
 def adapted(name: str, mode: str, **settings: object) -> nn.Module:
@@ -152,6 +153,26 @@ def test_a_run_without_an_adapter_is_written_merged_only(tmp_path: Path) -> None
         main([str(tmp_path / "run"), "--format", "peft"])
     main([str(tmp_path / "run"), "--format", "merged"])
     assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
+
+
+def test_an_update_that_is_in_the_weights_is_not_exported_beside_them() -> None:
+    model = build("hf_bert")
+    attached(model, "qkv_depth")
+    merge(model)
+    with pytest.raises(TensLoRAError, match="its adapter is merged; unmerge it first"):
+        lora_weights(model)
+
+
+def test_no_room_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "run", *SHORT)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setitem(export.FORMATS, "peft", full)  # type: ignore[arg-type]
+    with pytest.raises(TensLoRAError, match=r"--out .*peft: cannot be written \(.*No space left"):
+        export.export(tmp_path / "run", "peft", tmp_path / "peft")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_without_an_adapter_there_is_no_lora() -> None:

@@ -29,7 +29,7 @@ def parameter_groups(
         if adapter is not None and name.startswith(f"{NAME}."):
             factor = name.rpartition(".")[2]
             ratio = optimizer.core_lr_ratio if factor == adapter.zero else 1.0
-            own = optimizer.factor_weight_decay[factor]
+            own = optimizer.factor_weight_decay.get(factor)
             decay = decay if own is None else own
         group = groups.setdefault((ratio, decay), {"params": [], RATIO: ratio, "weight_decay": decay})
         group["params"].append(parameter)
