@@ -1,6 +1,6 @@
 """An adapter on a decoder: a small Llama, with grouped-query attention, learns the bytes of a text file.
 
-    python examples/causal_lm.py README.md
+    python -m examples.causal_lm README.md
 
 The backbone's weights are random, so that nothing has to be fetched; AutoModelForCausalLM.from_pretrained and its
 tokenizer make it a real one.

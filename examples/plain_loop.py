@@ -1,6 +1,6 @@
 """An adapter on any model, trained by a plain loop: a ViT that knows the digits 0 to 4 learns 5 to 9.
 
-    python examples/plain_loop.py
+    python -m examples.plain_loop
 
 The backbone is the small one that comes with this package; timm.create_model(..., pretrained=True) makes it a real one.
 """

@@ -1,6 +1,6 @@
 """An adapter under transformers' Trainer: a BERT that tells which of two words a sentence has more of.
 
-    python examples/trainer.py
+    python -m examples.trainer
 
 The backbone's weights are random, so that nothing has to be fetched; from_pretrained makes it a real one.
 """
@@ -46,7 +46,7 @@ def main(steps: int = 300) -> tuple[float, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=steps, learning_rate=1e-2, per_device_train_batch_size=32, per_device_eval_batch_size=256,
+            folder, max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=32, per_device_eval_batch_size=256,
             logging_steps=100, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=Majority(2000, 1), compute_metrics=accuracy)

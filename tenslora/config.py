@@ -214,7 +214,10 @@ def validate(composed: DictConfig) -> RunConfig:
         plain = OmegaConf.create(_own(composed, throw_on_missing=True))
         run = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     except OmegaConfBaseException as error:
-        raise TensLoRAError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        key, reason = error.full_key, str(error).splitlines()[0]
+        if "not a ListConfig" in reason:
+            key, reason = f"{key}={OmegaConf.select(composed, key)}", "must be a list, as [4,4]"
+        raise TensLoRAError(f"{key}: {reason}" if key else reason) from error
     assert isinstance(run, RunConfig)
     check(run)
     return run

@@ -249,6 +249,7 @@ BAD: list[tuple[str, str]] = [
     ("factorization.name=hosvd", r"factorization=hosvd: must be one of tucker, cp, tensor_train"),
     ("optimizer.eps=-1", r"optimizer\.eps=-1(\.0)?: .*at least 0"),
     ("optimizer.warmup_steps=-1", r"optimizer\.warmup_steps=-1: .*at least 0"),
+    ("optimizer.betas=0.9", r"optimizer\.betas=0\.9: must be a list"),
     ("optimizer.betas=[0.9]", r"optimizer\.betas=\[0\.9\]: .*two numbers"),
     ("optimizer.betas=[0.9,1.0]", r"optimizer\.betas=1\.0: .*below 1"),
     ("trainer.epochs=0", r"trainer\.epochs=0: .*at least 1"),

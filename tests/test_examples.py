@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from types import ModuleType
+from importlib import import_module
 
 import pytest
 
 from tests.conftest import ROOT
 
 
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_plain_loop_learns_and_merging_changes_nothing() -> None:
-    adapted, merged = example("plain_loop").main(epochs=6)
+    adapted, merged = import_module("examples.plain_loop").main(epochs=6)
     assert adapted > 0.6  # of five classes
     assert merged == pytest.approx(adapted, abs=0.005)
 
 
 def test_under_the_trainer_it_learns_and_is_loaded_again() -> None:
-    trained, loaded = example("trainer").main(steps=200)
+    trained, loaded = import_module("examples.trainer").main(steps=200)
     assert trained > 0.9
     assert loaded == trained
 
 
 def test_a_decoders_loss_falls_on_a_text_file() -> None:
-    losses = example("causal_lm").main(ROOT / "README.md", steps=60)
+    losses = import_module("examples.causal_lm").main(ROOT / "README.md", steps=60)
     assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
 
 
