@@ -215,7 +215,7 @@ def validate(composed: DictConfig) -> RunConfig:
         run = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     except OmegaConfBaseException as error:
         key, reason = error.full_key, str(error).splitlines()[0]
-        if "not a ListConfig" in reason:
+        if key and "not a ListConfig" in reason:
             key, reason = f"{key}={OmegaConf.select(composed, key)}", "must be a list, as [4,4]"
         raise TensLoRAError(f"{key}: {reason}" if key else reason) from error
     assert isinstance(run, RunConfig)

@@ -16,9 +16,12 @@ from tenslora import TensLoraConfig, TensLoRAError, attach, detach, disabled, lo
 from tenslora.adapter import Adapter
 from tenslora.attachment import AdaptedLinear, adapter_of
 from tenslora.constructions import CONSTRUCTIONS, Geometry
+from tenslora.factorizations import FACTORIZATIONS
 from tenslora.projections import find_projections
 from tenslora.ranks import RankStrategy
 from tests.models import BUILDERS, DECODERS, attached, build, inputs, logits
+
+OTHERS = [name for name in FACTORIZATIONS if name != "tucker"]
 
 
 def by_hand(name: str, adapter: Adapter) -> Tensor:
@@ -69,7 +72,7 @@ def check_against_dense_updates(name: str, model: nn.Module, adapter: Adapter) -
 
 
 @pytest.mark.parametrize("mode", [mode for mode in CONSTRUCTIONS if mode != "lora"])
-@pytest.mark.parametrize("factorization", ["cp", "tensor_train"])
+@pytest.mark.parametrize("factorization", OTHERS)
 @pytest.mark.parametrize("name", ["hf_bert", "timm_vit"])
 def test_the_same_with_other_factorizations(name: str, factorization: str, mode: str) -> None:
     model = build(name)
@@ -296,7 +299,7 @@ def test_activations_may_be_recomputed_in_the_backward(name: str, reentrant: boo
 
 @pytest.mark.parametrize(
     ("mode", "factorization"),
-    [*[(mode, "tucker") for mode in CONSTRUCTIONS], ("att_qkv_depth", "cp"), ("att_qkv_depth", "tensor_train")],
+    [*[(mode, "tucker") for mode in CONSTRUCTIONS], *[("att_qkv_depth", other) for other in OTHERS]],
 )
 @pytest.mark.parametrize("name", ["hf_roberta", "timm_vit"])
 def test_nothing_of_the_adapter_breaks_a_compiled_graph(name: str, mode: str, factorization: str) -> None:

@@ -246,7 +246,7 @@ BAD: list[tuple[str, str]] = [
     ("optimizer.factor_weight_decay.core=-1", r"optimizer\.factor_weight_decay\.core=-1(\.0)?: .*at least 0"),
     ("+optimizer.factor_weight_decay.row=1", r"optimizer\.factor_weight_decay=row: must be one of core, d_in"),
     ("adapter.rank_dropout=1", r"adapter\.rank_dropout=1(\.0)?: .*below 1"),
-    ("factorization.name=hosvd", r"factorization=hosvd: must be one of tucker, cp, tensor_train"),
+    ("factorization.name=hosvd", r"factorization=hosvd: must be one of tucker, cp"),
     ("optimizer.eps=-1", r"optimizer\.eps=-1(\.0)?: .*at least 0"),
     ("optimizer.warmup_steps=-1", r"optimizer\.warmup_steps=-1: .*at least 0"),
     ("optimizer.betas=0.9", r"optimizer\.betas=0\.9: must be a list"),

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tenslora.constructions import HEAD
-from tenslora.errors import TensLoRAError
 from tenslora.factorizations.factorization import STRUCTURE, Factorization, Modes, Place
 
 if TYPE_CHECKING:
@@ -44,9 +43,6 @@ class CP(Factorization):
             if axis in parameters:
                 right = right * place.rows(axis, parameters[axis]).unsqueeze(-1)
         return parameters["d_in"].unsqueeze(0), right
-
-    def decompose(self, tensor: Tensor, modes: Modes, ranks: Sequence[int]) -> dict[str, Tensor]:
-        raise TensLoRAError("factorization=cp: cannot be computed from a given update; take tucker or tensor_train")
 
     def ideal(self, modes: Modes, rule: str, t: float) -> list[float]:
         return [t]

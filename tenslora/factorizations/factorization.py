@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tenslora.constructions import DEPTH, PROJECTION, SITE
+from tenslora.errors import TensLoRAError
 
 if TYPE_CHECKING:  # counting parameters must not wait for torch; the arithmetic needs no more than tensors' own methods
     from torch import Tensor
@@ -42,13 +43,18 @@ class Factorization(ABC):
 
     @abstractmethod
     def rank_limits(self, modes: Modes) -> dict[str, int]:
-        """Name of each rank, and the largest that is of any use."""
+        """Name of each rank, and the largest that is of any use whatever the others are.
+
+        `ranks`, here and everywhere, are in this order.
+        """
 
     @abstractmethod
     def shapes(self, modes: Modes, ranks: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each parameter, in the order in which they are drawn.
+        """Name and shape of each parameter, in the order in which they are drawn; a mode's is named after it.
 
-        The orthogonal start makes the last dimension's slices orthonormal, over all the others.
+        The orthogonal start makes the last dimension's slices orthonormal, over all the others. Counting multiplies the
+        shapes out for ranks that are no integers too, or 0. The count must be affine in the first rank, and fall with
+        none.
         """
 
     @abstractmethod
@@ -66,29 +72,38 @@ class Factorization(ABC):
                 interleaved: index = offset * heads + head, as the paper's released code unfolds.
 
         Returns left, (P, d_in, r), or (1, d_in, r) where all slices share it, and right, (P, r, d_out), for the P
-        slices of `place`; P is 1 where neither projection nor site is stacked.
-        """
-
-    @abstractmethod
-    def decompose(self, tensor: Tensor, modes: Modes, ranks: Sequence[int]) -> dict[str, Tensor]:
-        """Parameters whose tensor is near to a given one, of the modes' sizes in their order.
-
-        Raises TensLoRAError if there is no direct way to them.
+        slices of `place`; P is 1 where neither projection nor site is stacked. r is whatever the product needs, one of
+        the ranks or not.
         """
 
     @abstractmethod
     def ideal(self, modes: Modes, rule: str, t: float) -> list[float]:
-        """Real-valued ranks that grow with t >= 1, which isoparameters follows until they meet its budget."""
+        """Real-valued ranks for t from 1 to the largest limit, which isoparameters follows until they meet its budget.
+
+        They must not fall with t. rule: rank_strategy.rule, which is Tucker's (`tucker.RULES`); others need none.
+        """
 
     def nearby(self, rank: float, limit: int) -> range:
-        """The integers that isoparameters tries for a rank whose ideal value is `rank`; a rank at its limit stays."""
+        """The integers that isoparameters tries for a rank whose ideal value is `rank`; a rank at its limit stays.
+
+        All combinations of all ranks but the first are tried: a few integers each.
+        """
         if rank == limit:
             return range(limit, limit + 1)
-        return range(max(1, math.ceil(rank * 3 / 4)), min(limit, max(2, math.floor(rank * 4 / 3))) + 1)
+        return range(max(1, math.floor(rank) - 1), min(limit, math.ceil(rank) + 1) + 1)
 
     def admits(self, modes: Modes, ranks: Sequence[int]) -> bool:
         """Whether no rank is so large beside the others that a smaller one could hold the same tensors."""
         return True
+
+    def decompose(self, tensor: Tensor, modes: Modes, ranks: Sequence[int]) -> dict[str, Tensor]:
+        """Parameters whose tensor is near to a given one, of the modes' sizes in their order.
+
+        Raises TensLoRAError if there is no direct way to them, as here.
+        """
+        raise TensLoRAError(
+            f"{type(self).__name__}: cannot be computed from a given update; take factorization=tucker or tensor_train"
+        )
 
     def count(self, modes: Modes, ranks: Sequence[float]) -> float:
         """How many numbers: an integer for integer ranks."""

@@ -73,12 +73,6 @@ class TensorTrain(Factorization):
     def ideal(self, modes: Modes, rule: str, t: float) -> list[float]:
         return [min(t, limit) for limit in self.rank_limits(modes).values()]
 
-    def nearby(self, rank: float, limit: int) -> range:
-        # All ranks are free at once: a third either way would be far too many combinations.
-        if rank == limit:
-            return range(limit, limit + 1)
-        return range(max(1, math.floor(rank) - 1), min(limit, math.ceil(rank) + 1) + 1)
-
     def admits(self, modes: Modes, ranks: Sequence[int]) -> bool:
         sizes = [modes[name] for name in _order(modes)]
         padded = [1, *ranks, 1]

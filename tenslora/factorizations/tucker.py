@@ -75,6 +75,12 @@ class Tucker(Factorization):
     def ideal(self, modes: Modes, rule: str, t: float) -> list[float]:
         return RULES[rule](modes, t)
 
+    def nearby(self, rank: float, limit: int) -> range:
+        # A third either way: few ranks are free at once, and the core's size takes large steps.
+        if rank == limit:
+            return range(limit, limit + 1)
+        return range(max(1, math.ceil(rank * 3 / 4)), min(limit, max(2, math.floor(rank * 4 / 3))) + 1)
+
     def admits(self, modes: Modes, ranks: Sequence[int]) -> bool:
         # Beyond the product of the others a rank cannot raise the tensor's multilinear rank.
         return all(r * r <= math.prod(ranks) for r in ranks)

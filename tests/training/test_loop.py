@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tenslora.backbones import logits_of
 from tenslora.config import ModelConfig
 from tenslora.errors import TensLoRAError
+from tenslora.factorizations import FACTORIZATIONS
 from tenslora.training.loop import Diverged
 from tests.running import SHORT, record, run
 
@@ -244,7 +245,7 @@ def test_an_evaluation_for_which_no_batch_is_small_enough_says_so(
         run(tmp_path, *SHORT)
 
 
-@pytest.mark.parametrize("factorization", ["tucker", "cp", "tensor_train"])
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
 def test_other_matrices_and_factorizations_are_trained_and_counted_as_planned(
     tmp_path: Path, factorization: str
 ) -> None:
