@@ -67,6 +67,19 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """A column of the main table, spread out over the values of the setting that is swept.
+
+    rows: (row without the setting, a cell per value); None where there is no such run.
+    """
+
+    column: Column
+    setting: str
+    values: tuple[str, ...]
+    rows: tuple[tuple[Row, tuple[Cell | None, ...]], ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A row against LoRA in one column, in points (per cent of the metric); None if no seed is finished for both."""
 
@@ -145,6 +158,28 @@ def lines(table: Table) -> list[Line]:
         Line(row, *_adapter_texts(table, row), tuple(cell(row, column) for column in table.columns), start)
         for row, start in zip(table.rows, starts, strict=True)
     ]
+
+
+def grids(table: Table) -> list[Grid]:
+    """The main table's scores once more, by column, with the setting that is swept across; empty without one."""
+    if table.swept is None:
+        return []
+    each = lines(table)
+    values = list(dict.fromkeys(value for line in each for value in _values(line.row)))
+    found = []
+    for place, column in enumerate(table.columns):
+        cells = {(line.row.plain, *_values(line.row)): line.cells[place] for line in each}
+        rows = tuple(
+            # A row that the setting does not change has no value of it, and one score for all.
+            (row, tuple(cells.get((row, value), cells.get((row,))) for value in values))
+            for row in table.plain_rows
+        )
+        found.append(Grid(column, table.swept, tuple(values), rows))
+    return found
+
+
+def _values(row: Row) -> list[str]:
+    return [each.partition("=")[2] for each in row.variant]
 
 
 def _group(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""The figures of a table: scores against parameters, and learning curves."""
+"""The figures of a table: scores by a setting, scores against parameters, and learning curves."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5
 _FONTS = ("Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 _SIZE = 8.5  # of text, in points
 _WIDTH, _HEIGHT = 4.4, 3.3  # of a panel, in inches
+_READABLE = 16  # rows of a panel: the names of more would lie over each other, and over what they name
 _LONGEST = 34  # of a name, in characters: more would leave a panel no room for what it shows
 
 # Counts that differ by less are shown as equal: a logarithmic axis would put all points on one spot.
@@ -96,6 +97,40 @@ class _Point:
         return _MARKERS.get(self.row.strategy, "o")
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of a table. name: of its files. title, what: for people, beside it."""
+
+    name: str
+    title: str
+    what: str
+    draw: Callable[[Table], Figure]
+
+
+def drawings(table: Table) -> list[Drawing]:
+    """The figures that say something of `table`."""
+    found = []
+    if table.swept is not None:
+        what = "A row that the setting does not change is drawn across."
+        found.append(Drawing("score_by_setting", f"Score by {table.swept}", what, score_by_setting))
+    if max((len(panel.rows) for panel in panels(table)), default=0) <= _READABLE:
+        what = "Where all rows of a panel have nearly the same count, they are listed below each other."
+        found.append(
+            Drawing("score_vs_parameters", "Score against parameters", what, score_against_parameters),
+        )
+        what = "The steep first epochs may lie below the axis."
+        found.append(Drawing("learning_curves", "Learning curves", what, learning_curves))
+    return found
+
+
+def score_by_setting(table: Table) -> Figure:
+    """A panel per column, and per strategy where the table has several: score over the values of the swept setting.
+
+    Mean over seeds with its standard deviation, a line per construction where the values are numbers.
+    """
+    return _figure(table, lambda _: _draw_by_setting, named=lambda row: row.plain)
+
+
 def score_against_parameters(table: Table) -> Figure:
     """A panel per column, and per strategy where the table has several: score over adapter parameters.
 
@@ -114,7 +149,7 @@ def learning_curves(table: Table) -> Figure:
 
 
 def write_figures(table: Table, folder: Path) -> list[Path]:
-    """Write both figures to `folder` as PNG (200 dpi, white) and SVG (in the colour of the text around it).
+    """Write `drawings` to `folder` as PNG (200 dpi, white) and SVG (in the colour of the text around it).
 
     Equal tables give equal SVGs. Returns the files; none if no run has a score. Raises TensLoRAError if one cannot
     be written.
@@ -122,8 +157,8 @@ def write_figures(table: Table, folder: Path) -> list[Path]:
     if not any(run.score(table.score) is not None for run in table.runs):
         return []
     paths = []
-    for name, draw in (("score_vs_parameters", score_against_parameters), ("learning_curves", learning_curves)):
-        paths += write_figure(draw(table), folder, name)
+    for each in drawings(table):
+        paths += write_figure(each.draw(table), folder, each.name)
     return paths
 
 
@@ -163,21 +198,21 @@ def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     return list(contents)
 
 
-def inline_svgs(table: Table, draw: Callable[[Table], Figure], prefix: str, what: str) -> list[str]:
-    """`draw` for each panel of `table` that has a score, as <svg> elements that scale with what they are put into.
+def inline_svgs(table: Table, drawing: Drawing) -> list[str]:
+    """`drawing` of each panel of `table` that has a score, as <svg> elements that scale with what they are put into.
 
-    prefix: of the ids, so that several can stand in one page. what: says in words what is drawn, for those who do
-    not see it; the panel's title follows.
+    Their ids begin with its name, so that several can stand in one page; its title and the panel's say what is drawn to
+    those who do not see it.
     """
     found = []
     for number, panel in enumerate(panels(table)):
         if not any(run.score(table.score) is not None for run in panel.runs):
             continue
-        text = _svg(draw(panel))
-        text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}{number}-", text[text.index("<svg") :])
+        text = _svg(drawing.draw(panel))
+        text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{drawing.name}{number}-", text[text.index("<svg") :])
         text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))
         text = text.replace(_GREY, f"var(--muted, {_GREY})")
-        label = _escaped(f"{what}: {_title(panel)}")
+        label = _escaped(f"{drawing.title}: {_title(panel)}")
         found.append(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
     return found
 
@@ -201,14 +236,19 @@ def _styled() -> Iterator[None]:
         yield
 
 
-def _figure(table: Table, choose: Callable[[Table], Callable[[SubFigure, Table], None]]) -> Figure:
+def _figure(
+    table: Table,
+    choose: Callable[[Table], Callable[[SubFigure, Table], None]],
+    named: Callable[[Row], Row] = lambda row: row,
+) -> Figure:
     from matplotlib.figure import Figure
 
     parts = panels(table)
     columns = len(table.columns)
     across = 1 if len(parts) == 1 else 3 if columns == 3 else 2
     down = math.ceil(len(parts) / across)
-    height = max(_HEIGHT, 1.0 + 0.16 * max(len(part.rows) for part in parts))  # a line of text per row
+    # A line of text per row, where it is not drawn with others of its construction.
+    height = max(_HEIGHT, 1.0 + 0.16 * max(len({named(row) for row in part.rows}) for part in parts))
     with _styled():
         figure = Figure(figsize=(across * _WIDTH, down * height))
         places = figure.subfigures(down, across, squeeze=False)
@@ -258,9 +298,12 @@ def _colour(row: Row) -> str:
 
 
 def _name(row: Row) -> str:
-    # The panel's title has the strategy. Of a name that is too long, the ends tell most.
-    name = " ".join((row.tensor_mode, *row.variant))
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2 - 1]}…{name[-_LONGEST // 2 :]}"
+    return _shortened(" ".join((row.tensor_mode, *row.variant)), _LONGEST)  # the panel's title has the strategy
+
+
+def _shortened(text: str, longest: int) -> str:
+    # Of a text that is too long, the ends tell most.
+    return text if len(text) <= longest else f"{text[: (longest - 1) // 2]}…{text[-(longest // 2) :]}"
 
 
 def _equal_counts(panel: Table) -> bool:
@@ -432,6 +475,60 @@ def _draw_nothing(place: SubFigure, panel: Table) -> None:
     axes = _axes(place, panel, left=0.6, right=0.15)
     axes.set_axis_off()
     axes.text(0.5, 0.5, "no finished run yet", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+
+
+def _draw_by_setting(place: SubFigure, panel: Table) -> None:
+    points = _points(panel)
+    if not points:
+        _draw_nothing(place, panel)
+        return
+    values = list(dict.fromkeys(each.partition("=")[2] for row in panel.rows for each in row.variant))
+    ordered = all(map(_is_number, values))
+    names = [row for row in panel.plain_rows if any(point.row.plain == row for point in points)]
+    note = _note(panel, "mean ± standard deviation over seeds")
+    axes = _axes(place, panel, left=0.6, right=0.4 + _inches(max(len(_name(row)) for row in names)), note=note)
+    low, high = _range(points)
+    axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.set_ylim(low, high)
+    room = _size(axes)[0] / 72 / len(values) / _inches(1)  # of a value, in characters
+    axes.set_xticks(range(len(values)), [_shortened(value, max(3, int(room) - 1)) for value in values])
+    axes.set_xlabel(panel.swept or "")
+    axes.set_ylabel(_what(panel))
+    axes.grid(axis="y", color=_INK, alpha=0.1, linewidth=0.6)
+    ends: list[tuple[float, float]] = []  # of each name's marks, where its leader starts
+    for number, row in enumerate(names):
+        own = [point for point in points if point.row.plain == row]
+        if not own[0].row.variant:  # the same for all values
+            axes.axhspan(own[0].mean - own[0].deviation, own[0].mean + own[0].deviation, color=_INK, alpha=0.08, lw=0)
+            axes.axhline(own[0].mean, color=own[0].colour, linewidth=0.8, linestyle=(0, (4, 2)))
+            ends.append((len(values) - 0.5, own[0].mean))
+            continue
+        beside = 0.5 * ((number + 0.5) / len(names) - 0.5)  # so that bars do not hide each other
+        x = [values.index(point.row.variant[0].partition("=")[2]) + beside for point in own]
+        axes.errorbar(
+            x, [point.mean for point in own], yerr=[point.deviation for point in own], fmt=own[0].marker,
+            color=own[0].colour, markersize=4.5, elinewidth=1.1, capsize=0, linestyle="-" if ordered else "none",
+            linewidth=1.1, zorder=3,
+        )  # fmt: skip
+        ends.append((x[-1], own[-1].mean))
+    width, height = _size(axes)
+    marks = [((x + 0.5) / len(values) * width, (y - low) / (high - low) * height) for x, y in ends]
+    heights = spread([y for _, y in marks], _SIZE * 1.2, (_SIZE / 2, height))
+    for row, mark, y in zip(names, marks, heights, strict=True):
+        if 0 <= mark[1] <= height:
+            _leader(axes, (mark[0] + 4, mark[1]), (width + 10, y), _colour(row))
+        axes.annotate(
+            _name(row), (width + 12, y), xycoords="axes points", va="center_baseline", annotation_clip=False,
+            weight="bold" if row.tensor_mode == "lora" else "normal",
+        )  # fmt: skip
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

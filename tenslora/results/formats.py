@@ -14,6 +14,7 @@ from tenslora.results.cells import (
     caption,
     comparisons,
     failures,
+    grids,
     has_paper,
     lines,
     one_line,
@@ -51,6 +52,17 @@ def markdown(table: Table) -> str:
             texts += [_score(cell, "**{}**", "±"), *[_paper(cell)] * paper]
         rows.append(texts)
     blocks.append(_md_table(heads, aligns, rows))
+
+    for grid in grids(table):
+        heads = ["construction", *map(_md, grid.values)]
+        rows = [
+            [_md(row.label), *(_score(cell, "**{}**", "±") if cell else "" for cell in cells)]
+            for row, cells in grid.rows
+        ]
+        blocks += [
+            _md(f"## {grid.column.dataset} ({grid.column.model}) by {grid.setting}"),
+            _md_table(heads, ["---", *["---:"] * len(grid.values)], rows),
+        ]
 
     if failed := failures(table):
         told = "\n".join(
@@ -97,10 +109,10 @@ def _md_table(heads: list[str], aligns: list[str], rows: list[list[str]]) -> str
 
 
 def latex(table: Table) -> str:
-    """The table as two LaTeX tables: the scores, and the differences against LoRA where there are any.
+    """The table as LaTeX tables: the scores, and where there are any, by the setting that is swept and against LoRA.
 
-    Both are complete `table` environments with a caption and the labels tab:<name> and tab:<name>-against-lora; they
-    need the package booktabs.
+    Each is a complete `table` environment with a caption and the label tab:<name>, tab:<name>-by-setting (with -1, -2,
+    ... where there are several columns) or tab:<name>-against-lora; they need the package booktabs.
     """
     papers = has_paper(table)
     datasets, metrics, rules, at = ["", "", "", ""], [_tex(head) for head in ADAPTER], [], 5
@@ -114,7 +126,7 @@ def latex(table: Table) -> str:
     for line in lines(table):
         texts = [_tex(line.row.label), line.ranks, line.parameters, line.percent]
         for cell, paper in zip(line.cells, papers, strict=True):
-            texts += [_score(cell, r"\textbf{{{}}}", r"$\pm$").replace(MINUS, "$-$"), *[_paper(cell)] * paper]
+            texts += [_tex_score(cell), *[_paper(cell)] * paper]
         body += [r"\midrule"] * line.starts_group + [_tex_row([text if text != "-" else "--" for text in texts])]
     told = [_tex(f"{table.title}."), *map(_tex, table.notes), _tex(caption(table))]
     parts = [
@@ -125,9 +137,22 @@ def latex(table: Table) -> str:
             for run in failures(table)
         ),
     ]
+    for number, grid in enumerate(grids(table), start=1):
+        head = [_tex_row(["construction", *map(_tex, grid.values)]), r"\midrule"]
+        rows = [
+            _tex_row([_tex(row.label), *(_tex_score(cell) if cell else "" for cell in cells)])
+            for row, cells in grid.rows
+        ]
+        by = _tex(f"{table.title}: {grid.column.dataset} ({grid.column.model}) by {grid.setting}.")
+        label = f"tab:{table.name}-by-setting" + f"-{number}" * (len(table.columns) > 1)
+        parts += ["", _tex_table("l" + "r" * len(grid.values), [*head, *rows], by, label)]
     if against := _latex_against(table):
         parts += ["", against]
     return "\n".join(parts) + "\n"
+
+
+def _tex_score(cell: Cell) -> str:
+    return _score(cell, r"\textbf{{{}}}", r"$\pm$").replace(MINUS, "$-$")
 
 
 def _latex_against(table: Table) -> str:

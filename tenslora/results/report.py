@@ -13,12 +13,13 @@ from tenslora.results.cells import (
     caption,
     comparisons,
     failures,
+    grids,
     has_paper,
     lines,
     ordered_runs,
     status,
 )
-from tenslora.results.figures import inline_svgs, learning_curves, score_against_parameters
+from tenslora.results.figures import drawings, inline_svgs
 from tenslora.results.formats import AGAINST
 from tenslora.results.paper import verdicts
 from tenslora.results.table import ORDER, Run, Table
@@ -34,25 +35,13 @@ def report(table: Table) -> str:
     runs = ordered_runs(table)
     compared = comparisons(table)
     figures = [
-        {"title": title, "what": what, "panels": [Markup(svg) for svg in inline_svgs(table, draw, prefix, title)]}
-        for title, what, draw, prefix in (
-            (
-                "Score against parameters",
-                "Where all rows of a panel have nearly the same count, they are listed below each other.",
-                score_against_parameters,
-                "score",
-            ),
-            (
-                "Learning curves",
-                "The steep first epochs may lie below the axis.",
-                learning_curves,
-                "curve",
-            ),
-        )
+        {"title": each.title, "what": each.what, "panels": [Markup(svg) for svg in inline_svgs(table, each)]}
+        for each in drawings(table)
     ]
     return template.render(
         table=table,
         lines=lines(table),
+        grids=grids(table),
         papers=has_paper(table),
         caption=caption(table),
         rank_of=lambda row: ORDER.index(row.tensor_mode),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,11 @@ class Row:
     @property
     def label(self) -> str:
         return " ".join(filter(None, (self.tensor_mode, self.strategy, *self.variant)))
+
+    @property
+    def plain(self) -> Row:
+        """The row without what else was swept."""
+        return replace(self, variant=())
 
     @property
     def is_construction(self) -> bool:
@@ -96,6 +101,17 @@ class Table:
             return group, variants.index(row.variant), strategies.index(row.strategy), mode
 
         return sorted(found, key=place)
+
+    @cached_property
+    def plain_rows(self) -> list[Row]:
+        """The rows without what else was swept, each once."""
+        return replace(self, runs=tuple(replace(run, row=run.row.plain) for run in self.runs)).rows
+
+    @cached_property
+    def swept(self) -> str | None:
+        """The one setting that is swept beside construction, strategy and seed; None where there is none, or more."""
+        settings = {each.partition("=")[0] for row in self.rows for each in row.variant}
+        return settings.pop() if len(settings) == 1 else None
 
     @cached_property
     def columns(self) -> list[Column]:

@@ -9,6 +9,8 @@ import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,12 @@ from scipy.optimize import minimize
 from tenslora.constructions import CONSTRUCTIONS, PAPERS
 from tenslora.results.figures import (
     COLOURS,
+    Drawing,
+    drawings,
     inline_svgs,
     learning_curves,
     score_against_parameters,
+    score_by_setting,
     spread,
     write_figures,
 )
@@ -176,6 +181,53 @@ def test_a_name_of_any_length_leaves_room_for_the_scores(modes: tuple[str, ...])
             assert len({name for name in names if name.startswith(f"{mode} optimizer") and "…" in name}) == 2
 
 
+def swept(setting: str, values: Sequence[str], modes: Sequence[str] = ("lora", "qkv", "depth", "head_only")) -> Table:
+    """Three seeds of each construction at each value; lora and head_only do not depend on it."""
+    runs = []
+    for number, mode in enumerate(modes):
+        alone = mode in ("lora", "head_only")
+        for k, value in enumerate(values[:1] if alone else values):
+            scores = [0.5 + 0.05 * number + 0.02 * k + shift for shift in (-0.01, 0.0, 0.01)]
+            variant = () if alone else (f"{setting}={value}",)
+            strategy = "" if alone else "isorank"
+            runs += [made(mode, strategy, seed=s, epochs=[x], variant=variant) for s, x in enumerate(scores)]
+    return table(runs)
+
+
+def test_a_setting_that_is_swept_is_drawn_across_with_lines_between_numbers_only() -> None:
+    for values, lines in (("1", "2", "4", "8"), 2), (("orthogonal", "normal"), 0):
+        (axes,) = panels(score_by_setting(swept("optimizer.core_lr_ratio", values))).values()
+        assert [label.get_text() for label in axes.get_xticklabels()] == list(values)
+        assert axes.get_xlabel() == "optimizer.core_lr_ratio"
+        drawn = bars(axes)
+        assert len(drawn) == 2
+        assert sum(line.get_linestyle() == "-" for line in drawn) == lines
+        for number, line in enumerate(drawn, start=1):
+            x, y = np.asarray(line.get_xydata()).T
+            assert y == pytest.approx([50 + 5 * number + 2 * k for k in range(len(values))])
+            assert np.abs(x - np.arange(len(values))).max() < 0.5  # beside its value, and nearer to it than to the next
+        across = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]  # type: ignore[index]
+        assert across == pytest.approx([50, 65])
+        assert {text.get_text() for text in axes.texts} >= {"lora", "qkv", "depth", "head_only"}
+
+
+def test_long_values_leave_each_other_room() -> None:
+    values = [f"[0.9,0.999{'0' * 40}{end}]" for end in range(4)]
+    figure = score_by_setting(swept("optimizer.betas", values))
+    figure.canvas.draw()
+    (axes,) = panels(figure).values()
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert len({label.get_text() for label in axes.get_xticklabels()}) == 4
+
+
+def test_a_figure_that_could_not_be_read_is_not_drawn() -> None:
+    assert [each.name for each in drawings(whole())] == ["score_vs_parameters", "learning_curves"]
+    few, many = (swept("adapter.alpha", [str(k) for k in range(count)]) for count in (3, 8))
+    assert [each.name for each in drawings(few)] == ["score_by_setting", "score_vs_parameters", "learning_curves"]
+    assert [each.name for each in drawings(many)] == ["score_by_setting"]
+
+
 @pytest.mark.parametrize("random_seed", range(5))
 def test_spread_is_the_least_squares_solution(random_seed: int) -> None:
     draw = np.random.default_rng(random_seed)
@@ -217,15 +269,15 @@ def test_without_a_score_there_is_no_figure(tmp_path: Path) -> None:
 def test_a_column_without_a_score_does_not_hinder_the_others(tmp_path: Path) -> None:
     runs = [made("lora", epochs=[0.5]), made("lora", column=COLA)]
     assert len(write_figures(table(runs), tmp_path)) == 4
-    assert len(inline_svgs(table(runs), score_against_parameters, "a", "what")) == 1
+    assert len(inline_svgs(table(runs), Drawing("a", "what", "", score_against_parameters))) == 1
 
 
 def test_svgs_are_equal_to_the_byte_from_process_to_process() -> None:
     asked = (
         "from tests.tables import DTD, whole; from tenslora.results.figures import *;"
-        "print(inline_svgs(whole((DTD,), ['isorank']), score_against_parameters, 'a', 'b'))"
+        "print(inline_svgs(whole((DTD,), ['isorank']), Drawing('a', 'b', '', score_against_parameters)))"
     )
-    ours = inline_svgs(whole((DTD,), ["isorank"]), score_against_parameters, "a", "b")
+    ours = inline_svgs(whole((DTD,), ["isorank"]), Drawing("a", "b", "", score_against_parameters))
     command, environment = [sys.executable, "-c", asked], {**os.environ, "PYTHONHASHSEED": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == f"{ours}\n"
@@ -243,9 +295,8 @@ def test_svgs_take_the_colour_and_font_of_the_page(tmp_path: Path) -> None:
 
 
 def test_several_svgs_can_stand_in_one_page() -> None:
-    svgs = inline_svgs(whole(), score_against_parameters, "a", "x < y") + inline_svgs(
-        whole(), learning_curves, "b", "c"
-    )
+    pictures = Drawing("a", "x < y", "", score_against_parameters), Drawing("b", "c", "", learning_curves)
+    svgs = [svg for each in pictures for svg in inline_svgs(whole(), each)]
     assert len(svgs) == 8
     ids: list[str] = []
     for svg in svgs:

@@ -42,6 +42,28 @@ def test_a_line_is_label_ranks_counts_and_mean_with_deviation_lora_first() -> No
     ]
 
 
+def test_a_setting_that_is_swept_stands_across_once_more() -> None:
+    runs = [
+        *(made("qkv", "isorank", seed=s, epochs=[0.4 + s / 10], variant=("adapter.init=normal",)) for s in range(2)),
+        made("qkv", "isorank", epochs=[0.6], variant=("adapter.init=orthogonal",)),
+        made("att", "isorank", epochs=[0.3], variant=("adapter.init=orthogonal",)),
+        made("lora", epochs=[0.5]),  # which starts as it starts
+    ]
+    text = markdown(table(runs))
+    assert "## dtd (vit_base) by adapter.init" in text
+    grid = md_table(text.partition("by adapter.init")[2])
+    assert grid[0] == ["construction", "normal", "orthogonal"]
+    assert grid[2:] == [
+        ["lora", "50.0", "50.0"],
+        ["att isorank", "", "30.0"],
+        ["qkv isorank", "45.0 ± 7.1", "**60.0**"],
+    ]
+    assert r"\label{tab:sample-by-setting}" in latex(table(runs))
+    both = latex(table([*runs, made("lora", column=COLA, epochs=[0.5])]))
+    assert r"\label{tab:sample-by-setting-1}" in both and r"\label{tab:sample-by-setting-2}" in both
+    assert "by adapter.init" not in markdown(table(THREE))
+
+
 def test_the_caption_tells_which_score_is_shown() -> None:
     last, best = markdown(table(THREE)), markdown(table(THREE, score="best"))
     assert "after the last epoch in per cent, mean ± standard deviation over 1 to 3 seeds" in last

@@ -35,6 +35,13 @@ def test_everything_is_written_and_nothing_else(tmp_path: Path) -> None:
     assert all(path.stat().st_size for path in paths)
 
 
+def test_a_setting_that_is_swept_has_a_table_of_its_own() -> None:
+    runs = [made("att", "isorank", epochs=[0.5 + k / 10], variant=(f"adapter.alpha={k}",)) for k in range(3)]
+    section = report(table(runs)).partition("by <code>adapter.alpha</code>")[2].partition("</table>")[0]
+    assert re.findall(r'<span class="mean[^>]*>([\d.]+)<', section) == ["50.0", "60.0", "70.0"]
+    assert re.findall(r'<button type="button">(\w+)<', section) == ["construction", "0", "1", "2"]
+
+
 def test_before_the_first_score_there_is_a_report_without_figures(tmp_path: Path) -> None:
     paths = write_results(table([made("lora"), made("att", "isorank")]), tmp_path)
     assert [path.name for path in paths] == ["table.md", "table.tex", "table.csv", "report.html"]

@@ -43,6 +43,12 @@ def test_a_row_is_a_construction_unless_it_is_lora_or_a_reference() -> None:
     assert Row("lora", "explicit", ("a=1", "b=2")).label == "lora explicit a=1 b=2"
 
 
+def test_one_setting_beside_the_construction_is_the_one_that_is_swept() -> None:
+    assert table([made("lora"), made("att", variant=("lr=1",)), made("att", variant=("lr=2",))]).swept == "lr"
+    assert table([made("lora"), made("att")]).swept is None
+    assert table([made("att", variant=("lr=1", "alpha=4"))]).swept is None
+
+
 def test_columns_stand_as_swept_and_a_cell_has_its_runs_by_seed() -> None:
     runs = [made("lora", seed=seed, column=column, epochs=[0.5]) for column in (COLA, DTD) for seed in (3, 0, 11, 2)]
     random.Random(0).shuffle(runs)
