@@ -56,12 +56,14 @@ def read_updates(folder: Path, geometry: Geometry, sites: list[Site]) -> list[li
     _, weights = read_safetensors(folder / WEIGHTS)
     updates = [[torch.zeros(geometry.d_in, width) for width in geometry.widths] for _ in range(geometry.layers)]
     left = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", name.removeprefix(_PREFIX)) for name in weights if ".lora_" in name}
+    known = False
     for site in sites:
         # With or without a head the names differ in front.
         name = next((path for path in left if _ends(path, site.path) or _ends(site.path, path)), None)
         if name is None:
             continue
         left.remove(name)
+        known = True
         a, b = (weights[f"{_PREFIX}{name}.lora_{which}.weight"].float() for which in "AB")
         update = (b @ a).T * _scaling(config, name)  # (inputs, outputs)
         if update.shape != features(site.linear):
@@ -76,9 +78,11 @@ def read_updates(folder: Path, geometry: Geometry, sites: list[Site]) -> list[li
             rest[:, columns] = 0
         if rest.any():  # of a Linear that holds several
             left.add(name)
+    if left and not known:
+        raise TensLoRAError(f"{folder}: adapts {min(left)} and others, none of which this model has; whose LoRA is it?")
     if left:
         raise TensLoRAError(
-            f"{folder}: adapts {sorted(left)[0]}, which adapter.adapt={geometry.adapt} leaves out; choose more matrices"
+            f"{folder}: adapts {min(left)}, which adapter.adapt={geometry.adapt} leaves out; choose more matrices"
         )
     if not any(update.any() for layer in updates for update in layer):
         raise TensLoRAError(f"{folder}: its updates are all zero, as before any training")

@@ -97,6 +97,12 @@ def test_a_part_of_a_fused_linear_that_is_left_out_is_named(name: str, linear: s
         read_updates(tmp_path, *find_projections(model, "qv"))
 
 
+def test_a_lora_for_another_model_is_told_from_one_of_other_matrices(tmp_path: Path) -> None:
+    saved(build("hf_bert").float(), tmp_path, r=2, target_modules=["query"])
+    with pytest.raises(TensLoRAError, match="none of which this model has"):
+        read_updates(tmp_path, *find_projections(build("timm_vit")))
+
+
 def test_an_untrained_lora_has_nothing_to_start_from(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
