@@ -157,7 +157,10 @@ class _Search:
     def candidates(self, ideal: Sequence[float], tolerance: float) -> Iterator[tuple[int, ...]]:
         # The first rank is never listed: given the others the count is affine in it, a + b r, so the two bounds of the
         # tolerated interval give all its candidates at once.
-        first, *others = map(self.factorization.nearby, ideal, self.limits)
+        first, *others = (
+            range(limit, limit + 1) if rank == limit else self.factorization.nearby(rank, limit)
+            for rank, limit in zip(ideal, self.limits, strict=True)
+        )
         for rest in itertools.product(*others):
             fixed = self.count((0, *rest))
             slope = self.count((1, *rest)) - fixed

@@ -84,12 +84,10 @@ class Factorization(ABC):
         """
 
     def nearby(self, rank: float, limit: int) -> range:
-        """The integers that isoparameters tries for a rank whose ideal value is `rank`; a rank at its limit stays.
+        """The integers that isoparameters tries for a rank whose ideal value is `rank`, below its limit.
 
         All combinations of all ranks but the first are tried: a few integers each.
         """
-        if rank == limit:
-            return range(limit, limit + 1)
         return range(max(1, math.floor(rank) - 1), min(limit, math.ceil(rank) + 1) + 1)
 
     def admits(self, modes: Modes, ranks: Sequence[int]) -> bool:

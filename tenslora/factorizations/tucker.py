@@ -77,8 +77,6 @@ class Tucker(Factorization):
 
     def nearby(self, rank: float, limit: int) -> range:
         # A third either way: few ranks are free at once, and the core's size takes large steps.
-        if rank == limit:
-            return range(limit, limit + 1)
         return range(max(1, math.ceil(rank * 3 / 4)), min(limit, max(2, math.floor(rank * 4 / 3))) + 1)
 
     def admits(self, modes: Modes, ranks: Sequence[int]) -> bool:

@@ -165,10 +165,10 @@ def grids(table: Table) -> list[Grid]:
     if table.swept is None:
         return []
     each = lines(table)
-    values = list(dict.fromkeys(value for line in each for value in _values(line.row)))
+    values = list(dict.fromkeys(value for line in each for value in line.row.values))
     found = []
     for place, column in enumerate(table.columns):
-        cells = {(line.row.plain, *_values(line.row)): line.cells[place] for line in each}
+        cells = {(line.row.plain, *line.row.values): line.cells[place] for line in each}
         rows = tuple(
             # A row that the setting does not change has no value of it, and one score for all.
             (row, tuple(cells.get((row, value), cells.get((row,))) for value in values))
@@ -176,10 +176,6 @@ def grids(table: Table) -> list[Grid]:
         )
         found.append(Grid(column, table.swept, tuple(values), rows))
     return found
-
-
-def _values(row: Row) -> list[str]:
-    return [each.partition("=")[2] for each in row.variant]
 
 
 def _group(row: Row) -> str:

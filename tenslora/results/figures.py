@@ -482,7 +482,8 @@ def _draw_by_setting(place: SubFigure, panel: Table) -> None:
     if not points:
         _draw_nothing(place, panel)
         return
-    values = list(dict.fromkeys(each.partition("=")[2] for row in panel.rows for each in row.variant))
+    # In a panel of rows that the setting does not change there is no value to name.
+    values = list(dict.fromkeys(value for row in panel.rows for value in row.values)) or [""]
     ordered = all(map(_is_number, values))
     names = [row for row in panel.plain_rows if any(point.row.plain == row for point in points)]
     note = _note(panel, "mean ± standard deviation over seeds")
@@ -504,7 +505,7 @@ def _draw_by_setting(place: SubFigure, panel: Table) -> None:
             ends.append((len(values) - 0.5, own[0].mean))
             continue
         beside = 0.5 * ((number + 0.5) / len(names) - 0.5)  # so that bars do not hide each other
-        x = [values.index(point.row.variant[0].partition("=")[2]) + beside for point in own]
+        x = [values.index(point.row.values[0]) + beside for point in own]
         axes.errorbar(
             x, [point.mean for point in own], yerr=[point.deviation for point in own], fmt=own[0].marker,
             color=own[0].colour, markersize=4.5, elinewidth=1.1, capsize=0, linestyle="-" if ordered else "none",

@@ -31,6 +31,11 @@ class Row:
         return " ".join(filter(None, (self.tensor_mode, self.strategy, *self.variant)))
 
     @property
+    def values(self) -> tuple[str, ...]:
+        """Of `variant`, what stands behind the equals signs."""
+        return tuple(each.partition("=")[2] for each in self.variant)
+
+    @property
     def plain(self) -> Row:
         """The row without what else was swept."""
         return replace(self, variant=())

@@ -211,6 +211,13 @@ def test_a_setting_that_is_swept_is_drawn_across_with_lines_between_numbers_only
         assert {text.get_text() for text in axes.texts} >= {"lora", "qkv", "depth", "head_only"}
 
 
+def test_a_panel_that_the_setting_does_not_change_is_drawn_all_the_same() -> None:
+    runs = [*swept("adapter.alpha", "12", ["qkv"]).runs, made("att", "isoparameters", epochs=[0.5])]
+    drawn = panels(score_by_setting(table(runs)))
+    assert sorted(drawn) == ["dtd · vit_base · isoparameters", "dtd · vit_base · isorank"]
+    assert not bars(drawn["dtd · vit_base · isoparameters"])
+
+
 def test_long_values_leave_each_other_room() -> None:
     values = [f"[0.9,0.999{'0' * 40}{end}]" for end in range(4)]
     figure = score_by_setting(swept("optimizer.betas", values))
