@@ -8,6 +8,7 @@ head.safetensors in outputs/<dataset>/<model>/<what was run>.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from pathlib import Path
@@ -109,6 +110,7 @@ def train(composed: DictConfig, folder: Path, shown: bool = True) -> dict[str, A
         "processes": processes.count,
         "device": processes.name,
     }
+    gc.enable()  # see main
     # Train, and leave the record whatever comes of it: it is written last, so that where it is, all is.
     failure = None
     with start_tracker(run.logger, folder, settings(composed), facts, watch=processes.is_main) as tracker:
@@ -164,6 +166,7 @@ def train(composed: DictConfig, folder: Path, shown: bool = True) -> dict[str, A
 def main(composed: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
+    gc.disable()  # all that is imported and built stays: looking for garbage there takes a seventh of the start
     train(composed, Path(HydraConfig.get().runtime.output_dir))
 
 

@@ -3,10 +3,11 @@
     python benchmarks/layer_time.py                                  # ViT-B/16's layer, 8 images
     python benchmarks/layer_time.py --tokens 512 --separate          # RoBERTa-base's, 32 sentences
 
-Forward and backward with the weights frozen and the gradient of the input wanted. In use is what training does; input
-and output are its two groupings (see `factorizations.tucker.Tucker.slices`), merged adds dW to the weight for the
-forward and keeps the backward thin, dense multiplies by dW. The forms take turns; a figure is the fastest fifth's
-slowest time over that of the Linear alone, which a busy machine moves less than a median.
+Forward and backward with the weights frozen and the gradient of the input wanted. In use is what training does, but for
+one thing: the layer stands alone here, and every form makes its thin matrices itself, which a model makes for all
+layers at once. Input and output are its two groupings (see `factorizations.tucker.Tucker.slices`), merged adds dW to
+the weight for the forward and keeps the backward thin, dense multiplies by dW. The forms take turns; a figure is the
+fastest fifth's slowest time over that of the Linear alone, which a busy machine moves less than a median.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tenslora import Geometry, RankStrategy, TensLoraConfig
 from tenslora.adapter import Adapter
-from tenslora.attachment import AdaptedLinear, LayerUpdate
+from tenslora.attachment import AdaptedLinear, ForwardPass, LayerUpdate, MatrixGroup
 from tenslora.constructions import PAPERS
 from tenslora.factorizations.tucker import Tucker
 
@@ -75,7 +76,8 @@ class _Merged(torch.autograd.Function):
 def forms(adapter: Adapter, linears: list[nn.Linear]) -> dict[str, Callable[[Tensor], list[Tensor]]]:
     """Every form as a function from the layer's input to the outputs of its Linears, one fused or three apart."""
     layer = 3
-    update = LayerUpdate(adapter, layer, range(3), writes=False)
+    group = MatrixGroup(adapter, range(3), writes=False, whole=len(linears) == 1, forward_pass=ForwardPass(nn.Module()))
+    update = LayerUpdate(group, layer)
     held = [(0, 1, 2)] if len(linears) == 1 else [(0,), (1,), (2,)]
     places = [tuple((m, column * GEOMETRY.d_out) for column, m in enumerate(which)) for which in held]
     adapted = [AdaptedLinear(linear, update, where) for linear, where in zip(linears, places, strict=True)]

@@ -163,9 +163,22 @@ def stepper(setting: Setting, model: Any, parameters: Sequence[Any]) -> Callable
 
 
 @contextmanager
-def saved_bytes(model: Any) -> Iterator[list[int]]:
-    """Fills in how many bytes the steps in the context keep for their backward, the model's own parameters aside."""
+def observed(model: Any) -> Iterator[dict[str, int]]:
+    """Fills in what one step takes: bytes kept for its backward, the model's own parameters aside, and operations.
+
+    operations: how many there are that compute or copy something, forward, backward and optimizer; on a GPU each is one
+    kernel or more, whatever its size.
+    """
     import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            self.count += not func.is_view and name != "_unsafe_view" and "empty" not in name
+            return func(*args, **(kwargs or {}))
 
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
@@ -178,24 +191,25 @@ def saved_bytes(model: Any) -> Iterator[list[int]]:
             alive.append(storage)
         return tensor
 
-    found: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    found: dict[str, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Counted() as counted:  # type: ignore[no-untyped-call]
         yield found
-    found.append(sum(seen.values()))
+    found.update(saved_bytes=sum(seen.values()), operations=counted.count)
 
 
 def worker(setting: Setting, variant: str, connection: Connection) -> None:
-    """One variant: says what it keeps, then makes as many steps as it is told and says how long each took."""
+    """One variant: says what it takes, then makes as many steps as it is told and says how long each took."""
     import torch
 
     torch.set_num_threads(setting.threads)
     model, parameters = build(setting, variant)
     step = stepper(setting, model, parameters)
     before = _resident(setting)
+    step()  # the optimizer's first, which makes its state
     # Once compiled, the graph keeps what it keeps; hooks would have it compiled another time.
-    with nullcontext([0]) if setting.compiled else saved_bytes(model) as saved:
+    with nullcontext({"saved_bytes": 0, "operations": 0}) if setting.compiled else observed(model) as found:
         step()
-    connection.send({"trained": sum(p.numel() for p in parameters), "saved_bytes": saved[0]})
+    connection.send({"trained": sum(p.numel() for p in parameters), **found})
     _reset_peak(setting)
     while count := connection.recv():
         seconds = []
@@ -338,11 +352,15 @@ def _line(row: dict[str, Any]) -> str:
     quarter = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [middle] * 3
     return (
         f"{row['variant']:<30} {row['trained']:>11,} {statistics.median(row['seconds']):>8.4f} {middle:>6.3f}  "
-        f"{quarter[0]:.3f} to {quarter[2]:.3f} {row['peak_bytes'] / 2**20:>8,.0f} {row['saved_bytes'] / 2**20:>8,.0f}"
+        f"{quarter[0]:.3f} to {quarter[2]:.3f} {row['peak_bytes'] / 2**20:>8,.0f} {row['saved_bytes'] / 2**20:>9,.0f}"
+        f" {row['operations']:>10,}"
     )
 
 
-HEAD = f"{'':<30} {'trained':>11} {'seconds':>8} {'ratio':>6}  {'quartiles':<14} {'peak MiB':>8} {'saved MiB':>9}"
+HEAD = (
+    f"{'':<30} {'trained':>11} {'seconds':>8} {'ratio':>6}  {'quartiles':<14} {'peak MiB':>8} {'saved MiB':>9}"
+    f" {'operations':>10}"
+)
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -18,9 +19,11 @@ from tenslora.factorizations import factorization_of
 from tenslora.files import read_safetensors, write_safetensors
 from tenslora.ranks import RankStrategy
 from tenslora.streams import stream_seed
-from tenslora.tensor import FactorizedTensor
+from tenslora.tensor import FactorizedTensor, layer_slices
 
 FORMAT = "tenslora-1"
+
+_Products = tuple[list[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Adapter(nn.Module):
         self.geometry = geometry
         self.ranks = tuple(ranks or config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization))
         self.grid = tensor_grid(config.tensor_mode, geometry)
+        self._over_projections = bool(stacked_axes(config.tensor_mode) & {PROJECTION, SITE})
         self.tensors = nn.ModuleList()
         for index in range(math.prod(self.grid)):
             stream = index if config.tensor_seeds == "distinct" else 0
@@ -103,28 +107,36 @@ class Adapter(nn.Module):
     @property
     def zero(self) -> str:
         """The name, in each tensor, of the parameter that started at zero."""
-        factorization = factorization_of(self.config.tensor_mode, self.config.factorization)
-        return factorization.zero(modes(self.config.tensor_mode, self.geometry))
+        return cast(FactorizedTensor, self.tensors[0]).zero
 
-    def layer(self, layer: int, matrices: range | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """The thin products of some of a layer's matrices, dW[m] = left[m] @ right[m], without alpha.
+    def layer(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The thin products of one layer's matrices: see `products`, here without the dimension of layers."""
+        lefts, rights = self.products(range(layer, layer + 1))
+        return [left[0] for left in lefts], [right[0] for right in rights]
 
-        matrices: which of `geometry.matrices`, side by side; None: all. Returns their lefts (d_in, r), or only one
-        where they share it, and their rights (r, width).
+    def products(
+        self, layers: range, matrices: range | None = None, scale: float = 1.0
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The thin products of some matrices in some layers, scale dW[m] = left[m] @ right[m], without alpha.
+
+        layers, matrices: side by side; matrices are indices into `geometry.matrices`, None: all. Returns the matrices'
+        lefts (layers, d_in, r), or only one where they share it, and their rights (layers, r, width).
         """
-        _, over_layers = self.grid
-        column = layer if over_layers > 1 else 0
         wanted = range(len(self.geometry.matrices)) if matrices is None else matrices
-        if stacked_axes(self.config.tensor_mode) & {PROJECTION, SITE}:
+        if self._over_projections:
             blocks = self.geometry.blocks
             start = sum(blocks[: wanted.start])
-            slices = None if matrices is None else range(start, start + sum(blocks[wanted.start : wanted.stop]))
-            return self._assembled(*self._tensor(column).layer(layer, slices), wanted)
-        own = [self._tensor(m * over_layers + column).layer(layer) for m in wanted]
-        return [left[0] for left, _ in own], [right[0] for _, right in own]
+            places = None if matrices is None else range(start, start + sum(blocks[wanted.start : wanted.stop]))
+            assembled = partial(self._assembled, matrices=wanted)
+            return cast(_Products, layer_slices(self._tensors(0, layers), layers, places, scale, assembled))
+        own = [layer_slices(self._tensors(m, layers), layers, scale=scale) for m in wanted]
+        return [left[:, 0] for left, _ in own], [right[:, 0] for _, right in own]
 
-    def _tensor(self, index: int) -> FactorizedTensor:
-        return cast(FactorizedTensor, self.tensors[index])
+    def _tensors(self, row: int, layers: range) -> list[FactorizedTensor]:
+        # Of one row of the grid: the only one, or the layers' own.
+        _, over_layers = self.grid
+        columns = layers if over_layers > 1 else range(1)
+        return [cast(FactorizedTensor, self.tensors[row * over_layers + column]) for column in columns]
 
     def _assembled(self, left: Tensor, right: Tensor, matrices: range) -> tuple[list[Tensor], list[Tensor]]:
         # From slices (1 or P, d_in, r) and (P, r, d_out) to matrices: a wide one is several slices side by side, and of

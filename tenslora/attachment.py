@@ -6,10 +6,11 @@ model's state dict stay as they were; the adapter becomes the submodule `tenslor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +24,118 @@ from tenslora.projections import features, find_projections
 NAME = "tenslora"
 
 
-class LayerUpdate:
-    """The updates of the matrices of one layer that read the same input, computed once for all of them.
+class ForwardPass:
+    """What has been made for all layers of a model in the forward pass that is under way.
 
-    The update of a matrix is ``x @ first @ second``, alpha included: first (its inputs, r), second (r, its outputs).
+    `made` is None outside of one, as where a block is called by itself, or again in a backward pass: there every layer
+    makes its own, as nothing says until when what is made for all would hold.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.made: dict[Hashable, Any] | None = None
+        self.hooks = (
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "made": None}  # it may hang on a graph, which cannot be copied
+
+    def _begin(self, *_: Any) -> None:
+        self.made = {}
+
+    def _end(self, *_: Any) -> None:
+        self.made = None
+
+    def leave(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+class Terms(NamedTuple):
+    """Of one layer: first (inputs, r), or side by side where every matrix has its own, and second (r, width) of each.
+
+    The update of a matrix is ``x @ first @ second``. ranks: the widths of the firsts side by side; of one for all, one.
+    """
+
+    first: Tensor
+    seconds: tuple[Tensor, ...]
+    ranks: list[int]
+
+
+class MatrixGroup:
+    """The matrices of every layer that read the same input, and their updates as thin products.
 
     Args:
         adapter: that has the updates.
-        layer: 0-based.
         matrices: which of the geometry's, side by side.
         writes: whether they write to the residual stream instead of reading it: then it is their transposes that the
             adapter holds.
+        whole: whether one Linear holds them all, side by side, and nothing else.
+        forward_pass: of the model.
     """
 
-    def __init__(self, adapter: Adapter, layer: int, matrices: range, writes: bool) -> None:
+    def __init__(self, adapter: Adapter, matrices: range, writes: bool, whole: bool, forward_pass: ForwardPass) -> None:
         self.adapter = adapter
-        self.layer = layer
         self.matrices = None if len(matrices) == len(adapter.geometry.matrices) else matrices
         self.writes = writes
+        self.whole = whole
+        self.forward_pass = forward_pass
+
+    def products(self, layers: range) -> tuple[list[Tensor], list[Tensor]]:
+        """(firsts, seconds) of all the matrices, (layers, inputs, r) and (layers, r, width), with alpha.
+
+        There is one first only, where they share it.
+        """
+        lefts, rights = self.adapter.products(layers, self.matrices, self.adapter.config.alpha)
+        return ([right.mT for right in rights], [left.mT for left in lefts]) if self.writes else (lefts, rights)
+
+    def terms(self, layer: int, dtype: torch.dtype) -> Terms:
+        """Of one layer, in `dtype`; made for all layers at once where a forward pass of the model asks."""
+        made = self.forward_pass.made
+        if made is None:
+            return self._terms(range(layer, layer + 1), dtype)[0]
+        key = self, dtype, torch.is_grad_enabled()
+        if key not in made:
+            made[key] = self._terms(range(self.adapter.geometry.layers), dtype)
+        terms: Terms = made[key][layer]
+        return terms
+
+    def _terms(self, layers: range, dtype: torch.dtype) -> list[Terms]:
+        # In full precision until they are done: what autocast would round on the way saves nothing here.
+        device = next(self.adapter.parameters()).device.type
+        with _hidden_from_checkpointing(), torch.autocast(device, enabled=False):
+            firsts, seconds = self.products(layers)
+            ranks = [first.shape[2] for first in firsts]
+            first = firsts[0] if len(firsts) == 1 else torch.cat(firsts, dim=2)
+            if len(firsts) == 1 and self.whole:
+                seconds = [torch.cat(seconds, dim=2)]
+            each = zip(first.to(dtype).unbind(), *[second.to(dtype).unbind() for second in seconds], strict=True)
+            return [Terms(own, tuple(others), ranks) for own, *others in each]
+
+
+def _hidden_from_checkpointing() -> AbstractContextManager[None]:
+    # Activation checkpointing compares what a block saves with what it saves when it is called again, and at one of
+    # the two times the block may be the first in its pass to ask, and make everything.
+    if torch.compiler.is_compiling():
+        return nullcontext()
+
+    def unpack(saved: tuple[Tensor, int]) -> Tensor:
+        tensor, version = saved
+        if tensor._version != version:  # autograd itself checks only what goes through no hooks
+            raise RuntimeError("a parameter of the adapter was changed in place between a forward and its backward")
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor, tensor._version), unpack)
+
+
+class LayerUpdate:
+    """The updates of one layer's matrices of a group: ``h = x @ first`` computed once for all of them."""
+
+    def __init__(self, group: MatrixGroup, layer: int) -> None:
+        self.group = group
+        self.layer = layer
         # An input, and the (h, second) of the matrices that have not asked for theirs yet. One attribute, so that
         # forward passes in several threads at once cannot mix one's input with another's terms.
         self._waiting: tuple[Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
@@ -49,54 +144,45 @@ class LayerUpdate:
         # A copy starts without what waits: it is of a forward pass, and may hang on a graph that cannot be copied.
         return {**vars(self), "_waiting": None}
 
-    def products(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(firsts, seconds) of all the matrices; one first only, where they share it."""
-        lefts, rights = self.adapter.layer(self.layer, self.matrices)
-        lefts = [left * self.adapter.config.alpha for left in lefts]
-        if self.writes:
-            return [right.T for right in rights], [left.T for left in lefts]
-        return lefts, rights
-
     def add(self, y: Tensor, x: Tensor, tokens: Tensor, places: tuple[tuple[int, int], ...]) -> Tensor:
         """y (tokens, outputs), in place, plus updates; x as (tokens, inputs).
 
-        places: (which of `matrices`, its first column in y) of those that the Linear holds.
+        places: (which of the group's matrices, its first column in y) of those that the Linear holds.
         """
         if len(places) == 1 and places[0][1] == 0:
-            h, second = self._one(x, tokens, places[0][0])
+            h, second = self._one(x, tokens, places[0][0], y.dtype)
             if second.shape[1] == y.shape[1]:
-                return y.addmm_(h.to(y.dtype), second.to(y.dtype))
+                return y.addmm_(h, second)
             hs, seconds = [h], [second]
         else:
-            hs, seconds = self._terms(tokens)
-            if len(hs) == 1 and sum(second.shape[1] for second in seconds) == y.shape[1]:
-                return y.addmm_(hs[0].to(y.dtype), torch.cat(seconds, dim=1).to(y.dtype))
+            hs, seconds = self._all(tokens, y.dtype)
+            if len(seconds) == 1 and self.group.whole:
+                return y.addmm_(hs[0], seconds[0])
             seconds = [seconds[index] for index, _ in places]
             hs = hs if len(hs) == 1 else [hs[index] for index, _ in places]
-        starts = [start for _, start in places]
-        added: Tensor = _AddBlocks.apply(y, starts, *[t.to(y.dtype) for t in (*seconds, *hs)])
+        added: Tensor = _AddBlocks.apply(y, [start for _, start in places], *seconds, *hs)
         return added
 
-    def _one(self, x: Tensor, tokens: Tensor, index: int) -> tuple[Tensor, Tensor]:
+    def _one(self, x: Tensor, tokens: Tensor, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Query, key and value are called one after the other with the very same tensor. The first of them
         # computes all three; identity, not equality, says that the others may take what is waiting.
         waiting = self._waiting
         if waiting is None or waiting[0] is not x or index not in waiting[1]:
-            hs, seconds = self._terms(tokens)
+            hs, seconds = self._all(tokens, dtype)
             waiting = x, {i: (hs[i % len(hs)], second) for i, second in enumerate(seconds)}
         term = waiting[1].pop(index)
         self._waiting = waiting if waiting[1] else None
         return term
 
-    def _terms(self, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _all(self, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         # h = x @ first (tokens, r), for each matrix or one for all, and the seconds.
-        firsts, seconds = self.products()
-        first = firsts[0] if len(firsts) == 1 else torch.cat(firsts, dim=1)
+        adapter = self.group.adapter
+        first, seconds, ranks = self.group.terms(self.layer, dtype)
         # As a Linear: the gradient of its weight takes half the time that first's takes in a plain product.
-        h = F.linear(self.adapter.dropout(tokens), first.T.to(tokens.dtype))
-        if self.adapter.training and self.adapter.config.rank_dropout > 0:
-            h = h * self.adapter.rank_dropout(h.new_ones(h.shape[1]))
-        return [h] if len(firsts) == 1 else list(torch.split(h, [f.shape[1] for f in firsts], dim=1)), seconds
+        h = F.linear(adapter.dropout(tokens.to(dtype)), first.T)
+        if adapter.training and adapter.config.rank_dropout > 0:
+            h = h * adapter.rank_dropout(h.new_ones(h.shape[1]))
+        return [h] if len(ranks) == 1 else list(torch.split(h, ranks, dim=1)), list(seconds)
 
 
 class _AddBlocks(torch.autograd.Function):
@@ -163,7 +249,8 @@ class AdaptedLinear(nn.Linear):
 
     def lora(self) -> tuple[Tensor, Tensor]:
         """(first, second), (inputs, r) and (r, outputs), of all that is added: alpha dW = first @ second."""
-        firsts, seconds = self.update.products()
+        layer = self.update.layer
+        firsts, seconds = ([t[0] for t in side] for side in self.update.group.products(range(layer, layer + 1)))
         held = [firsts[index % len(firsts)] for index, _ in self.places]
         shared = len(firsts) == 1
         ranks = [0 if shared else second.shape[0] for second in seconds]
@@ -212,10 +299,16 @@ def attach(model: nn.Module, adapter: TensLoraConfig | Adapter) -> Adapter:
         raise TensLoRAError(f"the adapter does not fit {type(model).__name__}: {'; '.join(differing)}")
     model.requires_grad_(False)
     adapter.to(next(sites[0].linear.parameters()).device).train(model.training)
+    forward_pass = ForwardPass(model)
+    groups: dict[range, MatrixGroup] = {}
     updates: dict[tuple[int, range], LayerUpdate] = {}
     for site in sites:
-        key = (site.layer, site.group)
-        update = updates.setdefault(key, LayerUpdate(adapter, site.layer, site.group, site.writes))
+        if site.group not in groups:
+            widths = geometry.widths[site.group.start : site.group.stop]
+            side_by_side = tuple(enumerate(accumulate(widths[:-1], initial=0)))
+            whole = site.places == side_by_side and features(site.linear)[1] == sum(widths)
+            groups[site.group] = MatrixGroup(adapter, site.group, site.writes, whole, forward_pass)
+        update = updates.setdefault((site.layer, site.group), LayerUpdate(groups[site.group], site.layer))
         _replace(model, site.path, AdaptedLinear(site.linear, update, site.places))
     model.add_module(NAME, adapter)
     return adapter
@@ -234,6 +327,7 @@ def detach(model: nn.Module) -> Adapter:
     """
     adapter = adapter_of(model)
     for path, linear in _adapted(model).items():
+        linear.update.group.forward_pass.leave()
         linear.base[0].train(linear.training)
         _replace(model, path, linear.base[0])
     delattr(model, NAME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -190,13 +191,13 @@ def test_query_key_and_value_share_one_product_with_the_input(name: str, monkeyp
     from tenslora.attachment import LayerUpdate
 
     calls: list[int] = []
-    terms = LayerUpdate._terms
+    of_all = LayerUpdate._all
 
-    def counted(update: LayerUpdate, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def counted(update: LayerUpdate, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         calls.append(update.layer)
-        return terms(update, x)
+        return of_all(update, tokens, dtype)
 
-    monkeypatch.setattr(LayerUpdate, "_terms", counted)
+    monkeypatch.setattr(LayerUpdate, "_all", counted)
     model = build(name)
     attached(model, "qkv_depth")
     logits(model, inputs(name))
@@ -297,6 +298,113 @@ def test_activations_may_be_recomputed_in_the_backward(name: str, reentrant: boo
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+def gradients(model: nn.Module, whole: bool) -> list[Tensor]:
+    """Of a loss over two calls; not whole: past the model's hooks, so that every layer makes what it needs."""
+    call = model if whole else model.forward
+    one, other = (call(**inputs("hf_bert")).logits.square().sum() for _ in range(2))  # type: ignore[operator]
+    parameters = list(adapter_of(model).parameters())
+    return list(torch.autograd.grad(one + 2 * other, parameters, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize(
+    ("mode", "adapt", "groups"), [("qkv_depth", "qkv", 1), ("lora", "qkv", 1), ("depth", "all", 4)]
+)
+@pytest.mark.parametrize("name", ["hf_bert", "timm_vit"])
+def test_a_forward_pass_makes_the_products_of_all_layers_once(
+    name: str, mode: str, adapt: str, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, made = build(name), []
+    attached(model, mode, adapt=adapt)
+    products = Adapter.products
+
+    def counted(adapter: Adapter, layers: range, *rest: Any) -> tuple[list[Tensor], list[Tensor]]:
+        made.append(layers)
+        return products(adapter, layers, *rest)
+
+    monkeypatch.setattr(Adapter, "products", counted)
+    logits(model, inputs(name))
+    assert made == [range(2)] * groups
+    merge(model)
+    made.clear()
+    logits(model, inputs(name))
+    assert not made
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mode", CONSTRUCTIONS)
+def test_passes_may_share_a_backward_and_have_layers_without_one(mode: str, frozen: bool) -> None:
+    model = build("hf_bert")
+    attached(model, mode)
+    if frozen:
+        first = model.bert.encoder.layer[0]  # type: ignore[union-attr,index]
+        first.forward = torch.no_grad()(first.forward)  # type: ignore[union-attr,assignment,method-assign,arg-type]
+    together, apart = gradients(model, whole=True), gradients(model, whole=False)
+    assert any(gradient.abs().max() > 0 for gradient in together)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_a_pass_has_made_ends_with_it(failing: bool) -> None:
+    model = build("hf_bert")
+    adapter = attached(model, "qkv_depth")
+    first, second = model.bert.encoder.layer  # type: ignore[union-attr,misc]
+    if failing:
+        hook = second.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            logits(model, inputs("hf_bert"))
+        hook.remove()
+    else:
+        logits(model, inputs("hf_bert"))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.mul_(2)
+    # A block by itself goes by the parameters as they are now, and twice over.
+    x = torch.randn(1, 4, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    query = first.attention.self.query
+    expected = nn.functional.linear(x, query.weight, query.bias) + 4.0 * x @ adapter.dense(0)[0]
+    torch.testing.assert_close(query(x), expected, rtol=0, atol=1e-12)
+    for _ in range(2):
+        first(x)[0].sum().backward()
+    assert adapter.tensors[0].core.grad.abs().max() > 0  # type: ignore[union-attr,operator]
+
+
+def test_parameters_changed_before_the_backward_are_refused() -> None:
+    model = build("hf_bert")
+    adapter = attached(model, "att_qkv_depth")
+    loss = logits(model, inputs("hf_bert")).sum()
+    with torch.no_grad():
+        adapter.tensors[0].projection.mul_(2)  # type: ignore[operator,union-attr]
+    with pytest.raises(RuntimeError, match="changed in place between a forward and its backward"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("mode", ["lora", "depth", "att_qkv_depth"])
+def test_under_autocast_the_products_are_rounded_once(mode: str) -> None:
+    model = build("hf_bert").float()
+    adapter = attached(model, mode).float()
+    group = model.bert.encoder.layer[1].attention.self.query.update.group  # type: ignore[union-attr,index]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = group.terms(1, torch.bfloat16)  # type: ignore[union-attr,operator]
+    lefts, rights = adapter.layer(1)
+    assert torch.equal(terms.first, torch.cat(lefts, dim=1).bfloat16())
+    for second, right in zip(terms.seconds, rights, strict=True):
+        torch.testing.assert_close(
+            second, (4.0 * right).bfloat16(), rtol=2**-7, atol=0
+        )  # alpha is in it from the start
+
+
+def test_a_copy_passes_by_itself_and_a_detached_model_has_no_hooks_left() -> None:
+    model = build("timm_vit")
+    attached(model, "qkv_depth")
+    logits(model, inputs("timm_vit")).sum().backward()  # type: ignore[no-untyped-call]
+    twin = copy.deepcopy(model)
+    detach(twin)
+    assert not twin._forward_pre_hooks
+    assert not twin._forward_hooks
+    assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
+
+
 @pytest.mark.parametrize(
     ("mode", "factorization"),
     [*[(mode, "tucker") for mode in CONSTRUCTIONS], *[("att_qkv_depth", other) for other in OTHERS]],
@@ -329,7 +437,7 @@ def test_rank_dropout_leaves_out_whole_components_in_training_only(name: str, mo
     attached(model, mode, rank_dropout=0.5)
     module = next(module for module in model.modules() if isinstance(module, AdaptedLinear))
     tokens = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    lefts, rights = module.update.adapter.layer(0)
+    lefts, rights = module.update.group.adapter.layer(0)
     left, right = torch.stack(lefts), torch.stack(rights)
     h, held = tokens @ left, right[[index for index, _ in module.places]] * 4.0
     # One column per component: its part of the output, over all tokens. Solved for what it was multiplied with.

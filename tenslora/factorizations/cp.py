@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tenslora.constructions import HEAD
-from tenslora.factorizations.factorization import STRUCTURE, Factorization, Modes, Place
+from tenslora.factorizations.factorization import STRUCTURE, Factorization, Modes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class CP(Factorization):
     def zero(self, modes: Modes) -> str:
         return "d_head" if HEAD in modes else "d_out"
 
-    def slices(self, parameters: Mapping[str, Tensor], place: Place, head_layout: str) -> tuple[Tensor, Tensor]:
+    def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
         # dW[p] = U_in diag(w_p) U_out^T, w_p the product of the structure axes' rows.
         if HEAD in parameters:
             slow, fast = parameters[HEAD], parameters["d_head"]
@@ -41,7 +41,7 @@ class CP(Factorization):
         right = u_out.T.unsqueeze(0)
         for axis in STRUCTURE:
             if axis in parameters:
-                right = right * place.rows(axis, parameters[axis]).unsqueeze(-1)
+                right = right * parameters[axis].unsqueeze(-1)
         return parameters["d_in"].unsqueeze(0), right
 
     def ideal(self, modes: Modes, rule: str, t: float) -> list[float]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tenslora.constructions import DEPTH, PROJECTION, SITE
 from tenslora.errors import TensLoRAError
@@ -18,28 +17,13 @@ Modes = Mapping[str, int]
 """Name and size of each mode of a tensor, in the order of `constructions.modes`."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where in a tensor: layer, 0-based, of layers; which slices of the projection axis, None for all of them.
+class Factorization(ABC):
+    """A way to write a tensor with modes n_1, ..., n_N in few numbers. Holds none itself.
 
-    A tensor that an axis is not stacked in does not look at it.
+    structure_dim: which dimension of a structure axis's parameter counts the axis's places.
     """
 
-    layer: int
-    layers: int
-    slices: range | None = None
-
-    def rows(self, axis: str, factor: Tensor) -> Tensor:
-        """The rows of a structure axis's factor (n, ...) for the slices here: (P, ...), or (1, ...) along depth."""
-        if axis == DEPTH:
-            return factor[self.layer : self.layer + 1]
-        if axis == SITE:
-            factor = factor[self.layer :: self.layers]
-        return factor if self.slices is None else factor[self.slices.start : self.slices.stop]
-
-
-class Factorization(ABC):
-    """A way to write a tensor with modes n_1, ..., n_N in few numbers. Holds none itself."""
+    structure_dim: ClassVar[int] = 0
 
     @abstractmethod
     def rank_limits(self, modes: Modes) -> dict[str, int]:
@@ -62,18 +46,19 @@ class Factorization(ABC):
         """Which parameter starts at zero, so that dW = 0: one that every update is linear in."""
 
     @abstractmethod
-    def slices(self, parameters: Mapping[str, Tensor], place: Place, head_layout: str) -> tuple[Tensor, Tensor]:
+    def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
         """Updates of one layer as thin products, dW[p] = left[p] @ right[p].
 
+        Called once for all layers, through torch.vmap.
+
         Args:
-            parameters: with the names and shapes that `shapes` gives.
-            place: the layer, and which of its slices.
+            parameters: what the layer needs of them, with the names and shapes that `shapes` gives; but projection's
+                or site's has the P places wanted, and depth's the layer's alone, without that dimension.
             head_layout: how d_head and head make up d_out. aligned: index = head * d_head + offset, the model's heads.
                 interleaved: index = offset * heads + head, as the paper's released code unfolds.
 
-        Returns left, (P, d_in, r), or (1, d_in, r) where all slices share it, and right, (P, r, d_out), for the P
-        slices of `place`; P is 1 where neither projection nor site is stacked. r is whatever the product needs, one of
-        the ranks or not.
+        Returns left, (P, d_in, r), or (1, d_in, r) where all slices share it, and right, (P, r, d_out); P is 1 where
+        neither projection nor site is stacked. r is whatever the product needs, one of the ranks or not.
         """
 
     @abstractmethod

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tenslora.constructions import HEAD
-from tenslora.factorizations.factorization import STRUCTURE, Factorization, Modes, Place, leading_vectors
+from tenslora.constructions import DEPTH, HEAD
+from tenslora.factorizations.factorization import STRUCTURE, Factorization, Modes, leading_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,8 @@ class TensorTrain(Factorization):
     N - 1 ranks, named after the modes that they join. Cores G_1 (d_in, r_1), G_k (r_k-1, n_k, r_k), and the last one
     (r_N-1, n_N), which starts at zero, under their modes' names. Of two modes it is LoRA's A B.
     """
+
+    structure_dim = 1
 
     def rank_limits(self, modes: Modes) -> dict[str, int]:
         order = _order(modes)
@@ -45,7 +47,7 @@ class TensorTrain(Factorization):
     def zero(self, modes: Modes) -> str:
         return _order(modes)[-1]
 
-    def slices(self, parameters: Mapping[str, Tensor], place: Place, head_layout: str) -> tuple[Tensor, Tensor]:
+    def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
         if HEAD in parameters:
             right = parameters[HEAD] @ parameters["d_head"]  # (r, heads, d_head)
             right = (right if head_layout == "aligned" else right.mT).flatten(1)
@@ -54,7 +56,8 @@ class TensorTrain(Factorization):
         right = right.unsqueeze(0)
         for axis in reversed(STRUCTURE):
             if axis in parameters:
-                right = place.rows(axis, parameters[axis].movedim(1, 0)) @ right
+                core = parameters[axis]
+                right = (core if axis == DEPTH else core.movedim(1, 0)) @ right
         return parameters["d_in"].unsqueeze(0), right
 
     def decompose(self, tensor: Tensor, modes: Modes, ranks: Sequence[int]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tenslora.constructions import DEPTH, HEAD, PROJECTION, SITE
-from tenslora.factorizations.factorization import STRUCTURE, Factorization, Modes, Place, leading_vectors
+from tenslora.factorizations.factorization import STRUCTURE, Factorization, Modes, leading_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class Tucker(Factorization):
     def zero(self, modes: Modes) -> str:
         return "core"
 
-    def slices(self, parameters: Mapping[str, Tensor], place: Place, head_layout: str) -> tuple[Tensor, Tensor]:
+    def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
         """In the grouping that takes fewer multiplications per token.
 
         With G[p] (r_in, r_out) the core contracted with the structure axes' rows, either U_in and G[p] U_out^T, of
@@ -40,9 +40,9 @@ class Tucker(Factorization):
         """
         core = parameters["core"]
         if DEPTH in parameters:
-            core = core @ parameters[DEPTH][place.layer]
+            core = core @ parameters[DEPTH]
         across = next((axis for axis in (PROJECTION, SITE) if axis in parameters), None)
-        core = core.unsqueeze(-1) if across is None else core @ place.rows(across, parameters[across]).T
+        core = core.unsqueeze(-1) if across is None else core @ parameters[across].T
         core = core.movedim(-1, 0)
         u_in = parameters["d_in"].unsqueeze(0)
         projections, r_in, r_out = core.flatten(2).shape
