@@ -103,9 +103,7 @@ class MatrixGroup:
         return terms
 
     def _terms(self, layers: range, dtype: torch.dtype) -> list[Terms]:
-        # In full precision until they are done: what autocast would round on the way saves nothing here.
-        device = next(self.adapter.parameters()).device.type
-        with _hidden_from_checkpointing(), torch.autocast(device, enabled=False):
+        with _hidden_from_checkpointing(), _without_autocast(next(self.adapter.parameters()).device):
             firsts, seconds = self.products(layers)
             ranks = [first.shape[2] for first in firsts]
             first = firsts[0] if len(firsts) == 1 else torch.cat(firsts, dim=2)
@@ -113,6 +111,12 @@ class MatrixGroup:
                 seconds = [torch.cat(seconds, dim=2)]
             each = zip(first.to(dtype).unbind(), *[second.to(dtype).unbind() for second in seconds], strict=True)
             return [Terms(own, tuple(others), ranks) for own, *others in each]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    # The products stay in full precision until they are done: what would be rounded on the way saves nothing.
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _hidden_from_checkpointing() -> AbstractContextManager[None]:
@@ -156,7 +160,7 @@ class LayerUpdate:
             hs, seconds = [h], [second]
         else:
             hs, seconds = self._all(tokens, y.dtype)
-            if len(seconds) == 1 and self.group.whole:
+            if len(hs) == 1 and self.group.whole:
                 return y.addmm_(hs[0], seconds[0])
             seconds = [seconds[index] for index, _ in places]
             hs = hs if len(hs) == 1 else [hs[index] for index, _ in places]
@@ -167,10 +171,11 @@ class LayerUpdate:
         # Query, key and value are called one after the other with the very same tensor. The first of them
         # computes all three; identity, not equality, says that the others may take what is waiting.
         waiting = self._waiting
-        if waiting is None or waiting[0] is not x or index not in waiting[1]:
+        term = None if waiting is None or waiting[0] is not x else waiting[1].pop(index, None)
+        if waiting is None or term is None:
             hs, seconds = self._all(tokens, dtype)
             waiting = x, {i: (hs[i % len(hs)], second) for i, second in enumerate(seconds)}
-        term = waiting[1].pop(index)
+            term = waiting[1].pop(index)
         self._waiting = waiting if waiting[1] else None
         return term
 

@@ -394,6 +394,14 @@ def test_under_autocast_the_products_are_rounded_once(mode: str) -> None:
         )  # alpha is in it from the start
 
 
+def test_shapes_can_be_had_without_numbers() -> None:
+    model = build("hf_bert").to("meta")
+    attached(model, "qkv_depth")
+    y = logits(model, {key: value.to("meta") for key, value in inputs("hf_bert").items()})
+    assert y.is_meta
+    assert y.shape == logits(build("hf_bert"), inputs("hf_bert")).shape
+
+
 def test_a_copy_passes_by_itself_and_a_detached_model_has_no_hooks_left() -> None:
     model = build("timm_vit")
     attached(model, "qkv_depth")
