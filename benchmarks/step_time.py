@@ -19,8 +19,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -162,14 +161,8 @@ def stepper(setting: Setting, model: Any, parameters: Sequence[Any]) -> Callable
     return step
 
 
-@contextmanager
-def observed(model: Any) -> Iterator[dict[str, int]]:
-    """Fills in what one step takes: bytes kept for its backward, the model's own parameters aside, and operations.
-
-    operations: how many there are that compute or copy something, forward, backward and optimizer; on a GPU each is one
-    kernel or more, whatever its size.
-    """
-    import torch
+def operations(step: Callable[[], Any]) -> int:
+    """How many operations of a step compute or copy something; on a GPU each is one kernel or more."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -179,6 +172,15 @@ def observed(model: Any) -> Iterator[dict[str, int]]:
             name = func.overloadpacket.__name__
             self.count += not func.is_view and name != "_unsafe_view" and "empty" not in name
             return func(*args, **(kwargs or {}))
+
+    with Counted() as counted:  # type: ignore[no-untyped-call]
+        step()
+    return int(counted.count)
+
+
+def saved_bytes(model: Any, step: Callable[[], Any]) -> int:
+    """How much a step keeps for its backward, the model's own parameters aside."""
+    import torch
 
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
@@ -191,10 +193,9 @@ def observed(model: Any) -> Iterator[dict[str, int]]:
             alive.append(storage)
         return tensor
 
-    found: dict[str, int] = {}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Counted() as counted:  # type: ignore[no-untyped-call]
-        yield found
-    found.update(saved_bytes=sum(seen.values()), operations=counted.count)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(seen.values())
 
 
 def worker(setting: Setting, variant: str, connection: Connection) -> None:
@@ -207,9 +208,8 @@ def worker(setting: Setting, variant: str, connection: Connection) -> None:
     before = _resident(setting)
     step()  # the optimizer's first, which makes its state
     # Once compiled, the graph keeps what it keeps; hooks would have it compiled another time.
-    with nullcontext({"saved_bytes": 0, "operations": 0}) if setting.compiled else observed(model) as found:
-        step()
-    connection.send({"trained": sum(p.numel() for p in parameters), **found})
+    saved, count = (0, 0) if setting.compiled else (saved_bytes(model, step), operations(step))
+    connection.send({"trained": sum(p.numel() for p in parameters), "saved_bytes": saved, "operations": count})
     _reset_peak(setting)
     while count := connection.recv():
         seconds = []

@@ -27,8 +27,8 @@ NAME = "tenslora"
 class ForwardPass:
     """What has been made for all layers of a model in the forward pass that is under way.
 
-    `made` is None outside of one, as where a block is called by itself, or again in a backward pass: there every layer
-    makes its own, as nothing says until when what is made for all would hold.
+    `made` is None outside of one, as where a block is called by itself: there every layer makes its own, as nothing
+    says until when what is made for all would hold.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,7 +94,7 @@ class MatrixGroup:
     def terms(self, layer: int, dtype: torch.dtype) -> Terms:
         """Of one layer, in `dtype`; made for all layers at once where a forward pass of the model asks."""
         made = self.forward_pass.made
-        if made is None:
+        if made is None or _saving_is_watched():
             return self._terms(range(layer, layer + 1), dtype)[0]
         key = self, dtype, torch.is_grad_enabled()
         if key not in made:
@@ -103,7 +103,7 @@ class MatrixGroup:
         return terms
 
     def _terms(self, layers: range, dtype: torch.dtype) -> list[Terms]:
-        with _hidden_from_checkpointing(), _without_autocast(next(self.adapter.parameters()).device):
+        with _without_autocast(next(self.adapter.parameters()).device):
             firsts, seconds = self.products(layers)
             ranks = [first.shape[2] for first in firsts]
             first = firsts[0] if len(firsts) == 1 else torch.cat(firsts, dim=2)
@@ -119,19 +119,16 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
-def _hidden_from_checkpointing() -> AbstractContextManager[None]:
-    # Activation checkpointing compares what a block saves with what it saves when it is called again, and at one of
-    # the two times the block may be the first in its pass to ask, and make everything.
+def _saving_is_watched() -> bool:
+    # By activation checkpointing above all, which has a block called again in the backward pass to do the very same
+    # operations: by then the forward pass is over, and so the block must not take part in what is made for all.
     if torch.compiler.is_compiling():
-        return nullcontext()
-
-    def unpack(saved: tuple[Tensor, int]) -> Tensor:
-        tensor, version = saved
-        if tensor._version != version:  # autograd itself checks only what goes through no hooks
-            raise RuntimeError("a parameter of the adapter was changed in place between a forward and its backward")
-        return tensor
-
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor, tensor._version), unpack)
+        return False
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("refused where there are hooks"):
+            return False
+    except RuntimeError:
+        return True
 
 
 class LayerUpdate:
