@@ -86,6 +86,7 @@ class Adapter(nn.Module):
         self.geometry = geometry
         self.ranks = tuple(ranks or config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization))
         self.grid = tensor_grid(config.tensor_mode, geometry)
+        # Once, and not in every pass: torch.compile does not trace the look-up.
         self._over_projections = bool(stacked_axes(config.tensor_mode) & {PROJECTION, SITE})
         self.tensors = nn.ModuleList()
         for index in range(math.prod(self.grid)):
@@ -117,7 +118,7 @@ class Adapter(nn.Module):
     def products(
         self, layers: range, matrices: range | None = None, scale: float = 1.0
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The thin products of some matrices in some layers, scale dW[m] = left[m] @ right[m], without alpha.
+        """The thin products of some matrices in some layers, scale dW[m] = left[m] @ right[m].
 
         layers, matrices: side by side; matrices are indices into `geometry.matrices`, None: all. Returns the matrices'
         lefts (layers, d_in, r), or only one where they share it, and their rights (layers, r, width).

@@ -56,7 +56,8 @@ class ForwardPass:
 class Terms(NamedTuple):
     """Of one layer: first (inputs, r), or side by side where every matrix has its own, and second (r, width) of each.
 
-    The update of a matrix is ``x @ first @ second``. ranks: the widths of the firsts side by side; of one for all, one.
+    The update of a matrix is ``x @ first @ second``. seconds: side by side as one, where one Linear holds all the
+    matrices and they share the first. ranks: the widths of the firsts side by side; of one for all, one.
     """
 
     first: Tensor
