@@ -109,6 +109,10 @@ def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
         if dense:
             _materialise(model)
     head.requires_grad_(True)
+    if setting.precision == "bf16":
+        from tenslora.training.precision import round_frozen_weights
+
+        round_frozen_weights(model)  # as training does
     model.train()
     return model, [p for p in model.parameters() if p.requires_grad]
 

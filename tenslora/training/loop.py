@@ -29,6 +29,7 @@ from tenslora.streams import stream_seed
 from tenslora.training.checkpoint import State, load_checkpoint, save_checkpoint
 from tenslora.training.groups import RATIO, parameter_groups
 from tenslora.training.metrics import score
+from tenslora.training.precision import round_frozen_weights
 from tenslora.training.processes import Processes
 from tenslora.training.schedule import cosine_rate
 
@@ -67,7 +68,7 @@ def fit(
     """Train every parameter of `model` that requires a gradient, and return how it went.
 
     Args:
-        model: on the processes' device, already adapted.
+        model: on the processes' device, already adapted. In bf16 its frozen weights become bf16.
         data: (train, test, collate) as `tenslora.data.encoding.encode` gives them.
         metrics: computed on the whole test split after each epoch; the first is the headline.
         trainer, optimizer, seed: settings; see conf/.
@@ -112,6 +113,8 @@ def fit(
         pin_memory=processes.device.type == "cuda",
     )
     steps = min(trainer.epochs * batches.steps_per_epoch, trainer.max_steps or sys.maxsize)
+    if trainer.precision == "bf16":
+        round_frozen_weights(model)
     wrapped = processes.wrap(model)
     device = processes.device
     forward = wrapped
