@@ -23,7 +23,6 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
-from scipy.optimize import minimize
 
 from tenslora.constructions import CONSTRUCTIONS, PAPERS
 from tenslora.results.figures import (
@@ -34,7 +33,6 @@ from tenslora.results.figures import (
     learning_curves,
     score_against_parameters,
     score_by_setting,
-    spread,
     write_figures,
 )
 from tenslora.results.table import Column, Table
@@ -233,26 +231,6 @@ def test_a_figure_that_could_not_be_read_is_not_drawn() -> None:
     few, many = (swept("adapter.alpha", [str(k) for k in range(count)]) for count in (3, 8))
     assert [each.name for each in drawings(few)] == ["score_by_setting", "score_vs_parameters", "learning_curves"]
     assert [each.name for each in drawings(many)] == ["score_by_setting"]
-
-
-@pytest.mark.parametrize("random_seed", range(5))
-def test_spread_is_the_least_squares_solution(random_seed: int) -> None:
-    draw = np.random.default_rng(random_seed)
-    wanted = draw.uniform(0, 10, 6)
-    found = np.array(spread(wanted.tolist(), 1.5, (-100.0, 100.0)))
-    order = np.argsort(wanted)
-    oracle = minimize(
-        lambda x: float(((x - wanted[order]) ** 2).sum()),
-        np.arange(6) * 2.0,
-        constraints=[{"type": "ineq", "fun": lambda x: np.diff(x) - 1.5}],
-        tol=1e-12,
-    )
-    assert found[order] == pytest.approx(oracle.x, abs=1e-4)
-
-
-def test_spread_keeps_to_its_bounds_and_shares_too_little_room() -> None:
-    assert spread([9.5, 9.6, 1.0], 1.0, (0.0, 10.0)) == pytest.approx([9.0, 10.0, 1.0])
-    assert spread([5.0, 5.0, 5.0, 5.0], 10.0, (0.0, 6.0)) == pytest.approx([0.0, 2.0, 4.0, 6.0])
 
 
 def test_files_are_written_and_pngs_are_white_at_200_dpi(tmp_path: Path) -> None:
