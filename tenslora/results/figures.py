@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, cycle
 from pathlib import Path
@@ -34,6 +34,7 @@ COLOURS = {
     "site": "#332288",
     "att_site": "#999933",
 }
+NAMES = ("score_by_setting", "score_vs_parameters", "learning_curves")  # of the figures that there may be of a table
 _INK = "#010203"  # a black that nothing else has: SVGs have the text's colour in its place
 _GREY = "#767676"  # the lightest that is read on white; in a page, its own muted colour
 _MARKERS = {"": "o", "isorank": "o", "isoparameters": "s", "explicit": "D"}
@@ -152,14 +153,19 @@ def learning_curves(table: Table) -> Figure:
 def write_figures(table: Table, folder: Path) -> list[Path]:
     """Write `drawings` to `folder` as PNG (200 dpi, white) and SVG (in the colour of the text around it).
 
-    Equal tables give equal SVGs. Returns the files; none if no run has a score. Raises TensLoRAError if one cannot
-    be written.
+    Equal tables give equal SVGs. Returns the files; none if no run has a score. Figures of a table that was there
+    before and that are not drawn of this one are removed. Raises TensLoRAError if one cannot be written.
     """
-    if not any(run.score(table.score) is not None for run in table.runs):
-        return []
+    has_scores = any(run.score(table.score) is not None for run in table.runs)
+    drawn = {each.name: each for each in drawings(table)} if has_scores else {}
     paths = []
-    for each in drawings(table):
-        paths += write_figure(each.draw(table), folder, each.name)
+    for name in NAMES:
+        if name in drawn:
+            paths += write_figure(drawn[name].draw(table), folder, name)
+            continue
+        for suffix in ("png", "svg"):
+            with suppress(OSError):
+                (folder / f"{name}.{suffix}").unlink()
     return paths
 
 

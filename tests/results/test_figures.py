@@ -27,6 +27,7 @@ from PIL import Image
 from tenslora.constructions import CONSTRUCTIONS, PAPERS
 from tenslora.results.figures import (
     COLOURS,
+    NAMES,
     Drawing,
     drawings,
     inline_svgs,
@@ -229,7 +230,7 @@ def test_long_values_leave_each_other_room() -> None:
 def test_a_figure_that_could_not_be_read_is_not_drawn() -> None:
     assert [each.name for each in drawings(whole())] == ["score_vs_parameters", "learning_curves"]
     few, many = (swept("adapter.alpha", [str(k) for k in range(count)]) for count in (3, 8))
-    assert [each.name for each in drawings(few)] == ["score_by_setting", "score_vs_parameters", "learning_curves"]
+    assert tuple(each.name for each in drawings(few)) == NAMES
     assert [each.name for each in drawings(many)] == ["score_by_setting"]
 
 
@@ -249,6 +250,18 @@ def test_without_a_score_there_is_no_figure(tmp_path: Path) -> None:
     runs = [made("lora"), made("att", "isorank", epochs=[0.5], problem="diverged")]
     assert write_figures(table(runs), tmp_path / "figures") == []
     assert not (tmp_path / "figures").exists()
+
+
+def test_figures_of_the_table_before_that_are_not_drawn_any_more_go(tmp_path: Path) -> None:
+    other = tmp_path / "mine.png"
+    other.touch()
+    few, many = (swept("adapter.alpha", [str(k) for k in range(count)]) for count in (3, 8))
+    assert len(write_figures(few, tmp_path)) == 6
+    written = write_figures(many, tmp_path)
+    assert len(written) == 2
+    assert {*tmp_path.iterdir()} == {other, *written}
+    assert write_figures(table([made("lora")]), tmp_path) == []
+    assert [*tmp_path.iterdir()] == [other]
 
 
 def test_a_column_without_a_score_does_not_hinder_the_others(tmp_path: Path) -> None:
