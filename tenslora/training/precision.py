@@ -11,8 +11,9 @@ def round_frozen_weights(model: nn.Module) -> None:
 
     Autocast rounds them in every forward pass, and what it made is kept for the backward pass; of what does not change,
     every copy is the same. So the results under autocast are the same to the last bit, and a step is spared the
-    roundings and the memory of the copies, and the model half of its own. Outside of autocast such a layer wants inputs
-    in bf16. Parameters that another kind of module shares, an embedding, which reads them in full, stay as they are.
+    roundings and the memory of the copies, and the weights take half of theirs. Outside of autocast such a layer wants
+    inputs in bf16. Parameters that another kind of module shares, an embedding, which reads them in full, stay as they
+    are.
     """
     modules = list(model.modules())
     linears = [module for module in modules if isinstance(module, nn.Linear)]
