@@ -54,10 +54,10 @@ class ForwardPass:
 
 
 class Terms(NamedTuple):
-    """Of one layer: first (inputs, r), or side by side where every matrix has its own, and second (r, width) of each.
+    """Of one layer: first (r, inputs), or one upon the other where every matrix has its own, and second (r, width).
 
-    The update of a matrix is ``x @ first @ second``. seconds: side by side as one, where one Linear holds all the
-    matrices and they share the first. ranks: the widths of the firsts side by side; of one for all, one.
+    The update of a matrix is ``x @ first.T @ second``. seconds: side by side as one, where one Linear holds all the
+    matrices and they share the first. ranks: the r of the firsts one upon the other; of one for all, one.
     """
 
     first: Tensor
@@ -107,10 +107,13 @@ class MatrixGroup:
         with _without_autocast(next(self.adapter.parameters()).device):
             firsts, seconds = self.products(layers)
             ranks = [first.shape[2] for first in firsts]
-            first = firsts[0] if len(firsts) == 1 else torch.cat(firsts, dim=2)
+            # In the order of memory in which a Linear has its weight: its gradient is then made as grad.T @ x. In the
+            # other it would be made as x.T @ grad, which takes up to 3.7 times as long on a CPU.
+            first = torch.cat([first.mT for first in firsts], dim=1)
             if len(firsts) == 1 and self.whole:
                 seconds = [torch.cat(seconds, dim=2)]
-            each = zip(first.to(dtype).unbind(), *[second.to(dtype).unbind() for second in seconds], strict=True)
+            sides = [side.contiguous().to(dtype).unbind() for side in (first, *seconds)]
+            each = zip(*sides, strict=True)
             return [Terms(own, tuple(others), ranks) for own, *others in each]
 
 
@@ -133,7 +136,7 @@ def _saving_is_watched() -> bool:
 
 
 class LayerUpdate:
-    """The updates of one layer's matrices of a group: ``h = x @ first`` computed once for all of them."""
+    """The updates of one layer's matrices of a group: ``h = x @ first.T`` computed once for all of them."""
 
     def __init__(self, group: MatrixGroup, layer: int) -> None:
         self.group = group
@@ -178,11 +181,10 @@ class LayerUpdate:
         return term
 
     def _all(self, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        # h = x @ first (tokens, r), for each matrix or one for all, and the seconds.
+        # h = x @ first.T (tokens, r), for each matrix or one for all, and the seconds.
         adapter = self.group.adapter
         first, seconds, ranks = self.group.terms(self.layer, dtype)
-        # As a Linear: the gradient of its weight takes half the time that first's takes in a plain product.
-        h = F.linear(adapter.dropout(tokens.to(dtype)), first.T)
+        h = F.linear(adapter.dropout(tokens.to(dtype)), first)
         if adapter.training and adapter.config.rank_dropout > 0:
             h = h * adapter.rank_dropout(h.new_ones(h.shape[1]))
         return [h] if len(ranks) == 1 else list(torch.split(h, ranks, dim=1)), list(seconds)

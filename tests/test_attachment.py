@@ -158,6 +158,30 @@ def test_merged_and_detached_is_a_plain_backbone_with_the_adapted_logits(name: s
     assert not hasattr(plain, "tenslora")
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_merged_inference_is_the_plain_backbones_operation_by_operation(name: str) -> None:
+    class Named(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def operations(model: nn.Module) -> list[str]:
+        with torch.no_grad(), Named() as seen:  # type: ignore[no-untyped-call]
+            logits(model, inputs(name))
+        return seen.names
+
+    model = build(name)
+    plain = operations(model)
+    attached(model, "qkv_depth")
+    assert operations(model) != plain
+    merge(model)
+    assert operations(model) == plain
+
+
 def test_merging_changes_the_weights_and_unmerging_gives_them_back() -> None:
     model = build("hf_vit")
     attached(model, "qkv_depth")
@@ -411,7 +435,7 @@ def test_under_autocast_the_products_are_rounded_once(mode: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         terms = group.terms(1, torch.bfloat16)  # type: ignore[union-attr,operator]
     lefts, rights = adapter.layer(1)
-    assert torch.equal(terms.first, torch.cat(lefts, dim=1).bfloat16())
+    assert torch.equal(terms.first, torch.cat(lefts, dim=1).T.bfloat16())
     for second, right in zip(terms.seconds, rights, strict=True):
         # Alpha is in it from the start, and so its last bit may differ.
         torch.testing.assert_close(second, (4.0 * right).bfloat16(), rtol=2**-7, atol=0)
