@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tenslora.app import run_app
 from tenslora.errors import TensLoRAError
+from tenslora.harness.app import run_app
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ def job(composed: DictConfig) -> str | None:
     """One run of the table, in whatever process the launcher starts for it."""
     from hydra.core.hydra_config import HydraConfig
 
-    from tenslora.sweeping.jobs import carry_out
+    from tenslora.harness.sweeping.jobs import carry_out
     from train import train
 
     hydra = HydraConfig.get()
@@ -49,13 +49,13 @@ def sweep(
     """
     from hydra.core.utils import JobStatus
 
-    from tenslora.results import write_results
-    from tenslora.results.paper import stand_in
-    from tenslora.results.table import Table
-    from tenslora.sweeping.jobs import ELSEWHERE, State, note_failure, plan_jobs
-    from tenslora.sweeping.plan import announcements, plan
-    from tenslora.sweeping.progress import Progress
-    from tenslora.tracking import track_table
+    from tenslora.harness.results import write_results
+    from tenslora.harness.results.paper import stand_in
+    from tenslora.harness.results.table import Table
+    from tenslora.harness.sweeping.jobs import ELSEWHERE, State, note_failure, plan_jobs
+    from tenslora.harness.sweeping.plan import announcements, plan
+    from tenslora.harness.sweeping.progress import Progress
+    from tenslora.harness.tracking import track_table
 
     outputs = Path(config.hydra.sweep.dir)
     jobs = plan_jobs(composed, outputs)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenslora.app import run_app
+from tenslora.harness.app import run_app
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,27 +30,27 @@ def train(composed: DictConfig, folder: Path, shown: bool = True) -> dict[str, A
 
     Raises TensLoRAError for whatever the user can put right; a run that diverged leaves its record first.
     """
-    from tenslora.config import digest, identity, settings, validate
+    from tenslora.harness.config import digest, identity, settings, validate
 
     run = validate(composed)  # before the heavy imports: a slip in the settings shows at once
 
     import torch
 
-    from tenslora.adapter import TensLoraConfig
+    from tenslora.adapter import AdapterConfig
     from tenslora.attachment import attach
-    from tenslora.backbones import load_backbone, load_tokenizer
-    from tenslora.data import load_dataset
-    from tenslora.data.encoding import encode
-    from tenslora.decomposition import fit as fit_tensors
+    from tenslora.decomposition import approximate
     from tenslora.errors import TensLoRAError
     from tenslora.files import write_safetensors
-    from tenslora.peft_files import read_updates
+    from tenslora.harness.backbones import load_backbone, load_tokenizer
+    from tenslora.harness.data import load_dataset
+    from tenslora.harness.data.encoding import encode
+    from tenslora.harness.results.record import environment, metrics_of, summary, write_record
+    from tenslora.harness.tracking import start_tracker
+    from tenslora.harness.training.loop import Diverged, fit
+    from tenslora.harness.training.processes import Processes
+    from tenslora.peft.saved_lora import read_updates
     from tenslora.projections import check_geometry, find_projections
     from tenslora.ranks import parameter_count
-    from tenslora.results.record import environment, metrics_of, summary, write_record
-    from tenslora.tracking import start_tracker
-    from tenslora.training.loop import Diverged, fit
-    from tenslora.training.processes import Processes
 
     clock = [time.perf_counter()]
     processes = Processes(run.trainer.device, run.trainer.threads)
@@ -70,12 +70,12 @@ def train(composed: DictConfig, folder: Path, shown: bool = True) -> dict[str, A
     if run.has_adapter:
         adapter = attach(
             model,
-            TensLoraConfig(
+            AdapterConfig(
                 run.mode, run.strategy, factorization=run.factorization.name, seed=run.seed, **vars(run.adapter)
             ),
         )
         if run.warm_start is not None:
-            start = fit_tensors(adapter, read_updates(Path(run.warm_start), geometry, sites))
+            start = approximate(adapter, read_updates(Path(run.warm_start), geometry, sites))
             log.info("warm start from %s: relative error %.4f", run.warm_start, start.error)
     else:
         model.requires_grad_(run.mode == "full")

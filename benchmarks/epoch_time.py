@@ -44,8 +44,8 @@ def one(overrides: list[str]) -> dict[str, Any]:
     """Train twice in this process, and count the padding."""
     from hydra import compose, initialize_config_dir
 
-    from tenslora.config import register_resolvers, validate
-    from tenslora.training import loop
+    from tenslora.harness.config import register_resolvers, validate
+    from tenslora.harness.training import loop
     from train import train
 
     # The score after a few steps is of no interest, and takes longer than they do.
@@ -81,11 +81,11 @@ def one(overrides: list[str]) -> dict[str, Any]:
 
 def wasted(composed: Any) -> float:
     """The share of padding among the tokens of one training epoch."""
-    from tenslora.backbones import load_tokenizer
-    from tenslora.config import validate
-    from tenslora.data import load_dataset
-    from tenslora.data.batches import TrainBatches
-    from tenslora.data.encoding import encode
+    from tenslora.harness.backbones import load_tokenizer
+    from tenslora.harness.config import validate
+    from tenslora.harness.data import load_dataset
+    from tenslora.harness.data.batches import TrainBatches
+    from tenslora.harness.data.encoding import encode
 
     run = validate(composed)
     dataset = load_dataset(run.dataset, run.seed)

@@ -27,18 +27,19 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tenslora import Geometry, RankStrategy, TensLoraConfig
+from tenslora import AdapterConfig, Geometry, RankStrategy
+from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.adapter import Adapter
-from tenslora.attachment import AdaptedLinear, ForwardPass, LayerUpdate, MatrixGroup
-from tenslora.constructions import PAPERS
+from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.factorizations.tucker import Tucker
+from tenslora.thin_products import ForwardPassCache, MatrixGroup
 
 GEOMETRY = Geometry(d_in=768, heads=12, d_head=64, layers=12)
 ADAPTERS = {
     **{
         f"{mode}/{strategy}": (mode, RankStrategy(strategy))
         for strategy in ("isorank", "isoparameters")
-        for mode in PAPERS
+        for mode in PAPER_CONSTRUCTIONS
         if mode != "lora"
     },
     # Output ranks below the input's: what the choice of grouping is for.
@@ -76,11 +77,13 @@ class _Merged(torch.autograd.Function):
 def forms(adapter: Adapter, linears: list[nn.Linear]) -> dict[str, Callable[[Tensor], list[Tensor]]]:
     """Every form as a function from the layer's input to the outputs of its Linears, one fused or three apart."""
     layer = 3
-    group = MatrixGroup(adapter, range(3), writes=False, whole=len(linears) == 1, forward_pass=ForwardPass(nn.Module()))
-    update = LayerUpdate(group, layer)
+    group = MatrixGroup(
+        adapter, range(3), writes_to_stream=False, fused=len(linears) == 1, cache=ForwardPassCache(nn.Module())
+    )
+    shared = SharedInput(group, layer)
     held = [(0, 1, 2)] if len(linears) == 1 else [(0,), (1,), (2,)]
     places = [tuple((m, column * GEOMETRY.d_out) for column, m in enumerate(which)) for which in held]
-    adapted = [AdaptedLinear(linear, update, where) for linear, where in zip(linears, places, strict=True)]
+    adapted = [AdaptedLinear(linear, shared, where) for linear, where in zip(linears, places, strict=True)]
 
     def in_use(x: Tensor) -> list[Tensor]:
         return [linear(x) for linear in adapted]
@@ -97,7 +100,7 @@ def forms(adapter: Adapter, linears: list[nn.Linear]) -> dict[str, Callable[[Ten
         return run
 
     def merged(x: Tensor) -> list[Tensor]:
-        lefts, rights = adapter.layer(layer)
+        lefts, rights = adapter.layer_products(layer)
         left, right = torch.stack(lefts), torch.stack(rights) * adapter.config.alpha
         outputs = []
         for linear, which in zip(linears, held, strict=True):
@@ -118,7 +121,7 @@ def forms(adapter: Adapter, linears: list[nn.Linear]) -> dict[str, Callable[[Ten
 def measure(name: str, tokens: int, separate: bool, repeats: int) -> dict[str, float]:
     """Seconds of the Linear alone, and every form's ratio to it."""
     torch.manual_seed(0)
-    adapter = Adapter(TensLoraConfig(*ADAPTERS[name]), GEOMETRY)
+    adapter = Adapter(AdapterConfig(*ADAPTERS[name]), GEOMETRY)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(std=0.01)

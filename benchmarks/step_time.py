@@ -29,10 +29,10 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tenslora.constructions import PAPERS
+from tenslora.constructions import PAPER_CONSTRUCTIONS
 
 STRATEGIES = ("isorank", "isoparameters")
-TENSORS = tuple(mode for mode in PAPERS if mode != "lora")
+TENSORS = tuple(mode for mode in PAPER_CONSTRUCTIONS if mode != "lora")
 VARIANTS = (
     "floor",
     "full",
@@ -99,10 +99,10 @@ def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
 
         inject_adapter_in_model(LoraConfig(r=4, lora_alpha=16, target_modules=names), model)
     else:
-        from tenslora import RankStrategy, TensLoraConfig, attach
+        from tenslora import AdapterConfig, RankStrategy, attach
 
         *dense, mode, strategy = variant.split("/")
-        adapter = attach(model, TensLoraConfig(mode, RankStrategy(strategy)))
+        adapter = attach(model, AdapterConfig(mode, RankStrategy(strategy)))
         with torch.no_grad():
             for tensor in adapter.parameters():  # a core of zeros would have its products skipped by nothing, but
                 if not tensor.any():  # subnormal numbers are slow, and zeros are no fair test of them
@@ -111,7 +111,7 @@ def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
             _materialise(model)
     head.requires_grad_(True)
     if setting.precision == "bf16":
-        from tenslora.training.precision import round_frozen_weights
+        from tenslora.harness.training.precision import round_frozen_weights
 
         round_frozen_weights(model)  # as training does
     model.train()
@@ -132,7 +132,7 @@ def _materialise(model: Any) -> None:
         if isinstance(module, AdaptedLinear):
 
             def forward(x: Any, module: AdaptedLinear = module) -> Any:
-                first, second = module.lora()
+                first, second = module.as_lora()
                 return module.base[0](x) + x @ (first @ second).to(x.dtype)
 
             module.forward = forward  # type: ignore[method-assign]
@@ -377,7 +377,7 @@ def machine(device: str) -> dict[str, Any]:
 
     import torch
 
-    from tenslora.training.processes import Processes
+    from tenslora.harness.training.processes import Processes
 
     return {
         "device": Processes(device).name,

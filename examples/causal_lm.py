@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tenslora import RankStrategy, TensLoraConfig, attach
+from tenslora import AdapterConfig, RankStrategy, attach
 
 
 def main(path: Path, steps: int = 150) -> list[float]:
@@ -21,7 +21,7 @@ def main(path: Path, steps: int = 150) -> list[float]:
     text = torch.tensor(list(path.read_bytes()))
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 160}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=256))
-    adapter = attach(model, TensLoraConfig("qkv_depth", RankStrategy("isoparameters", rank=8), adapt="all"))
+    adapter = attach(model, AdapterConfig("qkv_depth", RankStrategy("isoparameters", rank=8), adapt="all"))
     model.lm_head.requires_grad_(True)  # of random weights; a pretrained one stays frozen
     print(f"{sum(p.numel() for p in adapter.parameters()):,} numbers in the adapter, ranks {adapter.ranks}")
 

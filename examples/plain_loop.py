@@ -14,9 +14,9 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 import tenslora
-from tenslora import RankStrategy, TensLoraConfig, attach, detach, merge
+from tenslora import AdapterConfig, RankStrategy, attach, detach, merge
 
-WEIGHTS = Path(tenslora.__file__).parent / "backbones" / "vit_digits.safetensors"
+WEIGHTS = Path(tenslora.__file__).parent / "harness" / "backbones" / "vit_digits.safetensors"
 SIZES = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
 
 
@@ -29,7 +29,7 @@ def main(epochs: int = 10) -> tuple[float, float]:
 
     model = timm.create_model("vit_tiny_patch16_224", **SIZES, num_classes=5)
     model.load_state_dict(load_file(WEIGHTS), strict=False)
-    adapter = attach(model, TensLoraConfig("qkv_depth", RankStrategy("isoparameters")))
+    adapter = attach(model, AdapterConfig("qkv_depth", RankStrategy("isoparameters")))
     model.get_classifier().requires_grad_(True)  # attach freezes everything else
     trained = [p for p in model.parameters() if p.requires_grad]
     print(f"{sum(p.numel() for p in adapter.parameters()):,} numbers in the adapter, ranks {adapter.ranks}")

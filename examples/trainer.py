@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from tenslora import TensLoraConfig, attach, load
+from tenslora import AdapterConfig, attach, load
 
 
 class Majority(Dataset):
@@ -38,7 +38,7 @@ def backbone() -> BertForSequenceClassification:
 def main(steps: int = 300) -> tuple[float, float]:
     """Train, save, load on a fresh model, and return the test accuracy of both."""
     model = backbone()
-    adapter = attach(model, TensLoraConfig("att_qkv_depth", adapt="all"))
+    adapter = attach(model, AdapterConfig("att_qkv_depth", adapt="all"))
     model.classifier.requires_grad_(True)
 
     def accuracy(prediction: object) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tenslora.adapter import Adapter, TensLoraConfig
+    from tenslora.adapter import Adapter, AdapterConfig
     from tenslora.attachment import attach, detach, disabled, load, merge, unmerge
     from tenslora.constructions import Geometry
     from tenslora.errors import TensLoRAError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Adapter": "adapter",
-    "TensLoraConfig": "adapter",
+    "AdapterConfig": "adapter",
     "attach": "attachment",
     "detach": "attachment",
     "disabled": "attachment",
@@ -28,10 +28,10 @@ _HOME = {
 }
 __all__ = [
     "Adapter",
+    "AdapterConfig",
     "Geometry",
     "RankStrategy",
     "TensLoRAError",
-    "TensLoraConfig",
     "attach",
     "detach",
     "disabled",

@@ -34,7 +34,7 @@ CONSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 """Name of each construction and the set S of axes it stacks: LoRA, the paper's seven, and the two of FacT and CaRA."""
 
-PAPERS = tuple(name for name, stacked in CONSTRUCTIONS.items() if SITE not in stacked)
+PAPER_CONSTRUCTIONS = tuple(name for name, stacked in CONSTRUCTIONS.items() if SITE not in stacked)
 """The rows of the paper's tables."""
 
 # What else of a tensor is chosen by name; the modules that act on it need torch, the check of the settings does not.
@@ -61,7 +61,7 @@ def adapted_matrices(adapt: str, gated: bool = False) -> tuple[str, ...]:
     if adapt == "all":
         return (*ATTENTION.values(), *feed_forward)
     if not adapt or adapt != "".join(letter for letter in ATTENTION if letter in adapt):
-        raise TensLoRAError(f"adapter.adapt={adapt}: must be letters of qkvo in that order, or mlp, or all")
+        raise TensLoRAError(f"adapt={adapt}: must be letters of qkvo in that order, or mlp, or all")
     return tuple(ATTENTION[letter] for letter in adapt)
 
 
@@ -90,7 +90,7 @@ class Geometry:
             if size is not None and size < 1:
                 raise TensLoRAError(f"geometry.{name}={size}: must be at least 1")
         if self.d_ff is None and {"up", "down"} & set(self.matrices):
-            raise TensLoRAError(f"adapter.adapt={self.adapt}: needs geometry.d_ff, the feed-forward block's width")
+            raise TensLoRAError(f"adapt={self.adapt}: needs geometry.d_ff, the feed-forward block's width")
 
     @property
     def d_out(self) -> int:
@@ -109,14 +109,14 @@ class Geometry:
         return tuple(inside.get(name) or self.d_out for name in self.matrices)
 
     @property
-    def blocks(self) -> tuple[int, ...]:
-        """How many slices of width d_out each adapted matrix takes on the projection axis, the last perhaps in part."""
+    def slices_per_matrix(self) -> tuple[int, ...]:
+        """How many slices of width d_out each matrix takes on the projection axis; it may fill the last one in part."""
         return tuple(-(-width // self.d_out) for width in self.widths)
 
     @property
     def projections(self) -> int:
         """The size P of the projection axis: 3 for query, key and value."""
-        return sum(self.blocks)
+        return sum(self.slices_per_matrix)
 
 
 def stacked_axes(construction: str) -> frozenset[str]:
@@ -135,7 +135,7 @@ def modes(construction: str, geometry: Geometry, matrix: int = 0) -> dict[str, i
 
     d_in, then d_out or (d_head, head), then projection and depth, or site, if stacked. Where projections are not
     stacked, a tensor is as wide as its own matrix; where they are, a wider matrix takes several slices and a narrower
-    one a part of its slice (`Geometry.blocks`).
+    one a part of its slice (`Geometry.slices_per_matrix`).
 
     >>> modes("att_qkv", Geometry(d_in=768, heads=12, d_head=64, layers=12))
     {'d_in': 768, 'd_head': 64, 'head': 12, 'projection': 3}

@@ -19,7 +19,7 @@ Updates = Sequence[Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
-class Fit:
+class Approximation:
     """How near a decomposition came.
 
     error: || X - Y || / || X || over all tensors. energy: for each mode that has a rank of its own (Tucker's), the
@@ -59,7 +59,7 @@ def stack(updates: Updates, construction: str, geometry: Geometry, head_layout: 
 def _slices(layer: Sequence[Tensor], geometry: Geometry) -> Tensor:
     # (P, d_in, d_out): wide matrices cut into several slices, narrow ones filled up with zeros.
     parts: list[Tensor] = []
-    for update, blocks in zip(layer, geometry.blocks, strict=True):
+    for update, blocks in zip(layer, geometry.slices_per_matrix, strict=True):
         filled = torch.nn.functional.pad(update, (0, blocks * geometry.d_out - update.shape[1]))
         parts += torch.split(filled, geometry.d_out, dim=1)
     return torch.stack(parts)
@@ -73,7 +73,7 @@ def _energy(updates: Updates) -> float:
 
 
 @torch.no_grad()
-def fit(adapter: Adapter, updates: Updates) -> Fit:
+def approximate(adapter: Adapter, updates: Updates) -> Approximation:
     """Give `adapter` the tensors nearest to `updates` that its factorization finds at its ranks.
 
     In float64, whatever the updates come in, and on their device. Raises TensLoRAError if the factorization cannot
@@ -101,7 +101,7 @@ def fit(adapter: Adapter, updates: Updates) -> Fit:
     for layer, each in enumerate(updates):
         for update, ours in zip(each, adapter.dense(layer), strict=True):
             missed += (update.double() - config.alpha * ours.to(update.device).double()).square().sum().item()
-    return Fit((missed / total) ** 0.5, {name: value / total for name, value in kept.items()})
+    return Approximation((missed / total) ** 0.5, {name: value / total for name, value in kept.items()})
 
 
 @torch.no_grad()

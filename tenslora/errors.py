@@ -1,11 +1,29 @@
-"""The one error type that stands for "the user can put this right"."""
+"""The one error type that means "the user can put this right"."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class TensLoRAError(ValueError):
-    """Something the user asked for cannot be done; the message is one line.
+    """Something the user asked for cannot be done.
 
-    The message names the setting, its value and what would be valid. `train.py` prints it alone and exits
-    with status 1; with ``HYDRA_FULL_ERROR=1`` the traceback comes too.
+    The message is one line that names the setting, its value and what would be valid. train.py and sweep.py print the
+    line alone and exit with status 1; HYDRA_FULL_ERROR=1 adds the traceback.
     """
+
+
+def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:
+    """Check a name against the names there are.
+
+    Args:
+        setting: what the message calls it.
+        value: as given.
+        valid: all valid names.
+
+    Raises:
+        TensLoRAError: if `value` is not among them.
+    """
+    names = list(valid)
+    if value not in names:
+        raise TensLoRAError(f"{setting}={value}: must be one of {', '.join(names)}")

@@ -27,7 +27,7 @@ _GROUPS = (("query", "key", "value"), ("output",), ("gate", "up"), ("down",))
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetLinear:
     """One Linear (or transformers' Conv1D) that holds adapted matrices of a layer.
 
     path: its module path in the model. linear: the module. layer: 0-based. group: which of the geometry's matrices read
@@ -39,8 +39,8 @@ class Site:
     linear: nn.Module
     layer: int
     group: range
-    places: tuple[tuple[int, int], ...]
-    writes: bool
+    columns: tuple[tuple[int, int], ...]
+    writes_to_stream: bool
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
@@ -51,7 +51,7 @@ def features(linear: nn.Module) -> tuple[int, int]:
     return int(inputs), int(outputs)
 
 
-def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, list[Site]]:
+def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, list[TargetLinear]]:
     """The matrices to adapt in every layer of `model`, and the geometry that all layers share.
 
     An attention block is a module whose children are three Linear layers named query/key/value,
@@ -78,7 +78,7 @@ def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, li
     geometry = first.geometry(len(blocks), adapt)
     names = geometry.matrices
     groups = {name: [n for n in group if n in names] for group in _GROUPS for name in group}
-    sites = []
+    targets = []
     for layer, (_, matrices) in enumerate(found):
         linears: dict[str, tuple[nn.Module, dict[str, int]]] = {}
         for name in names:
@@ -87,21 +87,21 @@ def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, li
         for path, (linear, columns) in linears.items():
             members = groups[next(iter(columns))]
             start = names.index(members[0])
-            places = tuple((members.index(name), column) for name, column in columns.items())
-            writes = members[0] in ("output", "down")
-            sites.append(Site(path, linear, layer, range(start, start + len(members)), places, writes))
-    _refuse_shared(sites)
-    return geometry, sites
+            held = tuple((members.index(name), column) for name, column in columns.items())
+            group = range(start, start + len(members))
+            targets.append(TargetLinear(path, linear, layer, group, held, members[0] in ("output", "down")))
+    _refuse_shared(targets)
+    return geometry, targets
 
 
-def _refuse_shared(sites: Iterable[Site]) -> None:
+def _refuse_shared(targets: Iterable[TargetLinear]) -> None:
     # Such as tied layers, or a feed-forward block behind two attention blocks.
-    owners: dict[int, Site] = {}
-    for site in sites:
-        owner = owners.setdefault(id(site.linear.weight), site)
-        if owner is not site:
+    owners: dict[int, TargetLinear] = {}
+    for target in targets:
+        owner = owners.setdefault(id(target.linear.weight), target)
+        if owner is not target:
             raise TensLoRAError(
-                f"{site.path}: would be adapted twice, for layers {owner.layer} and {site.layer} (there as "
+                f"{target.path}: would be adapted twice, for layers {owner.layer} and {target.layer} (there as "
                 f"{owner.path}); one weight takes one update. adapter.adapt chooses the matrices"
             )
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tenslora.constructions import Geometry, modes, tensor_grid
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_one_of
 from tenslora.factorizations import factorization_of
 from tenslora.factorizations.tucker import RULES
 
@@ -54,7 +54,7 @@ def isorank(
     """
     limit = min(geometry.d_in, geometry.d_out)
     if not 1 <= rank <= limit:
-        raise TensLoRAError(f"rank_strategy.rank={rank}: must be from 1 to {limit}, the width of a projection")
+        raise TensLoRAError(f"rank={rank}: must be from 1 to {limit}, the width of a projection")
     return tuple(min(rank, n) if cap else rank for n in rank_limits(construction, geometry, factorization).values())
 
 
@@ -69,14 +69,10 @@ def explicit(
     wanted = ", ".join(f"{name} 1..{limit}" for name, limit in limits.items())
     given = None if ranks is None else list(ranks)
     if given is None or len(given) != len(limits):
-        raise TensLoRAError(
-            f"rank_strategy.ranks={given}: tensor_mode {construction} needs {len(limits)} integers ({wanted})"
-        )
+        raise TensLoRAError(f"ranks={given}: tensor_mode {construction} needs {len(limits)} integers ({wanted})")
     for (name, limit), rank in zip(limits.items(), given, strict=True):
         if not 1 <= rank <= limit:
-            raise TensLoRAError(
-                f"rank_strategy.ranks={given}: the rank {rank} of {name} must be from 1 to {limit} ({wanted})"
-            )
+            raise TensLoRAError(f"ranks={given}: the rank {rank} of {name} must be from 1 to {limit} ({wanted})")
     return tuple(given)
 
 
@@ -105,15 +101,9 @@ def isoparameters(
     has at their limits stay there, the others move by at most a third (a tensor train's by at most two), and no rank
     exceeds what the others can use (Tucker: their product, the tensor's multilinear rank).
 
-    Raises TensLoRAError for an unknown rule, or a rank or tolerance out of range.
+    Raises TensLoRAError for a rank below 1 or above min(d_in, d_out).
     """
-    if rule not in RULES:
-        raise TensLoRAError(f"rank_strategy.rule={rule}: must be one of {', '.join(RULES)}")
-    if not 0 <= tolerance < 1:
-        raise TensLoRAError(f"rank_strategy.tolerance={tolerance}: must be from 0 to below 1")
     lora_ranks = isorank("lora", geometry, rank)
-    if not 0 < scale < math.inf:
-        raise TensLoRAError(f"rank_strategy.scale={scale}: must be above 0")
     if construction == "lora":
         return lora_ranks
     budget = scale * parameter_count("lora", geometry, lora_ranks)
@@ -177,10 +167,19 @@ class _Search:
 
 @dataclass(frozen=True)
 class RankStrategy:
-    """How the ranks of a tensor are chosen; `resolve` makes them integers.
+    """How the ranks of a tensor are chosen; `resolve` turns the strategy into integers.
 
-    name: isorank, isoparameters or explicit. rank: the rank of isorank, and the LoRA rank whose count
-    isoparameters matches. ranks: explicit's ranks. cap: see `isorank`. rule, tolerance, scale: see `isoparameters`.
+    Args:
+        name: "isorank", "isoparameters" or "explicit".
+        rank: the rank of isorank; for isoparameters, the LoRA rank whose parameter count is matched.
+        ranks: the ranks of explicit.
+        cap: for isorank, see `isorank`.
+        rule: for isoparameters, see `isoparameters`.
+        tolerance: for isoparameters, relative to the budget.
+        scale: for isoparameters, multiplies the budget.
+
+    Raises:
+        TensLoRAError: for a value that is out of range; the message names the field, its value and what is valid.
     """
 
     name: str = "isorank"
@@ -191,14 +190,32 @@ class RankStrategy:
     tolerance: float = 0.01
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        require_one_of("name", self.name, STRATEGIES)
+        require_one_of("rule", self.rule, RULES)
+        if self.rank < 1:
+            raise TensLoRAError(f"rank={self.rank}: must be at least 1")
+        if not 0 <= self.tolerance < 1:
+            raise TensLoRAError(f"tolerance={self.tolerance}: must be at least 0 and below 1")
+        if not 0 < self.scale < math.inf:
+            raise TensLoRAError(f"scale={self.scale}: must be above 0")
+
     def resolve(self, construction: str, geometry: Geometry, factorization: str = "tucker") -> tuple[int, ...]:
-        """Integer ranks, one per name in `rank_limits`. Raises TensLoRAError for anything out of range."""
+        """The ranks of the construction's tensors.
+
+        Args:
+            construction: its name.
+            geometry: of the backbone.
+            factorization: of the tensors.
+
+        Returns:
+            One integer for each name in `rank_limits`.
+
+        Raises:
+            TensLoRAError: for ranks that do not fit the construction or the geometry.
+        """
         if self.name == "isorank":
             return isorank(construction, geometry, self.rank, self.cap, factorization)
-        if self.name == "isoparameters":
-            return isoparameters(
-                construction, geometry, self.rank, self.rule, self.tolerance, factorization, self.scale
-            )
         if self.name == "explicit":
             return explicit(construction, geometry, self.ranks, factorization)
-        raise TensLoRAError(f"rank_strategy={self.name}: must be one of {', '.join(STRATEGIES)}")
+        return isoparameters(construction, geometry, self.rank, self.rule, self.tolerance, factorization, self.scale)

@@ -1,4 +1,4 @@
-"""One factorised tensor as a trainable module, and the slices of many layers at once."""
+"""One factorised tensor as a trainable module, and the thin slices of several layers at once."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenslora.constructions import DEPTH, HEAD_LAYOUTS, INITS, PROJECTION, SITE
-from tenslora.errors import TensLoRAError
+from tenslora.constructions import DEPTH, PROJECTION, SITE
 from tenslora.factorizations.factorization import Factorization
 
 
 class FactorizedTensor(nn.Module):
-    """The parameters of a factorization, and the slices that they make.
+    """The parameters of one tensor in factorised form.
+
+    The module's parameters are those of `Factorization.shapes`, under the same names. The one that
+    `Factorization.zero_parameter` names starts at zero, so that every update is zero; the others are drawn in order.
 
     Args:
-        factorization: of the tensor. Its parameters become this module's, under their own names; the one that it names
-            as `zero` starts there, the others are drawn in order.
+        factorization: how the tensor is written.
         modes: name and size of each mode, as `constructions.modes` gives them.
-        ranks: as the factorization's `rank_limits` names them.
-        layers: of the backbone.
-        generator: the random stream to draw from.
-        init: orthogonal (orthonormal columns; rows where there are more columns than rows), normal (standard deviation
-            1 / sqrt n, so that columns have unit length on average) or kaiming_uniform (bound 1 / sqrt n, LoRA's own).
-            The columns run over a parameter's last dimension, and n counts all its others.
-        head_layout: see `Factorization.slices`.
+        ranks: in the order of `Factorization.rank_limits`.
+        layers: number of layers L of the backbone.
+        generator: the random stream that the parameters are drawn from.
+        init: "orthogonal" (orthonormal columns; orthonormal rows where a factor has more columns than rows), "normal"
+            (standard deviation 1 / sqrt(n), so that a column has length 1 on average) or "kaiming_uniform" (bound
+            1 / sqrt(n), which is LoRA's start). The columns run over a parameter's last dimension; n is the product
+            of its other dimensions.
+        head_layout: how d_head and head make up d_out; see `Factorization.slices`.
     """
 
     def __init__(
@@ -41,63 +43,71 @@ class FactorizedTensor(nn.Module):
         head_layout: str = "aligned",
     ) -> None:
         super().__init__()
-        if init not in INITS:
-            raise TensLoRAError(f"adapter.init={init}: must be one of {', '.join(INITS)}")
-        if head_layout not in HEAD_LAYOUTS:
-            raise TensLoRAError(f"adapter.head_layout={head_layout}: must be one of {', '.join(HEAD_LAYOUTS)}")
         self.factorization, self.layers, self.head_layout = factorization, layers, head_layout
-        self.zero = factorization.zero(modes)
+        self.zero_parameter = factorization.zero_parameter(modes)
         for name, shape in factorization.shapes(modes, ranks).items():
             parameter = nn.Parameter(torch.zeros(shape))
             self.register_parameter(name, parameter)
-            if name != self.zero:
+            if name != self.zero_parameter:
                 _draw(parameter, init, generator)
 
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """(left, right) of all slices of one layer: see `Factorization.slices`."""
-        left, right = layer_slices([self], range(layer, layer + 1))
+    def slices(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The thin slices of one layer.
+
+        Args:
+            layer: 0-based.
+
+        Returns:
+            (left, right) as `Factorization.slices` gives them: (1 or P, d_in, r) and (P, r, d_out).
+        """
+        left, right = thin_slices([self], range(layer, layer + 1))
         return left[0], right[0]
 
 
-def layer_slices(
+def thin_slices(
     tensors: Sequence[FactorizedTensor],
     layers: range,
-    places: range | None = None,
+    positions: range | None = None,
     scale: float = 1.0,
-    form: Callable[[Tensor, Tensor], Any] = lambda left, right: (left, right),
+    assemble: Callable[[Tensor, Tensor], Any] = lambda left, right: (left, right),
 ) -> Any:
-    """The slices of some layers, computed together: what `form` makes of each (left, right), with the layers in front.
+    """The thin slices of neighbouring layers, computed together.
 
     Args:
-        tensors: one in which the layers are stacked, or one for each of the layers, of the same shapes.
-        layers: side by side.
-        places: which of the projection axis, or of site's for each layer; None: all.
+        tensors: the one tensor that stacks the layers; otherwise one tensor per layer, all of the same shapes.
+        layers: which layers.
+        positions: which positions of the projection axis (of each layer's part of the site axis); None for all.
         scale: multiplies the updates.
-        form: from (left, right), as `Factorization.slices` gives them, to tensors.
+        assemble: turns one layer's (left, right) of `Factorization.slices` into the tensors that are wanted.
+
+    Returns:
+        What `assemble` returns, with the layers as an additional first dimension.
     """
-    dim = tensors[0].factorization.structure_dim
-    own: list[dict[str, Tensor]] = [dict(tensor.named_parameters()) for tensor in tensors]
-    for parameters in own:
-        if SITE in parameters:  # (P * layers) to (P, layers)
-            parameters[SITE] = torch.unflatten(parameters[SITE], dim, (-1, tensors[0].layers))
-        if places is not None:
-            axis = SITE if SITE in parameters else PROJECTION
-            parameters[axis] = parameters[axis].narrow(dim, places.start, len(places))
-    over = next((axis for axis in (DEPTH, SITE) if axis in own[0]), None)
-    if over is None:
-        stacked = {name: torch.stack([parameters[name] for parameters in own]) for name in own[0]}
-        dims: dict[str, int | None] = dict.fromkeys(stacked, 0)
-    else:
-        along = dim if over == DEPTH else dim + 1
-        stacked = {**own[0], over: own[0][over].narrow(along, layers.start, len(layers))}
-        dims = {name: along if name == over else None for name in stacked}
-    stacked[tensors[0].zero] = stacked[tensors[0].zero] * scale  # which the updates are linear in
     factorization, head_layout = tensors[0].factorization, tensors[0].head_layout
+    dim = factorization.structure_dim
+    each: list[dict[str, Tensor]] = [dict(tensor.named_parameters()) for tensor in tensors]
+    for parameters in each:
+        if SITE in parameters:  # (P * layers) becomes (P, layers)
+            parameters[SITE] = torch.unflatten(parameters[SITE], dim, (-1, tensors[0].layers))
+        if positions is not None:
+            axis = SITE if SITE in parameters else PROJECTION
+            parameters[axis] = parameters[axis].narrow(dim, positions.start, len(positions))
 
-    def of_one_layer(parameters: Mapping[str, Tensor]) -> Any:
-        return form(*factorization.slices(parameters, head_layout))
+    stacked_axis = next((axis for axis in (DEPTH, SITE) if axis in each[0]), None)
+    if stacked_axis is None:
+        batch = {name: torch.stack([parameters[name] for parameters in each]) for name in each[0]}
+        batch_dims: dict[str, int | None] = dict.fromkeys(batch, 0)
+    else:
+        along = dim if stacked_axis == DEPTH else dim + 1
+        batch = {**each[0], stacked_axis: each[0][stacked_axis].narrow(along, layers.start, len(layers))}
+        batch_dims = {name: along if name == stacked_axis else None for name in batch}
+    zero_parameter = tensors[0].zero_parameter
+    batch[zero_parameter] = batch[zero_parameter] * scale  # the updates are linear in this parameter
 
-    return torch.vmap(of_one_layer, in_dims=(dims,))(stacked)
+    def one_layer(parameters: Mapping[str, Tensor]) -> Any:
+        return assemble(*factorization.slices(parameters, head_layout))
+
+    return torch.vmap(one_layer, in_dims=(batch_dims,))(batch)
 
 
 @torch.no_grad()

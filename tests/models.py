@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from tenslora import TensLoraConfig, attach
+from tenslora import AdapterConfig, attach
 from tenslora.adapter import Adapter
 from tenslora.constructions import Geometry
 
@@ -111,7 +111,7 @@ def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def attached(model: nn.Module, mode: str, **settings: object) -> Adapter:
     """An adapter with random entries on `model`, all trainable, in float64."""
-    adapter = attach(model, TensLoraConfig(mode, **settings)).double()  # type: ignore[arg-type]
+    adapter = attach(model, AdapterConfig(mode, **settings)).double()  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in adapter.parameters():

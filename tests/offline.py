@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tenslora.config import LoggerConfig
-from tenslora.results.table import Column, Row, Run, Table
-from tenslora.tracking import track_table
+from tenslora.harness.config import LoggerConfig
+from tenslora.harness.results.table import Column, Row, Run, Table
+from tenslora.harness.tracking import track_table
 from tests.running import SHORT, run
 
 OFFLINE = LoggerConfig(name="wandb", mode="offline", project="p")

@@ -9,7 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from tenslora.config import register_resolvers
+from tenslora.harness.config import register_resolvers
 from tests.conftest import ROOT
 from train import train
 

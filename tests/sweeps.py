@@ -14,9 +14,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from tenslora.config import register_resolvers
-from tenslora.results.record import write_record
-from tenslora.sweeping.jobs import Job, plan_jobs
+from tenslora.harness.config import register_resolvers
+from tenslora.harness.results.record import write_record
+from tenslora.harness.sweeping.jobs import Job, plan_jobs
 from tests.conftest import ROOT
 
 Composed = tuple[tuple[str, ...], DictConfig]

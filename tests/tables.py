@@ -6,9 +6,9 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tenslora.constructions import CONSTRUCTIONS, PAPERS, Geometry
+from tenslora.constructions import CONSTRUCTIONS, PAPER_CONSTRUCTIONS, Geometry
+from tenslora.harness.results.table import Column, Row, Run, Table
 from tenslora.ranks import isoparameters, isorank, parameter_count
-from tenslora.results.table import Column, Row, Run, Table
 
 DTD, COLA = Column("dtd", "vit_base"), Column("cola", "minilm")
 GEOMETRY = {
@@ -93,7 +93,7 @@ def whole(
     In the first column a run of att_qkv has failed, in the last one of depth is missing.
     """
     draw = random.Random(random_seed)
-    seven = [mode for mode in PAPERS if mode != "lora"]
+    seven = [mode for mode in PAPER_CONSTRUCTIONS if mode != "lora"]
     rows = [("lora", ""), *((mode, strategy) for strategy in strategies for mode in seven), ("head_only", "")]
     runs = []
     for column in columns:

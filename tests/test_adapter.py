@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tenslora.adapter import Adapter, TensLoraConfig, load_adapter
+from tenslora.adapter import Adapter, AdapterConfig, load_adapter
 from tenslora.constructions import CONSTRUCTIONS, Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.ranks import RankStrategy
@@ -16,7 +16,7 @@ GEOMETRY = Geometry(d_in=12, heads=3, d_head=4, layers=4)
 
 
 def built(name: str, **settings: object) -> Adapter:
-    return Adapter(TensLoraConfig(name, **settings), GEOMETRY)  # type: ignore[arg-type]
+    return Adapter(AdapterConfig(name, **settings), GEOMETRY)  # type: ignore[arg-type]
 
 
 def randomised(name: str) -> Adapter:
@@ -74,7 +74,7 @@ def test_a_saved_adapter_comes_back_whole(name: str, tmp_path: Path) -> None:
 
 
 def test_a_saved_adapter_keeps_its_ranks_even_if_its_strategy_would_choose_others_today(tmp_path: Path) -> None:
-    config = TensLoraConfig("depth", RankStrategy("isoparameters"))
+    config = AdapterConfig("depth", RankStrategy("isoparameters"))
     adapter = Adapter(config, GEOMETRY, ranks=[3, 2, 4])
     adapter.save(tmp_path / "a.safetensors")
     assert load_adapter(tmp_path / "a.safetensors").ranks == (3, 2, 4)
@@ -113,4 +113,4 @@ def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(TensLoRAError, match=message):
-        replace(TensLoraConfig(), **settings)  # type: ignore[arg-type]
+        replace(AdapterConfig(), **settings)  # type: ignore[arg-type]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tenslora import TensLoraConfig, TensLoRAError, attach, detach, disabled, load, merge, unmerge
+from tenslora import AdapterConfig, TensLoRAError, attach, detach, disabled, load, merge, unmerge
+from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.adapter import Adapter
-from tenslora.attachment import AdaptedLinear, adapter_of
+from tenslora.attachment import adapter_of
 from tenslora.constructions import CONSTRUCTIONS, Geometry
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.projections import find_projections
@@ -30,19 +31,19 @@ OTHERS = [name for name in FACTORIZATIONS if name != "tucker"]
 def by_hand(name: str, adapter: Adapter) -> Tensor:
     """Logits of a fresh backbone whose weights had alpha dW^T added as functions of the adapter's parameters."""
     model = build(name)
-    _, sites = find_projections(model, adapter.config.adapt)
+    _, targets = find_projections(model, adapter.config.adapt)
     weights = {}
-    for site in sites:
-        weight = next(iter(site.linear.parameters())).detach().clone()
-        if not isinstance(site.linear, nn.Linear):
+    for target in targets:
+        weight = next(iter(target.linear.parameters())).detach().clone()
+        if not isinstance(target.linear, nn.Linear):
             weight = weight.T  # Conv1D's
         update = torch.zeros_like(weight)
-        for index, column in site.places:
-            matrix = adapter.dense(site.layer)[site.group[index]]
-            matrix = matrix if site.writes else matrix.T
+        for index, column in target.columns:
+            matrix = adapter.dense(target.layer)[target.group[index]]
+            matrix = matrix if target.writes_to_stream else matrix.T
             update = update + nn.functional.pad(matrix, (0, 0, column, len(weight) - column - len(matrix)))
         updated = weight + adapter.config.alpha * update
-        weights[f"{site.path}.weight"] = updated if isinstance(site.linear, nn.Linear) else updated.T
+        weights[f"{target.path}.weight"] = updated if isinstance(target.linear, nn.Linear) else updated.T
     output = torch.func.functional_call(model, weights, kwargs=inputs(name), args=())
     result: Tensor = getattr(output, "logits", output)
     return result
@@ -69,7 +70,7 @@ def test_the_same_with_an_output_rank_below_the_input_rank(name: str, mode: str,
 def test_the_same_with_it_and_matrices_of_several_slices(name: str, mode: str, ranks: tuple[int, ...]) -> None:
     model = build(name)
     adapter = attached(model, mode, adapt="all", rank_strategy=RankStrategy("explicit", ranks=ranks))
-    assert len(adapter.layer(0)[0]) > 1  # a left of their own
+    assert len(adapter.layer_products(0)[0]) > 1  # a left of their own
     check_against_dense_updates(name, model, adapter)
 
 
@@ -136,7 +137,7 @@ def test_with_other_matrices_a_compiled_graph_stays_whole(name: str, adapt: str)
 def test_at_the_start_the_model_is_unchanged(name: str) -> None:
     model = build(name)
     before = logits(model, inputs(name))
-    attach(model, TensLoraConfig("att_qkv_depth")).double()
+    attach(model, AdapterConfig("att_qkv_depth")).double()
     assert torch.equal(logits(model, inputs(name)), before)
 
 
@@ -208,7 +209,7 @@ def test_detached_without_merging_is_the_backbone_as_it_was(name: str) -> None:
 def test_the_names_of_the_backbones_own_weights_do_not_change() -> None:
     model = build("hf_roberta")
     before = set(model.state_dict())
-    attach(model, TensLoraConfig("qkv"))
+    attach(model, AdapterConfig("qkv"))
     after = set(model.state_dict())
     assert before <= after
     assert {name.split(".")[0] for name in after - before} == {"tenslora"}
@@ -216,23 +217,21 @@ def test_the_names_of_the_backbones_own_weights_do_not_change() -> None:
 
 def test_only_the_adapter_is_left_trainable() -> None:
     model = build("hf_distilbert")
-    adapter = attach(model, TensLoraConfig("att_depth"))
+    adapter = attach(model, AdapterConfig("att_depth"))
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in adapter.parameters()}
 
 
 @pytest.mark.parametrize("name", ["hf_bert", "timm_vit"])
 def test_query_key_and_value_share_one_product_with_the_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tenslora.attachment import LayerUpdate
-
     calls: list[int] = []
-    of_all = LayerUpdate._all
+    of_all = SharedInput.of_all
 
-    def counted(update: LayerUpdate, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        calls.append(update.layer)
-        return of_all(update, tokens, dtype)
+    def counted(shared: SharedInput, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        calls.append(shared.layer)
+        return of_all(shared, tokens, dtype)
 
-    monkeypatch.setattr(LayerUpdate, "_all", counted)
+    monkeypatch.setattr(SharedInput, "of_all", counted)
     model = build(name)
     attached(model, "qkv_depth")
     logits(model, inputs(name))
@@ -290,7 +289,7 @@ def test_no_matrix_as_large_as_a_weight_is_made_in_training(mode: str) -> None:
     # d = 24 against 2 tokens and ranks of 2: a new tensor of 24 x 24 could only be an update.
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 8}
     model = hf.BertModel(hf.BertConfig(**sizes, vocab_size=4, max_position_embeddings=4), add_pooling_layer=False)
-    attach(model, TensLoraConfig(mode, RankStrategy("isorank", rank=2)))
+    attach(model, AdapterConfig(mode, RankStrategy("isorank", rank=2)))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -431,12 +430,12 @@ def test_what_a_pass_has_made_ends_with_it(failing: bool) -> None:
 def test_under_autocast_the_products_are_rounded_once(mode: str) -> None:
     model = build("hf_bert").float()
     adapter = attached(model, mode).float()
-    group = model.bert.encoder.layer[1].attention.self.query.update.group  # type: ignore[union-attr,index]
+    group = model.bert.encoder.layer[1].attention.self.query.shared.group  # type: ignore[union-attr,index]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        terms = group.terms(1, torch.bfloat16)  # type: ignore[union-attr,operator]
-    lefts, rights = adapter.layer(1)
-    assert torch.equal(terms.first, torch.cat(lefts, dim=1).T.bfloat16())
-    for second, right in zip(terms.seconds, rights, strict=True):
+        products = group.of_layer(1, torch.bfloat16)  # type: ignore[union-attr,operator]
+    lefts, rights = adapter.layer_products(1)
+    assert torch.equal(products.left, torch.cat(lefts, dim=1).T.bfloat16())
+    for second, right in zip(products.rights, rights, strict=True):
         # Alpha is in it from the start, and so its last bit may differ.
         torch.testing.assert_close(second, (4.0 * right).bfloat16(), rtol=2**-7, atol=0)
 
@@ -449,8 +448,8 @@ def test_what_multiplies_tokens_is_stored_row_by_row(mode: str, factorization: s
     attached(model, mode, factorization=factorization, adapt="all")
     for linear in model.modules():
         if isinstance(linear, AdaptedLinear):
-            first, seconds, _ = linear.update.group.terms(1, torch.float64)
-            assert all(tensor.is_contiguous() for tensor in (first, *seconds))
+            left, rights, _ = linear.shared.group.of_layer(1, torch.float64)
+            assert all(tensor.is_contiguous() for tensor in (left, *rights))
 
 
 def test_shapes_can_be_had_without_numbers() -> None:
@@ -504,9 +503,9 @@ def test_rank_dropout_leaves_out_whole_components_in_training_only(name: str, mo
     attached(model, mode, rank_dropout=0.5)
     module = next(module for module in model.modules() if isinstance(module, AdaptedLinear))
     tokens = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    lefts, rights = module.update.group.adapter.layer(0)
+    lefts, rights = module.shared.group.adapter.layer_products(0)
     left, right = torch.stack(lefts), torch.stack(rights)
-    h, held = tokens @ left, right[[index for index, _ in module.places]] * 4.0
+    h, held = tokens @ left, right[[index for index, _ in module.columns]] * 4.0
     # One column per component: its part of the output, over all tokens. Solved for what it was multiplied with.
     terms = torch.stack(
         [
@@ -566,7 +565,7 @@ def test_an_adapter_travels_between_models_of_a_kind(tmp_path: Path) -> None:
 
 
 def test_loading_onto_the_wrong_backbone_says_which_dimension_differs(tmp_path: Path) -> None:
-    Adapter(TensLoraConfig("depth"), Geometry(d_in=24, heads=3, d_head=8, layers=6)).save(tmp_path / "a.safetensors")
+    Adapter(AdapterConfig("depth"), Geometry(d_in=24, heads=3, d_head=8, layers=6)).save(tmp_path / "a.safetensors")
     with pytest.raises(TensLoRAError, match=r"layers is 6 in the adapter and 2 in the backbone"):
         load(build("hf_bert"), tmp_path / "a.safetensors")
 
@@ -574,7 +573,7 @@ def test_loading_onto_the_wrong_backbone_says_which_dimension_differs(tmp_path: 
 def test_a_refused_adapter_leaves_the_model_alone() -> None:
     model = build("hf_bert")
     with pytest.raises(TensLoRAError):
-        attach(model, TensLoraConfig("nope"))
+        attach(model, AdapterConfig("nope"))
     assert all(p.requires_grad for p in model.parameters())
     assert not hasattr(model, "tenslora")
 
@@ -583,9 +582,9 @@ def test_two_adapters_at_once_are_refused_and_none_is_reported() -> None:
     model = build("hf_bert")
     with pytest.raises(TensLoRAError, match="has no adapter"):
         detach(model)
-    attach(model, TensLoraConfig("qkv"))
+    attach(model, AdapterConfig("qkv"))
     with pytest.raises(TensLoRAError, match="has an adapter already"):
-        attach(model, TensLoraConfig("qkv"))
+        attach(model, AdapterConfig("qkv"))
 
 
 def test_a_deep_copy_has_an_adapter_of_its_own() -> None:
@@ -658,7 +657,7 @@ def test_the_linears_own_forward_and_hooks_are_kept() -> None:
         if isinstance(module, nn.Linear):
             module.__class__ = Doubling
     before = logits(model, inputs("timm_vit"))
-    attach(model, TensLoraConfig("qkv")).double()
+    attach(model, AdapterConfig("qkv")).double()
     assert torch.equal(logits(model, inputs("timm_vit")), before)
 
 
@@ -667,7 +666,7 @@ def test_weights_that_are_replaced_while_attached_are_still_there_when_detached(
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
-    attach(model, TensLoraConfig("qkv")).double()
+    attach(model, AdapterConfig("qkv")).double()
     model.load_state_dict(other.state_dict(), strict=False, assign=True)
     detach(model)
     assert torch.equal(logits(model, inputs("hf_vit")), logits(other, inputs("hf_vit")))

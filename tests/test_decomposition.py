@@ -11,9 +11,9 @@ from tensorly.decomposition import tensor_train
 from tensorly.tenalg import multi_mode_dot
 from torch import Tensor
 
-from tenslora.adapter import Adapter, TensLoraConfig
+from tenslora.adapter import Adapter, AdapterConfig
 from tenslora.constructions import CONSTRUCTIONS, Geometry, modes
-from tenslora.decomposition import fit, spectra, stack
+from tenslora.decomposition import approximate, spectra, stack
 from tenslora.errors import TensLoRAError
 from tenslora.ranks import RankStrategy, rank_limits
 
@@ -38,7 +38,7 @@ def updates(geometry: Geometry = GEOMETRY, seed: int = 0) -> list[list[Tensor]]:
 
 def built(mode: str, ranks: list[int], factorization: str, geometry: Geometry = GEOMETRY, **settings: str) -> Adapter:
     strategy = RankStrategy("explicit", ranks=tuple(ranks))
-    config = TensLoraConfig(mode, strategy, factorization=factorization, adapt=geometry.adapt, **settings)  # type: ignore[arg-type]
+    config = AdapterConfig(mode, strategy, factorization=factorization, adapt=geometry.adapt, **settings)  # type: ignore[arg-type]
     return Adapter(config, geometry).double()
 
 
@@ -50,7 +50,7 @@ def test_at_full_rank_nothing_is_lost(mode: str, factorization: str, head_layout
         mode, list(rank_limits(mode, GEOMETRY, factorization).values()), factorization, head_layout=head_layout
     )
     wanted = updates()
-    found = fit(adapter, wanted)
+    found = approximate(adapter, wanted)
     assert found.error < 1e-7
     for layer, each in enumerate(wanted):
         for update, ours in zip(each, adapter.dense(layer), strict=True):
@@ -62,7 +62,7 @@ def test_tucker_is_the_truncated_hosvd(mode: str) -> None:
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=5)
     ranks = [max(1, n - 1) for n in modes(mode, geometry).values()]
     adapter, wanted = built(mode, ranks, "tucker", geometry), updates(geometry)
-    found = fit(adapter, wanted)
+    found = approximate(adapter, wanted)
     missed = total = 0.0
     kept = dict.fromkeys(modes(mode, geometry), 0.0)
     for tensor in stack(wanted, mode, geometry):
@@ -83,7 +83,7 @@ def test_the_tensor_train_is_as_near_as_tensorlys(mode: str) -> None:
     limits = rank_limits(mode, geometry, "tensor_train").values()
     ranks = [max(1, limit // 2) for limit in limits]
     adapter, wanted = built(mode, ranks, "tensor_train", geometry), updates(geometry)
-    found = fit(adapter, wanted)
+    found = approximate(adapter, wanted)
     names = list(modes(mode, geometry))
     order = [n for n in ("d_in", "projection", "depth", "site", "head", "d_head", "d_out") if n in names]
     missed = total = 0.0
@@ -97,7 +97,7 @@ def test_the_tensor_train_is_as_near_as_tensorlys(mode: str) -> None:
 def test_a_lora_is_the_best_of_its_rank() -> None:
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=2)
     adapter, wanted = built("lora", [3], "tucker", geometry), updates(geometry)
-    found = fit(adapter, wanted)
+    found = approximate(adapter, wanted)
     squares = [torch.linalg.svdvals(update).square() for layer in wanted for update in layer]
     left = sum(s[3:].sum().item() for s in squares) / sum(s.sum().item() for s in squares)
     assert found.error == pytest.approx(math.sqrt(left), rel=1e-9)
@@ -105,25 +105,25 @@ def test_a_lora_is_the_best_of_its_rank() -> None:
 
 def test_ranks_above_a_modes_size_are_of_no_harm() -> None:
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=2)
-    config = TensLoraConfig("qkv_depth", RankStrategy("isorank", rank=10))  # of a projection mode of 3
+    config = AdapterConfig("qkv_depth", RankStrategy("isorank", rank=10))  # of a projection mode of 3
     adapter = Adapter(config, geometry).double()
-    fit(adapter, updates(geometry))
+    approximate(adapter, updates(geometry))
     assert all(parameter.isfinite().all() for parameter in adapter.parameters())
 
 
 def test_nothing_is_near_to_no_update() -> None:
     nothing = [[torch.zeros_like(update) for update in layer] for layer in updates()]
     with pytest.raises(TensLoRAError, match="the updates are all zero"):
-        fit(Adapter(TensLoraConfig("qkv_depth", adapt="all"), GEOMETRY), nothing)
+        approximate(Adapter(AdapterConfig("qkv_depth", adapt="all"), GEOMETRY), nothing)
     with pytest.raises(TensLoRAError, match="the updates are all zero"):
         spectra(nothing, GEOMETRY)
     with pytest.raises(TensLoRAError, match=r"adapter\.alpha=0"):
-        fit(Adapter(TensLoraConfig("qkv_depth", adapt="all", alpha=0.0), GEOMETRY), updates())
+        approximate(Adapter(AdapterConfig("qkv_depth", adapt="all", alpha=0.0), GEOMETRY), updates())
 
 
 def test_cp_says_that_it_cannot() -> None:
     with pytest.raises(TensLoRAError, match="CP: cannot be computed from a given update"):
-        fit(built("depth", [4], "cp"), updates())
+        approximate(built("depth", [4], "cp"), updates())
 
 
 @pytest.mark.parametrize("mode", TENSORS)

@@ -16,20 +16,20 @@ from tests.models import BUILDERS, DECODERS, GEOMETRY, build
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_projection_of_every_backbone_is_found(name: str) -> None:
     model = build(name)
-    geometry, sites = find_projections(model)
+    geometry, targets = find_projections(model)
     assert geometry == GEOMETRY
-    held = [(site.layer, site.group[index]) for site in sites for index, _ in site.places]
+    held = [(target.layer, target.group[index]) for target in targets for index, _ in target.columns]
     assert sorted(held) == [(layer, projection) for layer in range(2) for projection in range(3)]
-    for site in sites:
-        assert model.get_submodule(site.path) is site.linear
-        assert features(site.linear) == (24, 24 * len(site.places))
+    for target in targets:
+        assert model.get_submodule(target.path) is target.linear
+        assert features(target.linear) == (24, 24 * len(target.columns))
 
 
 @pytest.mark.parametrize("name", ["hf_vit", "hf_bert", "hf_distilbert"])
 def test_separate_projections_are_in_the_order_query_key_value(name: str) -> None:
-    _, sites = find_projections(build(name))
-    for site in sites:
-        assert site.path.rpartition(".")[2][0] == "qkv"[site.places[0][0]]
+    _, targets = find_projections(build(name))
+    for target in targets:
+        assert target.path.rpartition(".")[2][0] == "qkv"[target.columns[0][0]]
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -37,10 +37,10 @@ def test_layers_are_numbered_as_the_data_passes_them(name: str) -> None:
     from tests.models import inputs
 
     model = build(name)
-    _, sites = find_projections(model)
+    _, targets = find_projections(model)
     passed: list[int] = []
-    for site in sites:
-        site.linear.register_forward_hook(lambda *_, layer=site.layer: passed.append(layer))
+    for target in targets:
+        target.linear.register_forward_hook(lambda *_, layer=target.layer: passed.append(layer))
     model(**inputs(name))
     assert passed == sorted(passed)
     assert set(passed) == {0, 1}
@@ -152,15 +152,15 @@ def test_attention_that_never_calls_its_linear_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", [*BUILDERS, *DECODERS])
 def test_all_matrices_of_a_layer_are_found(name: str) -> None:
     model = build(name)
-    geometry, sites = find_projections(model, "all")
-    held = {(site.layer, site.group[index]): site for site in sites for index, _ in site.places}
+    geometry, targets = find_projections(model, "all")
+    held = {(target.layer, target.group[index]): target for target in targets for index, _ in target.columns}
     assert set(held) == {(layer, m) for layer in range(2) for m in range(len(geometry.matrices))}
-    for (_, m), site in held.items():
-        inputs, outputs = features(site.linear)
+    for (_, m), target in held.items():
+        inputs, outputs = features(target.linear)
         width = geometry.widths[m]
-        assert site.writes == (geometry.matrices[m] in ("output", "down"))
-        assert inputs == (width if site.writes else geometry.d_in)
-        assert outputs in ((geometry.d_in,) if site.writes else (width, 3 * width))
+        assert target.writes_to_stream == (geometry.matrices[m] in ("output", "down"))
+        assert inputs == (width if target.writes_to_stream else geometry.d_in)
+        assert outputs in ((geometry.d_in,) if target.writes_to_stream else (width, 3 * width))
 
 
 def test_what_is_wanted_and_not_there_is_said() -> None:

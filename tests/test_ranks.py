@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tenslora.adapter import Adapter, TensLoraConfig
+from tenslora.adapter import Adapter, AdapterConfig
 from tenslora.constructions import CONSTRUCTIONS, Geometry, modes
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import FACTORIZATIONS
@@ -111,7 +111,7 @@ def test_the_predicted_count_is_the_built_adapters(
     name: str, geometry: Geometry, strategy: RankStrategy, factorization: str
 ) -> None:
     with torch.device("meta"):  # shapes without the cost of drawing them
-        adapter = _build(TensLoraConfig(name, strategy, factorization=factorization), geometry)
+        adapter = _build(AdapterConfig(name, strategy, factorization=factorization), geometry)
     built = sum(p.numel() for p in adapter.parameters())
     ranks = strategy.resolve(name, geometry, factorization)
     assert built == parameter_count(name, geometry, ranks, factorization)
@@ -158,12 +158,12 @@ def test_explicit_ranks_are_counted_as_built(name: str) -> None:
     geometry = GEOMETRIES["minilm"]
     ranks = tuple(2 + i % 2 for i in range(len(rank_limits(name, geometry))))
     with torch.device("meta"):
-        adapter = _build(TensLoraConfig(name, RankStrategy("explicit", ranks=ranks)), geometry)
+        adapter = _build(AdapterConfig(name, RankStrategy("explicit", ranks=ranks)), geometry)
     assert adapter.ranks == ranks
     assert sum(p.numel() for p in adapter.parameters()) == parameter_count(name, geometry, ranks)
 
 
-def _build(config: TensLoraConfig, geometry: Geometry) -> Adapter:
+def _build(config: AdapterConfig, geometry: Geometry) -> Adapter:
     return Adapter(config, geometry)
 
 
@@ -209,7 +209,7 @@ def test_rank_names_follow_the_modes() -> None:
 
 def test_counting_needs_no_torch() -> None:
     code = (
-        "import sys; import tenslora.ranks, tenslora.constructions, tenslora.config, tenslora.results.record;"
+        "import sys; import tenslora.ranks, tenslora.constructions, tenslora.harness.config, tenslora.harness.results.record;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'timm', 'sklearn', 'wandb')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -26,7 +26,7 @@ class CP(Factorization):
     def shapes(self, modes: Modes, ranks: Sequence[int]) -> dict[str, tuple[int, ...]]:
         return {name: (n, ranks[0]) for name, n in modes.items()}
 
-    def zero(self, modes: Modes) -> str:
+    def zero_parameter(self, modes: Modes) -> str:
         return "d_head" if HEAD in modes else "d_out"
 
     def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ class Factorization(ABC):
         """
 
     @abstractmethod
-    def zero(self, modes: Modes) -> str:
+    def zero_parameter(self, modes: Modes) -> str:
         """Which parameter starts at zero, so that dW = 0: one that every update is linear in."""
 
     @abstractmethod

@@ -44,7 +44,7 @@ class TensorTrain(Factorization):
             last: (ranks[-1], modes[last]),
         }
 
-    def zero(self, modes: Modes) -> str:
+    def zero_parameter(self, modes: Modes) -> str:
         return _order(modes)[-1]
 
     def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class Tucker(Factorization):
     def shapes(self, modes: Modes, ranks: Sequence[int]) -> dict[str, tuple[int, ...]]:
         return {"core": tuple(ranks), **{name: (n, r) for (name, n), r in zip(modes.items(), ranks, strict=True)}}
 
-    def zero(self, modes: Modes) -> str:
+    def zero_parameter(self, modes: Modes) -> str:
         return "core"
 
     def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:

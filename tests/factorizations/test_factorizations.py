@@ -42,7 +42,7 @@ def build(factorization: str, name: str, ranks: str = "wide_output", head_layout
     generator = torch.Generator().manual_seed(1)
     tensor = FactorizedTensor(ways, sizes, chosen, GEOMETRY.layers, generator, head_layout=head_layout).double()
     with torch.no_grad():
-        getattr(tensor, ways.zero(sizes)).normal_(generator=torch.Generator().manual_seed(2))
+        getattr(tensor, ways.zero_parameter(sizes)).normal_(generator=torch.Generator().manual_seed(2))
     return tensor
 
 
@@ -79,7 +79,7 @@ def whole(factorization: str, tensor: FactorizedTensor, layer: int, head_layout:
 def test_updates_are_those_of_the_whole_tensor(factorization: str, name: str, ranks: str, head_layout: str) -> None:
     tensor = build(factorization, name, ranks, head_layout)
     for layer in range(GEOMETRY.layers):
-        left, right = tensor.layer(layer)
+        left, right = tensor.slices(layer)
         expected = whole(factorization, tensor, layer, head_layout)
         assert expected.abs().max() > 0
         torch.testing.assert_close(left @ right, expected, rtol=0, atol=1e-12)
@@ -98,7 +98,7 @@ def test_gradients_are_those_through_the_whole_tensor(
     def gradients(thin: bool) -> list[Tensor]:
         loss = torch.zeros((), dtype=torch.float64)
         for layer in (0, 3):
-            left, right = tensor.layer(layer)
+            left, right = tensor.slices(layer)
             y = (x @ left) @ right if thin else x @ whole(factorization, tensor, layer, head_layout)
             loss = loss + ((y - target[: len(y)]) ** 2).sum()
         return list(torch.autograd.grad(loss, list(tensor.parameters())))
@@ -115,7 +115,7 @@ def test_aligned_heads_are_consecutive_blocks_of_the_output(factorization: str) 
     (axis,) = (axis for axis, (fewer, more) in enumerate(zip(*shapes, strict=True)) if fewer != more)
     with torch.no_grad():
         tensor.get_parameter("head").select(axis, 1).zero_()
-    left, right = tensor.layer(0)
+    left, right = tensor.slices(0)
     update = (left @ right)[0]
     assert update[:, 4:8].abs().max() == 0
     assert update[:, :4].abs().min() > 0
@@ -128,10 +128,10 @@ def test_the_update_starts_at_zero_and_can_leave_it(factorization: str, name: st
     sizes, ways = modes(name, GEOMETRY), factorization_of(name, factorization)
     generator = torch.Generator().manual_seed(0)
     tensor = FactorizedTensor(ways, sizes, [3] * len(ways.rank_limits(sizes)), GEOMETRY.layers, generator)
-    left, right = tensor.layer(2)
+    left, right = tensor.slices(2)
     assert (left @ right).abs().max() == 0
     (left @ right).sum().backward()  # type: ignore[no-untyped-call]
-    zero = getattr(tensor, ways.zero(sizes))
+    zero = getattr(tensor, ways.zero_parameter(sizes))
     assert zero.grad.abs().max() > 0
     for parameter in tensor.parameters():
         if parameter is not zero:
@@ -146,7 +146,7 @@ def test_what_does_not_start_at_zero_starts_orthonormal(factorization: str, name
     generator = torch.Generator().manual_seed(0)
     tensor = FactorizedTensor(ways, sizes, [4] * len(ways.rank_limits(sizes)), GEOMETRY.layers, generator)
     for mode, parameter in tensor.named_parameters():
-        if mode != ways.zero(sizes):
+        if mode != ways.zero_parameter(sizes):
             columns = parameter.flatten(0, -2)
             n = len(columns)
             product = columns.T @ columns if n >= 4 else columns @ columns.T
@@ -157,7 +157,7 @@ def test_what_does_not_start_at_zero_starts_orthonormal(factorization: str, name
 def test_lora_is_a_product_of_two_matrices_whatever_the_factorization(factorization: str) -> None:
     tensor = build(factorization, "lora")
     assert {name: tuple(p.shape) for name, p in tensor.named_parameters()} == {"d_in": (10, 2), "d_out": (2, 12)}
-    left, right = tensor.layer(0)
+    left, right = tensor.slices(0)
     torch.testing.assert_close((left @ right)[0], tensor.d_in @ tensor.d_out)  # type: ignore[operator]
 
 

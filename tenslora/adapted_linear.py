@@ -1,0 +1,178 @@
+"""The layer that adds the update to a Linear's output."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from tenslora.errors import TensLoRAError
+from tenslora.projections import features
+from tenslora.thin_products import MatrixGroup
+
+
+class SharedInput:
+    """One layer's matrices of a group: ``h = x @ left`` is computed once for all matrices that read the same x.
+
+    Args:
+        group: the matrices.
+        layer: 0-based.
+    """
+
+    def __init__(self, group: MatrixGroup, layer: int) -> None:
+        self.group = group
+        self.layer = layer
+        # An input x, and (h, right) of the matrices that have not asked for theirs yet. It is a single attribute so
+        # that forward passes in several threads cannot mix one's input with another's products.
+        self._pending: tuple[Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is pending belongs to a forward pass and perhaps to an autograd graph, which cannot be copied.
+        return {**vars(self), "_pending": None}
+
+    def of_matrix(self, x: Tensor, tokens: Tensor, matrix: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(h, right) of one matrix, whose update of the output is ``h @ right``.
+
+        A Transformer calls query, key and value one after the other with the very same tensor. The first call computes
+        h for all three; the other two recognise the tensor by its identity and take theirs.
+
+        Args:
+            x: the input as the Linear received it.
+            tokens: the same as (tokens, inputs).
+            matrix: index in the group.
+            dtype: of the output.
+        """
+        pending = self._pending
+        found = None if pending is None or pending[0] is not x else pending[1].pop(matrix, None)
+        if pending is None or found is None:
+            hs, rights = self.of_all(tokens, dtype)
+            pending = x, {index: (hs[index % len(hs)], right) for index, right in enumerate(rights)}
+            found = pending[1].pop(matrix)
+        self._pending = pending if pending[1] else None
+        return found
+
+    def of_all(self, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """(hs, rights) of all matrices: h (tokens, r) of each matrix, or a single one that they share."""
+        adapter = self.group.adapter
+        left, rights, ranks = self.group.of_layer(self.layer, dtype)
+        h = F.linear(adapter.dropout(tokens.to(dtype)), left)
+        if adapter.training and adapter.config.rank_dropout > 0:
+            h = h * adapter.rank_dropout(h.new_ones(h.shape[1]))
+        return [h] if len(ranks) == 1 else list(torch.split(h, ranks, dim=1)), list(rights)
+
+
+class AdaptedLinear(nn.Linear):
+    """A Linear layer plus the updates of the matrices that it holds: ``y = x W^T + b + alpha x dW``.
+
+    It calls the original module for the first two terms and shares its parameters. Once merged, or while disabled, it
+    only calls the original module.
+
+    Args:
+        linear: the original module, a Linear or transformers' Conv1D.
+        shared: this layer's matrices of the group that reads the same input.
+        columns: (index in the group, first output column) of each matrix that the module holds.
+    """
+
+    def __init__(self, linear: nn.Module, shared: SharedInput, columns: tuple[tuple[int, int], ...]) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate and draw a weight only to throw it away
+        self.in_features, self.out_features = features(linear)
+        self.base = (linear,)  # in a tuple, so that it is no submodule: its parameters are registered here
+        self._parameters = linear._parameters  # the same dict: a weight that is replaced here is replaced there
+        self.shared = shared
+        self.columns = columns
+        self.merged = False
+        self.enabled = True
+        self.training = linear.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapted output.
+
+        Args:
+            x: (..., inputs).
+
+        Returns:
+            (..., outputs).
+        """
+        if self.merged or not self.enabled:
+            plain: Tensor = self.base[0](x)
+            return plain
+        # For a matrix, Linear returns a new tensor, to which the update can be added in place; for more dimensions it
+        # returns a view, and autograd would copy that first.
+        tokens = x.reshape(-1, self.in_features)
+        y = self._add_update(self.base[0](tokens), x, tokens)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _add_update(self, y: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
+        # y += h @ right, in place, in the columns of each matrix that this module holds.
+        if len(self.columns) == 1 and self.columns[0][1] == 0:
+            h, right = self.shared.of_matrix(x, tokens, self.columns[0][0], y.dtype)
+            if right.shape[1] == y.shape[1]:
+                return y.addmm_(h, right)
+            hs, rights = [h], [right]
+        else:
+            hs, rights = self.shared.of_all(tokens, y.dtype)
+            if len(hs) == 1 and self.shared.group.fused:
+                return y.addmm_(hs[0], rights[0])
+            rights = [rights[index] for index, _ in self.columns]
+            hs = hs if len(hs) == 1 else [hs[index] for index, _ in self.columns]
+        updated: Tensor = _AddToColumns.apply(y, [start for _, start in self.columns], *rights, *hs)
+        return updated
+
+    def as_lora(self) -> tuple[Tensor, Tensor]:
+        """The update of the whole module as one product, alpha dW = left @ right.
+
+        Returns:
+            left (inputs, r) and right (r, outputs). Where the matrices that the module holds do not share left, r is
+            the sum of their ranks and right is block diagonal.
+        """
+        layer = self.shared.layer
+        lefts, rights = ([t[0] for t in side] for side in self.shared.group.products(range(layer, layer + 1)))
+        if len(lefts) == 1:
+            right = lefts[0].new_zeros(lefts[0].shape[1], self.out_features)
+            for index, start in self.columns:
+                right[:, start : start + rights[index].shape[1]] = rights[index]
+            return lefts[0], right
+        held = [lefts[index] for index, _ in self.columns]
+        right = held[0].new_zeros(sum(left.shape[1] for left in held), self.out_features)
+        row = 0
+        for (index, start), left in zip(self.columns, held, strict=True):
+            right[row : row + left.shape[1], start : start + rights[index].shape[1]] = rights[index]
+            row += left.shape[1]
+        return torch.cat(held, dim=1), right
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        # The matrices of a layer share tensors, and DataParallel's copies would share them across devices.
+        raise TensLoRAError("DataParallel: cannot copy an adapter; start one process per device instead (torchrun)")
+
+
+class _AddToColumns(torch.autograd.Function):
+    """``y[:, start : start + width] += h @ right`` for several blocks of columns, in place.
+
+    y: (tokens, columns); right: (r, width) for each block; h: (tokens, r) for each block, or one for all. Autograd's
+    own version would copy y for each block, and one product with a block-diagonal matrix would mostly multiply zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, starts: list[int], *tensors: Tensor) -> Tensor:
+        rights, hs = tensors[: len(starts)], tensors[len(starts) :]
+        for block, (start, right) in enumerate(zip(starts, rights, strict=True)):
+            y.narrow(1, start, right.shape[1]).addmm_(hs[block % len(hs)], right)
+        ctx.starts = starts
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(*tensors)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        rights, hs = tensors[: len(ctx.starts)], tensors[len(ctx.starts) :]
+        blocks = [grad.narrow(1, start, right.shape[1]) for start, right in zip(ctx.starts, rights, strict=True)]
+        grad_rights = [hs[number % len(hs)].T @ block for number, block in enumerate(blocks)]
+        grad_hs = [block @ right.T for block, right in zip(blocks, rights, strict=True)]
+        if len(hs) == 1:
+            grad_hs = [torch.stack(grad_hs).sum(0)] if len(grad_hs) > 1 else grad_hs
+        return grad, None, *grad_rights, *grad_hs

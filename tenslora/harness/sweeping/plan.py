@@ -1,0 +1,63 @@
+"""What a sweep is about to do, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from tenslora.harness.results.table import Table
+from tenslora.harness.sweeping.jobs import Job, State
+
+_WORDS = {
+    State.DONE: "done",
+    State.BEGUN: "to go on with",
+    State.FAILED: "to run again",
+    State.RUNNING: "running elsewhere",
+    State.NEW: "to run",
+}
+
+
+def plan(table: Table, jobs: Sequence[Job]) -> str:
+    """The rows with their ranks, exact parameter counts and share of LoRA's, and how far each has come."""
+    states = {job.digest: job.state() for job in jobs}
+    lines = [table.title]
+    for column in table.columns:
+        rows = []
+        for row in table.rows:
+            if runs := table.cell(row, column):
+                first = runs[0]
+                ranks = ", ".join(map(str, first.ranks or []))
+                count = "" if first.parameters is None else f"{first.parameters:,}"
+                share = ""
+                if first.parameters is not None and first.lora_parameters:
+                    share = f"{100 * first.parameters / first.lora_parameters:.1f} %"
+                rows.append((row.label, ranks, count, share, _counted([states[run.digest] for run in runs])))
+        head = ("", "ranks", "parameters", "of LoRA", "seeds")
+        widths = [max(len(line[i]) for line in [head, *rows]) for i in range(4)]
+        lines.append(f"\n{column.dataset} with {column.model}")
+        for label, ranks, count, share, seeds in [head, *rows]:
+            cells = (label.ljust(widths[0]), ranks.ljust(widths[1]), count.rjust(widths[2]), share.rjust(widths[3]))
+            lines.append("  ".join(("", *cells, seeds)).rstrip())
+    lines.append(f"\n{len(jobs)} jobs: {_counted(list(states.values()))}")
+    return "\n".join(lines)
+
+
+def announcements(jobs: Sequence[Job]) -> list[str]:
+    """A line for each job that does not simply start: skipped, gone on with, run again."""
+    lines = []
+    for job in jobs:
+        state = job.state()
+        if state is State.DONE:
+            lines.append(f"skip: {job.label} is done")
+        elif state is State.BEGUN:
+            lines.append(f"go on: {job.label}, from its checkpoint")
+        elif state is State.FAILED:
+            lines.append(f"again: {job.label}, which failed ({job.problem()})")
+        elif state is State.RUNNING:
+            lines.append(f"wait: {job.label} is running elsewhere")
+    return lines
+
+
+def _counted(states: list[State]) -> str:
+    counts = Counter(states)
+    return ", ".join(f"{counts[state]} {words}" for state, words in _WORDS.items() if counts[state])

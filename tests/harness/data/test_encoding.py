@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from tenslora.harness.backbones import load_tokenizer
+from tenslora.harness.config import ImageDatasetConfig, ModelConfig, TextDatasetConfig, TransformConfig
+from tenslora.harness.data import Examples
+from tenslora.harness.data.batches import TrainBatches
+from tenslora.harness.data.encoding import Encoded, encode
+from tenslora.harness.data.images import ImageFiles
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+
+
+def model_config(channels: int = 3, modality: str = "image", **changes: Any) -> ModelConfig:
+    settings: dict[str, Any] = {
+        "name": "tiny",
+        "library": "transformers",
+        "architecture": "tiny",
+        "options": {},
+        "checkpoint": None,
+        "pretrained": False,
+        "geometry": None,
+        **changes,
+    }
+    return ModelConfig(
+        modality=modality, image_size=8, channels=channels, mean=MEAN[:channels], std=STD[:channels], **settings
+    )
+
+
+def pictures(count: int = 3, size: tuple[int, int] = (40, 20), mode: str = "RGB") -> Examples:
+    rng = np.random.default_rng(7)
+    shape = (count, size[1], size[0]) if mode == "L" else (count, size[1], size[0], 3)
+    pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+    return Examples([Image.fromarray(array) for array in pixels], list(range(count)))
+
+
+def encode_pictures(examples: Examples, model: ModelConfig, **transform: Any) -> tuple[Encoded, Encoded, Any]:
+    settings: dict[str, Any] = {
+        "crop_ratio": 1.0,
+        "squash": True,
+        "interpolation": "bilinear",
+        "color_jitter": 0.0,
+        "flip": False,
+        "normalize": True,
+        **transform,
+    }
+    config = ImageDatasetConfig(
+        "tiny", "image", None, ["accuracy"], None, None, None, None, transform=TransformConfig(**settings)
+    )
+    return encode(examples, examples, config, model, "pixels", None)
+
+
+def pixels_of(data: Encoded, collate: Any, index: int) -> Tensor:
+    """What the model is given of one example."""
+    batch: Tensor = collate([data[index]])[0]["pixels"]
+    return batch[0]
+
+
+def scaled(image: Image.Image, mean: Sequence[float] | None = MEAN, std: Sequence[float] = STD) -> Tensor:
+    array = np.asarray(image, dtype=np.float64) / 255
+    if array.ndim == 2:
+        array = array[..., None]
+    if mean is not None:
+        channels = array.shape[-1]
+        array = (array - np.array(mean[:channels])) / np.array(std[:channels])
+    return torch.tensor(array.transpose(2, 0, 1), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "resample"), [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)]
+)
+@pytest.mark.parametrize(
+    ("crop_ratio", "squash", "resized", "box"),
+    [
+        (1.0, True, (8, 8), (0, 0, 8, 8)),
+        (1.0, False, (16, 8), (4, 0, 12, 8)),
+        (0.5, True, (16, 16), (4, 4, 12, 12)),
+        (0.5, False, (32, 16), (12, 4, 20, 12)),
+    ],
+)
+def test_images_are_resized_cropped_and_normalised_as_pil_and_numpy_do(
+    interpolation: str,
+    resample: Image.Resampling,
+    crop_ratio: float,
+    squash: bool,
+    resized: tuple[int, int],
+    box: tuple[int, int, int, int],
+) -> None:
+    examples = pictures()
+    _, test, collate = encode_pictures(
+        examples, model_config(), crop_ratio=crop_ratio, squash=squash, interpolation=interpolation
+    )
+    for index, image in enumerate(examples.inputs):
+        expected = scaled(image.resize(resized, resample).crop(box))
+        torch.testing.assert_close(pixels_of(test, collate, index), expected)
+        assert test[index][1] == index
+
+
+def test_without_normalize_pixels_stay_between_0_and_1() -> None:
+    examples = pictures(size=(8, 8))
+    _, test, collate = encode_pictures(examples, model_config(), normalize=False)
+    torch.testing.assert_close(pixels_of(test, collate, 1), scaled(examples.inputs[1], mean=None))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_are_the_models_whatever_the_image_has(mode: str, channels: int) -> None:
+    examples = pictures(size=(8, 8), mode=mode)
+    _, test, collate = encode_pictures(examples, model_config(channels))
+    expected = scaled(examples.inputs[0].convert("L" if channels == 1 else "RGB"))
+    torch.testing.assert_close(pixels_of(test, collate, 0), expected)
+
+
+def test_image_batches_go_by_the_models_input_name() -> None:
+    train, _, collate = encode_pictures(pictures(), model_config())
+    inputs, labels = collate([train[2], train[0]])
+    assert inputs.keys() == {"pixels"}
+    assert (inputs["pixels"].shape, inputs["pixels"].dtype) == ((2, 3, 8, 8), torch.float32)
+    assert (labels.tolist(), labels.dtype) == ([2, 0], torch.int64)
+
+
+def by_example(data: Encoded, collate: Any, epoch: int, seed: int = 0, **share: Any) -> dict[int, Tensor]:
+    source = TrainBatches(data, collate, batch_size=4, seed=seed, **share)
+    return {
+        label: pixels
+        for batch in source.epoch(epoch)
+        for label, pixels in zip(batch.labels.tolist(), batch.inputs["pixels"], strict=True)
+    }
+
+
+def test_flip_mirrors_half_of_the_training_images_and_no_test_image() -> None:
+    examples = pictures(10, (8, 8))
+    train, test, collate = encode_pictures(examples, model_config(), flip=True)
+    plain = [scaled(image) for image in examples.inputs]
+    mirrored = 0
+    for epoch in range(10):
+        for index, pixels in by_example(train, collate, epoch).items():
+            flipped = torch.allclose(pixels, plain[index].flip(-1), atol=1e-6)
+            assert flipped or torch.allclose(pixels, plain[index], atol=1e-6)
+            mirrored += flipped
+            torch.testing.assert_close(pixels_of(test, collate, index), plain[index])
+    assert 30 < mirrored < 70
+
+
+def test_color_jitter_changes_half_of_the_training_images_and_no_test_image() -> None:
+    examples = pictures(10, (8, 8))
+    train, test, collate = encode_pictures(examples, model_config(), color_jitter=0.4)
+    plain = [scaled(image) for image in examples.inputs]
+    epochs = [by_example(train, collate, epoch) for epoch in range(10)]
+    untouched = sum(torch.allclose(draw[i], plain[i], atol=1e-6) for draw in epochs for i in draw)
+    assert 30 < untouched < 70
+    assert len({pixels.numpy().tobytes() for draw in epochs for pixels in draw.values()}) > 30
+    for index in range(10):
+        torch.testing.assert_close(pixels_of(test, collate, index), plain[index])
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_example_alone() -> None:
+    examples = pictures(10, (8, 8))
+
+    def draws(epoch: int, seed: int = 0, **share: Any) -> dict[int, Tensor]:
+        train, _, collate = encode_pictures(examples, model_config(), flip=True, color_jitter=0.4)
+        return by_example(train, collate, epoch, seed, **share)
+
+    def same(one: dict[int, Tensor], two: dict[int, Tensor]) -> bool:
+        return all(torch.equal(one[index], two[index]) for index in two)
+
+    whole = draws(1)
+    torch.manual_seed(5)
+    assert same(whole, draws(1))
+    assert same(whole, draws(1, workers=1))
+    for process in (0, 1):
+        assert same(whole, draws(1, process=process, processes=2))
+    assert not same(whole, draws(2))
+    assert not same(whole, draws(1, seed=1))
+
+
+def test_augmentation_leaves_the_global_random_state_alone() -> None:
+    train, _, _ = encode_pictures(pictures(), model_config(), flip=True, color_jitter=0.4)
+    before = torch.get_rng_state()
+    train[0], train[1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_equal_examples_are_augmented_each_in_its_own_way() -> None:
+    image = pictures(1, (8, 8)).inputs[0]
+    train, _, collate = encode_pictures(Examples([image] * 30, list(range(30))), model_config(), color_jitter=0.4)
+    assert len({pixels.numpy().tobytes() for pixels in by_example(train, collate, 1).values()}) > 8
+
+
+class Counted(Sequence[Any]):
+    """Images that count how often each is read, in whatever process."""
+
+    def __init__(self, images: Sequence[Any]) -> None:
+        self.images = images
+        self.reads = multiprocessing.Array("i", len(images))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        with self.reads:
+            self.reads[index] += 1
+        return self.images[index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("transform", [{}, {"flip": True, "color_jitter": 0.4}])
+def test_an_image_is_read_once_for_all_epochs_also_by_workers(transform: dict[str, Any], workers: int) -> None:
+    plain = pictures(10)
+    counted = Counted(plain.inputs)
+    train, _, collate = encode_pictures(Examples(counted, plain.labels), model_config(), **transform)
+    reference, _, _ = encode_pictures(plain, model_config(), **transform)
+    for epoch in (1, 2, 3):
+        found = by_example(train, collate, epoch, workers=workers)
+        expected = by_example(reference, collate, epoch)
+        assert all(torch.equal(found[index], expected[index]) for index in range(10))
+    assert counted.reads[:] == [1] * 10
+
+
+def test_images_that_would_fill_the_memory_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = pictures(4)
+    for most, reads in ((4 * 8 * 8 * 3, 1), (4 * 8 * 8 * 3 - 1, 2)):
+        monkeypatch.setattr("tenslora.harness.data.encoding.KEEP_BYTES", most)
+        counted = Counted(plain.inputs)
+        train, _, collate = encode_pictures(Examples(counted, plain.labels), model_config())
+        by_example(train, collate, 1), by_example(train, collate, 2)
+        assert counted.reads[:] == [reads] * 4
+
+
+def test_images_travel_to_a_process_that_is_not_forked() -> None:
+    train, _, collate = encode_pictures(pictures(), model_config(), flip=True)
+    train.stream = (0, 1)
+    copied = pickle.loads(pickle.dumps(train))
+    assert all(torch.equal(pixels_of(copied, collate, i), pixels_of(train, collate, i)) for i in range(3))
+
+
+PAIRS = [
+    ("The cat sat on the mat.", "A cat sat."),
+    ("It rained.", "The streets are wet because it rained all night, and all day."),
+    ("Yes.", "No."),
+]
+
+
+def tokenizer_of(kind: str, request: pytest.FixtureRequest) -> Any:
+    if kind == "bert":
+        return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models" / "minilm_l6")
+    return load_tokenizer(model_config(modality="text"), PAIRS)
+
+
+@pytest.fixture(params=["bpe", "bert"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return tokenizer_of(request.param, request)
+
+
+def encode_sentences(
+    rows: Sequence[tuple[str, ...]],
+    tokenizer: Any,
+    max_length: int = 64,
+    padding: str = "longest",
+    grouped: bool = False,
+) -> tuple[Encoded, Encoded, Any]:
+    config = TextDatasetConfig("tiny", "text", None, ["accuracy"], None, None, None, max_length, padding, grouped)
+    examples = Examples(rows, [i % 2 for i in range(len(rows))])
+    return encode(examples, examples, config, model_config(modality="text"), "ids", tokenizer)
+
+
+def test_pairs_are_encoded_as_the_tokenizer_encodes_a_pair(tokenizer: Any) -> None:
+    train, test, collate = encode_sentences(PAIRS, tokenizer)
+    for index, (first, second) in enumerate(PAIRS):
+        expected = tokenizer(first, second)
+        for data in (train, test):
+            inputs, labels = collate([data[index]])
+            assert {name: tensor[0].tolist() for name, tensor in inputs.items()} == dict(expected)
+            assert labels.tolist() == [index % 2]
+
+
+def test_bert_pairs_carry_segment_ids(request: pytest.FixtureRequest) -> None:
+    train, _, collate = encode_sentences(PAIRS, tokenizer_of("bert", request))
+    segments = collate([train[0]])[0]["token_type_ids"][0]
+    assert segments.unique_consecutive().tolist() == [0, 1]
+
+
+def test_single_sentences_are_encoded_as_such(tokenizer: Any) -> None:
+    rows = [(first,) for first, _ in PAIRS]
+    train, _, collate = encode_sentences(rows, tokenizer)
+    for index, (sentence,) in enumerate(rows):
+        assert collate([train[index]])[0]["input_ids"][0].tolist() == tokenizer(sentence)["input_ids"]
+
+
+@pytest.mark.parametrize("padding", ["longest", "max_length"])
+def test_padding(padding: str, tokenizer: Any) -> None:
+    train, _, collate = encode_sentences(PAIRS, tokenizer, 40, padding)
+    lengths = [len(tokenizer(*pair)["input_ids"]) for pair in PAIRS]
+    assert max(lengths) < 40
+    for chosen in ([0, 1, 2], [2, 0]):
+        inputs, _ = collate([train[i] for i in chosen])
+        width = 40 if padding == "max_length" else max(lengths[i] for i in chosen)
+        assert {tuple(tensor.shape) for tensor in inputs.values()} == {(len(chosen), width)}
+        assert inputs["attention_mask"].sum(1).tolist() == [lengths[i] for i in chosen]
+        assert (inputs["input_ids"][inputs["attention_mask"] == 0] == tokenizer.pad_token_id).all()
+
+
+def test_longer_texts_are_cut_and_keep_their_last_token(tokenizer: Any) -> None:
+    sentence = PAIRS[1][1]
+    whole = tokenizer(sentence)["input_ids"]
+    train, _, collate = encode_sentences([(sentence,), PAIRS[2][:1]], tokenizer, max_length=8)
+    inputs, _ = collate([train[0], train[1]])
+    assert inputs["input_ids"][0].tolist() == [*whole[:7], whole[-1]]
+    pair, _, collate = encode_sentences([PAIRS[1]], tokenizer, max_length=12)
+    ids = collate([pair[0]])[0]["input_ids"][0].tolist()
+    assert len(ids) == 12
+    first = tokenizer(PAIRS[1][0])["input_ids"]
+    assert ids[: len(first)] == first  # the longer of the two is what is cut
+
+
+def test_max_length_stops_at_what_the_model_can_take(tokenizer: Any) -> None:
+    tokenizer.model_max_length = 10
+    train, _, collate = encode_sentences([(PAIRS[1][1],)], tokenizer, max_length=512, padding="max_length")
+    assert collate([train[0]])[0]["input_ids"].shape == (1, 10)
+
+
+def test_images_are_read_from_files_only_when_fetched(tmp_path: Path) -> None:
+    examples = Examples(ImageFiles([tmp_path / "absent.png"]), [0])
+    train, _, collate = encode_pictures(examples, model_config())
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "absent.png")
+    torch.testing.assert_close(pixels_of(train, collate, 0)[0], torch.full((8, 8), (1 - MEAN[0]) / STD[0]))
+
+
+def test_lengths_are_the_tokens_of_each_row_and_given_only_where_batches_group_by_them(tokenizer: Any) -> None:
+    train, _, _ = encode_sentences(PAIRS, tokenizer, 40, grouped=True)
+    assert train.lengths == [len(train[i][0]["input_ids"]) for i in range(len(train))]
+    assert encode_sentences(PAIRS, tokenizer, 40)[0].lengths is None

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+
+import datasets
+import pytest
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.config import TextDatasetConfig
+from tenslora.harness.data import Dataset, load_dataset
+
+
+def load(name: str, root: Path, **changes: object) -> Dataset:
+    settings: dict[str, object] = {
+        "modality": "text",
+        "metrics": ["accuracy"],
+        "train_splits": ["train"],
+        "test_split": "validation",
+        "train_size": None,
+        "max_length": 32,
+        "padding": "longest",
+        "group_by_length": False,
+        **changes,
+    }
+    return load_dataset(TextDatasetConfig(name=name, root=str(root), **settings), seed=0)  # type: ignore[arg-type]
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode())
+    return folder
+
+
+GLUE: dict[str, tuple[str, list[tuple[str, ...]], list[int]]] = {
+    "cola": ("gj04\t1\t\tA cat sat.\ngj04\t0\t*\tSat cat a.\n", [("A cat sat.",), ("Sat cat a.",)], [1, 0]),
+    "mrpc": (
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+        "1\t7\t8\tIt rose.\tIt went up.\r\n0\t9\t10\tIt fell.\tRain.\r\n",
+        [("It rose.", "It went up."), ("It fell.", "Rain.")],
+        [1, 0],
+    ),
+    "sst2": ("sentence\tlabel\na fine film \t1\ndull \t0\n", [("a fine film ",), ("dull ",)], [1, 0]),
+    "qnli": (
+        "index\tquestion\tsentence\tlabel\n0\tWho?\tAnn did.\tentailment\n1\tWhen?\tAnn did.\tnot_entailment\n",
+        [("Who?", "Ann did."), ("When?", "Ann did.")],
+        [0, 1],
+    ),
+    "rte": (
+        "index\tsentence1\tsentence2\tlabel\n"
+        "0\tAnn ran.\tAnn moved.\tentailment\n1\tAnn ran.\tBob ran.\tnot_entailment\n",
+        [("Ann ran.", "Ann moved."), ("Ann ran.", "Bob ran.")],
+        [0, 1],
+    ),
+}
+
+
+@pytest.mark.parametrize("folder", ["cola_public", "cola_public/raw", ""], ids=["unpacked", "files", "beside"])
+def test_published_cola_is_read_whole_as_the_csv_module_reads_it(
+    folder: str, shared: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    dataset = load("cola", shared / "data" / folder)
+    assert (len(dataset.train), len(dataset.test)) == (8551, 1043)
+
+    def rows(name: str) -> list[list[str]]:
+        with open(shared / "data" / "cola_public" / "raw" / name, encoding="utf-8", newline="\n") as file:
+            return list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+    for examples, expected in (
+        (dataset.train, rows("in_domain_train.tsv")),
+        (dataset.test, rows("in_domain_dev.tsv") + rows("out_of_domain_dev.tsv")),
+    ):
+        assert list(examples.inputs) == [(row[3],) for row in expected]
+        assert list(examples.labels) == [int(row[1]) for row in expected]
+    assert dataset.classes == ("unacceptable", "acceptable")
+    assert not caplog.records  # the sizes are the published ones
+
+
+@pytest.mark.parametrize("name", GLUE)
+@pytest.mark.parametrize("folder", ["", "{archive}"], ids=["files", "archive"])
+def test_glue_layout(name: str, folder: str, tmp_path: Path) -> None:
+    archive = {"cola": "CoLA", "mrpc": "MRPC", "sst2": "SST-2", "qnli": "QNLI", "rte": "RTE"}[name]
+    content, sentences, labels = GLUE[name]
+    write(tmp_path / folder.format(archive=archive), {"train.tsv": content, "dev.tsv": content})
+    dataset = load(name, tmp_path)
+    for examples in (dataset.train, dataset.test):
+        assert list(examples.inputs) == sentences
+        assert list(examples.labels) == labels
+
+
+def test_class_names_go_with_the_labels(tmp_path: Path) -> None:
+    for name, (content, _, labels) in GLUE.items():
+        root = write(tmp_path / name, {"train.tsv": content, "dev.tsv": content})
+        good = {
+            "cola": "acceptable",
+            "mrpc": "equivalent",
+            "sst2": "positive",
+            "qnli": "entailment",
+            "rte": "entailment",
+        }
+        assert load(name, root).classes[labels[0]] == good[name]
+
+
+def test_published_mrpc_falls_back_to_its_test_half(tmp_path: Path) -> None:
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    train = header + '1\t702876\t702977\tHe said, "It rose.\tIt rose, he said.\r\n0\t1\t2\t"A"\t""B\r\n'
+    test = header + "0\t3\t4\tNo.\tYes.\r\n"
+    root = write(tmp_path, {"msr_paraphrase_train.txt": train, "msr_paraphrase_test.txt": test})
+    dataset = load("mrpc", root)
+    assert list(dataset.train.inputs) == [('He said, "It rose.', "It rose, he said."), ('"A"', '""B')]
+    assert list(dataset.train.labels) == [1, 0]
+    assert list(dataset.test.inputs) == [("No.", "Yes.")]
+
+
+def test_published_mrpc_prefers_a_dev_file_where_there_is_one(tmp_path: Path) -> None:
+    content = GLUE["mrpc"][0]
+    other = content.replace("rose", "sank")
+    root = write(tmp_path, {"msr_paraphrase_train.txt": content, "msr_paraphrase_test.txt": content, "dev.tsv": other})
+    assert load("mrpc", root).test.inputs[0] == ("It sank.", "It went up.")
+
+
+@pytest.mark.parametrize("odd", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\r"])
+def test_a_sentence_may_hold_line_separators_other_than_newline(odd: str, tmp_path: Path) -> None:
+    content = f"gj04\t1\t\tA{odd}cat.\ngj04\t0\t*\tSat.\n"
+    dataset = load("cola", write(tmp_path, {"train.tsv": content, "dev.tsv": content}))
+    assert list(dataset.train.inputs) == [(f"A{odd}cat.",), ("Sat.",)]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("gj04\t1\tno sentence", "3 .*columns .*4"),
+        ("gj04\t1\t\tone\ttoo many", "5 .*columns .*4"),
+        ("gj04\t2\t\tA third class.", "label is '2'.* 0, 1"),
+        ("gj04\t\t\tNo class.", "label is ''.* 0, 1"),
+    ],
+)
+def test_a_broken_line_is_named(line: str, complaint: str, tmp_path: Path) -> None:
+    good = GLUE["cola"][0]
+    root = write(tmp_path, {"train.tsv": good + line + "\n" + good, "dev.tsv": good})
+    with pytest.raises(TensLoRAError, match=rf"train\.tsv:3: .*{complaint}"):
+        load("cola", root)
+
+
+def test_blank_lines_and_a_missing_last_newline_change_nothing(tmp_path: Path) -> None:
+    good = GLUE["cola"][0]
+    root = write(tmp_path, {"train.tsv": good + "\n" + good + "\n\n", "dev.tsv": good.rstrip("\n")})
+    dataset = load("cola", root)
+    assert list(dataset.train.inputs) == GLUE["cola"][1] * 2
+    assert list(dataset.test.inputs) == GLUE["cola"][1]
+
+
+def test_text_that_is_not_utf8_names_the_file(tmp_path: Path) -> None:
+    root = write(tmp_path, {"dev.tsv": GLUE["cola"][0]})
+    (root / "train.tsv").write_bytes(b"gj04\t1\t\tcaf\xe9.\n")
+    with pytest.raises(TensLoRAError, match=r"train\.tsv: .*UTF-8"):
+        load("cola", root)
+
+
+def test_missing_root_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"dataset\.root=.*nowhere: no such folder"):
+        load("cola", tmp_path / "nowhere")
+
+
+def test_missing_split_says_which_files_would_hold_it(tmp_path: Path) -> None:
+    root = write(tmp_path, {"train.tsv": GLUE["cola"][0]})
+    with pytest.raises(TensLoRAError, match=r"no validation split of cola .*out_of_domain_dev\.tsv or dev\.tsv"):
+        load("cola", root)
+
+
+def test_unknown_split_says_which_there_are(tmp_path: Path) -> None:
+    root = write(tmp_path, {"train.tsv": GLUE["cola"][0], "dev.tsv": GLUE["cola"][0]})
+    with pytest.raises(TensLoRAError, match=r"no evaluation split of cola.*train.*validation"):
+        load("cola", root, test_split="evaluation")
+
+
+def test_unknown_task_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"dataset\.name=wnli: .*cola, mrpc, sst2, qnli, rte"):
+        load("wnli", tmp_path)
+
+
+def test_no_training_split_is_refused(tmp_path: Path) -> None:
+    root = write(tmp_path, {"train.tsv": GLUE["cola"][0], "dev.tsv": GLUE["cola"][0]})
+    with pytest.raises(TensLoRAError, match="no training examples"):
+        load("cola", root, train_splits=None)
+
+
+def test_training_splits_are_joined_and_train_size_draws_from_them(tmp_path: Path) -> None:
+    lines = [f"x\t{i % 2}\t\tSentence {i}.\n" for i in range(20)]
+    root = write(tmp_path, {"train.tsv": "".join(lines[:12]), "dev.tsv": "".join(lines[12:])})
+    joined = load("cola", root, train_splits=["train", "validation"]).train
+    assert [row for (row,) in joined.inputs] == [f"Sentence {i}." for i in range(20)]
+    drawn = load("cola", root, train_splits=["train", "validation"], train_size=7).train
+    assert len(drawn) == len(drawn.inputs) == len(set(drawn.inputs)) == 7
+    for (sentence,), label in zip(drawn.inputs, drawn.labels, strict=True):
+        assert int(sentence.split()[1].rstrip(".")) % 2 == label
+
+
+def hub_rows(labels: list[int]) -> datasets.Dataset:
+    count = len(labels)
+    return datasets.Dataset.from_dict(
+        {"question": [f"Q{i}?" for i in range(count)], "sentence": [f"A{i}." for i in range(count)], "label": labels}
+    )
+
+
+@pytest.fixture
+def quiet_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.mark.usefixtures("quiet_datasets")
+@pytest.mark.parametrize("form", ["datasets", "parquet", "parquet in a folder of the task"])
+def test_datasets_folder_and_parquet(form: str, tmp_path: Path) -> None:
+    splits = {"train": hub_rows([0, 1, 1]), "validation": hub_rows([1, 0]), "test": hub_rows([-1, -1])}
+    root = tmp_path / "root"
+    if form == "datasets":
+        datasets.DatasetDict(splits).save_to_disk(str(root))
+    else:
+        folder = root / "qnli" if form.endswith("task") else root
+        folder.mkdir(parents=True)
+        for split, rows in splits.items():
+            rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    dataset = load("qnli", root)
+    assert list(dataset.train.inputs) == [("Q0?", "A0."), ("Q1?", "A1."), ("Q2?", "A2.")]
+    assert list(dataset.train.labels) == [0, 1, 1]
+    assert list(dataset.test.labels) == [1, 0]
+    with pytest.raises(TensLoRAError, match="test split has an unlabelled example"):
+        load("qnli", root, test_split="test")
+    with pytest.raises(TensLoRAError, match=r"no validation_matched split of qnli"):
+        load("qnli", root, test_split="validation_matched")
+
+
+@pytest.mark.usefixtures("quiet_datasets")
+def test_datasets_folder_of_another_task_names_the_columns(tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": hub_rows([0]), "validation": hub_rows([1])}).save_to_disk(str(tmp_path / "root"))
+    with pytest.raises(TensLoRAError, match="no column sentence1, sentence2; it has question, sentence, label"):
+        load("rte", tmp_path / "root")
+
+
+@pytest.mark.usefixtures("quiet_datasets")
+@pytest.mark.parametrize("form", ["datasets", "parquet"])
+def test_a_damaged_datasets_folder_is_one_line(form: str, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    if form == "datasets":
+        datasets.DatasetDict({"train": hub_rows([0]), "validation": hub_rows([1])}).save_to_disk(str(root))
+        for file in root.glob("train/*.arrow"):
+            file.write_bytes(b"not arrow")
+    else:
+        root.mkdir()
+        (root / "train-00000-of-00001.parquet").write_bytes(b"not parquet")
+    with pytest.raises(TensLoRAError, match=r"dataset\.root=\S*root") as caught:
+        load("qnli", root)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unusual_size_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = GLUE["cola"][0]
+    load("cola", write(tmp_path, {"train.tsv": content, "dev.tsv": content}))
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [
+        "cola: the train split has 2 examples here, 8551 as published",
+        "cola: the validation split has 2 examples here, 1043 as published",
+    ]

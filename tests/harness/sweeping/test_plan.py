@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from tenslora.constructions import CONSTRUCTIONS, PAPER_CONSTRUCTIONS
+from tenslora.errors import TensLoRAError
+from tenslora.harness.results.table import Table
+from tenslora.harness.sweeping.jobs import Job, note_failure, plan_jobs
+from tenslora.harness.sweeping.plan import announcements, plan
+from tests.sweeps import complete, held_elsewhere, planned, swept
+
+# The README's table, for d = 768, 12 layers, 12 heads.
+VIT_BASE = {
+    "lora": ("221,184", "100.0"),
+    "att": ("123,840", "56.0"),
+    "qkv": ("74,640", "33.7"),
+    "depth": ("18,768", "8.5"),
+    "att_qkv": ("43,728", "19.8"),
+    "att_depth": ("11,040", "5.0"),
+    "qkv_depth": ("6,460", "2.9"),
+    "att_qkv_depth": ("4,460", "2.0"),
+}
+
+
+def printed(jobs: list[Job]) -> list[str]:
+    return plan(Table("name", "A title", tuple(job.run() for job in jobs)), jobs).splitlines()
+
+
+def test_the_plan_has_each_rows_exact_count_and_share_of_loras(tmp_path: Path) -> None:
+    composed = [swept("dataset=dtd", "rank_strategy=isorank") for _ in PAPER_CONSTRUCTIONS]
+    for (_, config), mode in zip(composed, PAPER_CONSTRUCTIONS, strict=True):
+        config.tensor_mode.name = mode  # all that conf/tensor_mode says; composing takes Hydra longer
+    jobs = plan_jobs(composed, tmp_path)
+    title, _, column, head, *rows, _, total = printed(jobs)
+    assert (title, column) == ("A title", "dtd with vit_base")
+    assert head.split() == ["ranks", "parameters", "of", "LoRA", "seeds"]
+    assert [row.split() for row in rows] == [
+        [
+            *([mode] if mode == "lora" else [mode, "isorank"]),
+            *", ".join("4" * (1 if mode == "lora" else len(CONSTRUCTIONS[mode]) + 2)).split(),
+            *VIT_BASE[mode], "%", "1", "to", "run",
+        ]
+        for mode in VIT_BASE
+    ]  # fmt: skip
+    assert len({row.rindex("%") for row in rows}) == 1, "numbers end below each other"
+    assert total == "8 jobs: 8 to run"
+    assert not any(line != line.rstrip() for line in rows)
+
+
+def test_the_plan_and_the_announcements_tell_how_far_each_job_has_come(tmp_path: Path) -> None:
+    jobs = [planned(tmp_path, "tensor_mode=qkv", "rank_strategy=isorank", f"seed={seed}") for seed in range(6)]
+    jobs.append(planned(tmp_path, "tensor_mode=head_only"))
+    done, begun, failed, running = jobs[:4]
+    complete(done)
+    begun.folder.mkdir(parents=True)
+    (begun.folder / "checkpoint.safetensors").touch()
+    note_failure(failed.folder, TensLoRAError("out of luck"))
+    with held_elsewhere(running.folder):
+        lines = printed(jobs)
+        announced = announcements(jobs)
+    assert lines[-1] == "7 jobs: 1 done, 1 to go on with, 1 to run again, 1 running elsewhere, 3 to run"
+    (row,) = (line for line in lines if line.startswith("  qkv"))
+    assert row.endswith("1 done, 1 to go on with, 1 to run again, 1 running elsewhere, 2 to run")
+    assert lines[-3].split() == ["head_only", "0", "0.0", "%", "1", "to", "run"]
+    assert announced == [
+        "skip: digits qkv isorank seed 0 is done",
+        "go on: digits qkv isorank seed 1, from its checkpoint",
+        "again: digits qkv isorank seed 2, which failed (out of luck)",
+        "wait: digits qkv isorank seed 3 is running elsewhere",
+    ]
+
+
+def test_each_backbone_has_its_own_counts_and_what_is_unknown_stays_empty(tmp_path: Path) -> None:
+    words = ["rank_strategy=isorank", "tensor_mode=qkv_depth"]
+    undeclared = ["model.geometry=null", "dataset=cola", "tensor_mode=full"]
+    jobs = [planned(tmp_path, *words), planned(tmp_path, *words, "dataset=cola"), planned(tmp_path, *undeclared)]
+    lines = printed(jobs)
+    at = [lines.index(head) for head in ("digits with vit_digits", "cola with roberta_base")]
+    assert lines[at[0] + 2].split()[-6:-3] == ["796", "13.0", "%"]
+    assert lines[at[1] + 2].split()[-6:-3] == ["6,460", "2.9", "%"]
+    assert lines[at[1] + 3].split() == ["full", "1", "to", "run"]

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.training.processes import Processes
+
+
+def test_one_process_is_the_plain_case() -> None:
+    processes = Processes("cpu")
+    model = torch.nn.Linear(2, 2)
+    assert (processes.is_main, processes.count, processes.device.type) == (True, 1, "cpu")
+    assert processes.wrap(model) is model
+    assert processes.gather([1, 2]) == [1, 2]
+    assert processes.mean(torch.tensor(3.0)) == 3.0
+    assert processes.name
+    assert processes.peak_memory_bytes() > 10_000_000
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu:0", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(TensLoRAError, match=rf"trainer\.device={device}: "):
+        Processes(device)
