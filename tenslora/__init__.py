@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tenslora.adapter import Adapter, AdapterConfig
+    from tenslora.adapter import Adapter
+    from tenslora.adapter_config import AdapterConfig
     from tenslora.attachment import attach, detach, disabled, load, merge, unmerge
     from tenslora.constructions import Geometry
     from tenslora.errors import TensLoRAError
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Adapter": "adapter",
-    "AdapterConfig": "adapter",
+    "AdapterConfig": "adapter_config",
     "attach": "attachment",
     "detach": "attachment",
     "disabled": "attachment",

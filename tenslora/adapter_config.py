@@ -1,0 +1,64 @@
+"""The settings of an adapter. Nothing here needs torch: the parameters of an adapter can be counted without it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from tenslora.constructions import HEAD_LAYOUTS, INITS, TENSOR_SEEDS, adapted_matrices, stacked_axes
+from tenslora.errors import TensLoRAError, require_one_of
+from tenslora.factorizations import FACTORIZATIONS
+from tenslora.ranks import RankStrategy
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings of an adapter; the backbone's dimensions are not among them.
+
+    Args:
+        tensor_mode: the construction, one of `constructions.CONSTRUCTIONS`.
+        rank_strategy: how the ranks are chosen.
+        alpha: multiplies the update as it is; it is not divided by the rank.
+        dropout: probability that an entry of the adapter's input is zeroed in training. Query, key and value of a
+            layer share one mask, as they share the input.
+        rank_dropout: probability that a component of h = x @ left is zeroed in a training step, for all tokens alike.
+        init: how the factors start, see `tensor.FactorizedTensor`. lora starts as PEFT's LoRA does, whatever it says.
+        head_layout: "aligned" or "interleaved", see `Factorization.slices`.
+        tensor_seeds: "distinct" draws every tensor from a random stream of its own; "equal" starts all tensors of a
+            shape alike, as the paper's released code does.
+        seed: of these streams; nothing else is drawn from them.
+        factorization: one of `factorizations.FACTORIZATIONS`. lora has matrices, whatever it says.
+        adapt: which matrices of a layer are adapted, see `constructions.adapted_matrices`.
+
+    Raises:
+        TensLoRAError: for a value that is out of range; the message names the field, its value and what is valid.
+    """
+
+    tensor_mode: str = "qkv_depth"
+    rank_strategy: RankStrategy = field(default_factory=RankStrategy)
+    alpha: float = 4.0
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+    init: str = "orthogonal"
+    head_layout: str = "aligned"
+    tensor_seeds: str = "distinct"
+    seed: int = 0
+    factorization: str = "tucker"
+    adapt: str = "qkv"
+
+    def __post_init__(self) -> None:
+        stacked_axes(self.tensor_mode)
+        if not isinstance(self.rank_strategy, RankStrategy):
+            raise TensLoRAError(
+                f"rank_strategy={self.rank_strategy!r}: must be a RankStrategy, such as RankStrategy('isorank')"
+            )
+        for name in ("dropout", "rank_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise TensLoRAError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
+        if not math.isfinite(self.alpha):
+            raise TensLoRAError(f"alpha={self.alpha}: must be a finite number")
+        require_one_of("init", self.init, INITS)
+        require_one_of("head_layout", self.head_layout, HEAD_LAYOUTS)
+        require_one_of("tensor_seeds", self.tensor_seeds, TENSOR_SEEDS)
+        require_one_of("factorization", self.factorization, FACTORIZATIONS)
+        adapted_matrices(self.adapt)
