@@ -81,7 +81,7 @@ def approximate(adapter: Adapter, updates: Updates) -> Approximation:
     """
     config, geometry = adapter.config, adapter.geometry
     if config.alpha == 0:
-        raise TensLoRAError("adapter.alpha=0: no tensor times 0 is near to an update; must be another number")
+        raise TensLoRAError("alpha=0: must be another number, because an update times 0 is near to nothing")
     total = _energy(updates)
     ways = factorization_of(config.tensor_mode, config.factorization)
     wanted = stack([[u.double() for u in layer] for layer in updates], config.tensor_mode, geometry, config.head_layout)

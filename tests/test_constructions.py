@@ -57,7 +57,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_a_dimension_below_one_is_refused() -> None:
-    with pytest.raises(TensLoRAError, match=r"geometry\.heads=0"):
+    with pytest.raises(TensLoRAError, match=r"^heads=0: must be at least 1$"):
         Geometry(d_in=8, heads=0, d_head=4, layers=1)
 
 
@@ -89,5 +89,5 @@ def test_what_does_not_divide_into_heads_is_refused_for_tensors_of_heads_only() 
     assert modes("att_qkv", geometry)["head"] == 3
     with pytest.raises(TensLoRAError, match=r"tensor_mode=att: the up matrix is 60 wide, .* heads of 8"):
         modes("att", geometry)
-    with pytest.raises(TensLoRAError, match=r"adapter\.adapt=mlp: needs geometry\.d_ff"):
+    with pytest.raises(TensLoRAError, match=r"^adapt=mlp: needs d_ff"):
         Geometry(d_in=24, heads=3, d_head=8, layers=2, adapt="mlp")

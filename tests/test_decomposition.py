@@ -11,7 +11,8 @@ from tensorly.decomposition import tensor_train
 from tensorly.tenalg import multi_mode_dot
 from torch import Tensor
 
-from tenslora.adapter import Adapter, AdapterConfig
+from tenslora.adapter import Adapter
+from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import CONSTRUCTIONS, Geometry, modes
 from tenslora.decomposition import approximate, spectra, stack
 from tenslora.errors import TensLoRAError
@@ -117,7 +118,7 @@ def test_nothing_is_near_to_no_update() -> None:
         approximate(Adapter(AdapterConfig("qkv_depth", adapt="all"), GEOMETRY), nothing)
     with pytest.raises(TensLoRAError, match="the updates are all zero"):
         spectra(nothing, GEOMETRY)
-    with pytest.raises(TensLoRAError, match=r"adapter\.alpha=0"):
+    with pytest.raises(TensLoRAError, match=r"^alpha=0"):
         approximate(Adapter(AdapterConfig("qkv_depth", adapt="all", alpha=0.0), GEOMETRY), updates())
 
 

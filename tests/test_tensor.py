@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from tenslora.errors import TensLoRAError
 from tenslora.factorizations.tensor_train import TensorTrain
 from tenslora.factorizations.tucker import Tucker
 from tenslora.tensor import FactorizedTensor
@@ -32,9 +31,3 @@ def test_lora_starts_as_peft_starts_it() -> None:
     assert matrix.d_out.abs().max() == 0  # type: ignore[operator,union-attr]
     assert abs(matrix.d_in.std().item() / oracle.weight.std().item() - 1) < 0.1  # type: ignore[operator,union-attr]
     assert abs(matrix.d_in.abs().max().item() / oracle.weight.abs().max().item() - 1) < 0.05  # type: ignore[operator,union-attr]
-
-
-@pytest.mark.parametrize(("setting", "value"), [("init", "zeros"), ("head_layout", "diagonal")])
-def test_an_unknown_choice_is_refused(setting: str, value: str) -> None:
-    with pytest.raises(TensLoRAError, match=f"adapter.{setting}={value}: must be one of"):
-        FactorizedTensor(Tucker(), {"d_in": 4, "d_out": 4}, [2, 2], 1, torch.Generator(), **{setting: value})  # type: ignore[arg-type]
