@@ -17,23 +17,29 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.app import run_app
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
 
 def job(composed: DictConfig) -> str | None:
-    """One run of the table, in whatever process the launcher starts for it."""
+    """Carry out one run of the table, in whatever process the launcher starts for it."""
     from hydra.core.hydra_config import HydraConfig
 
+    from tenslora.harness.config import validate
+    from tenslora.harness.run_folder import RunFolder
     from tenslora.harness.sweeping.jobs import carry_out
     from train import train
 
     hydra = HydraConfig.get()
-    in_this_process = hydra.launcher._target_.endswith("BasicLauncher")  # elsewhere, bars would write over each other
+    # Progress bars of several processes would overwrite each other.
+    in_this_process = hydra.launcher._target_.endswith("BasicLauncher")
     return carry_out(
-        composed, Path(hydra.runtime.output_dir), lambda run, folder: train(run, folder, shown=in_this_process)
+        validate(composed),
+        RunFolder(Path(hydra.runtime.output_dir)),
+        composed.table.name,
+        lambda run, path: train(run, path, show_progress=in_this_process),
     )
 
 
@@ -42,17 +48,19 @@ def sweep(
     composed: list[tuple[tuple[str, ...], DictConfig]],
     launch: Callable[[Sequence[Sequence[str]]], Sequence[JobReturn]],
 ) -> None:
-    """The whole: plan, run what is not done, collect.
+    """The whole sweep: plan it, run what is not done, collect the results.
 
-    config: as composed, without what is swept. composed: each job's overrides and config. launch: runs lists of
-    overrides through Hydra's launcher and returns when all have ended.
+    Args:
+        config: as composed, without the swept values.
+        composed: the overrides and the config of each job.
+        launch: runs lists of overrides through Hydra's launcher and returns when all of them have ended.
     """
     from hydra.core.utils import JobStatus
 
     from tenslora.harness.results import write_results
     from tenslora.harness.results.paper import stand_in
     from tenslora.harness.results.table import Table
-    from tenslora.harness.sweeping.jobs import ELSEWHERE, State, note_failure, plan_jobs
+    from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, plan_jobs
     from tenslora.harness.sweeping.plan import announcements, plan
     from tenslora.harness.sweeping.progress import Progress
     from tenslora.harness.tracking import track_table
@@ -60,40 +68,42 @@ def sweep(
     outputs = Path(config.hydra.sweep.dir)
     jobs = plan_jobs(composed, outputs)
 
-    def collect() -> Table:
-        table = Table(config.table.name, config.table.title, tuple(job.run() for job in jobs), config.table.score)
+    def collect(looks: Mapping[Job, Look]) -> Table:
+        runs = tuple(job.in_table(look) for job, look in looks.items())
+        table = Table(config.table.name, config.table.title, runs, config.table.score)
         return replace(table, notes=tuple(filter(None, [stand_in(table)])))
 
-    print(plan(collect(), jobs), flush=True)
+    looks = {job: job.look() for job in jobs}
+    print(plan(collect(looks), looks), flush=True)
     if config.dry_run:
         return
 
-    todo = [] if config.collect_only else [job for job in jobs if job.state() is not State.DONE]
+    todo = [] if config.collect_only else [job for job, look in looks.items() if look.state is not State.DONE]
     if not config.collect_only:
-        print("\n".join(["", *announcements(jobs)]), flush=True)
+        print("\n".join(["", *announcements(looks)]), flush=True)
     if todo:
-        with Progress(jobs):
+        with Progress(jobs, looks):
             while todo:
-                returned = launch([job.overrides for job in todo])
                 elsewhere = []
-                for job, outcome in zip(todo, returned, strict=True):
+                for job, outcome in zip(todo, launch([job.overrides for job in todo]), strict=True):
                     if outcome.status is JobStatus.FAILED:
-                        if job.problem() is None:  # killed, and so without a word of its own
-                            note_failure(job.folder, outcome._return_value)
+                        if job.look().problem is None:  # it was killed before it could leave a reason
+                            job.folder.write_failure(outcome._return_value)
                     elif outcome.return_value == ELSEWHERE:
                         elsewhere.append(job)
-                # Another sweep has these in hand; should it break off, they are ours after all.
-                while any(job.state() is State.RUNNING for job in elsewhere):
+                # Another sweep carries these out. Should it break off, they are ours after all.
+                while any(job.look().state is State.RUNNING for job in elsewhere):
                     time.sleep(1)
-                todo = [job for job in elsewhere if job.state() is not State.DONE]
+                todo = [job for job in elsewhere if job.look().state is not State.DONE]
 
-    table = collect()
+    looks = {job: job.look() for job in jobs}
+    table = collect(looks)
     files = write_results(table, outputs / "tables" / table.name)
-    track_table(jobs[0].settings.logger, outputs / "tables" / table.name, table, files)
+    track_table(jobs[0].run.logger, outputs / "tables" / table.name, table, files)
     print("\n".join(["", *(str(file) for file in files)]))
-    failed = [job for job in jobs if job.problem()]
+    failed = {job: look.problem for job, look in looks.items() if look.problem}
     if failed:
-        print("\n".join(["", "failed:", *(f"  {job.label}: {job.problem()}" for job in failed)]))
+        print("\n".join(["", "failed:", *(f"  {job.label}: {problem}" for job, problem in failed.items())]))
         raise TensLoRAError(f"{len(failed)} of {len(jobs)} jobs failed; the same command runs them again")
 
 

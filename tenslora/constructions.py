@@ -88,9 +88,9 @@ class Geometry:
         for name in ("d_in", "heads", "d_head", "layers", "kv_heads", "d_ff"):
             size = getattr(self, name)
             if size is not None and size < 1:
-                raise TensLoRAError(f"geometry.{name}={size}: must be at least 1")
+                raise TensLoRAError(f"{name}={size}: must be at least 1")
         if self.d_ff is None and {"up", "down"} & set(self.matrices):
-            raise TensLoRAError(f"adapt={self.adapt}: needs geometry.d_ff, the feed-forward block's width")
+            raise TensLoRAError(f"adapt={self.adapt}: needs d_ff, the feed-forward block's width")
 
     @property
     def d_out(self) -> int:

@@ -1,4 +1,4 @@
-"""The command line: Hydra's, but what the user can put right is said in one line."""
+"""The command line of train.py and sweep.py: Hydra's entry point, except that a user's mistake prints as one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from tenslora.harness.config import register_resolvers
 
 log = logging.getLogger(__name__)
 
-_FULL = "HYDRA_FULL_ERROR"
+_ROOT = Path(__file__).resolve().parents[2]
+_FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def run_app(
@@ -29,34 +30,37 @@ def run_app(
 ) -> None:
     """Run `task` on the config that Hydra composes from conf/ and the command line.
 
-    With `sweep`, that decides which jobs of a multirun are carried out: see `hydra_plugins.tenslora_sweeps`.
+    A user's mistake ends the process with status 1 and one line on standard error; HYDRA_FULL_ERROR=1 adds the
+    traceback. In a multirun the line goes to the job's log, Hydra goes on with the other jobs, and the process ends
+    with status 1. Ctrl-C or SIGTERM ends the process with status 130.
 
-    A mistake of the user's ends the process with status 1 and one line on standard error; with
-    HYDRA_FULL_ERROR=1 it ends with the traceback. In a multirun the line goes to the job's log, Hydra goes on with
-    the other jobs, and the process ends with status 1. Ctrl-C or SIGTERM ends it with status 130.
+    Args:
+        task: carries out one job.
+        config_name: the file in conf/ to begin with.
+        sweep: decides which jobs of a multirun are carried out; see `hydra_plugins.tenslora_sweeps.TableSweeper`.
     """
-    root = str(Path(__file__).resolve().parents[2])
-    guarded = _Task(task, sweep, wants_traceback=os.environ.get(_FULL) == "1")
-    # Hydra then lets its own errors through instead of printing them over several lines.
-    os.environ[_FULL] = "1"
-    # A launcher's jobs start in other processes, on other machines: they are to find this package, wherever they are.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    # As Ctrl-C, so that whatever runs below gets to stop its own processes.
+    guarded = _Task(task, sweep, wants_traceback=os.environ.get(_FULL_ERROR) == "1")
+    # With this setting Hydra raises its own errors instead of printing them over several lines.
+    os.environ[_FULL_ERROR] = "1"
+    # A launcher starts jobs in other processes, perhaps on other machines, which have to find this package.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    # SIGTERM becomes KeyboardInterrupt, so that the code below can stop its own processes.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        hydra.main(version_base="1.3", config_path=os.path.join(root, "conf"), config_name=config_name)(guarded)()
+        hydra.main(version_base="1.3", config_path=str(_ROOT / "conf"), config_name=config_name)(guarded)()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        mistake = _mistake(error)
         # Before the task has begun, whatever is wrong is with the command line, conf/ or the output folder.
-        if guarded.wants_traceback or (guarded.started and not isinstance(error, TensLoRAError)):
+        if guarded.wants_traceback or (guarded.started and not isinstance(mistake, TensLoRAError)):
             raise
-        sys.exit(_line(error))
+        sys.exit(_line(mistake))
 
 
 class _Task:
-    """What Hydra calls for each job, here or in a launcher's process, and what its sweeper asks for the whole."""
+    """What Hydra calls for each job, in this process or in a launcher's, and what its sweeper asks for a multirun."""
 
     def __init__(
         self, task: Callable[[DictConfig], Any], sweep: Callable[..., None] | None, wants_traceback: bool
@@ -72,8 +76,8 @@ class _Task:
             if self.wants_traceback:
                 raise
             line = _line(error)
-        # Out here the error is gone, and with it the frames that held the model: Hydra keeps what is raised until
-        # the last job of a multirun is over, and launchers send it through pickle.
+        # The error is raised anew outside of the except block, without the frames that held the model: Hydra keeps
+        # what is raised until the last job of a multirun is over, and launchers pickle it.
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             sys.exit(line)
         log.error(line)
@@ -85,11 +89,21 @@ class _Task:
         self._sweep(config, jobs, launch)
 
 
-# On import, so that it is done as well where a launcher's process unpickles a task.
+# On import, and so also in the process where a launcher unpickles a task.
 register_resolvers()
 
 
-def _line(error: Exception) -> str:
+def _mistake(error: BaseException) -> BaseException:
+    # OmegaConf wraps what a resolver raises: ${run_folder:} checks the settings.
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, TensLoRAError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+def _line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         return f"error: {group}={option}: must be one of {', '.join(error.options)}"

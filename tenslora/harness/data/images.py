@@ -109,7 +109,7 @@ def load_images(config: ImageDatasetConfig, seed: int) -> Dataset:
     if config.name == "digits":
         for setting, value, only in (
             ("root", config.root, None),
-            ("train_splits", config.train_splits, ["train"]),
+            ("train_splits", config.train_splits and list(config.train_splits), ["train"]),
             ("test_split", config.test_split, "test"),
         ):
             if value != only:

@@ -1,31 +1,25 @@
-"""One job of a sweep: what it is, where it stands, and who may carry it out."""
+"""One job of a sweep: what it is, what its folder says about it, and who may carry it out."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
 from tenslora.errors import TensLoRAError
-from tenslora.files import write_json
-from tenslora.harness.config import SWEEP_KEYS, RunConfig, check, digest, run_folder, strategy_of, validate
-from tenslora.harness.config import settings as plain_settings
-from tenslora.harness.results.record import NAME, read_record
+from tenslora.harness.config import SWEEP_KEYS, RunConfig, validate
 from tenslora.harness.results.table import Column, Row, Run
+from tenslora.harness.run_folder import RunFolder
 from tenslora.ranks import parameter_count
 
 log = logging.getLogger(__name__)
 
-FAILURE = "failure.json"
-CHECKPOINT = "checkpoint.safetensors"
 ELSEWHERE = "carried out elsewhere"
 """What `carry_out` returns for a job that another sweep has in hand."""
 
@@ -34,7 +28,7 @@ _ROW = ("tensor_mode", "rank_strategy")
 
 
 class State(Enum):
-    """Where a job stands, as the files in its folder tell."""
+    """How far a job has come."""
 
     NEW = "to run"
     BEGUN = "begun"
@@ -44,199 +38,179 @@ class State(Enum):
 
 
 @dataclass(frozen=True)
+class Look:
+    """What a job's folder says at one moment; all of it comes from one reading.
+
+    Args:
+        state: how far the job has come.
+        record: of this very run, if there is one that can be read.
+        problem: why the last attempt left no score, if it failed.
+    """
+
+    state: State
+    record: dict[str, Any] | None
+    problem: str | None
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """One run of a table.
 
-    overrides: what sets it apart, for the launcher. settings: validated. row, column: its place in the table.
-    digest: of the settings that can change its result. folder: the run's.
+    Args:
+        overrides: what sets the run apart, for the launcher.
+        run: its settings.
+        row: its row in the table.
+        column: its column in the table.
+        digest: of its settings.
+        folder: its folder.
     """
 
     overrides: tuple[str, ...]
-    settings: RunConfig
+    run: RunConfig
     row: Row
     column: Column
     digest: str
-    folder: Path
+    folder: RunFolder
 
     @property
     def label(self) -> str:
-        return f"{self.column.dataset} {self.row.label} seed {self.settings.seed}"
+        """The job in a few words, for people."""
+        return f"{self.column.dataset} {self.row.label} seed {self.run.seed}"
 
-    def record(self) -> dict[str, Any] | None:
-        """The record of this very run, if it is there and readable."""
-        try:
-            record = read_record(self.folder)
-        except TensLoRAError:
-            return None
-        return record if record["digest"] == self.digest else None
-
-    def problem(self) -> str | None:
-        """Why the last attempt left no score, if it failed."""
-        record = self.record()
-        if record is not None:
-            return None if record["status"] == "completed" else str(record["failure"]["message"])
-        try:
-            return str(json.loads((self.folder / FAILURE).read_text())["error"])
-        except (OSError, ValueError, KeyError):
-            return None
-
-    def state(self) -> State:
-        record = self.record()
+    def look(self) -> Look:
+        """Read the job's folder."""
+        record: dict[str, Any] | None = None
+        with contextlib.suppress(TensLoRAError):
+            record = self.folder.read_record()
+        if record is not None and record["digest"] != self.digest:
+            record = None
         if record is not None and record["status"] == "completed":
-            return State.DONE
-        if _taken(self.folder):
-            return State.RUNNING
-        if self.problem() is not None:
-            return State.FAILED
-        return State.BEGUN if (self.folder / CHECKPOINT).is_file() else State.NEW
+            return Look(State.DONE, record, None)
+        problem = str(record["failure"]["message"]) if record else self.folder.read_failure()
+        if self.folder.is_claimed():
+            return Look(State.RUNNING, record, problem)
+        if problem is not None:
+            return Look(State.FAILED, record, problem)
+        return Look(State.BEGUN if self.folder.checkpoint.is_file() else State.NEW, record, None)
 
-    def run(self) -> Run:
-        """What the table shows of it."""
-        settings, record, problem = self.settings, self.record(), self.problem()
+    def in_table(self, look: Look) -> Run:
+        """The job as the table shows it.
+
+        Args:
+            look: at its folder.
+        """
+        run, record = self.run, look.record
         ranks = parameters = lora = None
-        if geometry := settings.geometry:
-            lora = parameter_count("lora", geometry, [settings.strategy.rank])
-            if settings.has_adapter:
-                factorization = settings.factorization.name
-                ranks = settings.strategy.resolve(settings.mode, geometry, factorization)
-                parameters = parameter_count(settings.mode, geometry, ranks, factorization)
+        if geometry := run.geometry:
+            lora = parameter_count("lora", geometry, [run.rank_strategy.rank])
+            if run.adapter:
+                factorization = run.adapter.factorization
+                ranks = run.rank_strategy.resolve(run.tensor_mode, geometry, factorization)
+                parameters = parameter_count(run.tensor_mode, geometry, ranks, factorization)
         elif record:
             ranks = record["ranks"] and tuple(record["ranks"])
             parameters, lora = record["adapter_parameters"], record["lora_parameters"]
-        if settings.mode == "head_only":
+        if run.tensor_mode == "head_only":
             parameters = 0
-        missing = "" if record else "missing"
-        return Run(
-            self.row, self.column, settings.seed, self.digest, ranks, parameters, lora, record, problem or missing
-        )
+        problem = look.problem or ("" if record else "missing")
+        return Run(self.row, self.column, run.seed, self.digest, ranks, parameters, lora, record, problem)
 
 
-def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], folder: Path) -> list[Job]:
+def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: Path) -> list[Job]:
     """The jobs of a sweep, in the order in which they were composed, each run once.
 
-    composed: pairs of overrides and the config that they make. folder: of all runs. Two sets of overrides that make
-    the same run (LoRA under both strategies) are one job. What varies beside dataset, model, seed, construction and
-    strategy becomes part of the row, where it makes a run another one.
+    Two sets of overrides that make the same run (LoRA under both strategies) are one job. What varies beside dataset,
+    model, seed, construction and strategy becomes part of the row where it makes the run another one.
 
-    Raises TensLoRAError for the first job whose settings are at fault, and where a setting of the whole sweep has
-    several values; before anything is run.
+    Args:
+        composed: pairs of overrides and the config that they make.
+        outputs: the folder of all runs.
+
+    Raises:
+        TensLoRAError: for the first job whose settings are at fault, or for a setting of the whole sweep that was given
+            several values. Nothing has been run by then.
     """
     values: dict[str, dict[str, None]] = {}
     for words, _ in composed:
         for key, _, value in (word.partition("=") for word in words):
             values.setdefault(key, {})[value] = None
-    varied = [key for key, found in values.items() if len(found) > 1]
+    varied = [key for key, given in values.items() if len(given) > 1]
     for key in varied:
-        if key in SWEEP_KEYS or key.split(".")[0] in SWEEP_KEYS:
+        if key.split(".")[0] in SWEEP_KEYS:
             raise TensLoRAError(f"{key}={','.join(values[key])}: one value for the whole sweep, not several")
-    runs: dict[str, list[tuple[str, ...]]] = {}
-    identifiers = [digest(config) for _, config in composed]
-    for identifier, (words, _) in zip(identifiers, composed, strict=True):
-        runs.setdefault(identifier, []).append(words)
+
+    # Runs that differ in the seed alone are validated once, which is the slow part.
+    validated: dict[tuple[str, ...], RunConfig] = {}
+    runs: list[RunConfig] = []
+    for words, config in composed:
+        key_words = tuple(word for word in words if not word.startswith("seed="))
+        if key_words not in validated:
+            validated[key_words] = validate(config)
+        runs.append(validated[key_words].with_seed(config.seed))
+
+    digests = [run.digest() for run in runs]
+    spellings: dict[str, list[tuple[str, ...]]] = {}
+    for digest, (words, _) in zip(digests, composed, strict=True):
+        spellings.setdefault(digest, []).append(words)
     jobs: dict[str, Job] = {}
-    validated: dict[str, RunConfig] = {}
-    for identifier, (words, config) in zip(identifiers, composed, strict=True):
-        if identifier in jobs:
+    for run, digest, (words, _) in zip(runs, digests, composed, strict=True):
+        if digest in jobs:
             continue
-        # Runs that differ in the seed alone share the slow part of validating.
-        plain = json.dumps({**plain_settings(config), "seed": None}, sort_keys=True)
-        if plain not in validated:
-            validated[plain] = validate(config)
-        settings = replace(validated[plain], seed=config.seed)
-        check(settings)
         variant = tuple(
             word
             for word in words
             if (key := word.partition("=")[0]) in varied
             and key not in (*_COLUMNS_AND_SEED, *_ROW)
-            and all(word in same for same in runs[identifier])
+            and all(word in same for same in spellings[digest])
         )
-        jobs[identifier] = Job(
+        jobs[digest] = Job(
             overrides=words,
-            settings=settings,
-            row=Row(settings.mode, strategy_of(config), variant),
-            column=Column(settings.dataset.name, settings.model.name),
-            digest=identifier,
-            folder=folder / run_folder(config),
+            run=run,
+            row=Row(run.tensor_mode, run.row_strategy, variant),
+            column=Column(run.dataset.name, run.model.name),
+            digest=digest,
+            folder=RunFolder(outputs / run.folder()),
         )
     return list(jobs.values())
 
 
-def carry_out(composed: DictConfig, folder: Path, train: Callable[[DictConfig, Path], Any]) -> str | None:
-    """Carry out one job in `folder`, unless it is done or in someone else's hands.
+def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[RunConfig, Path], Any]) -> str | None:
+    """Carry out one job, unless it is done or another process holds it.
 
-    Goes on from the job's checkpoint if there is one. Returns ELSEWHERE if another process holds the job. Whatever
-    `train` raises is left in failure.json and raised again.
+    The job goes on from its checkpoint if there is one. What `train` raises is left in failure.json and raised again.
+
+    Args:
+        run: the job's settings.
+        folder: the job's folder.
+        table: the name of the table, which groups its runs in the logger.
+        train: carries out a run in a folder.
+
+    Returns:
+        `ELSEWHERE` if another process holds the job, otherwise None.
     """
-    with _claim(folder) as ours:
+    with folder.claim() as ours:
         if not ours:
             return ELSEWHERE
         with contextlib.suppress(TensLoRAError):
-            record = read_record(folder)
-            if record["status"] == "completed" and record["digest"] == digest(composed):
+            record = folder.read_record()
+            if record["status"] == "completed" and record["digest"] == run.digest():
                 return None
-        for leftover in (FAILURE, NAME):
-            (folder / leftover).unlink(missing_ok=True)
+        folder.begin_anew()
         try:
-            train(_as_job(composed), folder)
+            train(_as_job(run, table), folder.path)
         except Exception as error:
-            if not isinstance(error, TensLoRAError):  # Hydra and the launchers keep its traceback to themselves
+            if not isinstance(error, TensLoRAError):  # Hydra and the launchers do not show its traceback
                 log.exception("the job failed")
-            if not (folder / NAME).is_file():  # a run that diverged has left a record of it
-                note_failure(folder, error)
+            if not folder.result.is_file():  # a run that diverged has left a record, which says so
+                folder.write_failure(error)
             raise
     return None
 
 
-def note_failure(folder: Path, error: BaseException) -> None:
-    """Leave the reason why a job has no record, for the table and the next sweep."""
-    reason = " ".join(str(error).split())
-    if not isinstance(error, TensLoRAError):
-        reason = ": ".join(filter(None, (type(error).__name__, reason)))
-    with contextlib.suppress(TensLoRAError):  # on a full disk the reason is on the console all the same
-        write_json(folder / FAILURE, {"error": reason})
-
-
-def _as_job(composed: DictConfig) -> DictConfig:
-    job = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
-    assert isinstance(job, DictConfig)
-    with open_dict(job):
-        job.resume = True
-        if job.logger.name != "none":
-            tags = [job.table.name, job.dataset.name, job.tensor_mode.name, strategy_of(job), f"seed{job.seed}"]
-            job.logger.group = job.logger.get("group") or job.table.name
-            job.logger.tags = list(dict.fromkeys([*job.logger.get("tags", []), *filter(None, tags)]))
-    return job
-
-
-@contextlib.contextmanager
-def _claim(folder: Path) -> Iterator[bool]:
-    """Whether the job in `folder` is ours until the end of the context; no two processes hold it at once.
-
-    The kernel lets go of the lock when its holder dies, however it dies. On a shared file system it has to support
-    flock (NFS from version 4, Lustre, GPFS).
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=1)  # not 0: who merely looks holds it for an instant
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def _taken(folder: Path) -> bool:
-    path = folder / ".lock"
-    if not path.is_file():
-        return False
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
+def _as_job(run: RunConfig, table: str) -> RunConfig:
+    logger = run.logger
+    if logger.name != "none":
+        tags = [table, run.dataset.name, run.tensor_mode, run.row_strategy, f"seed{run.seed}"]
+        unique = tuple(dict.fromkeys([*logger.tags, *filter(None, tags)]))
+        logger = replace(logger, group=logger.group or table, tags=unique)
+    return replace(run, resume=True, logger=logger)

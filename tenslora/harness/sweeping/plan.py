@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 from tenslora.harness.results.table import Table
-from tenslora.harness.sweeping.jobs import Job, State
+from tenslora.harness.sweeping.jobs import Job, Look, State
 
 _WORDS = {
     State.DONE: "done",
@@ -17,9 +17,14 @@ _WORDS = {
 }
 
 
-def plan(table: Table, jobs: Sequence[Job]) -> str:
-    """The rows with their ranks, exact parameter counts and share of LoRA's, and how far each has come."""
-    states = {job.digest: job.state() for job in jobs}
+def plan(table: Table, looks: Mapping[Job, Look]) -> str:
+    """The rows with their ranks, exact parameter counts and share of LoRA's count, and how far each has come.
+
+    Args:
+        table: of the jobs.
+        looks: at each job's folder.
+    """
+    states = {job.digest: look.state for job, look in looks.items()}
     lines = [table.title]
     for column in table.columns:
         rows = []
@@ -31,33 +36,36 @@ def plan(table: Table, jobs: Sequence[Job]) -> str:
                 share = ""
                 if first.parameters is not None and first.lora_parameters:
                     share = f"{100 * first.parameters / first.lora_parameters:.1f} %"
-                rows.append((row.label, ranks, count, share, _counted([states[run.digest] for run in runs])))
+                rows.append((row.label, ranks, count, share, _counted(states[run.digest] for run in runs)))
         head = ("", "ranks", "parameters", "of LoRA", "seeds")
         widths = [max(len(line[i]) for line in [head, *rows]) for i in range(4)]
         lines.append(f"\n{column.dataset} with {column.model}")
         for label, ranks, count, share, seeds in [head, *rows]:
             cells = (label.ljust(widths[0]), ranks.ljust(widths[1]), count.rjust(widths[2]), share.rjust(widths[3]))
             lines.append("  ".join(("", *cells, seeds)).rstrip())
-    lines.append(f"\n{len(jobs)} jobs: {_counted(list(states.values()))}")
+    lines.append(f"\n{len(looks)} jobs: {_counted(states.values())}")
     return "\n".join(lines)
 
 
-def announcements(jobs: Sequence[Job]) -> list[str]:
-    """A line for each job that does not simply start: skipped, gone on with, run again."""
+def announcements(looks: Mapping[Job, Look]) -> list[str]:
+    """A line for each job that does not simply start: skipped, continued, run again, waited for.
+
+    Args:
+        looks: at each job's folder.
+    """
     lines = []
-    for job in jobs:
-        state = job.state()
-        if state is State.DONE:
+    for job, look in looks.items():
+        if look.state is State.DONE:
             lines.append(f"skip: {job.label} is done")
-        elif state is State.BEGUN:
+        elif look.state is State.BEGUN:
             lines.append(f"go on: {job.label}, from its checkpoint")
-        elif state is State.FAILED:
-            lines.append(f"again: {job.label}, which failed ({job.problem()})")
-        elif state is State.RUNNING:
+        elif look.state is State.FAILED:
+            lines.append(f"again: {job.label}, which failed ({look.problem})")
+        elif look.state is State.RUNNING:
             lines.append(f"wait: {job.label} is running elsewhere")
     return lines
 
 
-def _counted(states: list[State]) -> str:
+def _counted(states: Iterable[State]) -> str:
     counts = Counter(states)
     return ", ".join(f"{counts[state]} {words}" for state, words in _WORDS.items() if counts[state])

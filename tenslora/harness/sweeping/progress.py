@@ -1,4 +1,4 @@
-"""How far a sweep has come, while it runs."""
+"""Shows how far a sweep has come while it runs."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from tenslora.harness.results.record import NAME
-from tenslora.harness.sweeping.jobs import FAILURE, Job, State
+from tenslora.harness.sweeping.jobs import Job, Look, State
 
 LOOK_SECONDS = 1.0
-PLAIN_LINE_SECONDS = 60.0  # where there is no terminal: how often a line tells that it is still running
+PLAIN_LINE_SECONDS = 60.0  # without a terminal: how often a line says that the sweep is still running
 
 
 class Progress:
     """A bar over the jobs, with how many run and have failed and the time left; plain lines without a terminal.
 
-    It reads the jobs' folders, so that it shows the same whatever launcher carries them out, and whoever does.
+    It reads the jobs' folders, so it shows the same whatever launcher carries them out, and whoever does.
+
+    Args:
+        jobs: of the sweep.
+        looks: at each job's folder, before anything is started.
     """
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], looks: Mapping[Job, Look]) -> None:
         self.jobs = list(jobs)
-        # What has failed before is about to be run again, and settled once it has failed anew.
-        self.settled = {job.digest for job in jobs if job.state() is State.DONE}
-        self.failures = {job.digest: _failed_at(job) for job in jobs}
+        # A job that failed before is about to be run again; it is settled when it has failed anew.
+        self.settled = {job for job in jobs if looks[job].state is State.DONE}
+        self.failures = {job: _failed_at(job) for job in jobs}
         self.first, self.failed = len(self.settled), 0
         self.started = self.last_line = time.monotonic()
         self.bar: tqdm[Any] | None = None
@@ -47,25 +50,26 @@ class Progress:
     ) -> None:
         self._end.set()
         self._watch.join()
-        self._look()
+        self._update()
         if self.bar is not None:
             self.bar.close()
 
     def _follow(self) -> None:
         while not self._end.wait(LOOK_SECONDS):
-            self._look()
+            self._update()
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         running = 0
         for job in self.jobs:
-            if job.digest in self.settled:
+            if job in self.settled:
                 continue
-            now = job.state()
-            running += now is State.RUNNING
-            if now is State.DONE or (now is State.FAILED and _failed_at(job) != self.failures[job.digest]):
-                self.settled.add(job.digest)
-                self.failed += now is State.FAILED
-                self._say(f"{self._count()} {job.label}: {_outcome(job)}{self._left()}")
+            look = job.look()
+            running += look.state is State.RUNNING
+            failed_anew = look.state is State.FAILED and _failed_at(job) != self.failures[job]
+            if look.state is State.DONE or failed_anew:
+                self.settled.add(job)
+                self.failed += failed_anew
+                self._say(f"{self._count()} {job.label}: {_outcome(look)}{self._left()}")
         if self.bar is not None:
             self.bar.n = len(self.settled)
             self.bar.set_postfix_str(f"{running} running, {self.failed} failed")
@@ -91,16 +95,16 @@ class Progress:
 
 
 def _failed_at(job: Job) -> list[int]:
-    # When the files that tell of a failure were written. A job may fail faster than it can be seen running.
-    found = []
-    for name in (FAILURE, NAME):
+    # When the files that tell of a failure were written: a job may fail faster than it can be seen running.
+    times = []
+    for file in (job.folder.failure, job.folder.result):
         with contextlib.suppress(FileNotFoundError):
-            found.append((job.folder / name).stat().st_mtime_ns)
-    return found
+            times.append(file.stat().st_mtime_ns)
+    return times
 
 
-def _outcome(job: Job) -> str:
-    record = job.record()
-    if record is None or record["status"] != "completed":
-        return f"failed ({job.problem()})"
-    return f"{record['metrics']['name']} {record['metrics']['last']:.4f}"
+def _outcome(look: Look) -> str:
+    if look.record is None or look.state is not State.DONE:
+        return f"failed ({look.problem})"
+    metrics = look.record["metrics"]
+    return f"{metrics['name']} {metrics['last']:.4f}"

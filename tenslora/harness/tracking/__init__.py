@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
-from omegaconf import OmegaConf
-
 from tenslora.errors import TensLoRAError
-from tenslora.harness.config import LoggerConfig, strategy_of
+from tenslora.harness.config import LoggerConfig, RunConfig
 from tenslora.harness.results.cells import adapter_of, ordered_runs, status
 from tenslora.harness.results.statistics import paired_difference
 from tenslora.harness.results.table import Row, Run, Table, mean_and_deviation
@@ -56,16 +54,16 @@ class WandbTracker(Tracker):
     model.
     """
 
-    def __init__(self, config: LoggerConfig, folder: Path, settings: dict[str, Any], facts: dict[str, Any]) -> None:
-        row = _hyphenated(Row(facts["tensor_mode"], strategy_of(OmegaConf.create(settings))))
+    def __init__(self, run: RunConfig, folder: Path, facts: dict[str, Any]) -> None:
+        row = _hyphenated(Row(run.tensor_mode, run.row_strategy))
         share = 100 * facts["adapter_parameters"] / facts["lora_parameters"]
-        self._headline: str = settings["dataset"]["metrics"][0]
+        self._headline: str = run.dataset.metrics[0]
         self._run = _start(
-            config,
+            run.logger,
             folder,
             name=f"{facts['dataset']}-{facts['model']}-{row}-seed{facts['seed']}",
             job_type=TRAIN,
-            settings={**facts, **settings, "row": row, "percent_of_lora": share},
+            settings={**facts, **run.settings(), "row": row, "percent_of_lora": share},
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -85,17 +83,15 @@ class WandbTracker(Tracker):
         self._run.finish(exit_code=1)
 
 
-def start_tracker(
-    config: LoggerConfig, folder: Path, settings: dict[str, Any], facts: dict[str, Any], watch: bool = True
-) -> Tracker:
+def start_tracker(run: RunConfig, folder: Path, facts: dict[str, Any], watch: bool = True) -> Tracker:
     """The tracker that a logger config asks for; W&B is imported only for it.
 
-    settings: the resolved configuration. facts: names and parameter counts of the run. watch: false on all but one
+    run: its settings. facts: names and parameter counts of the run. watch: false on all but one
     of the processes that share a run. Raises TensLoRAError if W&B refuses the run.
     """
-    if not watch or not _is_wanted(config):
+    if not watch or not _is_wanted(run.logger):
         return Tracker()
-    return WandbTracker(config, folder, settings, facts)
+    return WandbTracker(run, folder, facts)
 
 
 def track_table(config: LoggerConfig, folder: Path, table: Table, files: list[Path]) -> None:
@@ -108,7 +104,7 @@ def track_table(config: LoggerConfig, folder: Path, table: Table, files: list[Pa
     """
     if not _is_wanted(config):
         return
-    config = replace(config, group=config.group or table.name, tags=[*config.tags, table.name])
+    config = replace(config, group=config.group or table.name, tags=(*config.tags, table.name))
     facts = {"table": {"name": table.name, "title": table.title, "score": table.score, "notes": list(table.notes)}}
     with _start(config, folder, name=table.name, job_type=TABLE, settings=facts) as run:
         import wandb

@@ -1,0 +1,250 @@
+"""The settings of a run as types. Their values live in conf/, which says what each of them means.
+
+A field's annotation is its range; what several settings have to agree on is checked by `RunConfig`. The settings of
+the adapter, of its rank strategy and of the backbone's geometry are the library's own types, with the library's own
+checks. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from tenslora.adapter_config import AdapterConfig
+from tenslora.constructions import CONSTRUCTIONS, Geometry
+from tenslora.errors import TensLoRAError
+from tenslora.harness.config import identity
+from tenslora.harness.config.checks import (
+    BelowOne,
+    Count,
+    NonNegative,
+    NonNegativeInt,
+    at_least_one,
+    one_of,
+    within,
+)
+from tenslora.ranks import RankStrategy
+
+METRICS = ("accuracy", "matthews", "f1")
+
+REFERENCES = ("head_only", "full")
+"""Values of tensor_mode without an adapter: only the head is trained, or every weight."""
+
+FACTORS = ("core", "d_in", "d_out", "d_head", "head", "projection", "depth", "site")
+"""The names that the parameters of a tensor can have: the core, and the modes."""
+
+TENSOR_MODES = (*CONSTRUCTIONS, *REFERENCES)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A backbone: where its weights come from, and for an image model what its images look like."""
+
+    name: str
+    modality: Literal["image", "text"]
+    library: Annotated[str, one_of(("transformers", "timm"))]
+    architecture: str
+    options: dict[str, Any]
+    checkpoint: str | None
+    pretrained: bool
+    geometry: Geometry | None
+    image_size: NonNegativeInt = 0
+    channels: NonNegativeInt = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.modality == "text":
+            return
+        if self.image_size < 1:
+            raise TensLoRAError(f"image_size={self.image_size}: must be at least 1")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise TensLoRAError(
+                f"mean={list(self.mean)}: mean and std need one number for each of {self.channels} channels"
+            )
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """How an image becomes what the backbone takes."""
+
+    crop_ratio: Annotated[float, within(0.01, 1)]
+    squash: bool
+    interpolation: Annotated[str, one_of(("bilinear", "bicubic"))]
+    color_jitter: NonNegative
+    flip: bool
+    normalize: bool
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What image and text datasets have in common."""
+
+    name: str
+    root: str | None
+    metrics: Annotated[tuple[str, ...], at_least_one(tuple(METRICS)), one_of(tuple(METRICS))]
+    train_splits: tuple[str, ...] | None
+    test_split: str | None
+    train_size: Annotated[int | None, within(1)]
+
+
+@dataclass(frozen=True)
+class ImageDatasetConfig(DatasetConfig):
+    """A dataset of images."""
+
+    modality: Literal["image"]
+    train_fraction: Annotated[float | None, within(0.001, 0.999)]
+    transform: TransformConfig
+
+
+@dataclass(frozen=True)
+class TextDatasetConfig(DatasetConfig):
+    """A dataset of sentences or pairs of sentences."""
+
+    modality: Literal["text"]
+    max_length: Annotated[int, within(4)]
+    padding: Annotated[str, one_of(("longest", "max_length"))]
+    group_by_length: bool
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    name: Annotated[str, one_of(("adamw",))]
+    lr: NonNegative
+    min_lr: NonNegative
+    warmup_steps: NonNegativeInt
+    weight_decay: NonNegative
+    core_lr_ratio: NonNegative
+    factor_weight_decay: dict[str, Annotated[float | None, within(0)]]
+    betas: tuple[BelowOne, ...]
+    eps: NonNegative
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise TensLoRAError(f"min_lr={self.min_lr}: must be at least 0 and at most {self.lr:g}, which is lr")
+        if len(self.betas) != 2:
+            raise TensLoRAError(f"betas={list(self.betas)}: must be two numbers")
+        for factor in self.factor_weight_decay:
+            if factor not in FACTORS:
+                raise TensLoRAError(f"factor_weight_decay={factor}: must be one of {', '.join(FACTORS)}")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long and with what means a run trains."""
+
+    epochs: Count
+    batch_size: Count
+    accumulation: Count
+    eval_batch_size: Annotated[int | None, within(1)]
+    clip_norm: Annotated[float | None, within(0, above=True)]
+    max_steps: Annotated[int | None, within(1)]
+    precision: Annotated[str, one_of(("fp32", "bf16"))]
+    compile: bool
+    device: str
+    threads: Annotated[int | None, within(1)]
+    workers: NonNegativeInt
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """What watches a run."""
+
+    name: Annotated[str, one_of(("none", "wandb"))]
+    mode: Annotated[str, one_of(("auto", "online", "offline", "disabled"))] = "disabled"
+    project: str = "tenslora"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of one run, checked: what travels through the harness instead of Hydra's config.
+
+    Args:
+        tensor_mode: a construction, or one of `REFERENCES`.
+        rank_strategy: also of a run without an adapter, whose record compares with LoRA at its rank.
+        adapter: the library's settings of the adapter; None for a run without one.
+        preset: the name of the published method that the settings were picked after, or "none".
+        resume: whether to go on from the run's checkpoint.
+        warm_start: the folder of a LoRA that PEFT saved, to start from.
+
+    Raises:
+        TensLoRAError: for settings that are valid by themselves and do not go together.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    seed: NonNegativeInt
+    resume: bool
+    warm_start: str | None
+    model: ModelConfig
+    dataset: Annotated[ImageDatasetConfig | TextDatasetConfig, Field(discriminator="modality")]
+    tensor_mode: Annotated[str, one_of(TENSOR_MODES)]
+    rank_strategy: RankStrategy
+    adapter: AdapterConfig | None
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    preset: str = "none"
+
+    def __post_init__(self) -> None:
+        model, dataset = self.model, self.dataset
+        if model.modality != dataset.modality:
+            raise TensLoRAError(
+                f"model={model.name}: takes {model.modality}s, and dataset={dataset.name} holds {dataset.modality}s"
+            )
+
+    def with_seed(self, seed: int) -> RunConfig:
+        """The same run from another seed, which is the adapter's too."""
+        if not isinstance(seed, int) or seed < 0:
+            raise TensLoRAError(f"seed={seed}: must be a whole number, at least 0")
+        return replace(self, seed=seed, adapter=self.adapter and replace(self.adapter, seed=seed))
+
+    @cached_property
+    def geometry(self) -> Geometry | None:
+        """The backbone's dimensions as conf/model declares them; None where the file leaves them open."""
+        declared = self.model.geometry
+        adapt = self.adapter.adapt if self.adapter else "qkv"
+        if declared is None or (declared.d_ff is None and adapt in ("mlp", "all")):
+            return None
+        return replace(declared, adapt=adapt)
+
+    @property
+    def row_strategy(self) -> str:
+        """The rank strategy where it tells runs of one tensor_mode apart, otherwise "".
+
+        LoRA at a rank is one run under isorank and isoparameters; a run without an adapter has no ranks.
+        """
+        if self.adapter is None or (self.tensor_mode == "lora" and self.rank_strategy.name != "explicit"):
+            return ""
+        return self.rank_strategy.name
+
+    @property
+    def row_factorization(self) -> str:
+        """The factorization where it tells runs apart, otherwise "": for the paper's Tucker, and without tensors."""
+        if self.adapter is None or self.tensor_mode == "lora" or self.adapter.factorization == "tucker":
+            return ""
+        return self.adapter.factorization
+
+    def settings(self) -> dict[str, Any]:
+        """All settings, nested as in conf/: what the record and the logger keep."""
+        return identity.settings(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that can change the run's result."""
+        return identity.identity(self)
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that are equal for equal identities."""
+        return identity.digest(self)
+
+    def folder(self) -> str:
+        """The run's folder below outputs/: dataset/model/construction-strategy-seedN-digest."""
+        return identity.folder(self)

@@ -1,0 +1,161 @@
+"""The folder of a run: every file in it, who writes it and who reads it.
+
+| file | written by | read by |
+|---|---|---|
+| result.json | train.py, as the last file | sweeps, tables, load_run, export |
+| adapter.safetensors | train.py, of a run with an adapter | load_run, export, analyse |
+| head.safetensors | train.py, of a run that froze its backbone | load_run, export |
+| model.safetensors | train.py, of full fine-tuning: every weight | load_run, export |
+| checkpoint.safetensors | the training loop, after every epoch | the training loop with resume=true |
+| failure.json | a sweep, of a job that left no record | sweeps |
+| .lock | a sweep, held while it carries out the job | other sweeps |
+| train.log, .hydra/ | Hydra | people |
+| wandb/ | Weights & Biases | `wandb sync` |
+
+Every file is complete or absent (`tenslora.files`). Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from tenslora.errors import TensLoRAError
+from tenslora.files import write_json, write_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = 1
+"""The form of result.json that this version reads and writes."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: of the folder, which need not exist.
+    """
+
+    path: Path
+
+    @property
+    def result(self) -> Path:
+        """result.json, the record."""
+        return self.path / "result.json"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter."""
+        return self.path / "adapter.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The state after the last complete epoch."""
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def failure(self) -> Path:
+        """failure.json, why a job of a sweep left no record."""
+        return self.path / "failure.json"
+
+    @property
+    def lock(self) -> Path:
+        """The file whose lock says that a process carries out the run."""
+        return self.path / ".lock"
+
+    def weights(self, tensor_mode: str) -> Path:
+        """The trained weights beside the adapter: the head's, or of full fine-tuning the whole model's."""
+        return self.path / ("model.safetensors" if tensor_mode == "full" else "head.safetensors")
+
+    def write_weights(self, tensor_mode: str, weights: Mapping[str, Tensor]) -> Path:
+        """Write the trained weights beside the adapter and return the file.
+
+        Raises:
+            TensLoRAError: if the file cannot be written.
+        """
+        return write_safetensors(self.weights(tensor_mode), weights, {})
+
+    def write_record(self, record: Mapping[str, Any]) -> Path:
+        """Write result.json and return its path.
+
+        Raises:
+            TensLoRAError: if it cannot be written.
+        """
+        write_json(self.result, {"schema": SCHEMA, **record})
+        return self.result
+
+    def read_record(self) -> dict[str, Any]:
+        """The record.
+
+        Raises:
+            TensLoRAError: if there is none, or one that this version cannot read.
+        """
+        try:
+            record: dict[str, Any] = json.loads(self.result.read_text())
+        except (OSError, ValueError) as error:
+            raise TensLoRAError(f"{self.result}: not a readable record ({error})") from error
+        if record.get("schema") != SCHEMA:
+            raise TensLoRAError(f"{self.result}: schema {record.get('schema')}, this version reads {SCHEMA}")
+        return record
+
+    def write_failure(self, error: BaseException) -> None:
+        """Leave the reason why the run has no record, for the table and the next sweep.
+
+        On a full disk there is nothing to be done: the reason is in the log all the same.
+        """
+        reason = " ".join(str(error).split())
+        if not isinstance(error, TensLoRAError):
+            reason = ": ".join(filter(None, (type(error).__name__, reason)))
+        with contextlib.suppress(TensLoRAError):
+            write_json(self.failure, {"error": reason})
+
+    def read_failure(self) -> str | None:
+        """The reason why the last attempt left no record; None if there is none."""
+        try:
+            return str(json.loads(self.failure.read_text())["error"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def begin_anew(self) -> None:
+        """Remove what an earlier attempt said about its end."""
+        for file in (self.failure, self.result):
+            file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[bool]:
+        """Whether the run is ours until the end of the context; no two processes hold it at once.
+
+        The kernel lets go of the lock when its holder dies, however it dies. A shared file system has to support flock
+        (NFS from version 4, Lustre, GPFS).
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.lock)
+        try:
+            lock.acquire(timeout=1)  # not 0: `is_claimed` holds the lock for an instant
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def is_claimed(self) -> bool:
+        """Whether a process holds the run."""
+        if not self.lock.is_file():
+            return False
+        lock = FileLock(self.lock)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False

@@ -1,0 +1,107 @@
+"""What a run writes down: the facts known before it trains, and its record once it has trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from tenslora.harness.results.record import environment, metrics_of
+from tenslora.ranks import parameter_count
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
+
+    from tenslora.adapter import Adapter
+    from tenslora.constructions import Geometry
+    from tenslora.decomposition import Approximation
+    from tenslora.harness.backbones import Backbone
+    from tenslora.harness.config import RunConfig
+    from tenslora.harness.data import Dataset
+    from tenslora.harness.training.checkpoint import State
+    from tenslora.harness.training.loop import Diverged
+    from tenslora.harness.training.processes import Processes
+
+
+def facts_of(
+    run: RunConfig,
+    dataset: Dataset,
+    backbone: Backbone,
+    geometry: Geometry,
+    adapter: Adapter | None,
+    warm_start: Approximation | None,
+    processes: Processes,
+) -> dict[str, Any]:
+    """What is known of a run before it trains: names, ranks, exact parameter counts, sizes of the data, the device.
+
+    Args:
+        run: its settings.
+        dataset: as loaded.
+        backbone: with the adapter on it.
+        geometry: as found in the backbone.
+        adapter: None for a run without one.
+        warm_start: how near the adapter came to the LoRA that it started from, if it did.
+        processes: that train.
+    """
+    model = backbone.model
+    factorization = None
+    if run.adapter:
+        factorization = "matrix" if run.tensor_mode == "lora" else run.adapter.factorization
+    return {
+        "digest": run.digest(),
+        "model": run.model.name,
+        "dataset": run.dataset.name,
+        "tensor_mode": run.tensor_mode,
+        "factorization": factorization,
+        "rank_strategy": run.rank_strategy.name if adapter else None,
+        "ranks": list(adapter.ranks) if adapter else None,
+        "warm_start": asdict(warm_start) if warm_start else None,
+        "seed": run.seed,
+        "geometry": vars(geometry),
+        "adapter_parameters": _count(adapter.parameters()) if adapter else 0,
+        "lora_parameters": parameter_count("lora", geometry, [run.rank_strategy.rank]),
+        "head_parameters": _count(backbone.head_parameters().values()),
+        "trained_parameters": _count(p for p in model.parameters() if p.requires_grad),
+        "total_parameters": _count(model.parameters()),
+        "train_examples": len(dataset.train),
+        "test_examples": len(dataset.test),
+        "classes": list(dataset.classes),
+        "processes": processes.count,
+        "device": processes.name,
+    }
+
+
+def record_of(
+    run: RunConfig,
+    facts: Mapping[str, Any],
+    state: State,
+    failure: Diverged | None,
+    seconds: Mapping[str, float],
+    processes: Processes,
+) -> dict[str, Any]:
+    """The record of a run that has trained, for result.json.
+
+    Args:
+        run: its settings.
+        facts: as `facts_of` gave them.
+        state: how far it came, with every epoch's scores.
+        failure: where it diverged; None for a completed run.
+        seconds: spent before training, by what on.
+        processes: that trained.
+    """
+    return {
+        "status": "diverged" if failure else "completed",
+        "failure": {"message": str(failure), "step": failure.step, "lr": failure.rate} if failure else None,
+        **facts,
+        "metrics": metrics_of(state.history, list(run.dataset.metrics)),
+        "seconds": {**seconds, **state.seconds},
+        "steps_per_second": state.steps / state.seconds["train"] if state.steps else None,
+        "peak_memory_bytes": processes.peak_memory_bytes(),
+        "environment": environment(),
+        "identity": run.identity(),
+        "config": run.settings(),
+    }
+
+
+def _count(parameters: Iterable[Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
