@@ -1,4 +1,4 @@
-"""Runs of train.py inside the test process, as the command line would compose them."""
+"""Runs of train.py inside the test process, composed as the command line composes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from tenslora.harness.config import register_resolvers
+from tenslora.harness.config import RunConfig, register_resolvers, validate
 from tests.conftest import ROOT
 from train import train
 
@@ -23,9 +23,14 @@ def composed(*overrides: str) -> DictConfig:
         return compose("config", list(overrides))
 
 
+def configured(*overrides: str) -> RunConfig:
+    """The settings of a run, as train.py would have them."""
+    return validate(composed(*overrides))
+
+
 def run(folder: Path, *overrides: str) -> dict[str, Any]:
     """Train in `folder` and return the record that was written there."""
-    train(composed(*overrides), folder)
+    train(configured(*overrides), folder, show_progress=False)
     return record(folder)
 
 
