@@ -14,61 +14,13 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
 
-from tenslora.attachment import adapted_linears, detach, merge
+from tenslora.attachment import detach, merge
 from tenslora.errors import TensLoRAError
 from tenslora.harness.load_run import LoadedRun, load_run
-
-
-@torch.no_grad()
-def lora_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """The update of each adapted Linear as a LoRA, alpha included: W <- W + B A.
-
-    Returns, by the Linear's path in `model`, A (r, d_in) and B (d_out, r), PEFT's lora_A and lora_B weights at a
-    scaling of 1. r is the tensors' d_in rank (or d_out rank, where that is what is multiplied with); where one Linear
-    holds several projections that share no left factor, it is the sum of theirs, and B is block diagonal. Raises
-    TensLoRAError if there is no adapter, or if it is merged.
-    """
-    thin = {path: linear.as_lora() for path, linear in adapted_linears(model).items()}
-    return {path: (first.T.contiguous(), second.T.contiguous()) for path, (first, second) in thin.items()}
-
-
-def to_peft(model: nn.Module, head: Sequence[str] = ()) -> Any:
-    """Turn an adapted model into a `peft.PeftModel` with an equal LoRA on the same Linear layers.
-
-    model: changed in place; its TensLoRA adapter is taken off. head: paths of modules that were trained as they are,
-    which PEFT saves with the adapter (`modules_to_save`). Raises TensLoRAError if there is no adapter, if it is
-    merged, or without PEFT.
-    """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise TensLoRAError("--format peft: needs the package peft (pip install peft)") from error
-    weights = lora_weights(model)
-    detach(model)
-    ranks = {path: len(a) for path, (a, _) in weights.items()}
-    rank = max(ranks.values())
-    others = {path: r for path, r in ranks.items() if r != rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,  # PEFT scales by lora_alpha / r: by 1
-        rank_pattern=others,
-        alpha_pattern=others,
-        target_modules=list(weights),
-        modules_to_save=list(head) or None,
-    )
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
-    modules = dict(peft_model.base_model.model.named_modules())
-    with torch.no_grad():
-        for path, (a, b) in weights.items():
-            modules[path].lora_A["default"].weight.copy_(a)
-            modules[path].lora_B["default"].weight.copy_(b)
-    return peft_model
+from tenslora.peft.to_lora import to_peft
 
 
 def export_peft(trained: LoadedRun, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reads a LoRA that PEFT has saved."""
+"""Reads a LoRA that PEFT saved, without PEFT."""
 
 from __future__ import annotations
 
@@ -16,89 +16,111 @@ from tenslora.files import read_safetensors
 from tenslora.projections import TargetLinear, features
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""The files in the folder that PEFT's `save_pretrained` writes."""
+
 _PREFIX = "base_model.model."
-
-
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""PEFT's init_lora_weights that leave the backbone's own weights as they are."""
+# The values of PEFT's init_lora_weights that leave the backbone's own weights as they are.
+_INITS_OF_LORA_ALONE = (True, False, "gaussian", "eva", "orthogonal")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of the LoRA in `folder`.
+    """Read the settings of a saved LoRA.
 
-    Raises TensLoRAError if there is none, or one that is more than a product of two matrices on the backbone's weights.
+    Args:
+        folder: as PEFT's `save_pretrained` wrote it.
+
+    Returns:
+        The contents of its adapter_config.json.
+
+    Raises:
+        TensLoRAError: if there are no settings, or if the adapter changes the model by more than a product of two
+            matrices per weight (DoRA, biases, an initialisation that changes the backbone's weights).
     """
     path = folder / CONFIG
     try:
         config: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise TensLoRAError(f"{path}: not a PEFT adapter's settings ({error})") from error
+        raise TensLoRAError(f"{path}: cannot be read as the settings of a PEFT adapter ({error})") from error
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-        raise TensLoRAError(f"{path}: is a {kind} adapter; only a plain LoRA's update is a product of two matrices")
+        raise TensLoRAError(f"{path}: must be a plain LoRA, whose updates are products of two matrices, not {kind}")
     if config.get("lora_bias"):
-        raise TensLoRAError(f"{path}: lora_bias=true: it has biases of its own, which a tensor of updates cannot hold")
-    if (start := config.get("init_lora_weights", True)) not in _PLAIN_STARTS:
+        raise TensLoRAError(f"{path}: lora_bias=true: must be false, because a tensor of updates cannot hold biases")
+    if (init := config.get("init_lora_weights", True)) not in _INITS_OF_LORA_ALONE:
         raise TensLoRAError(
-            f"{path}: init_lora_weights={start}: it changes the backbone's weights too; save it with PEFT's "
-            f"path_initial_model_for_weight_conversion, as a plain LoRA"
+            f"{path}: init_lora_weights={init}: it changes the backbone's weights too; save it with PEFT's "
+            f"path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     return config
 
 
 def read_updates(folder: Path, geometry: Geometry, targets: list[TargetLinear]) -> list[list[Tensor]]:
-    """dW of each layer, and in it of each of the geometry's matrices, shape (d_in, width), PEFT's scaling included.
+    """Read the updates that a saved LoRA makes, PEFT's scaling included.
 
-    geometry, targets: as `find_projections` gives them for the model that the LoRA is for. A matrix that it does not
-    adapt has zeros. Raises TensLoRAError if it adapts others than the geometry's, or other sizes, or nothing at all.
+    Args:
+        folder: as PEFT's `save_pretrained` wrote it.
+        geometry: of the model that the LoRA is for, from `find_projections`.
+        targets: that model's Linear layers, from `find_projections`.
+
+    Returns:
+        dW of each layer, and in it of each of the geometry's matrices, shape (d_in, width). A matrix that the LoRA
+        does not adapt has zeros.
+
+    Raises:
+        TensLoRAError: if the LoRA adapts anything beside the geometry's matrices, if its sizes are not the model's, or
+            if all of its updates are zero.
     """
     config = read_config(folder)
     _, weights = read_safetensors(folder / WEIGHTS)
     updates = [[torch.zeros(geometry.d_in, width) for width in geometry.widths] for _ in range(geometry.layers)]
-    left = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", name.removeprefix(_PREFIX)) for name in weights if ".lora_" in name}
-    known = False
+    saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(_PREFIX)) for key in weights if ".lora_" in key}
+    left_out: list[str] = []
+    any_matches = False
     for target in targets:
-        # With or without a head the names differ in front.
-        name = next((path for path in left if _ends(path, target.path) or _ends(target.path, path)), None)
+        # A model with a head has a prefix in front of the backbone's paths, on either side.
+        name = next((name for name in saved if _ends_with(name, target.path) or _ends_with(target.path, name)), None)
         if name is None:
             continue
-        left.remove(name)
-        known = True
+        saved.remove(name)
+        any_matches = True
         a, b = (weights[f"{_PREFIX}{name}.lora_{which}.weight"].float() for which in "AB")
         update = (b @ a).T * _scaling(config, name)  # (inputs, outputs)
         if update.shape != features(target.linear):
             raise TensLoRAError(
                 f"{folder}: its update of {name} is {tuple(update.shape)}, the model's Linear {features(target.linear)}"
             )
-        rest = update.clone()
-        for index, column in target.columns:
+        remainder = update.clone()
+        for index, start in target.columns:
             matrix = target.group[index]
-            columns = slice(column, column + (update.shape[1] if target.writes_to_stream else geometry.widths[matrix]))
+            width = update.shape[1] if target.writes_to_stream else geometry.widths[matrix]
+            columns = slice(start, start + width)
             updates[target.layer][matrix] = update[:, columns].T if target.writes_to_stream else update[:, columns]
-            rest[:, columns] = 0
-        if rest.any():  # of a Linear that holds several
-            left.add(name)
-    if left and not known:
-        raise TensLoRAError(f"{folder}: adapts {min(left)} and others, none of which this model has; whose LoRA is it?")
-    if left:
+            remainder[:, columns] = 0
+        if remainder.any():  # the Linear holds other matrices too, which the geometry leaves out
+            left_out.append(name)
+    left_out += saved
+    if left_out and not any_matches:
+        raise TensLoRAError(f"{folder}: adapts {min(left_out)} and others; this model has none of them")
+    if left_out:
         raise TensLoRAError(
-            f"{folder}: adapts {min(left)}, which adapter.adapt={geometry.adapt} leaves out; choose more matrices"
+            f"{folder}: adapts {min(left_out)}, which adapt={geometry.adapt} leaves out; choose more matrices"
         )
     if not any(update.any() for layer in updates for update in layer):
         raise TensLoRAError(f"{folder}: its updates are all zero, as before any training")
     return updates
 
 
-def _ends(path: str, end: str) -> bool:
+def _ends_with(path: str, end: str) -> bool:
     return f".{path}".endswith(f".{end}")
 
 
 def _scaling(config: dict[str, Any], name: str) -> float:
-    def of(pattern: str, default: str) -> float:
-        for key, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", name):  # as PEFT matches them
+    # PEFT's lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; patterns give some modules values of their own.
+    def value_of(setting: str, patterns: str) -> float:
+        for pattern, value in (config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", name):  # as PEFT matches them
                 return float(value)
-        return float(config[default])
+        return float(config[setting])
 
-    rank = of("rank_pattern", "r")
-    return of("alpha_pattern", "lora_alpha") / (rank**0.5 if config.get("use_rslora") else rank)
+    rank = value_of("r", "rank_pattern")
+    return value_of("lora_alpha", "alpha_pattern") / (rank**0.5 if config.get("use_rslora") else rank)

@@ -11,49 +11,13 @@ import timm
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 
-from tenslora import RankStrategy, TensLoRAError, export, merge
-from tenslora.constructions import CONSTRUCTIONS
+from tenslora import TensLoRAError
+from tenslora.harness import export
 from tenslora.harness.backbones import load_backbone, logits_of
-from tenslora.harness.export import lora_weights, main, to_peft
+from tenslora.harness.export import main
 from tenslora.harness.load_run import load_run
-from tests.models import attached, build, inputs, logits
 from tests.running import SHORT, run
-
-
-def adapted(name: str, mode: str, **settings: object) -> nn.Module:
-    model = build(name)
-    attached(model, mode, **settings)
-    return model
-
-
-@pytest.mark.parametrize("mode", CONSTRUCTIONS)
-@pytest.mark.parametrize("name", ["hf_bert", "hf_vit", "timm_vit"])
-def test_as_a_peft_lora_the_model_gives_the_same_logits(name: str, mode: str) -> None:
-    from peft import PeftModel
-
-    model = adapted(name, mode)
-    expected = logits(model, inputs(name))
-    peft_model = to_peft(model)
-    assert isinstance(peft_model, PeftModel)
-    torch.testing.assert_close(logits(peft_model, inputs(name)), expected, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    ("name", "mode", "ranks", "rank"),
-    [
-        ("hf_bert", "qkv_depth", (5, 6, 3, 2), 5),  # U_in is what all share
-        ("hf_bert", "depth", (9, 2, 2), 2),  # U_out is the narrower side
-        ("timm_vit", "qkv_depth", (5, 6, 3, 2), 5),
-        ("timm_vit", "depth", (4, 5, 2), 12),  # one fused Linear, three left factors of its own
-    ],
-)
-def test_the_rank_of_the_lora_is_that_of_the_thin_products(
-    name: str, mode: str, ranks: tuple[int, ...], rank: int
-) -> None:
-    model = adapted(name, mode, rank_strategy=RankStrategy("explicit", ranks=ranks))
-    assert {len(a) for a, _ in lora_weights(model).values()} == {rank}
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +119,6 @@ def test_a_run_without_an_adapter_is_written_merged_only(tmp_path: Path) -> None
     assert (tmp_path / "run" / "merged" / "model.safetensors").is_file()
 
 
-def test_an_update_that_is_in_the_weights_is_not_exported_beside_them() -> None:
-    model = build("hf_bert")
-    attached(model, "qkv_depth")
-    merge(model)
-    with pytest.raises(TensLoRAError, match="its adapter is merged; unmerge it first"):
-        lora_weights(model)
-
-
 def test_no_room_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "run", *SHORT)
 
@@ -173,8 +129,3 @@ def test_no_room_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(TensLoRAError, match=r"--out .*peft: cannot be written \(.*No space left"):
         export.export(tmp_path / "run", "peft", tmp_path / "peft")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-def test_without_an_adapter_there_is_no_lora() -> None:
-    with pytest.raises(TensLoRAError, match="has no adapter"):
-        lora_weights(build("hf_bert"))

@@ -1,0 +1,75 @@
+"""Turns an adapter into a PEFT LoRA.
+
+Nothing is lost: every update is a product of two thin matrices, and so is a LoRA's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenslora.attachment import adapted_linears, detach
+from tenslora.errors import TensLoRAError
+
+
+@torch.no_grad()
+def lora_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The update of each adapted Linear as a LoRA of scaling 1, ``W <- W + B A``; alpha is included.
+
+    Args:
+        model: with an adapter.
+
+    Returns:
+        By the Linear's path in `model`, PEFT's lora_A and lora_B weights: A (r, inputs) and B (outputs, r). r is that
+        of the thin products, see `Factorization.slices`. Where one Linear holds several matrices with a left of their
+        own, r is the sum of theirs and B is block diagonal.
+
+    Raises:
+        TensLoRAError: if there is no adapter, or if it is merged.
+    """
+    products = {path: linear.as_lora() for path, linear in adapted_linears(model).items()}
+    return {path: (left.T.contiguous(), right.T.contiguous()) for path, (left, right) in products.items()}
+
+
+def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
+    """Turn an adapted model into a PEFT model with an equal LoRA on the same Linear layers.
+
+    Args:
+        model: with an adapter. It is changed in place: the adapter is taken off, and PEFT puts its own layers on.
+        modules_to_save: paths of modules that were trained without an adapter, such as a classification head. PEFT
+            saves them together with the LoRA.
+
+    Returns:
+        The `peft.PeftModel`.
+
+    Raises:
+        TensLoRAError: if there is no adapter, if it is merged, or if PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise TensLoRAError("peft: the package is not installed (pip install peft)") from error
+    weights = lora_weights(model)
+    detach(model)
+    ranks = {path: len(a) for path, (a, _) in weights.items()}
+    rank = max(ranks.values())
+    lower_ranks = {path: r for path, r in ranks.items() if r != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,  # PEFT multiplies the update by lora_alpha / r, which is 1 here
+        rank_pattern=lower_ranks,
+        alpha_pattern=lower_ranks,
+        target_modules=list(weights),
+        modules_to_save=list(modules_to_save) or None,
+        fan_in_fan_out=not all(isinstance(model.get_submodule(path), nn.Linear) for path in weights),  # Conv1D
+    )
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for path, (a, b) in weights.items():
+            layer = peft_model.base_model.model.get_submodule(path)
+            layer.lora_A["default"].weight.copy_(a)
+            layer.lora_B["default"].weight.copy_(b)
+    return peft_model

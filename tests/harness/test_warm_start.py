@@ -1,0 +1,22 @@
+"""Runs that start from the updates of a LoRA that PEFT saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tenslora.harness.export import main as export
+from tests.running import SHORT, run
+
+
+def test_a_run_may_start_from_a_lora(tmp_path: Path) -> None:
+    run(tmp_path / "lora", *SHORT, "tensor_mode=lora", "optimizer.lr=0.05", "trainer.epochs=2")
+    export([str(tmp_path / "lora"), "--format", "peft"])
+    start = [f"warm_start={tmp_path / 'lora' / 'peft'}", "optimizer.lr=0", "optimizer.min_lr=0", "trainer.max_steps=1"]
+    exact = run(tmp_path / "a", *SHORT, "tensor_mode=lora", *start)
+    approximate = run(tmp_path / "b", *SHORT, "tensor_mode=qkv_depth", *start)
+    cold = run(tmp_path / "c", *SHORT, "tensor_mode=qkv_depth", *start[1:])
+    assert exact["warm_start"]["error"] < 1e-5
+    assert 0 < approximate["warm_start"]["error"] < 1
+    assert set(approximate["warm_start"]["energy"]) == {"d_in", "d_out", "projection", "depth"}
+    assert cold["warm_start"] is None
+    assert len({exact["digest"], approximate["digest"], cold["digest"]}) == 3

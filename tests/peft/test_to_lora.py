@@ -1,0 +1,73 @@
+"""Adapters turned into PEFT LoRAs, against the adapted model itself."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from tenslora import RankStrategy, TensLoRAError, merge
+from tenslora.peft.to_lora import lora_weights, to_peft
+from tests.models import attached, build, inputs, logits
+
+
+@pytest.mark.parametrize("mode", ["lora", "depth", "att_qkv_depth", "site"])
+@pytest.mark.parametrize("name", ["hf_bert", "timm_vit", "gpt2"])
+def test_the_peft_model_gives_the_same_logits(name: str, mode: str) -> None:
+    model = build(name)
+    attached(model, mode, adapt="all")
+    expected = logits(model, inputs(name))
+    peft_model = to_peft(model)
+    assert isinstance(peft_model, PeftModel)
+    torch.testing.assert_close(logits(peft_model, inputs(name)), expected, rtol=0, atol=1e-11)
+
+
+def test_modules_that_were_trained_without_an_adapter_are_saved_with_the_lora() -> None:
+    model = build("hf_bert")
+    attached(model, "qkv")
+    peft_model = to_peft(model, ["classifier"])
+    saved = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".modules_to_save.")[0] for name in saved if "lora_" not in name} == {
+        "base_model.model.classifier"
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "ranks", "rank"),
+    [
+        ("hf_bert", "qkv_depth", (5, 6, 3, 2), 5),  # query, key and value share a left of the input rank
+        ("hf_bert", "depth", (9, 2, 2), 2),  # the output rank is the smaller one
+        ("timm_vit", "qkv_depth", (5, 6, 3, 2), 5),
+        ("timm_vit", "depth", (4, 5, 2), 12),  # one Linear holds three matrices, each with a left of its own
+    ],
+)
+def test_the_rank_of_the_lora_is_that_of_the_thin_products(
+    name: str, mode: str, ranks: tuple[int, ...], rank: int
+) -> None:
+    model = build(name)
+    attached(model, mode, rank_strategy=RankStrategy("explicit", ranks=ranks))
+    assert {len(a) for a, _ in lora_weights(model).values()} == {rank}
+
+
+def test_a_merged_update_is_not_exported_a_second_time() -> None:
+    model = build("hf_bert")
+    attached(model, "qkv_depth")
+    merge(model)
+    with pytest.raises(TensLoRAError, match="its adapter is merged; unmerge it first"):
+        lora_weights(model)
+
+
+def test_a_model_without_an_adapter_is_refused() -> None:
+    with pytest.raises(TensLoRAError, match="Linear: has no adapter"):
+        lora_weights(nn.Linear(2, 2))
+
+
+def test_a_missing_peft_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("hf_bert")
+    attached(model, "qkv")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(TensLoRAError, match=r"^peft: the package is not installed"):
+        to_peft(model)
