@@ -1,6 +1,6 @@
-"""What sweep.py needs of Hydra: a sweeper that asks the app what to run, and launchers that outlive a lost job.
+"""The sweeper of sweep.py, which asks the app what to run, and launchers that survive the loss of a job.
 
-Hydra takes plugins from the package `hydra_plugins` only.
+Hydra looks for plugins in the package `hydra_plugins` only.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ LOOK_SECONDS = 5.0
 
 
 class TableSweeper(BasicSweeper):
-    """Hydra's basic sweeper, but for who decides: every job is composed and handed to the app's own `sweep`.
+    """Hydra's basic sweeper, except that the app decides what is run.
 
-    The app's task has a method `sweep(config, jobs, launch)`: config as composed without the swept values, jobs as
-    pairs of (overrides, composed config), and `launch`, which runs some lists of overrides through the launcher, at
-    most `max_batch_size` at a time.
+    It composes every job and calls ``task.sweep(config, jobs, launch)``: config is composed without the swept values,
+    jobs are pairs of (overrides, composed config), and ``launch`` runs lists of overrides through the launcher, at most
+    `max_batch_size` at a time.
     """
 
     task: Any
@@ -48,11 +48,11 @@ class TableSweeper(BasicSweeper):
         loader, config, launcher = self.hydra_context.config_loader, self.config, self.launcher
         defaults = [f"{key}={value}" for key, value in (self.params or {}).items()]
         parsed = OverridesParser.create(config_loader=loader).parse_overrides([*defaults, *arguments])
-        [overrides] = self.split_arguments(parsed, None)  # a later value of a key takes the place of an earlier one
+        [overrides] = self.split_arguments(parsed, None)  # a later value of a key replaces an earlier one
         base: dict[tuple[str, ...], DictConfig] = {}
         jobs = []
         for words in overrides:
-            # Composing takes Hydra a tenth of a second; runs that differ in the seed alone share it.
+            # Hydra composes for a tenth of a second; runs that differ in the seed alone share one composition.
             seeds = [word for word in words if word.startswith("seed=")]
             others = tuple(word for word in words if word not in seeds)
             if others not in base:
@@ -74,18 +74,18 @@ class TableSweeper(BasicSweeper):
 
                     get_reusable_executor().shutdown(wait=True, kill_workers=True)
                 raise
-            except RuntimeError as error:  # a worker process that was killed takes joblib's whole pool with it
+            except RuntimeError as error:  # when one worker process is killed, joblib ends the whole pool
                 raise TensLoRAError(f"the launcher broke off ({error}); the same command goes on") from error
 
         self.task.sweep(config, jobs, launch)
 
 
 class _Patient(submitit_launcher.BaseSubmititLauncher):
-    """submitit's launcher, but for what becomes of the others when one job is cancelled or crashes.
+    """submitit's launcher, except that it waits for the other jobs when one is cancelled or crashes.
 
-    The plugin asks for results in order and raises at the first job without one, while the rest still run. Here
-    every job is waited for, and one that ended without a result counts as failed. To requeue what was preempted or
-    ran out of time is submitit's.
+    Hydra's plugin asks for the results in order and raises at the first job without one, while the rest still run.
+    Here every job is waited for, and a job that ended without a result counts as failed. submitit itself requeues a job
+    that was preempted or ran out of time.
     """
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -123,7 +123,7 @@ class _Patient(submitit_launcher.BaseSubmititLauncher):
                     if not under_way and job.job_id not in outcomes:
                         outcomes[job.job_id] = self._outcome(job)
         except KeyboardInterrupt:
-            print(f"\nwhat is submitted goes on: {_names(jobs)}", flush=True)
+            print(f"\nsubmitted jobs go on: {_names(jobs)}", flush=True)
             raise
         return [outcomes[job.job_id] for job in jobs]
 
@@ -141,25 +141,25 @@ class _Patient(submitit_launcher.BaseSubmititLauncher):
 
 
 class PatientLocalLauncher(_Patient, submitit_launcher.LocalLauncher):
-    """In the place of hydra/launcher=submitit_local."""
+    """What hydra/launcher=submitit_local starts."""
 
 
 class PatientSlurmLauncher(_Patient, submitit_launcher.SlurmLauncher):
-    """In the place of hydra/launcher=submitit_slurm.
+    """What hydra/launcher=submitit_slurm starts.
 
-    Asks squeue which jobs are left, where submitit asks sacct, which a cluster without accounting does not answer.
+    It asks squeue which jobs are left. submitit asks sacct, which does not answer on a cluster without accounting.
     """
 
     def _are_under_way(self, jobs: Sequence[Any]) -> list[bool]:
         left = [not job.paths.result_pickle.exists() for job in jobs]
         asked = _ask("squeue", "--noheader", "--array", "--me", "--format=%i")
-        if asked.returncode:  # a controller that is busy or restarting: it may well know them later
+        if asked.returncode:  # the controller is busy or restarting, and may answer later
             return left
         queued = set(asked.stdout.split())
         return [is_left and job.job_id in queued for is_left, job in zip(left, jobs, strict=True)]
 
     def _outcome(self, job: Any) -> JobReturn:
-        # A result may take its time to appear on a shared file system.
+        # On a shared file system a result may appear with a delay.
         for _ in range(10):
             if job.paths.result_pickle.exists():
                 return super()._outcome(job)
@@ -188,7 +188,7 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise TensLoRAError(f"hydra/launcher: {command[0]} cannot be run ({error}); jobs submitted go on") from error
+        raise TensLoRAError(f"hydra/launcher: {command[0]} cannot be run ({error}); submitted jobs go on") from error
 
 
 def _names(jobs: Sequence[Any]) -> str:

@@ -1,9 +1,9 @@
-"""Write a finished run in a form that other libraries load.
+"""Writes a finished run in a form that other libraries load.
 
     python -m tenslora.harness.export <run> --format peft      # a PEFT LoRA adapter, for PeftModel.from_pretrained
     python -m tenslora.harness.export <run> --format merged    # the backbone with the update in its weights
 
-Both are lossless: every update is a product of two thin matrices, which is what a LoRA is.
+Nothing is lost in either: every update is a product of two thin matrices, and so is a LoRA.
 """
 
 from __future__ import annotations
@@ -23,44 +23,63 @@ from tenslora.harness.load_run import LoadedRun, load_run
 from tenslora.peft.to_lora import to_peft
 
 
-def export_peft(trained: LoadedRun, folder: Path) -> None:
-    """Write a run's adapter and head as a PEFT adapter. Raises TensLoRAError for a run without one."""
-    if not trained.run.has_adapter:
-        raise TensLoRAError(f"tensor_mode={trained.run.mode}: has no adapter; --format merged writes its weights")
-    model = trained.backbone.model
-    trained_as_they_are = [module for module in trained.backbone.head if any(True for _ in module.parameters())]
-    head = [name for name, module in model.named_modules() if any(module is one for one in trained_as_they_are)]
+def export_peft(loaded: LoadedRun, folder: Path) -> None:
+    """Write a run's adapter and head as a PEFT adapter.
+
+    Args:
+        loaded: the run; its model is changed.
+        folder: an existing, empty folder.
+
+    Raises:
+        TensLoRAError: for a run without an adapter.
+    """
+    run, model = loaded.run, loaded.backbone.model
+    if run.adapter is None:
+        raise TensLoRAError(f"tensor_mode={run.tensor_mode}: has no adapter; --format merged writes its weights")
+    with_parameters = [module for module in loaded.backbone.head if any(True for _ in module.parameters())]
+    head = [path for path, module in model.named_modules() if any(module is own for own in with_parameters)]
     peft_model = to_peft(model, head)
     config = peft_model.peft_config["default"]
-    config.base_model_name_or_path = trained.run.model.checkpoint or trained.run.model.architecture
-    config.task_type = "SEQ_CLS" if trained.run.model.modality == "text" else None
-    peft_model.save_pretrained(str(folder), save_embedding_layers=False)  # else it looks for them on the hub
+    config.base_model_name_or_path = run.model.checkpoint or run.model.architecture
+    config.task_type = "SEQ_CLS" if run.model.modality == "text" else None
+    # Without this setting PEFT looks on the hub whether the embeddings have changed.
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-def export_merged(trained: LoadedRun, folder: Path) -> None:
-    """Write the backbone with the update added to its weights, and the head, as its own library saves models.
+def export_merged(loaded: LoadedRun, folder: Path) -> None:
+    """Write the backbone with the update in its weights, and the head, as its own library saves models.
 
-    transformers: for from_pretrained, with the tokenizer. timm: model.safetensors and config.json, for
+    A transformers model is for from_pretrained, with its tokenizer. A timm model is for
     timm.create_model("local-dir:<folder>", pretrained=True).
+
+    Args:
+        loaded: the run; its model is changed.
+        folder: an existing, empty folder.
     """
-    model, settings = trained.backbone.model, trained.run.model
-    names = list(map(str, trained.record["classes"]))
-    if trained.run.has_adapter:
+    model, settings = loaded.backbone.model, loaded.run.model
+    classes = [str(name) for name in loaded.record["classes"]]
+    if loaded.run.adapter:
         merge(model)
         detach(model)
     if settings.library == "transformers":
-        labels = dict(enumerate(names))
-        model.config.id2label, model.config.label2id = labels, {label: index for index, label in labels.items()}  # type: ignore[union-attr,assignment]
-        model.save_pretrained(str(folder))  # type: ignore[operator]
-        if trained.tokenizer is not None:
-            trained.tokenizer.save_pretrained(str(folder))
+        from transformers import PreTrainedModel
+
+        assert isinstance(model, PreTrainedModel)
+        model.config.id2label = dict(enumerate(classes))
+        model.config.label2id = {name: index for index, name in enumerate(classes)}
+        model.save_pretrained(str(folder))
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(str(folder))
         return
     from timm.models import save_for_hf
 
     save_for_hf(
         model,
         str(folder),
-        model_config={"pretrained_cfg": {"mean": settings.mean, "std": settings.std}, "label_names": names},
+        model_config={
+            "pretrained_cfg": {"mean": list(settings.mean), "std": list(settings.std)},
+            "label_names": classes,
+        },
         model_args={"in_chans": settings.channels, **settings.options},
         safe_serialization=True,
     )
@@ -69,34 +88,20 @@ def export_merged(trained: LoadedRun, folder: Path) -> None:
 FORMATS: Mapping[str, Callable[[LoadedRun, Path], None]] = {"peft": export_peft, "merged": export_merged}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a mistake ends it with status 1 and one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tenslora.harness.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, help="the folder of a finished run, with its result.json")
-    parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--out", type=Path, help="a folder that is not there yet; <run>/<format> unless given")
-    parser.add_argument("--checkpoint", help="where the backbone lies now, if not where it lay when the run was made")
-    given = parser.parse_args(arguments)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    out = given.out or given.run / given.format
-    try:
-        export(given.run, given.format, out, given.checkpoint)
-    except TensLoRAError as error:
-        sys.exit(f"error: {error}")
-    print(out)
-
-
 def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> None:
-    """Write the run in `run` to the folder `out`, whole or not at all.
+    """Write a run to a folder, completely or not at all.
 
-    Raises TensLoRAError if there is such a folder already, no completed run, or no room.
+    Args:
+        run: the folder of the run.
+        form: a name in `FORMATS`.
+        out: the folder to write, which must not exist.
+        checkpoint: where the backbone's weights are now, if they have moved since.
+
+    Raises:
+        TensLoRAError: if the folder exists already, if there is no completed run, or if there is no room.
     """
     if out.exists():
-        raise TensLoRAError(f"--out {out}: is there already")
+        raise TensLoRAError(f"--out {out}: exists already")
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -108,6 +113,27 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
         raise TensLoRAError(f"--out {out}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; a mistake ends it with status 1 and one line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tenslora.harness.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run, with its result.json")
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--out", type=Path, help="a folder that does not exist yet; <run>/<format> unless given")
+    parser.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved since the run")
+    given = parser.parse_args(arguments)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    out = given.out or given.run / given.format
+    try:
+        export(given.run, given.format, out, given.checkpoint)
+    except TensLoRAError as error:
+        sys.exit(f"error: {error}")
+    print(out)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ def test_an_interrupt_names_what_goes_on(slurm: Slurm, capfd: Any) -> None:
     slurm.sleep = interrupted
     with pytest.raises(KeyboardInterrupt):
         slurm.launch(2)
-    assert capfd.readouterr().out.splitlines()[-1] == "what is submitted goes on: 7"
+    assert capfd.readouterr().out.splitlines()[-1] == "submitted jobs go on: 7"
     assert not (slurm.slurm / "forbidden").exists()
 
 
