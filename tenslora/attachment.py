@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from tenslora.adapted_linear import AdaptedLinear, SharedInput
-from tenslora.adapter import Adapter, AdapterConfig, load_adapter
+from tenslora.adapter import Adapter, load_adapter
+from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError
 from tenslora.projections import features, find_projections
 from tenslora.thin_products import ForwardPassCache, MatrixGroup

@@ -1,0 +1,60 @@
+"""The library imports nothing of the harness, and needs torch, safetensors and numpy alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "tenslora"
+LIBRARY = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] != "harness"]
+
+
+def imported_modules(source: str) -> Iterator[str]:
+    """The full name of each module that `source` imports, also inside functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+            # `from tenslora import harness` imports a module too.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "tenslora")
+
+
+def forbidden_imports(path: Path) -> list[str]:
+    """What a module of the library imports and must not."""
+    allowed = {*sys.stdlib_module_names, "torch", "safetensors", "numpy", "tenslora"}
+    if path.parent == PACKAGE / "peft":
+        allowed |= {"peft"}
+    modules = list(imported_modules(path.read_text()))
+    return [
+        module
+        for module in modules
+        if module.split(".")[0] not in allowed or module.split(".")[:2] == ["tenslora", "harness"]
+    ]
+
+
+def test_the_library_imports_neither_the_harness_nor_any_package_of_its() -> None:
+    assert len(LIBRARY) > 15
+    assert {path.name: forbidden_imports(path) for path in LIBRARY if forbidden_imports(path)} == {}
+
+
+def test_imports_that_are_forbidden_are_seen(tmp_path: Path) -> None:
+    module = tmp_path / "module.py"
+    module.write_text(
+        "import torch, hydra.core\nfrom tenslora import harness, ranks\n"
+        "def f():\n    from tenslora.harness.config import x\n    from . import y\n    import peft\n"
+    )
+    assert sorted(forbidden_imports(module)) == sorted(
+        ["hydra.core", "tenslora.harness", "tenslora.harness.config", ".", "peft"]
+    )
+
+
+def test_every_verb_works_where_only_the_dependencies_can_be_imported(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.library_alone", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
