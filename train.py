@@ -38,7 +38,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     from tenslora.harness.backbones import load_backbone, load_tokenizer
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
-    from tenslora.harness.results.record import summary
+    from tenslora.harness.results.record import describe_run
     from tenslora.harness.run_folder import RunFolder
     from tenslora.harness.run_record import facts_of, record_of
     from tenslora.harness.tracking import start_tracker
@@ -82,15 +82,10 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
             state = fit(
                 model,
                 data,
-                list(run.dataset.metrics),
-                trainer=run.trainer,
-                optimizer=run.optimizer,
-                seed=run.seed,
+                run,
                 processes=processes,
                 checkpoint=folder.checkpoint,
-                digest=run.digest(),
-                resume=run.resume,
-                shown=show_progress and processes.is_main,
+                show_progress=show_progress and processes.is_main,
                 on_epoch=tracker.epoch,
             )
         except Diverged as error:
@@ -104,7 +99,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
                 files.append(folder.write_weights(run.tensor_mode, dict(weights)))
             folder.write_record(record)
             tracker.finish(record, files)
-            log.info("%s\nrecord: %s", summary(record), folder.result)
+            log.info("%s\nrecord: %s", describe_run(record), folder.result)
     if failure:
         raise failure
     return record

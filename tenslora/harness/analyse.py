@@ -11,64 +11,106 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, cycle
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from matplotlib.figure import Figure
 
 from tenslora.adapter import load_adapter
 from tenslora.constructions import Geometry
 from tenslora.decomposition import Updates, spectra
 from tenslora.errors import TensLoRAError
 from tenslora.files import write_json
-from tenslora.harness.results.figures import energy_by_rank, write_figure
+from tenslora.harness.results.figures.style import COLOURS, GREY, HEIGHT, INK, WIDTH, styled, write_figure
+from tenslora.harness.run_folder import RunFolder
 from tenslora.peft.saved_lora import CONFIG, read_config, read_updates
 from tenslora.projections import find_projections
 
 
 def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> tuple[Geometry, Updates]:
-    """The updates that a run's adapter, or the LoRA in a PEFT folder, adds to its backbone.
+    """The updates that a run's adapter, or a LoRA saved by PEFT, adds to its backbone.
 
-    model: for a LoRA, the backbone whose sizes it has, a local folder or a name on the hub; the one that the LoRA names
-    unless given. adapt: for a LoRA, which matrices to look at. Raises TensLoRAError if there is no such adapter.
+    Args:
+        folder: of the run or of the LoRA.
+        model: the LoRA's backbone, a local folder or a name on the hub; None for the one that the LoRA names. Only the
+            sizes in its configuration are used.
+        adapt: which matrices of the LoRA to look at, see `constructions.adapted_matrices`.
+
+    Raises:
+        TensLoRAError: if there is no such adapter, or no such backbone.
     """
     if not (folder / CONFIG).is_file():
-        adapter = load_adapter(folder / "adapter.safetensors")
+        adapter = load_adapter(RunFolder(folder).adapter)
         with torch.no_grad():
-            each = [adapter.dense(layer) for layer in range(adapter.geometry.layers)]
-            return adapter.geometry, [[adapter.config.alpha * update for update in layer] for layer in each]
+            layers = [adapter.dense(layer) for layer in range(adapter.geometry.layers)]
+            return adapter.geometry, [[adapter.config.alpha * update for update in layer] for layer in layers]
     from transformers import AutoConfig, AutoModel
 
     name = model or read_config(folder).get("base_model_name_or_path")
     try:
-        with torch.device("meta"):  # its shapes are all that is wanted
+        with torch.device("meta"):  # allocates nothing: only the shapes are used
             backbone = AutoModel.from_config(AutoConfig.from_pretrained(name))
     except (OSError, ValueError, TypeError) as error:
-        raise TensLoRAError(
-            f"--model {name}: no configuration of a model there ({str(error).splitlines()[0]})"
-        ) from error
-    geometry, sites = find_projections(backbone, adapt)
-    return geometry, read_updates(folder, geometry, sites)
+        reason = str(error).splitlines()[0]
+        raise TensLoRAError(f"--model {name}: must be a folder or hub name with a model's config ({reason})") from error
+    geometry, targets = find_projections(backbone, adapt)
+    return geometry, read_updates(folder, geometry, targets)
 
 
-def rank_for(shares: Tensor, energy: float) -> int:
-    """The smallest rank that keeps this share of the energy."""
-    return next((rank for rank, kept in enumerate(accumulate(shares.tolist()), start=1) if kept >= energy), len(shares))
+def rank_for(shares: Sequence[float], energy: float) -> int:
+    """The smallest rank that keeps a given share of the energy.
+
+    >>> rank_for([0.5, 0.3, 0.2], 0.7)
+    2
+
+    Args:
+        shares: of each singular value in the energy, largest first.
+        energy: the share to keep.
+    """
+    return next((rank for rank, kept in enumerate(accumulate(shares), start=1) if kept >= energy), len(shares))
+
+
+def energy_by_rank(shares: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw how much energy the updates keep when one axis alone is cut to a rank: a line per axis.
+
+    The rank is in per cent of the axis's size. An axis whose line is the dotted diagonal cannot be compressed.
+
+    Args:
+        shares: for each axis, the share of each singular value in the energy, largest first.
+    """
+    with styled():
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, linestyle=(0, (1, 2)))
+        for (name, of_axis), colour in zip(shares.items(), cycle(COLOURS.values()), strict=False):
+            size = len(of_axis)
+            ranks = [100 * rank / size for rank in range(size + 1)]
+            energy = [0.0, *accumulate(100 * share for share in of_axis)]
+            marker = "o" if size <= 24 else None
+            label = f"{name} ({size})"
+            axes.plot(ranks, energy, color=colour, linewidth=1.4, marker=marker, markersize=3, label=label)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 101)
+        axes.set_xlabel("rank, % of the axis's size")
+        axes.set_ylabel("energy of the updates that is left, %")
+        axes.grid(color=INK, alpha=0.1, linewidth=0.6)
+        axes.legend(loc="lower right", frameon=False)
+    return figure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a mistake ends it with status 1 and one line."""
+    """The command line; a user's mistake ends it with status 1 and one line."""
     parser = argparse.ArgumentParser(
         prog="python -m tenslora.harness.analyse",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="a finished run's, or one that PEFT saved a LoRA in")
+    parser.add_argument("folder", type=Path, help="of a finished run, or of a LoRA that PEFT saved")
     parser.add_argument("--model", help="a LoRA's backbone, a folder or a name on the hub, if not the one it names")
     parser.add_argument("--adapt", default="qkv", help="which of a LoRA's matrices: letters of qkvo, mlp, or all")
-    parser.add_argument("--out", type=Path, help="where to write; the folder itself unless given")
+    parser.add_argument("--out", type=Path, help="where to write; default: the folder itself")
     given = parser.parse_args(arguments)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     out = given.out or given.folder
@@ -76,16 +118,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         geometry, updates = updates_in(given.folder, given.model, given.adapt)
         if not any(update.any() for layer in updates for update in layer):
             raise TensLoRAError(f"{given.folder}: its updates are all zero")
-        found = spectra(updates, geometry)
-        plain = {axis: shares.tolist() for axis, shares in found.items()}
-        write_json(out / "spectra.json", plain)
-        figures = write_figure(energy_by_rank(plain), out, "spectra")
+        shares = {axis: of_axis.tolist() for axis, of_axis in spectra(updates, geometry).items()}
+        write_json(out / "spectra.json", shares)
+        files = write_figure(energy_by_rank(shares), out, "spectra")
     except TensLoRAError as error:
         sys.exit(f"error: {error}")
     print(f"{'axis':<12}{'size':>6}{'90 %':>8}{'99 %':>8}")
-    for axis, shares in found.items():
-        print(f"{axis:<12}{len(shares):>6}{rank_for(shares, 0.9):>8}{rank_for(shares, 0.99):>8}")
-    print(*figures, sep="\n")
+    for axis, of_axis in shares.items():
+        print(f"{axis:<12}{len(of_axis):>6}{rank_for(of_axis, 0.9):>8}{rank_for(of_axis, 0.99):>8}")
+    print(*files, sep="\n")
 
 
 if __name__ == "__main__":

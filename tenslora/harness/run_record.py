@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from tenslora.harness.results.record import environment, metrics_of
+from tenslora.harness.results.record import describe_environment, summarize_history
 from tenslora.ranks import parameter_count
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tenslora.harness.backbones import Backbone
     from tenslora.harness.config import RunConfig
     from tenslora.harness.data import Dataset
-    from tenslora.harness.training.checkpoint import State
+    from tenslora.harness.training.checkpoint import TrainingState
     from tenslora.harness.training.loop import Diverged
     from tenslora.harness.training.processes import Processes
 
@@ -74,7 +74,7 @@ def facts_of(
 def record_of(
     run: RunConfig,
     facts: Mapping[str, Any],
-    state: State,
+    state: TrainingState,
     failure: Diverged | None,
     seconds: Mapping[str, float],
     processes: Processes,
@@ -93,11 +93,11 @@ def record_of(
         "status": "diverged" if failure else "completed",
         "failure": {"message": str(failure), "step": failure.step, "lr": failure.rate} if failure else None,
         **facts,
-        "metrics": metrics_of(state.history, list(run.dataset.metrics)),
+        "metrics": summarize_history(state.history, list(run.dataset.metrics)),
         "seconds": {**seconds, **state.seconds},
         "steps_per_second": state.steps / state.seconds["train"] if state.steps else None,
         "peak_memory_bytes": processes.peak_memory_bytes(),
-        "environment": environment(),
+        "environment": describe_environment(),
         "identity": run.identity(),
         "config": run.settings(),
     }

@@ -10,15 +10,18 @@ from typing import Any
 
 from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.harness.results.statistics import paired_difference
-from tenslora.harness.results.table import Column, Row, Table
+from tenslora.harness.results.table import Column, Row, Table, percent_of_lora
 
 
 @dataclass(frozen=True)
 class Verdict:
     """One claim of the paper and what the runs of a table say to it.
 
-    table: isorank, isoparameters or both. verdict: "holds", "does not hold" or "not decided by these runs".
-    because: the numbers behind it, in a sentence.
+    Args:
+        claim: in the words of paper.yaml.
+        table: the paper's table that it is about: isorank, isoparameters or both.
+        verdict: "holds", "does not hold" or "not decided by these runs".
+        because: the numbers behind the verdict, in a sentence.
     """
 
     claim: str
@@ -42,11 +45,11 @@ def is_of_paper(column: Column) -> bool:
 
 
 def paper_value(row: Row, column: Column) -> float | None:
-    """The paper's score for a cell, in per cent; None where the cell is not the paper's or we hold no source."""
+    """The paper's score for a cell, in per cent; None if the cell is not the paper's or we hold no source for it."""
     if not is_of_paper(column) or row.variant:
         return None
     for entry in paper()["scores"]:
-        # LoRA is one row under both strategies, and stands in both of the paper's tables.
+        # LoRA is the same run under both strategies, and stands in both of the paper's tables.
         strategy = "" if entry["tensor_mode"] == "lora" else entry["table"]
         if (row.tensor_mode, row.strategy, column.dataset) == (entry["tensor_mode"], strategy, entry["dataset"]):
             return float(entry["value"])
@@ -54,84 +57,85 @@ def paper_value(row: Row, column: Column) -> float | None:
 
 
 def stand_in(table: Table) -> str | None:
-    """A sentence that says so where none of a table's columns is the paper's own experiment."""
+    """A sentence for tables without any of the paper's own experiments, which says so; None for other tables."""
     if any(map(is_of_paper, table.columns)):
         return None
     return "A stand-in for the paper's experiments: the backbone and the data are smaller, or others, than the paper's."
 
 
 def verdicts(table: Table) -> list[Verdict]:
-    """What the runs of `table` say to each of the paper's claims about its strategies.
+    """What the runs of a table say to the paper's claims about the table's rank strategies.
 
-    A row beats another on a dataset if the 95 % interval of their paired difference lies above 0, does not beat it
-    if no part of the interval does, and is undecided in between (`Difference.above`). A claim about several rows
-    or datasets holds if it holds for each, does not hold if it fails for one, and is not decided otherwise. Claims
-    about parameter counts need no runs.
+    A row beats another on a dataset if the 95 % interval of their paired difference lies above 0. It does not beat
+    the other if no part of the interval does, and is undecided in between (`Difference.above`). A claim about several
+    rows or datasets holds if it holds for each, does not hold if it fails for one, and is not decided otherwise.
+    Claims about numbers of parameters need no runs.
     """
-    strategies = [s for s in ("isorank", "isoparameters") if any(row.strategy == s for row in _plain(table))]
-    found = []
+    strategies = [s for s in ("isorank", "isoparameters") if any(row.strategy == s for row in _paper_rows(table))]
+    answers = []
     for entry in paper()["claims"]:
-        about = [s for s in strategies if entry["table"] in (s, "both")]
-        if about:
-            truth, because = _RULES[entry["claim"]](table, about)
+        judged = [strategy for strategy in strategies if entry["table"] in (strategy, "both")]
+        if judged:
+            truth, because = _RULES[entry["claim"]](table, judged)
             words = {True: "holds", False: "does not hold", None: "not decided by these runs"}
-            found.append(Verdict(entry["claim"], entry["table"], words[truth], because))
-    return found
+            answers.append(Verdict(entry["claim"], entry["table"], words[truth], because))
+    return answers
 
 
-def _plain(table: Table) -> list[Row]:
-    # The paper varies nothing but construction and strategy.
-    return [
-        row for row in table.rows if row.is_construction and row.tensor_mode in PAPER_CONSTRUCTIONS and not row.variant
-    ]
+def _paper_rows(table: Table) -> list[Row]:
+    """The rows of the paper's seven constructions; the paper varies nothing but construction and strategy."""
+    rows = [row for row in table.rows if row.is_construction and not row.variant]
+    return [row for row in rows if row.tensor_mode in PAPER_CONSTRUCTIONS]
 
 
-# A rule gives (True, False or None for undecided; the numbers behind it).
-_Judged = tuple[bool | None, str]
+# A rule returns whether its claim holds (None if undecided), and the numbers behind that.
+_Answer = tuple[bool | None, str]
 
 
-def _no_construction_beats_lora(table: Table, strategies: list[str]) -> _Judged:
-    rows = [row for row in _plain(table) if row.strategy in strategies]
-    beaten = _compare(table, [(row, table.reference(row)) for row in rows])
-    truths = [None if truth is None else not truth for truth in beaten.values()]
+def _no_construction_beats_lora(table: Table, strategies: list[str]) -> _Answer:
+    rows = [row for row in _paper_rows(table) if row.strategy in strategies]
+    beats = _compare(table, [(row, table.reference(row)) for row in rows])
+    truths = [None if truth is None else not truth for truth in beats.values()]
     complete = len(rows) == 7 * len(strategies)
-    return _all([*truths, *([] if complete else [None])]), _tell(beaten, "above LoRA")
+    return _all([*truths, *([] if complete else [None])]), _listed(beats, "above LoRA")
 
 
-def _few_parameters(table: Table, strategies: list[str]) -> _Judged:
+def _few_parameters(table: Table, strategies: list[str]) -> _Answer:
     truths: list[bool | None] = []
-    words = []
+    sentences = []
     for column in table.columns:
-        shares = {}
-        for row in _plain(table):
+        percents = {}
+        for row in _paper_rows(table):
             run = next(iter(table.cell(row, column)), None)
-            if row.strategy in strategies and run and run.parameters and run.lora_parameters:
-                shares[row.tensor_mode] = 100 * run.parameters / run.lora_parameters
-        below = [mode for mode, share in shares.items() if share < 10]
-        truths.append(len(below) >= 4 if len(shares) == 7 else None)
-        listed = ", ".join(f"{mode} {share:.1f} %" for mode, share in shares.items())
-        words.append(f"{len(below)} of {len(shares)} on {column.model} ({listed})")
-    return _all(truths), "; ".join(dict.fromkeys(words))
+            if run and row.strategy in strategies:
+                percents[row.tensor_mode] = percent_of_lora(run.parameters, run.lora_parameters)
+        known = {mode: percent for mode, percent in percents.items() if percent is not None}
+        below = [mode for mode, percent in known.items() if percent < 10]
+        truths.append(len(below) >= 4 if len(known) == 7 else None)
+        listed = ", ".join(f"{mode} {percent:.1f} %" for mode, percent in known.items())
+        sentences.append(f"{len(below)} of {len(known)} on {column.model} ({listed})")
+    return _all(truths), "; ".join(dict.fromkeys(sentences))
 
 
-def _two_beat_lora_everywhere(table: Table, strategies: list[str]) -> _Judged:
-    wanted = ("qkv_depth", "att_qkv_depth")
-    rows = [row for row in _plain(table) if row.tensor_mode in wanted and row.strategy in strategies]
-    beaten = _compare(table, [(row, table.reference(row)) for row in rows])
-    truth = _all(beaten.values()) if len(rows) == len(wanted) else None
-    return truth, f"{_tell(beaten, 'above LoRA')} ({_datasets(table)})"
+def _two_beat_lora_everywhere(table: Table, strategies: list[str]) -> _Answer:
+    modes = ("qkv_depth", "att_qkv_depth")
+    rows = [row for row in _paper_rows(table) if row.tensor_mode in modes and row.strategy in strategies]
+    beats = _compare(table, [(row, table.reference(row)) for row in rows])
+    truth = _all(beats.values()) if len(rows) == len(modes) else None
+    datasets = f"{len(table.columns)} dataset{'s' if len(table.columns) > 1 else ''} here"
+    return truth, f"{_listed(beats, 'above LoRA')} ({datasets})"
 
 
-def _att_is_the_weakest(table: Table, strategies: list[str]) -> _Judged:
+def _att_is_the_weakest(table: Table, strategies: list[str]) -> _Answer:
     pairs = [
         (row, att)
-        for row in _plain(table)
-        for att in _plain(table)
+        for row in _paper_rows(table)
+        for att in _paper_rows(table)
         if att.tensor_mode == "att" != row.tensor_mode and att.strategy == row.strategy in strategies
     ]
-    beaten = _compare(table, pairs)
+    beats = _compare(table, pairs)
     complete = len(pairs) == 6 * len(strategies)
-    return _all([*beaten.values(), *([] if complete else [None])]), _tell(beaten, "above att")
+    return _all([*beats.values(), *([] if complete else [None])]), _listed(beats, "above att")
 
 
 _RULES = {
@@ -144,13 +148,13 @@ _RULES = {
 
 def _compare(table: Table, pairs: Sequence[tuple[Row, Row | None]]) -> dict[str, bool | None]:
     """Whether the first of each pair beats the second on each dataset, by a name for the comparison."""
-    found: dict[str, bool | None] = {}
+    beats: dict[str, bool | None] = {}
     for row, other in pairs:
         for column in table.columns:
             difference = other and paired_difference(table.scores(row, column), table.scores(other, column))
             where = f" on {column.dataset} with {column.model}" if len(table.columns) > 1 else ""
-            found[f"{row.label}{where}"] = difference.above if difference else None
-    return found
+            beats[f"{row.label}{where}"] = difference.above if difference else None
+    return beats
 
 
 def _all(truths: Iterable[bool | None]) -> bool | None:
@@ -158,12 +162,8 @@ def _all(truths: Iterable[bool | None]) -> bool | None:
     return False if False in known else True if known and None not in known else None
 
 
-def _tell(beaten: dict[str, bool | None], what: str) -> str:
-    def some(truth: bool | None) -> str:
-        return ", ".join(name for name, found in beaten.items() if found is truth) or "none"
+def _listed(beats: dict[str, bool | None], what: str) -> str:
+    def names(truth: bool | None) -> str:
+        return ", ".join(name for name, value in beats.items() if value is truth) or "none"
 
-    return f"{what}: {some(True)}; not {what}: {some(False)}; undecided: {some(None)}"
-
-
-def _datasets(table: Table) -> str:
-    return f"{len(table.columns)} dataset{'s' if len(table.columns) > 1 else ''} here"
+    return f"{what}: {names(True)}; not {what}: {names(False)}; undecided: {names(None)}"

@@ -1,8 +1,7 @@
-"""result.json: the one thing that tables are built from."""
+"""What a record says of a run's scores and circumstances, and a record in a few lines for people."""
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -10,12 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tenslora.errors import TensLoRAError
-from tenslora.files import write_json
+from tenslora.constructions import Geometry
+from tenslora.harness.results.table import percent_of_lora
+from tenslora.ranks import rank_limits
 
-SCHEMA = 1
-NAME = "result.json"
-_VERSIONED = (
+_PACKAGES = (
     "torch",
     "torchvision",
     "transformers",
@@ -28,51 +26,61 @@ _VERSIONED = (
 )
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> Path:
-    """Write `record` as the folder's result.json, atomically, and return its path.
+def summarize_history(history: list[dict[str, Any]], metrics: list[str]) -> dict[str, Any]:
+    """The scores of a run, as its record holds them under "metrics".
 
-    Raises TensLoRAError if it cannot be written.
+    Args:
+        history: one entry per finished epoch, with every metric's score.
+        metrics: the names of the metrics, the headline metric first.
+
+    Returns:
+        name: of the headline metric; last, best, best_epoch: its scores; others_last: of the other metrics; history.
+        Without a finished epoch the scores are None.
     """
-    path = folder / NAME
-    write_json(path, {"schema": SCHEMA, **record})
-    return path
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record in a run's folder. Raises TensLoRAError if there is none, or one of another schema."""
-    path = folder / NAME
-    try:
-        record: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise TensLoRAError(f"{path}: not a readable record ({error})") from error
-    if record.get("schema") != SCHEMA:
-        raise TensLoRAError(f"{path}: schema {record.get('schema')}, this version reads {SCHEMA}")
-    return record
-
-
-def metrics_of(history: list[dict[str, Any]], names: list[str]) -> dict[str, Any]:
-    """The scores of a run: name of the headline metric, last (the headline) and best over epochs, and all epochs."""
-    headline = names[0]
+    headline = metrics[0]
     best = max(history, key=lambda entry: entry[headline], default=None)
     return {
         "name": headline,
         "last": history[-1][headline] if history else None,
         "best": best and best[headline],
         "best_epoch": best and best["epoch"],
-        "others_last": {name: history[-1][name] for name in names[1:]} if history else {},
+        "others_last": {name: history[-1][name] for name in metrics[1:]} if history else {},
         "history": history,
     }
 
 
-def environment() -> dict[str, Any]:
-    """What the run ran on: versions, platform, and the commit of the code, with whether it was changed since."""
+def describe_environment() -> dict[str, Any]:
+    """What this process runs on: versions, platform, command line, and the code's commit.
+
+    git: the commit, and whether the code has been changed since; None outside a clone.
+    """
     versions = {"python": platform.python_version()}
-    for package in _VERSIONED:
+    for package in _PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
     return {"versions": versions, "platform": platform.platform(), "git": _git(), "argv": sys.argv}
+
+
+def describe_run(record: dict[str, Any]) -> str:
+    """A run in a few lines for people: construction, ranks, parameters, scores."""
+    mode, metrics = record["tensor_mode"], record["metrics"]
+    lines = [f"{mode} on {record['dataset']} with {record['model']}, seed {record['seed']}: {record['status']}"]
+    if record["ranks"]:
+        factorization = "tucker" if record["factorization"] == "matrix" else record["factorization"]
+        names = rank_limits(mode, Geometry(**record["geometry"]), factorization)
+        ranks = ", ".join(f"{name} {rank}" for name, rank in zip(names, record["ranks"], strict=True))
+        parameters, lora_parameters = record["adapter_parameters"], record["lora_parameters"]
+        percent = percent_of_lora(parameters, lora_parameters)
+        lines.append(f"ranks ({record['rank_strategy']}): {ranks}")
+        lines.append(f"adapter: {parameters:,} parameters, {percent:.1f} % of LoRA's {lora_parameters:,}")
+    lines.append(f"head: {record['head_parameters']:,} parameters; trained in all: {record['trained_parameters']:,}")
+    if metrics["last"] is not None:
+        others = "".join(f", {name} {value:.4f}" for name, value in metrics["others_last"].items())
+        best = f"best {metrics['best']:.4f} (epoch {metrics['best_epoch']})"
+        lines.append(f"{metrics['name']}: last {metrics['last']:.4f}, {best}{others}")
+    return "\n".join(lines)
 
 
 def _git() -> dict[str, Any] | None:
@@ -87,26 +95,3 @@ def _git() -> dict[str, Any] | None:
         }
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def summary(record: dict[str, Any]) -> str:
-    """A few lines for a person: construction, ranks, parameters, scores."""
-    mode, metrics = record["tensor_mode"], record["metrics"]
-    lines = [f"{mode} on {record['dataset']} with {record['model']}, seed {record['seed']}: {record['status']}"]
-    if record["ranks"]:
-        from tenslora.constructions import Geometry
-        from tenslora.ranks import rank_limits
-
-        tensors = "tucker" if record["factorization"] == "matrix" else record["factorization"]
-        names = rank_limits(mode, Geometry(**record["geometry"]), tensors)
-        ranks = ", ".join(f"{name} {rank}" for name, rank in zip(names, record["ranks"], strict=True))
-        share = 100 * record["adapter_parameters"] / record["lora_parameters"]
-        lora = record["lora_parameters"]
-        lines.append(f"ranks ({record['rank_strategy']}): {ranks}")
-        lines.append(f"adapter: {record['adapter_parameters']:,} parameters, {share:.1f} % of LoRA's {lora:,}")
-    lines.append(f"head: {record['head_parameters']:,} parameters; trained in all: {record['trained_parameters']:,}")
-    if metrics["last"] is not None:
-        others = "".join(f", {name} {value:.4f}" for name, value in metrics["others_last"].items())
-        best = f"best {metrics['best']:.4f} (epoch {metrics['best_epoch']})"
-        lines.append(f"{metrics['name']}: last {metrics['last']:.4f}, {best}{others}")
-    return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""How two rows differ, seed by seed."""
+"""The difference of two rows over the seeds that both have."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TEST = "two-sided paired t-test"
 
@@ -13,9 +13,14 @@ TEST = "two-sided paired t-test"
 class Difference:
     """The paired difference of two rows' scores over the seeds that both have.
 
-    mean: of the differences. low, high: its 95 % confidence interval by Student's t with seeds - 1 degrees of
-    freedom. p: of the two-sided paired t-test that it is zero. With one seed, or where all differences are equal,
-    there is no spread to judge by, and these three are None. Not corrected for the number of comparisons.
+    With one seed, or if all differences are equal, there is no spread to judge by: interval and p-value are None.
+
+    Args:
+        mean: of the differences.
+        low: lower end of the mean's 95 % confidence interval, by Student's t with seeds - 1 degrees of freedom.
+        high: its upper end.
+        p: p-value of the two-sided paired t-test that the mean is zero, not corrected for the number of comparisons.
+        seeds: how many seeds both have.
     """
 
     mean: float
@@ -26,14 +31,28 @@ class Difference:
 
     @property
     def above(self) -> bool | None:
-        """Whether the first is better: True if the whole interval is above 0, False if none of it, else None."""
+        """Whether the first row is better: True if the whole interval is above 0, False if none of it is, else None."""
         if self.low is None or self.high is None:
             return None
         return True if self.low > 0 else False if self.high <= 0 else None
 
+    @property
+    def in_points(self) -> Difference:
+        """The difference of scores in per cent, where this one is of scores as fractions."""
+        low, high = (None if end is None else 100 * end for end in (self.low, self.high))
+        return replace(self, mean=100 * self.mean, low=low, high=high)
+
 
 def paired_difference(scores: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
-    """`scores` minus `reference`, both by seed; None if they have no seed in common."""
+    """How much higher the scores of one row are than those of another.
+
+    Args:
+        scores: of the one row, by seed.
+        reference: of the other row, by seed.
+
+    Returns:
+        `scores` minus `reference`; None if they have no seed in common.
+    """
     seeds = sorted(scores.keys() & reference.keys())
     if not seeds:
         return None
@@ -41,11 +60,11 @@ def paired_difference(scores: Mapping[int, float], reference: Mapping[int, float
     mean = math.fsum(differences) / len(seeds)
     if len(seeds) == 1:
         return Difference(mean, None, None, None, 1)
-    from scipy import stats
+    from scipy import stats  # here, because it takes a second to import and every command reads this module
 
-    spread = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (len(seeds) - 1) / len(seeds))
-    if spread <= 1e-12 * max(map(abs, differences)):  # equal but for rounding
+    standard_error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (len(seeds) - 1) / len(seeds))
+    if standard_error <= 1e-12 * max(map(abs, differences)):  # all differences are equal but for rounding
         return Difference(mean, None, None, None, len(seeds))
-    reach = float(stats.t.ppf(0.975, len(seeds) - 1)) * spread
+    half_width = float(stats.t.ppf(0.975, len(seeds) - 1)) * standard_error
     p = float(stats.ttest_rel([scores[s] for s in seeds], [reference[s] for s in seeds]).pvalue)
-    return Difference(mean, mean - reach, mean + reach, p, len(seeds))
+    return Difference(mean, mean - half_width, mean + half_width, p, len(seeds))

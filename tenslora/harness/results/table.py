@@ -1,25 +1,27 @@
-"""A table of runs: rows are what was varied, columns where it was tried, a cell holds one run per seed."""
+"""A table of runs: rows are what was varied, columns are where it was tried, a cell holds one run per seed."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from tenslora.constructions import CONSTRUCTIONS
 
-ORDER = (*CONSTRUCTIONS, "head_only", "full")
-"""Rows in the paper's order, LoRA first; the reference rows stand below."""
+ROW_ORDER = (*CONSTRUCTIONS, "head_only", "full")
+"""The order of the rows: the paper's, with LoRA first, then the reference rows."""
 
 
 @dataclass(frozen=True)
 class Row:
     """What sets one row apart: the construction, the rank strategy, and whatever else was swept.
 
-    strategy: empty for runs that it does not change: lora at a rank, and those without an adapter.
-    variant: "key=value" for each further setting that differs from row to row.
+    Args:
+        tensor_mode: the construction, "head_only" or "full".
+        strategy: the rank strategy; empty where it does not change the run, as for LoRA or without an adapter.
+        variant: "setting=value" for each further setting that differs from row to row.
     """
 
     tensor_mode: str
@@ -28,22 +30,33 @@ class Row:
 
     @property
     def label(self) -> str:
+        """The row's name, such as "qkv isorank adapter.alpha=8"."""
         return " ".join(filter(None, (self.tensor_mode, self.strategy, *self.variant)))
 
     @property
     def values(self) -> tuple[str, ...]:
-        """Of `variant`, what stands behind the equals signs."""
-        return tuple(each.partition("=")[2] for each in self.variant)
+        """The values of the variant's settings."""
+        return tuple(assignment.partition("=")[2] for assignment in self.variant)
 
     @property
-    def plain(self) -> Row:
-        """The row without what else was swept."""
+    def without_variant(self) -> Row:
+        """The row of the same construction and strategy without further settings."""
         return replace(self, variant=())
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether its runs train an adapter; head_only and full do not."""
+        return self.tensor_mode in CONSTRUCTIONS
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether its adapter is LoRA."""
+        return self.tensor_mode == "lora"
+
+    @property
     def is_construction(self) -> bool:
-        """Whether it stacks updates into tensors, and is neither LoRA nor a reference row."""
-        return self.tensor_mode in CONSTRUCTIONS and self.tensor_mode != "lora"
+        """Whether its adapter stacks updates into tensors."""
+        return self.has_adapter and not self.is_lora
 
 
 @dataclass(frozen=True)
@@ -55,12 +68,39 @@ class Column:
 
 
 @dataclass(frozen=True)
+class AdapterSize:
+    """The size of an adapter, beside LoRA's on the same matrices.
+
+    Args:
+        ranks: of each tensor; None without an adapter or where they are unknown.
+        parameters: the adapter's; None likewise.
+        lora_parameters: of LoRA at the run's rank; None where unknown.
+    """
+
+    ranks: tuple[int, ...] | None
+    parameters: int | None
+    lora_parameters: int | None
+
+    @property
+    def percent_of_lora(self) -> float | None:
+        """The parameters in per cent of LoRA's; None where either count is unknown."""
+        return percent_of_lora(self.parameters, self.lora_parameters)
+
+
+@dataclass(frozen=True)
 class Run:
     """One run of a table, finished or not.
 
-    digest: identifies its settings. ranks, parameters, lora_parameters: as planned from the backbone's declared
-    geometry; None where that is left open or there is no adapter. record: its result.json once it is there.
-    problem: why there is no score: "missing", or what went wrong; empty for a completed run.
+    Args:
+        row: its row.
+        column: its column.
+        seed: its seed.
+        digest: of its settings.
+        ranks: as planned from the backbone's declared geometry; None without an adapter or a declared geometry.
+        parameters: the adapter's, as planned; None likewise.
+        lora_parameters: LoRA's, as planned; None without a declared geometry.
+        record: its result.json, once it is there.
+        problem: why there is no score: "missing", or what went wrong; empty for a completed run.
     """
 
     row: Row
@@ -73,57 +113,87 @@ class Run:
     record: dict[str, Any] | None = None
     problem: str = "missing"
 
+    @property
+    def status(self) -> str:
+        """One of "completed", "failed" and "missing"."""
+        return {"": "completed", "missing": "missing"}.get(self.problem, "failed")
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The scores in the record of a completed run; empty for any other."""
+        metrics: dict[str, Any] = self.record["metrics"] if self.record and self.status == "completed" else {}
+        return metrics
+
+    @property
+    def size(self) -> AdapterSize:
+        """The adapter's size as recorded, or as planned where there is no record."""
+        if self.record is None:
+            return AdapterSize(self.ranks, self.parameters, self.lora_parameters)
+        lora_parameters = self.record["lora_parameters"]
+        if not self.row.has_adapter:
+            return AdapterSize(None, None, lora_parameters)
+        return AdapterSize(tuple(self.record["ranks"]), self.record["adapter_parameters"], lora_parameters)
+
     def score(self, which: str) -> float | None:
-        """The headline metric after the last epoch (which = last) or the best of all; None without a score."""
-        if self.record is None or self.problem:
-            return None
-        value: float | None = self.record["metrics"][which]
-        return value
+        """The headline metric of a completed run, as a fraction; None for any other run.
+
+        Args:
+            which: "last" for the score after the last epoch, "best" for the best over all epochs.
+        """
+        score: float | None = self.metrics.get(which)
+        return score
 
 
 @dataclass(frozen=True)
 class Table:
     """Runs by row, column and seed.
 
-    name: of the table, as in conf/table. title: for people. score: last or best, the number that it shows.
+    Args:
+        name: as in conf/table.
+        title: for people.
+        runs: in any order; rows and columns stand in the order of their first runs where nothing else orders them.
+        score: the number that it shows, "last" or "best", see `Run.score`.
+        notes: sentences that stand below the title.
     """
 
     name: str
     title: str
     runs: tuple[Run, ...]
     score: str = "last"
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def rows(self) -> list[Row]:
-        found = dict.fromkeys(run.row for run in self.runs)
-        strategies = list(dict.fromkeys(row.strategy for row in found))
-        variants = list(dict.fromkeys(row.variant for row in found))
+        """LoRA first, then the constructions by variant and strategy in the paper's order, then the reference rows."""
+        rows = dict.fromkeys(run.row for run in self.runs)
+        strategies = list(dict.fromkeys(row.strategy for row in rows))
+        variants = list(dict.fromkeys(row.variant for row in rows))
 
-        def place(row: Row) -> tuple[int, ...]:
-            mode = ORDER.index(row.tensor_mode)
-            group = 0 if row.tensor_mode == "lora" else 1 if row.is_construction else 2
+        def position(row: Row) -> tuple[int, ...]:
+            group = 0 if row.is_lora else 1 if row.is_construction else 2
+            mode = ROW_ORDER.index(row.tensor_mode)
             return group, variants.index(row.variant), strategies.index(row.strategy), mode
 
-        return sorted(found, key=place)
+        return sorted(rows, key=position)
 
     @cached_property
-    def plain_rows(self) -> list[Row]:
-        """The rows without what else was swept, each once."""
-        return replace(self, runs=tuple(replace(run, row=run.row.plain) for run in self.runs)).rows
-
-    @cached_property
-    def swept(self) -> str | None:
-        """The one setting that is swept beside construction, strategy and seed; None where there is none, or more."""
-        settings = {each.partition("=")[0] for row in self.rows for each in row.variant}
-        return settings.pop() if len(settings) == 1 else None
+    def rows_without_variants(self) -> list[Row]:
+        """The constructions and strategies of the rows, each once, in the order of `rows`."""
+        return replace(self, runs=tuple(replace(run, row=run.row.without_variant) for run in self.runs)).rows
 
     @cached_property
     def columns(self) -> list[Column]:
+        """The columns, in the order in which they were swept."""
         return list(dict.fromkeys(run.column for run in self.runs))
 
+    @cached_property
+    def swept_setting(self) -> str | None:
+        """The one setting that is swept beside construction, strategy and seed; None if there is none, or several."""
+        settings = {assignment.partition("=")[0] for row in self.rows for assignment in row.variant}
+        return settings.pop() if len(settings) == 1 else None
+
     def cell(self, row: Row, column: Column) -> list[Run]:
-        """The runs of a cell by rising seed; empty where the table has none there."""
+        """The runs of a cell by rising seed; empty if the table has none there."""
         return self._cells.get((row, column), [])
 
     @cached_property
@@ -134,31 +204,35 @@ class Table:
         return cells
 
     def scores(self, row: Row, column: Column) -> dict[int, float]:
-        """The scores of a cell by seed, of its completed runs."""
-        found = {run.seed: run.score(self.score) for run in self.cell(row, column)}
-        return {seed: score for seed, score in found.items() if score is not None}
+        """The scores of a cell's completed runs by seed, as fractions."""
+        scores = {run.seed: run.score(self.score) for run in self.cell(row, column)}
+        return {seed: score for seed, score in scores.items() if score is not None}
 
     def reference(self, row: Row) -> Row | None:
-        """The LoRA row that a row is compared with: that of the same variant, else the only one there is."""
-        lora = [other for other in self.rows if other.tensor_mode == "lora" and other != row]
-        same = [other for other in lora if other.variant == row.variant]
-        found = same or lora
-        return found[0] if len(found) == 1 else None
+        """The LoRA row that a row is compared with: the one of the same variant, otherwise the only one there is."""
+        lora_rows = [other for other in self.rows if other.is_lora and other != row]
+        candidates = [other for other in lora_rows if other.variant == row.variant] or lora_rows
+        return candidates[0] if len(candidates) == 1 else None
 
     def metric(self, column: Column) -> str | None:
-        """The name of the column's headline metric, as its finished runs tell; None before the first."""
+        """The name of a column's headline metric, as recorded by its runs; None before the first record."""
         for run in self.runs:
             if run.column == column and run.record:
                 name: str = run.record["metrics"]["name"]
                 return name
         return None
 
-    def problems(self, row: Row, column: Column) -> list[str]:
-        """Why seeds of a cell have no score, each reason once."""
-        return list(dict.fromkeys(run.problem for run in self.cell(row, column) if run.problem))
+
+def percent_of_lora(parameters: int | None, lora_parameters: int | None) -> float | None:
+    """How many parameters an adapter has, in per cent of LoRA's; None where either count is unknown or LoRA's is 0.
+
+    >>> percent_of_lora(1536, 6144)
+    25.0
+    """
+    return 100 * parameters / lora_parameters if parameters is not None and lora_parameters else None
 
 
 def mean_and_deviation(scores: Iterable[float]) -> tuple[float, float | None]:
-    """(mean, standard deviation with n - 1) of at least one score; no deviation for a single one."""
+    """Mean and standard deviation (with n - 1) of at least one score; a single score has no deviation."""
     values = list(scores)
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -1,7 +1,9 @@
-"""Builds a W&B report that compares the runs of sweeps: python -m tenslora.harness.tracking.dashboard --project tenslora
+"""Builds a W&B report that compares the runs of sweeps.
 
-Scores over steps, last scores and parameters, per dataset and grouped by construction and strategy, and the finished
-tables. The report shows the runs as they come in: it needs building once, not once per run.
+    python -m tenslora.harness.tracking.dashboard --project tenslora
+
+shows scores over steps, last scores and parameters, by dataset and grouped by construction and strategy, and the
+finished tables. The report shows runs as they come in: build it once, not once per run.
 """
 
 from __future__ import annotations
@@ -16,23 +18,32 @@ from typing import Any
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.results.paper import paper
-from tenslora.harness.tracking import SCORE, TABLE, TRAIN
+from tenslora.harness.results.summary import one_line
+from tenslora.harness.tracking.wandb_tracker import SCORE, TABLE, TRAIN
 
-_LIMIT = 100  # W&B shows ten rows in a panel where nothing else is said
-_NOTHING: tuple[Any, ...] = (None, "", [], {}, (None, None))
+_MOST_ROWS = 100  # in a panel; W&B's own limit is ten
+_UNSET: tuple[Any, ...] = (None, "", [], {}, (None, None))
 
 
 def build_report(
     project: str, entity: str, groups: Sequence[str], datasets: Sequence[str], by: Sequence[str] = ()
 ) -> Any:
-    """The comparison as a W&B report that is not saved yet; talks to no service.
+    """Build the comparison without contacting W&B.
 
-    groups: of the runs to compare, all of the project's if empty. datasets: one section each. by: settings, such as
-    adapter.alpha, that tell runs apart beside construction and strategy.
+    Args:
+        project: of the runs.
+        entity: the user or team that owns the project; empty for the key's own.
+        groups: of the runs to compare; all of the project's runs if empty.
+        datasets: each gets a section.
+        by: settings that tell runs apart beside construction and strategy, such as adapter.alpha.
 
-    Raises TensLoRAError if wandb_workspaces is not installed.
+    Returns:
+        A `wandb_workspaces.reports.v2.Report` that is not saved yet.
+
+    Raises:
+        TensLoRAError: if wandb_workspaces is not installed.
     """
-    try:  # by name: it is optional, and tells type checkers nothing of what it exports
+    try:  # by name, because it is optional and does not declare its exports to type checkers
         wr = import_module("wandb_workspaces.reports.v2")
         ws = import_module("wandb_workspaces.workspaces")
     except ImportError as error:
@@ -43,12 +54,12 @@ def build_report(
         return ws.And(ws.Metric("JobType") == job_type, *of_groups, *further)
 
     def trained_on(dataset: str, groupby: list[str]) -> Any:
-        # Attempts that broke off would count beside the run that took their place. W&B keeps a setting's value under
-        # "value", and a filter wants to be told so.
-        going_well = ws.Metric("State").isin(["finished", "running"])
+        # An attempt that broke off would count beside the run that took its place. W&B keeps a setting's value under
+        # "value", which a filter has to spell out.
+        not_failed = ws.Metric("State").isin(["finished", "running"])
         return wr.Runset(
             name=dataset,
-            filters=runs_of(TRAIN, ws.Config("dataset.value.name") == dataset, going_well),
+            filters=runs_of(TRAIN, ws.Config("dataset.value.name") == dataset, not_failed),
             groupby=groupby,
             pinned_columns=[
                 "run:displayName",
@@ -60,7 +71,7 @@ def build_report(
         )
 
     def over_seeds(**panel: Any) -> dict[str, Any]:
-        return {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev", "max_runs_to_show": _LIMIT, **panel}
+        return {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev", "max_runs_to_show": _MOST_ROWS, **panel}
 
     blocks: list[Any] = [
         wr.P(
@@ -88,7 +99,10 @@ def build_report(
                     ),
                     wr.BarPlot(
                         **over_seeds(
-                            title="last score", metrics=[SCORE], max_bars_to_show=_LIMIT, layout=wr.Layout(w=12, h=12)
+                            title="last score",
+                            metrics=[SCORE],
+                            max_bars_to_show=_MOST_ROWS,
+                            layout=wr.Layout(w=12, h=12),
                         )
                     ),
                     wr.ScatterPlot(
@@ -113,19 +127,23 @@ def build_report(
 
 
 def specification(part: Any) -> Any:
-    """What a report holds, as plain data: every part by the name of its class, with what was said of it."""
+    """A report, or a part of one, as plain data: the name of its class as "type", and every attribute that is set."""
     if dataclasses.is_dataclass(part):
-        named = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if not f.name.startswith("_")}
-        said = {name: specification(value) for name, value in named.items() if value not in _NOTHING}
-        return {"type": type(part).__name__, **said}
+        names = [field.name for field in dataclasses.fields(part) if not field.name.startswith("_")]
+        values = {name: value for name in names if (value := getattr(part, name)) not in _UNSET}
+        return {"type": type(part).__name__, **{name: specification(value) for name, value in values.items()}}
     if isinstance(part, list | tuple):
         return [specification(item) for item in part]
     return part
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a mistake or a service out of reach ends it with status 1 and one line."""
-    parser = argparse.ArgumentParser(prog="python -m tenslora.harness.tracking.dashboard", description=__doc__)
+    """The command line; a mistake, or a service out of reach, ends it with status 1 and one line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tenslora.harness.tracking.dashboard",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--project", required=True, help="the runs' W&B project (logger.project)")
     parser.add_argument("--entity", help="the user or team that owns it; default: the key's own")
     parser.add_argument("--group", nargs="+", default=[], help="groups to compare; a sweep's is its table's name")
@@ -150,9 +168,9 @@ def _save(report: Any) -> str:
         report.entity = report.entity or str(wandb.Api().default_entity)
         report.save()
         return str(report.url)
-    except Exception as error:  # wandb_workspaces raises bare exceptions, and the transport its own
+    except Exception as error:  # wandb_workspaces raises bare exceptions, and its transport others
         raise TensLoRAError(
-            f"project {report.project}: Weights & Biases did not take the report ({' '.join(str(error).split())}); "
+            f"project {report.project}: Weights & Biases did not accept the report ({one_line(str(error))}); "
             f"--dry-run prints it without the service"
         ) from error
 

@@ -1,75 +1,100 @@
-"""Where the labels of a figure go: near what they name, and clear of everything else. Lengths are in points."""
+"""Places the labels of a figure: each near its mark and clear of everything else. Lengths are in points.
+
+adjustText 1.4 and textalloc 1.2 leave labels on error bars and on other text, and measure them in the fonts of the
+machine, so that an SVG would differ from machine to machine; matplotlib places no labels.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 
+Place = tuple[float, float]  # x, y
 Box = tuple[float, float, float, float]  # left, bottom, right, top
-Line = tuple[tuple[float, float], tuple[float, float]]  # from, to
+Line = tuple[Place, Place]  # from, to
 
 
 def spread(wanted: Sequence[float], distance: float, bounds: tuple[float, float]) -> list[float]:
-    """Positions at least `distance` apart and within `bounds`, in the order of `wanted` and as near to it as can be.
+    """Positions that keep a distance from each other, as near to the wanted ones as possible.
 
-    Nearest in the sense of least squares. If there is no room for all, they overlap evenly.
+    The sum of the squared differences from the wanted positions is the least possible (isotonic regression).
 
     >>> spread([1.0, 1.0, 9.0], 2.0, (-10.0, 10.0))
     [0.0, 2.0, 9.0]
+
+    Args:
+        wanted: the positions wanted, in any order.
+        distance: the least distance between two positions; less if there is no room for all of them.
+        bounds: the lowest and the highest position allowed.
+
+    Returns:
+        The positions, in the order of `wanted`.
     """
     if len(wanted) > 1:
         distance = min(distance, (bounds[1] - bounds[0]) / (len(wanted) - 1))
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    # Less the distances that come before it, each position must not be below the one before: isotonic regression.
+    # Without the distances below it, each position must be at least the one before it.
     pools: list[tuple[float, int]] = []
     for place, i in enumerate(order):
         pools.append((wanted[i] - place * distance, 1))
         while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
             (above, n), (below, m) = pools.pop(), pools.pop()
             pools.append(((above * n + below * m) / (n + m), n + m))
-    level = [mean for mean, count in pools for _ in range(count)]
+    levels = [mean for mean, count in pools for _ in range(count)]
     ceiling = bounds[1] - distance * (len(wanted) - 1)
-    found = [0.0] * len(wanted)
+    positions = [0.0] * len(wanted)
     for place, i in enumerate(order):
-        found[i] = min(max(level[place], bounds[0]), ceiling) + place * distance
-    return found
+        positions[i] = min(max(levels[place], bounds[0]), ceiling) + place * distance
+    return positions
 
 
 def place_labels(
     bars: Sequence[Box],
     sizes: Sequence[tuple[float, float]],
     room: tuple[float, float],
-    hard: Sequence[Box],
-    soft: Sequence[Box],
+    occupied: Sequence[Box],
+    lines: Sequence[Box],
 ) -> list[Box]:
-    """A box for the label of each bar, of the size given, near it and clear of `hard`, `soft` and each other.
+    """Place a label near each error bar.
 
-    Each label takes the cheapest of some places around its bar's middle, given the others, until none moves.
+    There are some candidates around the middle of each bar. Each label takes the cheapest of its candidates, given the
+    places of the others, until none moves.
+
+    Args:
+        bars: the error bars, whose middles are the marks.
+        sizes: width and height of each bar's label.
+        room: width and height of the figure.
+        occupied: what a label must not cover.
+        lines: what a label may cover if need be.
+
+    Returns:
+        The labels' boxes.
     """
     directions = [(math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)) for k in range(16)]
     marks = [((bar[0] + bar[2]) / 2, (bar[1] + bar[3]) / 2) for bar in bars]
 
     def candidates(i: int) -> Iterator[tuple[float, Box]]:
+        """Boxes for label i, each with its cost before the other labels are looked at."""
         (x, y), (w, h), reach = marks[i], sizes[i], bars[i][3] - marks[i][1]
         middles = [(x, y + side * (max(reach, 4) + 2 + h / 2)) for side in (-1, 1)]
         for step in (6.0, 13.0, 21.0, 30.0, 42.0, 56.0):
-            # The box whose nearest point to the mark lies `step` away in this direction.
+            # The box whose point nearest to the mark is `step` away in this direction.
             middles += [
                 (x + dx * step + w / 2 * _clip(2.4 * dx), y + dy * step + h / 2 * _clip(2.4 * dy))
                 for dx, dy in directions
             ]
         for cx, cy in middles:
             box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-            own, leader = _gap(bars[i], box), leader_of(marks[i], bars[i], box)
-            cost = own + 0.3 * math.dist(marks[i], _nearest(marks[i], box))
+            own_gap, leader = _gap(bars[i], box), leader_of(marks[i], bars[i], box)
+            cost = own_gap + 0.3 * math.dist(marks[i], _nearest(marks[i], box))
             cost += 100 * max(0, -box[0], box[2] - room[0], -box[1], box[3] - room[1])
-            cost += sum(30 + 20 * area for other in hard if (area := overlap(box, other)))
-            cost += 0.5 * sum(overlap(box, other) for other in soft)
+            cost += sum(30 + 20 * area for other in occupied if (area := overlap(box, other)))
+            cost += 0.5 * sum(overlap(box, line) for line in lines)
             for j, other in enumerate(bars):
                 if j != i:
-                    # Near another bar it would be taken for that bar's; and its leader is not to cross one.
+                    # A label near another bar would be taken for that bar's, and no leader should cross a bar.
                     gap = _gap(other, box)
-                    cost += max(0, 12 - gap) + 8 * (gap < own) + 30 * _crosses(leader, other)
+                    cost += max(0, 12 - gap) + 8 * (gap < own_gap) + 30 * _crosses(leader, other)
             yield cost, box
 
     choices = [sorted(candidates(i)) for i in range(len(bars))]
@@ -91,9 +116,15 @@ def place_labels(
     return chosen
 
 
-def leader_of(mark: tuple[float, float], bar: Box, label: Box) -> Line | None:
-    """The line from a mark to its label; none where the label is next to the mark's bar."""
+def leader_of(mark: Place, bar: Box, label: Box) -> Line | None:
+    """The line from a mark to its label; None if the label is next to the mark's error bar and needs none."""
     return (mark, _nearest(mark, label)) if _gap(bar, label) > 9 else None
+
+
+def overlap(a: Box, b: Box) -> float:
+    """The area that two boxes share."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0.0
 
 
 def _crosses(line: Line | None, box: Box) -> bool:
@@ -108,15 +139,9 @@ def _clip(value: float) -> float:
     return max(-1.0, min(1.0, value))
 
 
-def _nearest(mark: tuple[float, float], box: Box) -> tuple[float, float]:
+def _nearest(mark: Place, box: Box) -> Place:
     return min(max(mark[0], box[0]), box[2]), min(max(mark[1], box[1]), box[3])
 
 
 def _gap(a: Box, b: Box) -> float:
     return math.hypot(max(a[0] - b[2], b[0] - a[2], 0), max(a[1] - b[3], b[1] - a[3], 0))
-
-
-def overlap(a: Box, b: Box) -> float:
-    """The area that both cover."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return width * height if width > 0 and height > 0 else 0.0

@@ -1,0 +1,55 @@
+"""A table as CSV, to compute with."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from tenslora.harness.results.summary import Summary, one_line
+from tenslora.harness.results.table import Run
+
+
+def to_csv(summary: Summary) -> str:
+    """One line per run, those without a score too, by column, row and seed.
+
+    Nothing in it depends on when or where the runs were carried out. Scores are fractions, as recorded, at full
+    precision, and empty for a run that is not completed.
+    """
+    metrics = {column.column: column.metric for column in summary.columns}
+    lines = [_line(run, metrics[run.column]) for run in summary.runs]
+    content = io.StringIO()
+    writer = csv.DictWriter(content, list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return content.getvalue()
+
+
+def _line(run: Run, metric: str | None) -> dict[str, Any]:
+    record: dict[str, Any] = run.record or {}
+    history: list[dict[str, Any]] = record.get("metrics", {}).get("history", [])
+    size = run.size
+    return {
+        "dataset": run.column.dataset,
+        "model": run.column.model,
+        "tensor_mode": run.row.tensor_mode,
+        "rank_strategy": run.row.strategy,
+        "variant": ";".join(run.row.variant),
+        "seed": run.seed,
+        "digest": run.digest,
+        "status": run.status,
+        "metric": metric,
+        "last": run.metrics.get("last"),
+        "best": run.metrics.get("best"),
+        "best_epoch": run.metrics.get("best_epoch"),
+        "epochs": len(history) if record else None,
+        "steps": (history[-1]["step"] if history else 0) if record else None,
+        "ranks": " ".join(map(str, size.ranks)) if size.ranks else None,
+        "adapter_parameters": size.parameters,
+        "lora_parameters": size.lora_parameters,
+        "percent_of_lora": size.percent_of_lora,
+        "head_parameters": record.get("head_parameters"),
+        "train_examples": record.get("train_examples"),
+        "test_examples": record.get("test_examples"),
+        "problem": one_line(run.problem),
+    }

@@ -1,0 +1,87 @@
+"""Scores by the setting that is swept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure, SubFigure
+
+from tenslora.harness.results.figures.labels import spread
+from tenslora.harness.results.figures.panels import (
+    Panel,
+    axes_in,
+    colour_of,
+    draw_leader,
+    figure_of,
+    limits_of,
+    name_of,
+    size_in_points,
+)
+from tenslora.harness.results.figures.style import FONT_SIZE, INK, shortened, text_width
+
+
+def score_by_setting(panels: Sequence[Panel]) -> Figure:
+    """Score over the values of the setting that is swept: mean over seeds with its standard deviation.
+
+    A construction's means are connected if the values are numbers. A row that the setting does not change is a line
+    across all values.
+
+    Args:
+        panels: of one table.
+    """
+    return figure_of(panels, _draw, lines=lambda panel: len(panel.constructions))
+
+
+def _draw(place: SubFigure, panel: Panel) -> None:
+    points = panel.points
+    # A panel of rows that the setting does not change has no value to name.
+    values = list(dict.fromkeys(value for row in panel.cells for value in row.values)) or [""]
+    numbers = all(map(_is_number, values))
+    rows = [row for row in panel.constructions if any(point.row.without_variant == row for point in points)]
+    names = text_width(max(len(name_of(row)) for row in rows))
+    note = panel.note("mean ± standard deviation over seeds")
+    axes = axes_in(place, panel, left=0.6, right=0.4 + names, note=note)
+    low, high = limits_of(points)
+    axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.set_ylim(low, high)
+    width, height = size_in_points(axes)
+    characters = int(width / 72 / len(values) / text_width(1))  # that there is room for below a value
+    axes.set_xticks(range(len(values)), [shortened(value, max(3, characters - 1)) for value in values])
+    axes.set_xlabel(panel.setting or "")
+    axes.set_ylabel(panel.axis_label)
+    axes.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
+
+    ends: list[tuple[float, float]] = []  # (x, score) at which each row ends, and the line to its name begins
+    for number, row in enumerate(rows):
+        own = [point for point in points if point.row.without_variant == row]
+        if not own[0].row.variant:
+            axes.axhspan(own[0].mean - own[0].deviation, own[0].mean + own[0].deviation, color=INK, alpha=0.08, lw=0)
+            axes.axhline(own[0].mean, color=own[0].colour, linewidth=0.8, linestyle=(0, (4, 2)))
+            ends.append((len(values) - 0.5, own[0].mean))
+            continue
+        shift = 0.5 * ((number + 0.5) / len(rows) - 0.5)  # so that error bars do not hide each other
+        x = [values.index(point.row.values[0]) + shift for point in own]
+        axes.errorbar(
+            x, [point.mean for point in own], yerr=[point.deviation for point in own], fmt=own[0].marker,
+            color=own[0].colour, markersize=4.5, elinewidth=1.1, capsize=0, linestyle="-" if numbers else "none",
+            linewidth=1.1, zorder=3,
+        )  # fmt: skip
+        ends.append((x[-1], own[-1].mean))
+
+    marks = [((x + 0.5) / len(values) * width, (score - low) / (high - low) * height) for x, score in ends]
+    heights = spread([y for _, y in marks], FONT_SIZE * 1.2, (FONT_SIZE / 2, height))
+    for row, mark, y in zip(rows, marks, heights, strict=True):
+        if 0 <= mark[1] <= height:
+            draw_leader(axes, (mark[0] + 4, mark[1]), (width + 10, y), colour_of(row))
+        axes.annotate(
+            name_of(row), (width + 12, y), xycoords="axes points", va="center_baseline", annotation_clip=False,
+            weight="bold" if row.is_lora else "normal",
+        )  # fmt: skip
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,255 @@
+"""The panels of a figure: one for each column and rank strategy of a table, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+
+from tenslora.harness.results.figures.style import (
+    COLOURS,
+    FONT_SIZE,
+    GREY,
+    HEIGHT,
+    INK,
+    WIDTH,
+    shortened,
+    styled,
+)
+from tenslora.harness.results.summary import Cell, Summary
+from tenslora.harness.results.table import Column, Row
+
+_LONGEST_NAME = 34  # in characters; a longer name would leave a panel no room for what it shows
+_MARKERS = {"": "o", "isorank": "o", "isoparameters": "s", "explicit": "D"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One column of a table under one rank strategy.
+
+    Args:
+        column: dataset and backbone.
+        strategy: the rank strategy; empty if no row has one.
+        metric: the name of the headline metric; None before the first record.
+        score: the number that the table shows, "last" or "best".
+        setting: the setting that tells rows of a construction and strategy apart; None without a single one.
+        cells: by row, in the order of the table's rows. Rows without a strategy are in the panels of all strategies.
+        constructions: the rows without their variants, each once.
+    """
+
+    column: Column
+    strategy: str
+    metric: str | None
+    score: str
+    setting: str | None
+    cells: dict[Row, Cell]
+    constructions: tuple[Row, ...]
+
+    @property
+    def title(self) -> str:
+        """What stands above the panel."""
+        return " · ".join(filter(None, (self.column.dataset, self.column.model, self.strategy)))
+
+    @property
+    def axis_label(self) -> str:
+        """The name of the score's axis."""
+        metric = self.metric or "score"
+        return f"best {metric} (%)" if self.score == "best" else f"{metric} after the last epoch (%)"
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether any run of the panel has a score."""
+        return any(cell.scores for cell in self.cells.values())
+
+    @property
+    def points(self) -> list[Point]:
+        """The rows that have a score."""
+        return [
+            Point(
+                row=row,
+                parameters=cell.size.parameters or 0,
+                scores=tuple(100 * score for score in cell.scores.values()),
+                mean=cell.mean,
+                deviation=cell.deviation or 0.0,
+            )
+            for row, cell in self.cells.items()
+            if cell.mean is not None
+        ]
+
+    def note(self, text: str) -> str:
+        """`text`, which explains the deviation over seeds; empty if every row has a single seed."""
+        return text if any(len(cell.runs) > 1 for cell in self.cells.values()) else ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row with a score.
+
+    Args:
+        row: the row.
+        parameters: its adapter's; 0 without an adapter.
+        scores: of its runs by seed, in per cent.
+        mean: of the scores.
+        deviation: the scores' standard deviation; 0 for a single seed.
+    """
+
+    row: Row
+    parameters: int
+    scores: tuple[float, ...]
+    mean: float
+    deviation: float
+
+    @property
+    def name(self) -> str:
+        """The row's name in a figure."""
+        return name_of(self.row)
+
+    @property
+    def colour(self) -> str:
+        """The row's colour."""
+        return colour_of(self.row)
+
+    @property
+    def marker(self) -> str:
+        """The shape of the row's mark, which tells rank strategies apart."""
+        return _MARKERS.get(self.row.strategy, "o")
+
+
+def panels_of(summary: Summary) -> list[Panel]:
+    """The panels of a table, by rank strategy and column."""
+    table = summary.table
+    panels = []
+    for strategy in dict.fromkeys(row.strategy for row in table.rows if row.strategy) or [""]:
+        for number, column in enumerate(summary.columns):
+            cells = {
+                row.row: row.cells[number]
+                for row in summary.rows
+                if row.row.strategy in ("", strategy) and row.cells[number].runs
+            }
+            setting = table.swept_setting if any(row.variant for row in cells) else None
+            shown = {row.without_variant for row in cells}
+            constructions = tuple(row for row in table.rows_without_variants if row in shown)
+            own_strategy = strategy if any(row.strategy for row in cells) else ""
+            panel = Panel(column.column, own_strategy, column.metric, table.score, setting, cells, constructions)
+            panels += [panel] * bool(cells)
+    return panels
+
+
+def figure_of(
+    panels: Sequence[Panel],
+    draw: Callable[[SubFigure, Panel], None],
+    lines: Callable[[Panel], int] = lambda panel: len(panel.cells),
+) -> Figure:
+    """A figure of all panels.
+
+    Args:
+        panels: of one table.
+        draw: draws one panel.
+        lines: how many lines of text a panel must have room for, one below the other.
+    """
+    columns = len({panel.column for panel in panels})
+    across = 1 if len(panels) == 1 else 3 if columns == 3 else 2
+    down = math.ceil(len(panels) / across)
+    height = max(HEIGHT, 1.0 + 0.16 * max(map(lines, panels)))
+    with styled():
+        figure = Figure(figsize=(across * WIDTH, down * height))
+        places = figure.subfigures(down, across, squeeze=False)
+        for place, panel in zip(places.flat, panels, strict=False):
+            place.set_facecolor("none")
+            if panel.has_scores:
+                draw(place, panel)
+            else:
+                draw_nothing(place, panel)
+    return figure
+
+
+def axes_in(place: SubFigure, panel: Panel, left: float, right: float, top: float = 0.45, note: str = "") -> Axes:
+    """Axes for a panel, with its title above and a note in small print below.
+
+    Args:
+        place: the part of the figure for this panel.
+        panel: what is drawn there.
+        left: margin in inches; `right` and `top` likewise.
+        note: what the marks mean.
+    """
+    bottom = 0.62 if note else 0.5
+    width, height = place.bbox.width / place.figure.dpi, place.bbox.height / place.figure.dpi
+    axes = place.add_axes(
+        (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height), facecolor="none"
+    )
+    place.text(0.1 / width, 1 - 0.17 / height, panel.title, weight="bold", va="center", ha="left")
+    place.text(left / width, 0.12 / height, note, color=GREY, size=FONT_SIZE - 1.5, va="center", ha="left")
+    return axes
+
+
+def score_limits(spans: Sequence[tuple[Row, float, float]]) -> tuple[float, float]:
+    """The limits of a score axis that shows spans of scores.
+
+    Reference rows that are far off do not stretch the axis, because they would flatten all other differences.
+
+    Args:
+        spans: of each row: the row, its lowest and its highest score.
+    """
+    main = [(low, high) for row, low, high in spans if row.has_adapter] or [(low, high) for _, low, high in spans]
+    low, high = min(low for low, _ in main), max(high for _, high in main)
+    reach = 1.5 * (high - low)
+    for _, below, above in spans:
+        if max(high, above) - min(low, below) <= reach:
+            low, high = min(low, below), max(high, above)
+    margin = 0.06 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def limits_of(points: Sequence[Point]) -> tuple[float, float]:
+    """The limits of a score axis that shows means, their deviations and all seeds."""
+    return score_limits(
+        [(p.row, min(*p.scores, p.mean - p.deviation), max(*p.scores, p.mean + p.deviation)) for p in points]
+    )
+
+
+def lora_of(points: Sequence[Point]) -> Point | None:
+    """LoRA's point, with which the others are compared; None if there is none, or several."""
+    lora = [point for point in points if point.row.is_lora]
+    return lora[0] if len(lora) == 1 else None
+
+
+def name_of(row: Row) -> str:
+    """A row's name in a figure; the panel's title has its rank strategy."""
+    return shortened(" ".join((row.tensor_mode, *row.variant)), _LONGEST_NAME)
+
+
+def colour_of(row: Row) -> str:
+    """A row's colour: the construction's, black for LoRA, grey for reference rows."""
+    return INK if row.is_lora else COLOURS.get(row.tensor_mode, GREY)
+
+
+def size_in_points(axes: Axes) -> tuple[float, float]:
+    """Width and height of axes in points."""
+    dpi = axes.figure.dpi
+    return 72 * axes.bbox.width / dpi, 72 * axes.bbox.height / dpi
+
+
+def draw_leader(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+    """Draw a thin line from a mark to its label.
+
+    Args:
+        axes: where to draw.
+        start: of the line, in points from the axes' lower left corner.
+        end: likewise.
+        colour: of the line.
+    """
+    arrow: dict[str, Any] = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate(
+        "", end, start, xycoords="axes points", textcoords="axes points", arrowprops=arrow, annotation_clip=False
+    )
+
+
+def draw_nothing(place: SubFigure, panel: Panel) -> None:
+    """Draw a panel that has nothing to show yet."""
+    axes = axes_in(place, panel, left=0.6, right=0.15)
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, "no finished run yet", transform=axes.transAxes, ha="center", va="center", color=GREY)

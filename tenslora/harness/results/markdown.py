@@ -1,0 +1,76 @@
+"""A table as Markdown, to read."""
+
+from __future__ import annotations
+
+import re
+
+from tenslora.harness.results.summary import (
+    ADAPTER_HEADS,
+    COMPARISON_HEADS,
+    COMPARISON_NOTE,
+    Cell,
+    Grid,
+    Summary,
+    one_line,
+)
+
+
+def to_markdown(summary: Summary) -> str:
+    """The table as GitHub-flavoured Markdown, with the rows against LoRA, the paper's claims and what failed."""
+    blocks = [f"# {_escaped(summary.table.title)}", *map(_escaped, summary.table.notes), summary.caption]
+    blocks.append(_main_table(summary))
+    for grid in summary.grids:
+        heading = f"## {grid.column.dataset} ({grid.column.model}) by {grid.setting}"
+        blocks += [_escaped(heading), _grid_table(grid)]
+    if summary.failures:
+        lines = [
+            f"{run.row.label}, {run.column.dataset} with {run.column.model}, seed {run.seed}: {run.problem}"
+            for run in summary.failures
+        ]
+        blocks.append("Failed:\n\n" + "\n".join(f"- {_escaped(line)}" for line in lines))
+    if summary.comparisons:
+        rows = [
+            [*map(_escaped, (against.row.label, against.column.dataset, against.column.model)), *against.texts]
+            for against in summary.comparisons
+        ]
+        heads = ["construction", "dataset", "model", *COMPARISON_HEADS]
+        blocks += ["## Against LoRA", COMPARISON_NOTE, _table(heads, ["---"] * 3 + ["---:"] * 4, rows)]
+    if summary.verdicts:
+        rows = [[_escaped(text) for text in (v.claim, v.table, v.verdict, v.because)] for v in summary.verdicts]
+        heads = ["claim", "table", "verdict", "because"]
+        blocks += ["## The paper's claims", _table(heads, ["---"] * 4, rows)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _main_table(summary: Summary) -> str:
+    heads, alignments = list(ADAPTER_HEADS), ["---", "---", "---:", "---:"]
+    for column in summary.columns:
+        metric = f"{column.metric}, " if column.metric else ""
+        heads.append(_escaped(f"{column.column.dataset} ({metric}{column.column.model})"))
+        heads += ["paper"] * column.has_paper
+        alignments += ["---:"] * (1 + column.has_paper)
+    rows = []
+    for row in summary.rows:
+        texts = [_escaped(row.row.label), row.ranks, row.parameters, row.percent_of_lora]
+        for column, cell in zip(summary.columns, row.cells, strict=True):
+            texts += [_score(cell), *[cell.paper_number] * column.has_paper]
+        rows.append(texts)
+    return _table(heads, alignments, rows)
+
+
+def _grid_table(grid: Grid) -> str:
+    heads = ["construction", *map(_escaped, grid.values)]
+    rows = [[_escaped(row.label), *(_score(cell) if cell else "" for cell in cells)] for row, cells in grid.rows]
+    return _table(heads, ["---", *["---:"] * len(grid.values)], rows)
+
+
+def _score(cell: Cell) -> str:
+    return cell.text("**{}**", "±")
+
+
+def _table(heads: list[str], alignments: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(texts)} |" for texts in (heads, alignments, *rows))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\|*<`])", r"\\\1", one_line(text))

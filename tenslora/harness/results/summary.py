@@ -1,0 +1,337 @@
+"""What a table says: every number and sentence that its files, its figures and Weights & Biases show.
+
+`summarize` works it out once; the formats lay it out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from tenslora.harness.results.paper import Verdict, paper_value, verdicts
+from tenslora.harness.results.statistics import TEST, Difference, paired_difference
+from tenslora.harness.results.table import AdapterSize, Column, Row, Run, Table, mean_and_deviation
+
+MINUS = "\N{MINUS SIGN}"
+
+ADAPTER_HEADS = ("construction", "ranks", "parameters", "% of LoRA")
+"""The main table's columns that come before the scores."""
+
+COMPARISON_HEADS = ("difference", "95 % interval", "p", "seeds")
+"""The columns of `Comparison.texts`."""
+
+COMPARISON_NOTE = (
+    f"Difference of the means in points over the seeds that both have, its 95 % confidence interval, and the p-value "
+    f"of a {TEST}. The p-values are not corrected for the number of comparisons."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row's runs in one column. There are none if the table does not have this row in this column.
+
+    Args:
+        runs: by rising seed.
+        scores: of the completed runs by seed, as fractions.
+        mean: of the scores, in per cent; None without a score.
+        deviation: the scores' standard deviation in per cent; None with fewer than two scores.
+        best: whether no other row with an adapter shows a higher mean in this column.
+        paper: the paper's score in per cent; None where we hold no source for it.
+        difference: from LoRA, in points (per cent of the metric); None for LoRA, or if no seed is finished for both.
+    """
+
+    runs: tuple[Run, ...]
+    scores: dict[int, float]
+    mean: float | None
+    deviation: float | None
+    best: bool
+    paper: float | None
+    difference: Difference | None
+
+    @property
+    def size(self) -> AdapterSize:
+        """The size of the runs' adapters."""
+        return self.runs[0].size if self.runs else AdapterSize(None, None, None)
+
+    @property
+    def failed(self) -> int:
+        """How many of the runs have failed."""
+        return sum(run.status == "failed" for run in self.runs)
+
+    @property
+    def problems(self) -> list[str]:
+        """Why runs have no score, each reason once."""
+        return list(dict.fromkeys(run.problem for run in self.runs if run.problem))
+
+    @property
+    def number(self) -> str:
+        """The mean as text; empty without a score."""
+        return "" if self.mean is None else f"{round(self.mean, 1) + 0.0:.1f}".replace("-", MINUS)
+
+    @property
+    def spread(self) -> str:
+        """The standard deviation as text; empty with fewer than two scores."""
+        return "" if self.deviation is None else f"{self.deviation:.1f}"
+
+    @property
+    def paper_number(self) -> str:
+        """The paper's score as text; empty where there is none."""
+        return "" if self.paper is None else f"{self.paper:.2f}"
+
+    @property
+    def remark(self) -> str:
+        """What else there is to say: "missing", "failed", "(3 of 5 seeds, 1 failed)" or nothing."""
+        if not self.scores:
+            return "failed" if self.failed else "missing" if self.runs else ""
+        if len(self.scores) == len(self.runs):
+            return ""
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"({len(self.scores)} of {len(self.runs)} seeds{failed})"
+
+    def text(self, bold: str, plus_minus: str) -> str:
+        """Mean, standard deviation and remark.
+
+        Args:
+            bold: how a best mean is marked, with braces in its place.
+            plus_minus: the sign between mean and deviation.
+        """
+        number = bold.format(self.number) if self.best else self.number
+        return " ".join(filter(None, (number, plus_minus if self.spread else "", self.spread, self.remark)))
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """A row of the main table.
+
+    Args:
+        row: what sets it apart.
+        sizes: of the row's adapter on each backbone.
+        cells: one per column of the table.
+        starts_group: whether a rule sets it off from the row above.
+    """
+
+    row: Row
+    sizes: tuple[AdapterSize, ...]
+    cells: tuple[Cell, ...]
+    starts_group: bool
+
+    @property
+    def ranks(self) -> str:
+        """The ranks as text. Those of several backbones are joined by " / " if they differ; a dash is unknown."""
+        return _joined([", ".join(map(str, size.ranks)) if size.ranks else "-" for size in self.sizes])
+
+    @property
+    def parameters(self) -> str:
+        """The adapter's parameters as text, joined likewise."""
+        return _joined([f"{size.parameters:,}" if size.parameters is not None else "-" for size in self.sizes])
+
+    @property
+    def percent_of_lora(self) -> str:
+        """The parameters in per cent of LoRA's as text, joined likewise."""
+        percents = [size.percent_of_lora for size in self.sizes]
+        return _joined([f"{percent:.1f}" if percent is not None else "-" for percent in percents])
+
+
+@dataclass(frozen=True)
+class SummaryColumn:
+    """A column of the main table.
+
+    Args:
+        column: dataset and backbone.
+        metric: the name of the headline metric; None before the first record.
+        has_paper: whether we hold any score of the paper for it.
+    """
+
+    column: Column
+    metric: str | None
+    has_paper: bool
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One column of the main table, spread out over the values of the setting that is swept.
+
+    Args:
+        column: dataset and backbone.
+        setting: the setting that is swept.
+        values: of the setting.
+        rows: each row without the setting, with a cell per value; None where the table has no such run.
+    """
+
+    column: Column
+    setting: str
+    values: tuple[str, ...]
+    rows: tuple[tuple[Row, tuple[Cell | None, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A row against LoRA in one column.
+
+    Args:
+        row: the row that is compared.
+        column: dataset and backbone.
+        difference: from LoRA, in points; None if no seed is finished for both.
+    """
+
+    row: Row
+    column: Column
+    difference: Difference | None
+
+    @property
+    def texts(self) -> tuple[str, str, str, str]:
+        """Difference, 95 % interval, p-value and number of seeds; a dash where unknown."""
+        if self.difference is None:
+            return "-", "-", "-", "0"
+        low, high, p = self.difference.low, self.difference.high, self.difference.p
+        interval = "-" if low is None or high is None else f"[{signed(low)}, {signed(high)}]"
+        p_value = "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+        return signed(self.difference.mean), interval, p_value, str(self.difference.seeds)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a table says.
+
+    Args:
+        table: the table, with its name, title and notes.
+        columns: of the main table.
+        rows: of the main table.
+        comparisons: each row but LoRA's against LoRA, by column; empty if there is no difference to show.
+        verdicts: what the runs say to the paper's claims.
+    """
+
+    table: Table
+    columns: tuple[SummaryColumn, ...]
+    rows: tuple[SummaryRow, ...]
+    comparisons: tuple[Comparison, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """All runs by column, row and seed."""
+        return [run for number in range(len(self.columns)) for row in self.rows for run in row.cells[number].runs]
+
+    @property
+    def failures(self) -> list[Run]:
+        """The runs that have failed, in the order of `runs`; those that are only missing are not among them."""
+        return [run for run in self.runs if run.status == "failed"]
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether any run has a score."""
+        return any(cell.scores for row in self.rows for cell in row.cells)
+
+    @property
+    def caption(self) -> str:
+        """What the numbers of the main table are, in a few sentences."""
+        counts = sorted({len(cell.runs) for row in self.rows for cell in row.cells if cell.runs})
+        seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
+        numbers = "one seed" if counts == [1] else f"mean ± standard deviation over {seeds}"
+        epoch = {"last": "after the last epoch", "best": "of the best epoch"}[self.table.score]
+        sentences = [
+            f"Test score {epoch} in per cent, {numbers}.",
+            "Bold: the best mean of a column among LoRA and the constructions.",
+        ]
+        if any("/" in row.parameters + row.ranks for row in self.rows):
+            models = dict.fromkeys(column.model for column in self.table.columns)
+            sentences.append(f"Ranks and parameters that differ between backbones: {' / '.join(models)}.")
+        return " ".join(sentences)
+
+    @cached_property
+    def grids(self) -> list[Grid]:
+        """The scores of each column by the setting that is swept; empty if no single setting is."""
+        setting = self.table.swept_setting
+        if setting is None:
+            return []
+        values = tuple(dict.fromkeys(value for row in self.rows for value in row.row.values))
+        grids = []
+        for number, column in enumerate(self.table.columns):
+            cells = {(row.row.without_variant, *row.row.values): row.cells[number] for row in self.rows}
+            rows = tuple(
+                # A row that the setting does not change has no value of it, and the same score under each.
+                (row, tuple(cells.get((row, value), cells.get((row,))) for value in values))
+                for row in self.table.rows_without_variants
+            )
+            grids.append(Grid(column, setting, values, rows))
+        return grids
+
+
+def summarize(table: Table) -> Summary:
+    """Work out what a table says."""
+    differences = _differences(table)
+    means = {
+        (row, column): mean_and_deviation(100 * score for score in scores.values())
+        for row in table.rows
+        for column in table.columns
+        if (scores := table.scores(row, column))
+    }
+    best: dict[Column, float] = {}
+    for (row, column), (mean, _) in means.items():
+        if row.has_adapter:
+            best[column] = max(best.get(column, mean), mean)
+
+    def cell(row: Row, column: Column) -> Cell:
+        mean, deviation = means.get((row, column), (None, None))
+        return Cell(
+            runs=tuple(table.cell(row, column)),
+            scores=table.scores(row, column),
+            mean=mean,
+            deviation=deviation,
+            # Compared as shown: two rows that both say 84.5 are both best.
+            best=mean is not None and row.has_adapter and f"{mean:.1f}" == f"{best[column]:.1f}",
+            paper=paper_value(row, column),
+            difference=differences.get((row, column)),
+        )
+
+    groups = [(row.is_lora, row.is_construction, row.strategy) for row in table.rows]
+    starts = [False, *(above != below for above, below in pairwise(groups))]
+    rows = tuple(
+        SummaryRow(row, _sizes(table, row), tuple(cell(row, column) for column in table.columns), starts_group)
+        for row, starts_group in zip(table.rows, starts, strict=True)
+    )
+    columns = tuple(
+        SummaryColumn(column, table.metric(column), any(row.cells[number].paper is not None for row in rows))
+        for number, column in enumerate(table.columns)
+    )
+    comparisons = tuple(Comparison(row, column, difference) for (row, column), difference in differences.items())
+    if not any(comparison.difference for comparison in comparisons):
+        comparisons = ()
+    return Summary(table, columns, rows, comparisons, tuple(verdicts(table)))
+
+
+def signed(value: float) -> str:
+    """A difference in points: two decimals, always a sign, a true minus.
+
+    >>> signed(1.234), signed(-0.001)
+    ('+1.23', '−0.00')
+    """
+    return f"{value:+.2f}".replace("-", MINUS)
+
+
+def one_line(text: str) -> str:
+    """`text` with each stretch of white space, line breaks included, as one space."""
+    return " ".join(text.split())
+
+
+def _differences(table: Table) -> dict[tuple[Row, Column], Difference | None]:
+    """Each row's difference from its LoRA row in points, by column; without rows that have no LoRA row."""
+    differences = {}
+    for column in table.columns:
+        for row in table.rows:
+            reference = table.reference(row)
+            if row.is_lora or reference is None or not table.cell(row, column):
+                continue
+            difference = paired_difference(table.scores(row, column), table.scores(reference, column))
+            differences[row, column] = difference.in_points if difference else None
+    return differences
+
+
+def _sizes(table: Table, row: Row) -> tuple[AdapterSize, ...]:
+    runs = {run.column.model: run for column in table.columns for run in table.cell(row, column)[:1]}
+    return tuple(run.size for run in runs.values())
+
+
+def _joined(texts: list[str]) -> str:
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)

@@ -1,0 +1,225 @@
+"""Weights & Biases: a run of a sweep, or its finished table, as one W&B run."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import wandb
+from pydantic import ValidationError
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.config import LoggerConfig, RunConfig
+from tenslora.harness.results.summary import Summary, one_line, summarize
+from tenslora.harness.results.table import Row, Run, Table, percent_of_lora
+from tenslora.harness.tracking.tracker import Tracker
+
+SCORE = "score"
+"""The name under which the headline metric is logged beside its own, so that one chart holds every dataset."""
+
+TRAIN, TABLE = "train", "table"
+"""The job types of the W&B runs in a sweep's group: one of its runs, or its finished table."""
+
+
+class WandbTracker(Tracker):
+    """Reports a run as one W&B run of job type train.
+
+    Its config holds the settings and the facts of the run, `row` (construction and strategy as one word) and
+    `percent_of_lora`. It logs every metric of every epoch under its own name, and the headline metric as `score` too,
+    with the optimizer step as the x axis. The trained weights become one artifact of type model.
+
+    Args:
+        run: the settings.
+        folder: the run's; W&B's files lie in it.
+        facts: names, ranks and parameter counts of the run.
+
+    Raises:
+        TensLoRAError: if W&B refuses the run.
+    """
+
+    def __init__(self, run: RunConfig, folder: Path, facts: dict[str, Any]) -> None:
+        row = _one_word(Row(run.tensor_mode, run.row_strategy))
+        percent = percent_of_lora(facts["adapter_parameters"], facts["lora_parameters"])
+        self._headline = run.dataset.metrics[0]
+        self._wandb_run = _start(
+            run.logger,
+            folder,
+            name=f"{run.dataset.name}-{run.model.name}-{row}-seed{run.seed}",
+            job_type=TRAIN,
+            config={**facts, **run.settings(), "row": row, "percent_of_lora": percent},
+        )
+        self._wandb_run.define_metric("step")
+        self._wandb_run.define_metric("*", step_metric="step")
+
+    def epoch(self, entry: dict[str, Any]) -> None:
+        self._wandb_run.log({**entry, SCORE: entry[self._headline]})
+
+    def finish(self, record: dict[str, Any], files: list[Path]) -> None:
+        scores = {key: record["metrics"][key] for key in ("last", "best", "best_epoch")}
+        cost = {key: record[key] for key in ("seconds", "steps_per_second", "peak_memory_bytes")}
+        self._wandb_run.summary.update({**scores, **cost, "status": record["status"]})
+        if files:
+            _upload(self._wandb_run, f"adapter-{record['digest']}", "model", files, {"ranks": record["ranks"]})
+        self._wandb_run.finish(exit_code=0 if record["status"] == "completed" else 1)
+
+    def abandon(self) -> None:
+        self._wandb_run.finish(exit_code=1)
+
+
+def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[Path]) -> None:
+    """Report a finished table as one W&B run of job type table.
+
+    It is in the group of the table's runs: the table's name, unless the settings name another. `results` is a W&B
+    Table with a line per row and column, `runs` one with a line per run. Scores in both are fractions, as runs log
+    them. PNG files become the images `figures`, an HTML file becomes `report`, and all files together become one
+    artifact of type table.
+
+    Args:
+        config: the logger's settings.
+        folder: where W&B keeps its files.
+        table: the table.
+        files: the table's files.
+
+    Raises:
+        TensLoRAError: if W&B refuses the run.
+    """
+    summary = summarize(table)
+    config = replace(config, group=config.group or table.name, tags=(*config.tags, table.name))
+    about = {"table": {"name": table.name, "title": table.title, "score": table.score, "notes": list(table.notes)}}
+    with _start(config, folder, name=table.name, job_type=TABLE, config=about) as wandb_run:
+        content: dict[str, Any] = {}
+        for name, lines in (("results", _result_lines(summary)), ("runs", _run_lines(summary))):
+            data = [list(line.values()) for line in lines]
+            content[name] = wandb.Table(columns=list(lines[0]), data=data)
+        figures = [wandb.Image(str(file), caption=file.stem) for file in files if file.suffix == ".png"]
+        if figures:
+            content["figures"] = figures
+        for file in files:
+            if file.suffix == ".html":
+                content["report"] = wandb.Html(file.read_text(), inject=False)
+        wandb_run.log(content)
+        if files:
+            _upload(wandb_run, f"table-{table.name}", "table", files, {})
+
+
+def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config: dict[str, Any]) -> wandb.Run:
+    mode = logger.mode
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb.setup().settings.base_url) else "offline")
+    try:
+        return wandb.init(
+            project=logger.project,
+            entity=logger.entity,
+            group=logger.group,
+            tags=list(dict.fromkeys(logger.tags)),
+            name=name,
+            job_type=job_type,
+            config=config,
+            dir=str(folder),
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True),
+            reinit="finish_previous",
+        )
+    except ValidationError as error:  # such as a tag that is too long
+        first = error.errors()[0]
+        setting = str(first["loc"][0]).removeprefix("run_")
+        raise TensLoRAError(f"logger.{setting}: {first['msg'].removeprefix('Value error, ')}") from error
+    except wandb.errors.UsageError as error:
+        raise TensLoRAError(f"logger: Weights & Biases does not accept the run ({one_line(str(error))})") from error
+    except wandb.errors.Error as error:
+        raise TensLoRAError(
+            f"logger.mode={mode}: Weights & Biases refused the run ({one_line(str(error))}); "
+            f"logger.mode=offline needs no service, and `wandb sync` uploads later"
+        ) from error
+
+
+def _upload(wandb_run: wandb.Run, name: str, kind: str, files: list[Path], metadata: dict[str, Any]) -> None:
+    artifact = wandb.Artifact(name, type=kind, metadata=metadata)
+    for file in files:
+        artifact.add_file(str(file))
+    wandb_run.log_artifact(artifact)
+
+
+def _result_lines(summary: Summary) -> list[dict[str, Any]]:
+    """A line per row and column."""
+    lines = []
+    for row in summary.rows:
+        for column, cell in zip(summary.columns, row.cells, strict=True):
+            if not cell.runs:
+                continue
+            difference = cell.difference
+            lines.append(
+                {
+                    **_place(cell.runs[0]),
+                    "metric": column.metric,
+                    "mean": _fraction(cell.mean),
+                    "sd": _fraction(cell.deviation),
+                    "seeds": len(cell.scores),
+                    "difference": _fraction(difference and difference.mean),
+                    "low": _fraction(difference and difference.low),
+                    "high": _fraction(difference and difference.high),
+                    "p": difference and difference.p,
+                    "problems": "; ".join(cell.problems),
+                }
+            )
+    return lines
+
+
+def _run_lines(summary: Summary) -> list[dict[str, Any]]:
+    """A line per run."""
+    metrics = {column.column: column.metric for column in summary.columns}
+    return [
+        {
+            **_place(run),
+            "seed": run.seed,
+            "digest": run.digest,
+            "status": run.status,
+            "metric": metrics[run.column],
+            "last": run.metrics.get("last"),
+            "best": run.metrics.get("best"),
+            "problem": run.problem,
+        }
+        for run in summary.runs
+    ]
+
+
+def _place(run: Run) -> dict[str, Any]:
+    """The run's row and column, under the names that runs have in their own configs."""
+    return {
+        "row": _one_word(run.row),
+        "tensor_mode": run.row.tensor_mode,
+        "rank_strategy": run.row.strategy,
+        "variant": "; ".join(run.row.variant),
+        "dataset": run.column.dataset,
+        "model": run.column.model,
+        "ranks": ", ".join(map(str, run.size.ranks or ())),
+        "adapter_parameters": run.size.parameters,
+        "percent_of_lora": run.size.percent_of_lora,
+    }
+
+
+def _one_word(row: Row) -> str:
+    """The row's label without spaces: W&B does not group by values with a space in them."""
+    return "-".join(row.label.split())
+
+
+def _fraction(percent: float | None) -> float | None:
+    return None if percent is None else percent / 100
+
+
+def _has_key(base_url: str) -> bool:
+    """Whether W&B will find a key for its service: in the environment or the netrc file.
+
+    In the netrc file, W&B looks for the host of the service and for api.wandb.ai.
+    """
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return urlsplit(base_url).hostname in hosts or "api.wandb.ai" in hosts
