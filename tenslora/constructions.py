@@ -1,10 +1,9 @@
-"""The ways to stack attention updates into tensors, as data.
+"""The constructions: which axes of the updates are stacked into one tensor (arXiv 2509.19391, section 2).
 
-A backbone has L layers, P projections per layer and H heads. The update of projection p in layer l is a
-matrix dW[p, l] of shape (d_in, d_out), d_out = H * d_head. A construction says which of the axes head,
-projection and depth are stacked into one tensor (arXiv 2509.19391, section 2). The d_in mode is the side of the
-residual stream, the d_out mode the side inside the block: a matrix that writes to the stream is adapted by its
-transposed slice. Nothing here needs torch.
+A backbone has L layers, P projections per layer and H heads. The update of projection p in layer l is a matrix
+dW[p, l] of shape (d_in, d_out), with d_out = H * d_head. A construction stacks any of the axes head, projection and
+depth. d_in is always the side of the residual stream and d_out the side inside the block, so a matrix that writes to
+the stream is adapted by a transposed slice. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from types import MappingProxyType
 from tenslora.errors import TensLoRAError
 
 HEAD, PROJECTION, DEPTH = "head", "projection", "depth"
-SITE = "site"  # projection and depth as one axis, of P * L places: index = projection * L + layer
+SITE = "site"  # projection and depth as one axis of P * L positions: index = projection * L + layer
 
 CONSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
@@ -32,47 +31,63 @@ CONSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
         "att_site": frozenset({HEAD, SITE}),
     }
 )
-"""Name of each construction and the set S of axes it stacks: LoRA, the paper's seven, and the two of FacT and CaRA."""
+"""The axes that each construction stacks: LoRA, the paper's seven, and the two of FacT (site) and CaRA (att_site)."""
 
 PAPER_CONSTRUCTIONS = tuple(name for name, stacked in CONSTRUCTIONS.items() if SITE not in stacked)
 """The rows of the paper's tables."""
 
-# What else of a tensor is chosen by name; the modules that act on it need torch, the check of the settings does not.
+# The names that settings may have. They stand here and not where they are used, because checking the settings must not
+# import torch.
 INITS = ("orthogonal", "normal", "kaiming_uniform")
 HEAD_LAYOUTS = ("aligned", "interleaved")
 TENSOR_SEEDS = ("distinct", "equal")
 
-
-ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "output"}
+_ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "output"}
 
 
 def adapted_matrices(adapt: str, gated: bool = False) -> tuple[str, ...]:
-    """Which weight matrices of a layer an adapter is on, in the order of the projection axis.
-
-    adapt: letters of q, k, v and o (the attention's output), in that order; mlp, the feed-forward block's two (three
-    where it is gated); or all. Raises TensLoRAError for anything else.
+    """The weight matrices of a layer that `adapt` names, in the order of the projection axis.
 
     >>> adapted_matrices("qv"), adapted_matrices("all")
     (('query', 'value'), ('query', 'key', 'value', 'output', 'up', 'down'))
+
+    Args:
+        adapt: some of the letters q, k, v and o (the attention's output), in that order; "mlp" for the matrices of the
+            feed-forward block; or "all".
+        gated: whether the feed-forward block has a gate.
+
+    Returns:
+        The names of the matrices.
+
+    Raises:
+        TensLoRAError: for anything else.
     """
     feed_forward = ("gate", "up", "down") if gated else ("up", "down")
     if adapt == "mlp":
         return feed_forward
     if adapt == "all":
-        return (*ATTENTION.values(), *feed_forward)
-    if not adapt or adapt != "".join(letter for letter in ATTENTION if letter in adapt):
+        return (*_ATTENTION.values(), *feed_forward)
+    if not adapt or adapt != "".join(letter for letter in _ATTENTION if letter in adapt):
         raise TensLoRAError(f"adapt={adapt}: must be letters of qkvo in that order, or mlp, or all")
-    return tuple(ATTENTION[letter] for letter in adapt)
+    return tuple(_ATTENTION[letter] for letter in adapt)
 
 
 @dataclass(frozen=True)
 class Geometry:
     """The dimensions of a backbone's layers, and which of their matrices are adapted.
 
-    d_in: width of the residual stream, which every adapted matrix reads or writes. heads (H) and d_head: of the
-    attention inside. layers (L): how many layers. adapt: see `adapted_matrices`. kv_heads: fewer than H where groups
-    of heads share their key and value; None: H. d_ff: width inside the feed-forward block, needed only to adapt it.
-    gated: whether that has a gate beside its first matrix.
+    Args:
+        d_in: the width of the residual stream, which every adapted matrix reads or writes.
+        heads: the number of attention heads, H.
+        d_head: the width of a head.
+        layers: the number of layers, L.
+        adapt: which matrices are adapted, see `adapted_matrices`.
+        kv_heads: the number of key and value heads; fewer than H where groups of heads share them. None means H.
+        d_ff: the width inside the feed-forward block; needed only to adapt it.
+        gated: whether the feed-forward block has a gate beside its first matrix.
+
+    Raises:
+        TensLoRAError: for a size below 1, or if the feed-forward block is to be adapted and d_ff is missing.
     """
 
     d_in: int
@@ -94,23 +109,24 @@ class Geometry:
 
     @property
     def d_out(self) -> int:
+        """The width of all heads together, H * d_head."""
         return self.heads * self.d_head
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Names of the adapted matrices of one layer."""
+        """The names of the adapted matrices of one layer."""
         return adapted_matrices(self.adapt, self.gated)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """How wide each adapted matrix is on the side away from the residual stream."""
-        narrow = (self.kv_heads or self.heads) * self.d_head
-        inside = {"key": narrow, "value": narrow, "gate": self.d_ff, "up": self.d_ff, "down": self.d_ff}
-        return tuple(inside.get(name) or self.d_out for name in self.matrices)
+        """The width of each adapted matrix on the side away from the residual stream."""
+        kv_width = (self.kv_heads or self.heads) * self.d_head
+        widths = {"key": kv_width, "value": kv_width, "gate": self.d_ff, "up": self.d_ff, "down": self.d_ff}
+        return tuple(widths.get(name) or self.d_out for name in self.matrices)
 
     @property
     def slices_per_matrix(self) -> tuple[int, ...]:
-        """How many slices of width d_out each matrix takes on the projection axis; it may fill the last one in part."""
+        """How many slices of width d_out each matrix takes on the projection axis, the last one perhaps only in part."""
         return tuple(-(-width // self.d_out) for width in self.widths)
 
     @property
@@ -120,9 +136,10 @@ class Geometry:
 
 
 def stacked_axes(construction: str) -> frozenset[str]:
-    """The set S of a construction.
+    """The axes that a construction stacks.
 
-    Raises TensLoRAError for an unknown name.
+    Raises:
+        TensLoRAError: for an unknown name.
     """
     try:
         return CONSTRUCTIONS[construction]
@@ -131,16 +148,24 @@ def stacked_axes(construction: str) -> frozenset[str]:
 
 
 def modes(construction: str, geometry: Geometry, matrix: int = 0) -> dict[str, int]:
-    """Name and size of each mode of one tensor, in order.
-
-    d_in, then d_out or (d_head, head), then projection and depth, or site, if stacked. Where projections are not
-    stacked, a tensor is as wide as its own matrix; where they are, a wider matrix takes several slices and a narrower
-    one a part of its slice (`Geometry.slices_per_matrix`).
+    """The modes of one tensor: d_in, then d_out or (d_head, head), then the stacked ones of projection, depth and site.
 
     >>> modes("att_qkv", Geometry(d_in=768, heads=12, d_head=64, layers=12))
     {'d_in': 768, 'd_head': 64, 'head': 12, 'projection': 3}
 
-    matrix: which of the geometry's. Raises TensLoRAError if its width does not divide into heads.
+    Where projections are stacked, every slice is d_out wide: a wider matrix takes several slices, a narrower one a part
+    of its slice (`Geometry.slices_per_matrix`). Otherwise each tensor is as wide as its own matrix.
+
+    Args:
+        construction: its name.
+        geometry: of the backbone.
+        matrix: an index in `Geometry.matrices`, which matters only where projections are not stacked.
+
+    Returns:
+        The name and the size of each mode, in order.
+
+    Raises:
+        TensLoRAError: if heads are stacked and the width does not divide into heads.
     """
     stacked = stacked_axes(construction)
     width = geometry.d_out if stacked & {PROJECTION, SITE} else geometry.widths[matrix]
@@ -164,10 +189,13 @@ def modes(construction: str, geometry: Geometry, matrix: int = 0) -> dict[str, i
 
 
 def tensor_grid(construction: str, geometry: Geometry) -> tuple[int, int]:
-    """How many tensors there are, as (over matrices, over layers): 1 where the axis is stacked.
+    """How many tensors a construction has.
 
     >>> tensor_grid("depth", Geometry(d_in=768, heads=12, d_head=64, layers=12))
     (3, 1)
+
+    Returns:
+        The number over matrices and the number over layers. Each is 1 where that axis is stacked.
     """
     stacked = stacked_axes(construction)
     return (

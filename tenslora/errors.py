@@ -1,4 +1,4 @@
-"""The one error type that means "the user can put this right"."""
+"""The error for everything that a user can put right."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterable
 class TensLoRAError(ValueError):
     """Something the user asked for cannot be done.
 
-    The message is one line that names the setting, its value and what would be valid. train.py and sweep.py print the
-    line alone and exit with status 1; HYDRA_FULL_ERROR=1 adds the traceback.
+    The message is one line that names the setting, its value and what would be valid.
     """
 
 

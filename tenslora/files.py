@@ -1,4 +1,4 @@
-"""Files that are whole or absent: every write goes to a temporary file that then takes the name."""
+"""Files that are never half written: each is written under another name, and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ _HEADER = "tenslora"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, atomically and durably.
+    """Write a file atomically and durably.
 
-    A process killed at any point, or a full disk, leaves the old file as it was. Raises TensLoRAError if the
-    file cannot be written.
+    If the process is killed or the disk is full, an old file of that name stays as it was.
+
+    Args:
+        path: of the file; missing folders are created.
+        content: of the file.
+
+    Raises:
+        TensLoRAError: if the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,28 +46,51 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file as `write_bytes` does. Raises TensLoRAError if it cannot be written."""
+    """Write a JSON file as `write_bytes` does.
+
+    Args:
+        path: of the file.
+        value: anything that JSON can hold; NaN and infinity are refused with a ValueError.
+
+    Raises:
+        TensLoRAError: if the file cannot be written.
+    """
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
-    """Write named tensors and a JSON header as one safetensors file, as `write_bytes` does, and return its path.
+    """Write a safetensors file as `write_bytes` does. Equal tensors and headers give equal bytes.
 
-    Equal tensors and headers give equal bytes. Raises TensLoRAError if the file cannot be written.
+    Args:
+        path: of the file.
+        tensors: by name.
+        header: what to keep beside the tensors; anything that JSON can hold.
+
+    Returns:
+        The path.
+
+    Raises:
+        TensLoRAError: if the file cannot be written.
     """
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One header entry: safetensors writes several in an order that changes from process to process.
+    # The header is a single entry, because safetensors writes several in an order that changes between processes.
     write_bytes(path, save(plain, metadata={_HEADER: json.dumps(header, sort_keys=True)}))
     return path
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(header, tensors) of a file that `write_safetensors` wrote.
+    """Read a safetensors file.
 
-    The header is empty for a safetensors file from elsewhere. Raises TensLoRAError if the file is missing or
-    damaged.
+    Args:
+        path: of the file.
+
+    Returns:
+        The header that `write_safetensors` wrote (empty for a file that something else wrote), and the tensors by name.
+
+    Raises:
+        TensLoRAError: if the file is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,4 +1,4 @@
-"""Random streams that depend on a purpose and some numbers, and on nothing that was drawn before."""
+"""Random streams that depend on their purpose, and not on what was drawn before."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import hashlib
 
 
 def stream_seed(purpose: str, *numbers: int) -> int:
-    """A 56-bit seed for the stream of `purpose` and `numbers`; different arguments give unrelated streams."""
+    """The seed of a random stream.
+
+    Args:
+        purpose: what is drawn from the stream.
+        numbers: what tells apart several streams with the same purpose, such as a run's seed and an index.
+
+    Returns:
+        A number of 56 bits. Different arguments give unrelated numbers.
+    """
     text = f"tenslora {purpose} {' '.join(map(str, numbers))}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

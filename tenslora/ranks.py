@@ -1,7 +1,7 @@
 """Rank strategies and exact parameter counts. Nothing here needs torch.
 
-Counts are those of the adapter alone, summed over its tensors. LoRA at rank r has r (d_in + d_out) parameters
-per projection and layer; a factorization counts its own (`Factorization.shapes`).
+A count is the number of the adapter's parameters, summed over all tensors, without a head. LoRA at rank r has
+r (d_in + d_out) parameters per projection and layer; the others follow from `Factorization.shapes`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,40 @@ STRATEGIES = ("isorank", "isoparameters", "explicit")
 
 
 def rank_limits(construction: str, geometry: Geometry, factorization: str = "tucker") -> dict[str, int]:
-    """Name of each rank of a construction's tensors, in order, and the largest that is of any use."""
-    each = [factorization_of(construction, factorization).rank_limits(sizes) for sizes in _rows(construction, geometry)]
-    return {name: max(limits[name] for limits in each) for name in each[0]}
+    """The ranks of a construction's tensors.
+
+    >>> rank_limits("att_qkv", Geometry(d_in=768, heads=12, d_head=64, layers=12))
+    {'d_in': 768, 'd_head': 64, 'head': 12, 'projection': 3}
+
+    Returns:
+        The name of each rank, in order, and the largest value that is of any use.
+    """
+    chosen = factorization_of(construction, factorization)
+    limits = [chosen.rank_limits(sizes) for sizes in _modes_over_matrices(construction, geometry)]
+    return {name: max(each[name] for each in limits) for name in limits[0]}
 
 
-def _rows(construction: str, geometry: Geometry) -> list[dict[str, int]]:
-    # The modes of the tensors of one column of the grid, which differ where the matrices' widths do.
+def _modes_over_matrices(construction: str, geometry: Geometry) -> list[dict[str, int]]:
+    # The modes of every tensor of one layer (or of all layers, if they are stacked). They differ where widths do.
     return [modes(construction, geometry, matrix) for matrix in range(tensor_grid(construction, geometry)[0])]
 
 
 def parameter_count(construction: str, geometry: Geometry, ranks: Sequence[int], factorization: str = "tucker") -> int:
-    """Exact number of adapter parameters over all tensors.
+    """The exact number of adapter parameters over all tensors.
 
     >>> vit_base = Geometry(d_in=768, heads=12, d_head=64, layers=12)
-    >>> parameter_count("lora", vit_base, [4]), parameter_count("qkv_depth", vit_base, [4, 4, 3, 4])
+    >>> parameter_count("lora", vit_base, [4]), parameter_count("qkv_depth", vit_base, [4, 4, 4, 4])
     (221184, 6460)
+
+    Args:
+        construction: its name.
+        geometry: of the backbone.
+        ranks: in the order of `rank_limits`.
+        factorization: of the tensors.
     """
-    ways = factorization_of(construction, factorization)
-    per_layer = sum(ways.count(sizes, ranks) for sizes in _rows(construction, geometry))
-    return int(per_layer) * tensor_grid(construction, geometry)[1]
+    chosen = factorization_of(construction, factorization)
+    over_matrices = sum(chosen.count(sizes, ranks) for sizes in _modes_over_matrices(construction, geometry))
+    return int(over_matrices) * tensor_grid(construction, geometry)[1]
 
 
 def isorank(
@@ -47,10 +61,19 @@ def isorank(
 ) -> tuple[int, ...]:
     """The same number for every rank.
 
-    The paper's counts take rank 4 on the projection mode too, whose size is 3: that is `cap=False`. With
-    `cap=True` a rank stops at its limit, which spans the same updates with fewer parameters.
+    Args:
+        construction: its name.
+        geometry: of the backbone.
+        rank: the number.
+        cap: whether a rank stops at its limit, which allows the same updates with fewer parameters. The paper's counts
+            do not: they take rank 4 even on the projection mode, whose size is 3.
+        factorization: of the tensors.
 
-    Raises TensLoRAError for a rank below 1 or above min(d_in, d_out).
+    Returns:
+        The ranks, in the order of `rank_limits`.
+
+    Raises:
+        TensLoRAError: for a rank below 1 or above min(d_in, d_out).
     """
     limit = min(geometry.d_in, geometry.d_out)
     if not 1 <= rank <= limit:
@@ -61,9 +84,19 @@ def isorank(
 def explicit(
     construction: str, geometry: Geometry, ranks: Sequence[int] | None, factorization: str = "tucker"
 ) -> tuple[int, ...]:
-    """The ranks as given, checked: one for each name in `rank_limits`, from 1 to its limit.
+    """The ranks as given, after checking that there is one for each name in `rank_limits`, from 1 to its limit.
 
-    lora takes a single rank. Raises TensLoRAError that names the one at fault.
+    Args:
+        construction: its name. lora takes a single rank.
+        geometry: of the backbone.
+        ranks: in the order of `rank_limits`.
+        factorization: of the tensors.
+
+    Returns:
+        The ranks.
+
+    Raises:
+        TensLoRAError: for ranks that do not fit; the message names the first one at fault.
     """
     limits = rank_limits(construction, geometry, factorization)
     wanted = ", ".join(f"{name} 1..{limit}" for name, limit in limits.items())
@@ -85,23 +118,39 @@ def isoparameters(
     factorization: str = "tucker",
     scale: float = 1.0,
 ) -> tuple[int, ...]:
-    """Ranks that give `scale` times as many parameters as LoRA at `rank`, as near as sensible integers allow.
+    """Ranks that give as many parameters as LoRA has, as nearly as sensible integers allow.
 
-    The factorization draws a one-parameter family of real-valued ranks r(t), and t is chosen so that the count equals
-    the budget exactly. CP's only rank is t; a tensor train's are all t, as far as their limits let them. Tucker follows
-    the rule:
+    >>> isoparameters("qkv_depth", Geometry(d_in=768, heads=12, d_head=64, layers=12))
+    (60, 60, 3, 12)
 
-    - saturate: head, projection, depth and site modes keep full rank, d_in and d_out (or d_head) share the rank t.
-      For qkv_depth on ViT-B/16 that is [60, 60, 3, 12].
-    - uniform: every mode has rank t, capped at its size (isorank, with the rank that meets the budget).
+    The factorization provides real-valued ranks r(t), which grow with a single number t; t is chosen so that their
+    count equals the budget exactly. CP's only rank is t, and a tensor train's ranks are all t, up to their limits.
+    Tucker follows `rule`:
+
+    - saturate: head, projection, depth and site have full rank; d_in and d_out (or d_head) share the rank t.
+    - uniform: every mode has rank t, up to its size.
     - proportional: every mode is compressed alike, r_i = t n_i / max n.
 
-    Of the integer ranks whose count is within `tolerance` (relative) of the budget, the one nearest to r(t) is
-    taken: least sum of squared log ratios. If there is none, the count nearest to the budget decides. Ranks that r(t)
-    has at their limits stay there, the others move by at most a third (a tensor train's by at most two), and no rank
-    exceeds what the others can use (Tucker: their product, the tensor's multilinear rank).
+    Then the ranks become integers. Ranks that are at their limits in r(t) stay there; the others may move by about a
+    third (a tensor train's by at most two). No rank exceeds what the others can use. (Tucker: no more than their
+    product, as the tensor's multilinear rank cannot be higher.) Of the integer ranks whose count is within `tolerance`
+    of the budget, the function takes the ones nearest to r(t), by the sum of squared log ratios. If there are none, it
+    takes the count nearest to the budget.
 
-    Raises TensLoRAError for a rank below 1 or above min(d_in, d_out).
+    Args:
+        construction: its name.
+        geometry: of the backbone.
+        rank: the LoRA rank whose parameter count is matched.
+        rule: for Tucker, see above.
+        tolerance: how far the count may be from the budget, as a share of the budget.
+        factorization: of the tensors.
+        scale: multiplies the budget.
+
+    Returns:
+        The ranks, in the order of `rank_limits`.
+
+    Raises:
+        TensLoRAError: for a rank below 1 or above min(d_in, d_out).
     """
     lora_ranks = isorank("lora", geometry, rank)
     if construction == "lora":
@@ -110,43 +159,39 @@ def isoparameters(
     search = _Search(construction, geometry, factorization, budget)
     ideal = search.ideal(rule)
 
-    def distance(ranks: Sequence[int]) -> float:
-        return sum(math.log(r / s) ** 2 for r, s in zip(ranks, ideal, strict=True))
+    def distances(ranks: tuple[int, ...]) -> tuple[float, float]:
+        # From the tolerated counts, rounded so that equal distances tie, and from the ideal ranks.
+        excess = abs(search.count(ranks) / search.budget - 1) - tolerance
+        return max(round(excess, 9), 0.0), sum(math.log(r / s) ** 2 for r, s in zip(ranks, ideal, strict=True))
 
-    best: tuple[tuple[float, float], tuple[int, ...]] | None = None
-    for ranks in search.candidates(ideal, tolerance):
-        excess = abs(search.count(ranks) / search.budget - 1)
-        key = (max(round(excess - tolerance, 9), 0.0), distance(ranks))  # rounded: equal misses are to tie
-        if best is None or key < best[0]:
-            best = key, ranks
-    assert best is not None  # the ideal's own neighbourhood always yields candidates
-    return best[1]
+    return min(search.candidates(ideal, tolerance), key=distances)
 
 
 class _Search:
-    """The ranks of a construction's tensors; counts are those of one column of its grid, all matrices of a layer."""
+    """The search of `isoparameters`. Counts and budget are those of one layer, or of all layers where depth is stacked."""
 
     def __init__(self, construction: str, geometry: Geometry, factorization: str, budget: float) -> None:
         self.factorization = factorization_of(construction, factorization)
-        self.rows = _rows(construction, geometry)
-        self.widest = max(self.rows, key=lambda sizes: math.prod(sizes.values()))
+        self.all_modes = _modes_over_matrices(construction, geometry)
+        self.widest = max(self.all_modes, key=lambda sizes: math.prod(sizes.values()))
         self.limits = list(rank_limits(construction, geometry, factorization).values())
         self.budget = budget / tensor_grid(construction, geometry)[1]
 
     def count(self, ranks: Sequence[float]) -> float:
-        return sum(self.factorization.count(sizes, ranks) for sizes in self.rows)
+        return sum(self.factorization.count(sizes, ranks) for sizes in self.all_modes)
 
     def ideal(self, rule: str) -> list[float]:
+        # Bisection; 60 halvings reach the last bit of a double.
         low, high = 1.0, float(max(self.limits))
-        for _ in range(60):  # bisection to the last bit of a double
+        for _ in range(60):
             middle = (low + high) / 2
             few = self.count(self.factorization.ideal(self.widest, rule, middle)) < self.budget
             low, high = (middle, high) if few else (low, middle)
         return self.factorization.ideal(self.widest, rule, low)
 
     def candidates(self, ideal: Sequence[float], tolerance: float) -> Iterator[tuple[int, ...]]:
-        # The first rank is never listed: given the others the count is affine in it, a + b r, so the two bounds of the
-        # tolerated interval give all its candidates at once.
+        # All combinations of all ranks but the first. Given the others, the count is affine in the first rank, so that
+        # its best value follows from the bounds of the tolerated interval.
         first, *others = (
             range(limit, limit + 1) if rank == limit else self.factorization.nearby(rank, limit)
             for rank, limit in zip(ideal, self.limits, strict=True)
@@ -161,7 +206,7 @@ class _Search:
             ranks = (min(max(inside, first[0]), first[-1]), *rest)
             if self.factorization.admits(self.widest, ranks):
                 yield ranks
-        # Where every candidate breaks the bound (a backbone of a few units), round the ideal point.
+        # On a backbone of a few units, none of these may be admissible. Then the rounded ideal ranks are left.
         yield tuple(min(n, max(1, round(r))) for n, r in zip(self.limits, ideal, strict=True))
 
 
@@ -170,12 +215,12 @@ class RankStrategy:
     """How the ranks of a tensor are chosen; `resolve` turns the strategy into integers.
 
     Args:
-        name: "isorank", "isoparameters" or "explicit".
-        rank: the rank of isorank; for isoparameters, the LoRA rank whose parameter count is matched.
-        ranks: the ranks of explicit.
-        cap: for isorank, see `isorank`.
-        rule: for isoparameters, see `isoparameters`.
-        tolerance: for isoparameters, relative to the budget.
+        name: "isorank", "isoparameters" or "explicit", after the functions of this module.
+        rank: for isorank, the rank; for isoparameters, the LoRA rank whose parameter count is matched.
+        ranks: for explicit, the ranks in the order of `rank_limits`.
+        cap: for isorank, whether a rank stops at its mode's size.
+        rule: for isoparameters with Tucker, "saturate", "uniform" or "proportional".
+        tolerance: for isoparameters, how far the count may be from the budget, as a share of the budget.
         scale: for isoparameters, multiplies the budget.
 
     Raises:
