@@ -1,9 +1,9 @@
-"""An adapter on a decoder: a small Llama, with grouped-query attention, learns the bytes of a text file.
+"""An adapter on a decoder: a small Llama with grouped-query attention learns the bytes of a text file.
 
     python -m examples.causal_lm README.md
 
-The backbone's weights are random, so that nothing has to be fetched; AutoModelForCausalLM.from_pretrained and its
-tokenizer make it a real one.
+The weights of the backbone are random, so nothing is downloaded. For a real one, use
+AutoModelForCausalLM.from_pretrained and its tokenizer.
 """
 
 import sys
@@ -22,8 +22,8 @@ def main(path: Path, steps: int = 150) -> list[float]:
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 160}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=256))
     adapter = attach(model, AdapterConfig("qkv_depth", RankStrategy("isoparameters", rank=8), adapt="all"))
-    model.lm_head.requires_grad_(True)  # of random weights; a pretrained one stays frozen
-    print(f"{sum(p.numel() for p in adapter.parameters()):,} numbers in the adapter, ranks {adapter.ranks}")
+    model.lm_head.requires_grad_(True)  # only because its weights are random; a pretrained head can stay frozen
+    print(f"the adapter has {sum(p.numel() for p in adapter.parameters()):,} parameters and ranks {adapter.ranks}")
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []

@@ -1,8 +1,9 @@
-"""An adapter on any model, trained by a plain loop: a ViT that knows the digits 0 to 4 learns 5 to 9.
+"""An adapter in a plain training loop: a small ViT that knows the digits 0 to 4 learns 5 to 9.
 
     python -m examples.plain_loop
 
-The backbone is the small one that comes with this package; timm.create_model(..., pretrained=True) makes it a real one.
+The backbone is the small ViT that comes with this repository. For a real one, use
+timm.create_model(..., pretrained=True).
 """
 
 from pathlib import Path
@@ -16,12 +17,13 @@ from torch.nn import functional as F
 import tenslora
 from tenslora import AdapterConfig, RankStrategy, attach, detach, merge
 
+# The embedded checkpoint; its architecture is that of conf/model/vit_digits.yaml.
 WEIGHTS = Path(tenslora.__file__).parent / "harness" / "backbones" / "vit_digits.safetensors"
 SIZES = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
 
 
 def main(epochs: int = 10) -> tuple[float, float]:
-    """Train, merge, and return the accuracy on the last quarter before and after merging."""
+    """Train, merge, and return the test accuracy before and after merging."""
     torch.manual_seed(0)
     x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))
     x, y = x[y >= 5].float().view(-1, 1, 8, 8) / 8 - 1, y[y >= 5] - 5
@@ -32,7 +34,7 @@ def main(epochs: int = 10) -> tuple[float, float]:
     adapter = attach(model, AdapterConfig("qkv_depth", RankStrategy("isoparameters")))
     model.get_classifier().requires_grad_(True)  # attach freezes everything else
     trained = [p for p in model.parameters() if p.requires_grad]
-    print(f"{sum(p.numel() for p in adapter.parameters()):,} numbers in the adapter, ranks {adapter.ranks}")
+    print(f"the adapter has {sum(p.numel() for p in adapter.parameters()):,} parameters and ranks {adapter.ranks}")
 
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     for epoch in range(epochs):
@@ -48,8 +50,8 @@ def main(epochs: int = 10) -> tuple[float, float]:
         return (model.eval()(x[test]).argmax(1) == y[test]).float().mean().item()
 
     adapted = accuracy()
-    merge(model)  # the update goes into the weights
-    detach(model)  # and the model is a plain timm model again
+    merge(model)  # adds the update to the weights
+    detach(model)  # leaves a plain timm model
     merged = accuracy()
     print(f"accuracy {adapted:.3f}, merged {merged:.3f}")
     return adapted, merged

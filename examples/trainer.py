@@ -1,8 +1,8 @@
-"""An adapter under transformers' Trainer: a BERT that tells which of two words a sentence has more of.
+"""An adapter under transformers' Trainer: a small BERT tells which of two words is more frequent in a sentence.
 
     python -m examples.trainer
 
-The backbone's weights are random, so that nothing has to be fetched; from_pretrained makes it a real one.
+The weights of the backbone are random, so nothing is downloaded. For a real one, use from_pretrained.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ from tenslora import AdapterConfig, attach, load
 
 
 class Majority(Dataset):
-    """Sentences of twelve words numbered 5 to 29; the label says whether there are more 5s than 6s."""
+    """Sentences of twelve words with the numbers 5 to 8; the label says whether there are more 5s than 6s."""
 
     def __init__(self, size: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -30,6 +30,7 @@ class Majority(Dataset):
 
 
 def backbone() -> BertForSequenceClassification:
+    """A small BERT, the same at every call."""
     set_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     return BertForSequenceClassification(BertConfig(**sizes, vocab_size=30, hidden_dropout_prob=0.0))
@@ -39,7 +40,7 @@ def main(steps: int = 300) -> tuple[float, float]:
     """Train, save, load on a fresh model, and return the test accuracy of both."""
     model = backbone()
     adapter = attach(model, AdapterConfig("att_qkv_depth", adapt="all"))
-    model.classifier.requires_grad_(True)
+    model.classifier.requires_grad_(True)  # attach freezes everything else
 
     def accuracy(prediction: object) -> dict[str, float]:
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
