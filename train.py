@@ -36,6 +36,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     from tenslora.attachment import attach  # the imports take seconds, and a mistake in the settings shows before them
     from tenslora.decomposition import approximate
     from tenslora.harness.backbones import load_backbone, load_tokenizer
+    from tenslora.harness.backbones.declared_geometry import check_geometry
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
     from tenslora.harness.results.record import describe_run
@@ -45,7 +46,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     from tenslora.harness.training.loop import Diverged, fit
     from tenslora.harness.training.processes import Processes
     from tenslora.peft.saved_lora import read_updates
-    from tenslora.projections import check_geometry, find_projections
+    from tenslora.projections import find_projections
 
     folder, processes = RunFolder(path), Processes(run.trainer.device, run.trainer.threads)
 

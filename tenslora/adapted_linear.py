@@ -25,37 +25,49 @@ class SharedInput:
     def __init__(self, group: MatrixGroup, layer: int) -> None:
         self.group = group
         self.layer = layer
-        # An input x, and (h, right) of the matrices that have not asked for theirs yet. It is a single attribute so
-        # that forward passes in several threads cannot mix one's input with another's products.
+        # An input x, and (h, right) of each matrix that has not asked for its own yet. They are one attribute, so that
+        # forward passes in several threads cannot mix the input of one with the products of another.
         self._pending: tuple[Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is pending belongs to a forward pass and perhaps to an autograd graph, which cannot be copied.
+        # Pending products belong to a forward pass, and perhaps to an autograd graph, which cannot be copied.
         return {**vars(self), "_pending": None}
 
     def of_matrix(self, x: Tensor, tokens: Tensor, matrix: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(h, right) of one matrix, whose update of the output is ``h @ right``.
+        """The thin product of one matrix, which adds ``h @ right`` to its output.
 
         A Transformer calls query, key and value one after the other with the very same tensor. The first call computes
-        h for all three; the other two recognise the tensor by its identity and take theirs.
+        h for all three; the other two recognise the tensor by its identity and take their own h.
 
         Args:
-            x: the input as the Linear received it.
-            tokens: the same as (tokens, inputs).
-            matrix: index in the group.
+            x: the input as the Linear received it, (..., inputs).
+            tokens: the same numbers as (tokens, inputs).
+            matrix: the index in the group.
             dtype: of the output.
+
+        Returns:
+            h (tokens, r) and right (r, outputs).
         """
         pending = self._pending
-        found = None if pending is None or pending[0] is not x else pending[1].pop(matrix, None)
-        if pending is None or found is None:
+        product = None if pending is None or pending[0] is not x else pending[1].pop(matrix, None)
+        if pending is None or product is None:
             hs, rights = self.of_all(tokens, dtype)
             pending = x, {index: (hs[index % len(hs)], right) for index, right in enumerate(rights)}
-            found = pending[1].pop(matrix)
+            product = pending[1].pop(matrix)
         self._pending = pending if pending[1] else None
-        return found
+        return product
 
     def of_all(self, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """(hs, rights) of all matrices: h (tokens, r) of each matrix, or a single one that they share."""
+        """The thin products of all matrices.
+
+        Args:
+            tokens: (tokens, inputs).
+            dtype: of the output.
+
+        Returns:
+            The h (tokens, r) of each matrix, or a single one if they share it; and the right (r, outputs) of each, or a
+            single one as in `LayerProducts`.
+        """
         adapter = self.group.adapter
         left, rights, ranks = self.group.of_layer(self.layer, dtype)
         h = F.linear(adapter.dropout(tokens.to(dtype)), left)
@@ -65,22 +77,22 @@ class SharedInput:
 
 
 class AdaptedLinear(nn.Linear):
-    """A Linear layer plus the updates of the matrices that it holds: ``y = x W^T + b + alpha x dW``.
+    """A Linear layer with the updates of the matrices that it holds: ``y = x W^T + b + alpha x dW``.
 
-    It calls the original module for the first two terms and shares its parameters. Once merged, or while disabled, it
-    only calls the original module.
+    The layer calls the original module for the first two terms and shares the module's parameters. Once merged, or
+    while disabled, it only calls the original module.
 
     Args:
         linear: the original module, a Linear or transformers' Conv1D.
         shared: this layer's matrices of the group that reads the same input.
-        columns: (index in the group, first output column) of each matrix that the module holds.
+        columns: of each matrix that the module holds, the index in the group and the first output column.
     """
 
     def __init__(self, linear: nn.Module, shared: SharedInput, columns: tuple[tuple[int, int], ...]) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate and draw a weight only to throw it away
         self.in_features, self.out_features = features(linear)
-        self.base = (linear,)  # in a tuple, so that it is no submodule: its parameters are registered here
-        self._parameters = linear._parameters  # the same dict: a weight that is replaced here is replaced there
+        self.base = (linear,)  # in a tuple, so that it is no submodule and the parameters keep their names
+        self._parameters = linear._parameters  # the same dict, so that a weight replaced here is replaced there
         self.shared = shared
         self.columns = columns
         self.merged = False
@@ -99,8 +111,8 @@ class AdaptedLinear(nn.Linear):
         if self.merged or not self.enabled:
             plain: Tensor = self.base[0](x)
             return plain
-        # For a matrix, Linear returns a new tensor, to which the update can be added in place; for more dimensions it
-        # returns a view, and autograd would copy that first.
+        # Given a matrix, Linear returns a new tensor, to which the update can be added in place. Given more dimensions,
+        # it returns a view, which autograd would copy first.
         tokens = x.reshape(-1, self.in_features)
         y = self._add_update(self.base[0](tokens), x, tokens)
         return y.view(*x.shape[:-1], self.out_features)
@@ -125,8 +137,8 @@ class AdaptedLinear(nn.Linear):
         """The update of the whole module as one product, alpha dW = left @ right.
 
         Returns:
-            left (inputs, r) and right (r, outputs). Where the matrices that the module holds do not share left, r is
-            the sum of their ranks and right is block diagonal.
+            left (inputs, r) and right (r, outputs). If the matrices that the module holds do not share left, r is the
+            sum of their ranks and right is block diagonal.
         """
         layer = self.shared.layer
         lefts, rights = ([t[0] for t in side] for side in self.shared.group.products(range(layer, layer + 1)))
@@ -144,15 +156,16 @@ class AdaptedLinear(nn.Linear):
         return torch.cat(held, dim=1), right
 
     def _replicate_for_data_parallel(self) -> NoReturn:
-        # The matrices of a layer share tensors, and DataParallel's copies would share them across devices.
+        # The matrices of a layer share tensors, which DataParallel's copies would share across devices.
         raise TensLoRAError("DataParallel: cannot copy an adapter; start one process per device instead (torchrun)")
 
 
 class _AddToColumns(torch.autograd.Function):
     """``y[:, start : start + width] += h @ right`` for several blocks of columns, in place.
 
-    y: (tokens, columns); right: (r, width) for each block; h: (tokens, r) for each block, or one for all. Autograd's
-    own version would copy y for each block, and one product with a block-diagonal matrix would mostly multiply zeros.
+    y is (tokens, columns). Each block has a right (r, width), and an h (tokens, r) unless all blocks share one.
+    Autograd's own in-place addition would copy y for each block, and a product with one block-diagonal matrix would
+    mostly multiply zeros.
     """
 
     @staticmethod

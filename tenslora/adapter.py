@@ -36,7 +36,8 @@ class Adapter(nn.Module):
     Args:
         config: the settings.
         geometry: the backbone's dimensions.
-        ranks: where they are known already, as in a saved adapter; otherwise the config's strategy chooses them.
+        ranks: the ranks if they are known already, as those of a saved adapter; otherwise the config's strategy chooses
+            them.
 
     Raises:
         TensLoRAError: for settings that do not fit the geometry.
@@ -50,7 +51,7 @@ class Adapter(nn.Module):
         self.geometry = geometry
         self.ranks = tuple(ranks or config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization))
         self.grid = tensor_grid(config.tensor_mode, geometry)
-        # Looked up here and not in every forward pass, because torch.compile does not trace the look-up.
+        # Looked up here and not in every forward pass, because torch.compile cannot trace the look-up.
         self._stacks_matrices = bool(stacked_axes(config.tensor_mode) & {PROJECTION, SITE})
         self.tensors = nn.ModuleList()
         for index in range(math.prod(self.grid)):
@@ -80,13 +81,13 @@ class Adapter(nn.Module):
         """The updates of some matrices in some layers as thin products, scale dW[m] = left[m] @ right[m].
 
         Args:
-            layers: which layers, neighbours.
-            matrices: which matrices, neighbouring indices in `Geometry.matrices`; None for all.
+            layers: which layers.
+            matrices: which matrices, as indices in `Geometry.matrices`; None for all.
             scale: multiplies the updates.
 
         Returns:
-            (lefts, rights): per matrix left (layers, d_in, r) and right (layers, r, width). There is a single left
-            where the matrices share it.
+            The left (layers, d_in, r) and the right (layers, r, width) of each matrix. There is a single left if the
+            matrices share it.
         """
         wanted = range(len(self.geometry.matrices)) if matrices is None else matrices
         if self._stacks_matrices:
@@ -104,19 +105,19 @@ class Adapter(nn.Module):
         return [left[0] for left in lefts], [right[0] for right in rights]
 
     def dense(self, layer: int) -> list[Tensor]:
-        """dW of each matrix of a layer, (d_in, width), without alpha: to look at, not to train with."""
+        """The update dW of each matrix of a layer, (d_in, width), without alpha: to look at, not to train with."""
         lefts, rights = self.layer_products(layer)
         return [lefts[m % len(lefts)] @ right for m, right in enumerate(rights)]
 
     def _tensors_of(self, row: int, layers: range) -> list[FactorizedTensor]:
-        # From one row of the grid: its only tensor, or those of the layers.
+        # One row of the grid holds a single tensor, or one for each layer.
         _, per_layer = self.grid
         columns = layers if per_layer > 1 else range(1)
         return [cast(FactorizedTensor, self.tensors[row * per_layer + column]) for column in columns]
 
     def _matrices_from_slices(self, left: Tensor, right: Tensor, matrices: range) -> tuple[list[Tensor], list[Tensor]]:
-        # From slices (1 or P, d_in, r) and (P, r, d_out) to matrices. A matrix wider than d_out is made of several
-        # slices side by side, of which it may take the last only in part.
+        # From the slices (1 or P, d_in, r) and (P, r, d_out) of one layer to its matrices. A matrix wider than d_out
+        # consists of several slices side by side, the last one perhaps only in part.
         counts, widths = self.geometry.slices_per_matrix, self.geometry.widths
         lefts, rights, start = [left[0]] if len(left) == 1 else [], [], 0
         for m in matrices:
@@ -134,7 +135,10 @@ class Adapter(nn.Module):
         return lefts, rights
 
     def save(self, path: Path | str) -> Path:
-        """Write the adapter to one safetensors file, atomically; config, geometry and ranks are in its header.
+        """Write the adapter to one safetensors file, atomically. Config, geometry and ranks are in its header.
+
+        Args:
+            path: of the file.
 
         Returns:
             The path.
@@ -154,12 +158,18 @@ class Adapter(nn.Module):
 def load_adapter(path: Path) -> Adapter:
     """Read an adapter that `Adapter.save` wrote.
 
+    Args:
+        path: of the file.
+
+    Returns:
+        The adapter, on the CPU.
+
     Raises:
         TensLoRAError: if the file is missing, damaged, or not an adapter.
     """
     header, tensors = read_safetensors(path)
     if header.get("format") != FORMAT:
-        raise TensLoRAError(f"{path}: not a TensLoRA adapter (the format in its header is {header.get('format')})")
+        raise TensLoRAError(f"{path}: not a TensLoRA adapter (its header must say format={FORMAT})")
     try:
         settings = dict(header["config"])
         strategy = settings.pop("rank_strategy")
@@ -168,5 +178,5 @@ def load_adapter(path: Path) -> Adapter:
         adapter = Adapter(config, Geometry(**header["geometry"]), header["ranks"])
         adapter.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
-        raise TensLoRAError(f"{path}: its header does not fit the factors in it ({error})") from error
+        raise TensLoRAError(f"{path}: its header does not fit its tensors ({error})") from error
     return adapter

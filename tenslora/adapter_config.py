@@ -1,4 +1,4 @@
-"""The settings of an adapter. Nothing here needs torch: the parameters of an adapter can be counted without it."""
+"""The settings of an adapter. Nothing here needs torch: settings are checked, and parameters counted, without it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from tenslora.ranks import RankStrategy
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The settings of an adapter; the backbone's dimensions are not among them.
+    """The settings of an adapter. They do not include the backbone's dimensions, so they go with any backbone.
 
     Args:
         tensor_mode: the construction, one of `constructions.CONSTRUCTIONS`.
         rank_strategy: how the ranks are chosen.
-        alpha: multiplies the update as it is; it is not divided by the rank.
-        dropout: probability that an entry of the adapter's input is zeroed in training. Query, key and value of a
-            layer share one mask, as they share the input.
-        rank_dropout: probability that a component of h = x @ left is zeroed in a training step, for all tokens alike.
-        init: how the factors start, see `tensor.FactorizedTensor`. lora starts as PEFT's LoRA does, whatever it says.
+        alpha: multiplies the update; unlike PEFT's lora_alpha, it is not divided by the rank.
+        dropout: the probability that an entry of the adapter's input is zeroed in training. Query, key and value of a
+            layer share one mask, because they share the input.
+        rank_dropout: the probability that a component of h = x @ left is zeroed in a training step, for all tokens
+            alike.
+        init: how the factors start, see `tensor.FactorizedTensor`. It has no effect on lora, which starts as PEFT's
+            LoRA does.
         head_layout: "aligned" or "interleaved", see `Factorization.slices`.
-        tensor_seeds: "distinct" draws every tensor from a random stream of its own; "equal" starts all tensors of a
+        tensor_seeds: "distinct" draws every tensor from a random stream of its own; "equal" starts all tensors of one
             shape alike, as the paper's released code does.
-        seed: of these streams; nothing else is drawn from them.
-        factorization: one of `factorizations.FACTORIZATIONS`. lora has matrices, whatever it says.
+        seed: the seed of these random streams, from which nothing else is drawn.
+        factorization: one of `factorizations.FACTORIZATIONS`. It has no effect on lora, whose tensors are matrices.
         adapt: which matrices of a layer are adapted, see `constructions.adapted_matrices`.
 
     Raises:

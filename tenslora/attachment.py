@@ -1,7 +1,7 @@
 """Puts an adapter on a model and takes it off again.
 
-The Linear layers that hold adapted matrices are replaced by `AdaptedLinear` layers, which share their weights. The
-names in the model's state dict stay as they were; the adapter becomes the submodule ``model.tenslora``.
+Each Linear layer that holds adapted matrices is replaced by an `AdaptedLinear`, which shares the weights. The names in
+the model's state dict stay as they were, and the adapter becomes the submodule ``model.tenslora``.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter) -> Adapter:
     788
 
     Args:
-        model: any Transformer in which `find_projections` finds the matrices to adapt. It is changed in place, and all
-            its parameters are frozen: unfreeze a classification head afterwards.
+        model: any Transformer in which `find_projections` finds the matrices to adapt. The model is changed in place,
+            and all its parameters are frozen: unfreeze a classification head afterwards.
         adapter: the settings of a new adapter, or an existing one, as from `load_adapter`.
 
     Returns:
@@ -52,7 +52,7 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter) -> Adapter:
 
     Raises:
         TensLoRAError: if the model has an adapter already, if the matrices to adapt are not found, or if the adapter
-            was made for other dimensions; the message says which one differs.
+            is for other dimensions; the message says which ones differ.
     """
     if hasattr(model, SUBMODULE):
         raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
@@ -96,15 +96,18 @@ def load(model: nn.Module, path: Path | str) -> Adapter:
         The adapter.
 
     Raises:
-        TensLoRAError: as `load_adapter` and `attach` do.
+        TensLoRAError: if the file is no adapter, or for the same reasons as in `attach`.
     """
     return attach(model, load_adapter(Path(path)))
 
 
 def detach(model: nn.Module) -> Adapter:
-    """Take the adapter off: the model has its own modules again.
+    """Take the adapter off, so that the model has its own modules again.
 
-    An update that was merged stays in the weights. Parameters stay frozen or trainable as they are.
+    A merged update stays in the weights. Frozen parameters stay frozen, trainable ones trainable.
+
+    Args:
+        model: with an adapter; it is changed in place.
 
     Returns:
         The adapter.
@@ -122,9 +125,12 @@ def detach(model: nn.Module) -> Adapter:
 
 
 def merge(model: nn.Module) -> None:
-    """Add the update to the weights, W <- W + alpha dW^T; a forward pass then costs what the backbone's costs.
+    """Add the updates to the weights, W <- W + alpha dW^T. A forward pass then costs as much as without an adapter.
 
     Merging a second time changes nothing.
+
+    Args:
+        model: with an adapter; its weights are changed in place.
 
     Raises:
         TensLoRAError: if there is no adapter, or if a weight is not a plain matrix of floats (quantised, packed).
@@ -133,7 +139,10 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Take the update out of the weights again; they are as before up to rounding.
+    """Subtract the updates from the weights again, which are then as before, up to rounding.
+
+    Args:
+        model: with an adapter; its weights are changed in place.
 
     Raises:
         TensLoRAError: if there is no adapter.
@@ -143,10 +152,13 @@ def unmerge(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """A context in which `model` computes what the backbone alone computes, as PEFT's `disable_adapter`.
+    """A context in which the model computes what the backbone alone computes, like PEFT's `disable_adapter`.
+
+    Args:
+        model: with an adapter.
 
     Raises:
-        TensLoRAError: if there is no adapter, or if it is merged: what is in the weights cannot be left out.
+        TensLoRAError: if there is no adapter, or if it is merged: an update in the weights cannot be left out.
     """
     linears = list(adapted_linears(model).values())
     before = [linear.enabled for linear in linears]
@@ -160,7 +172,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_of(model: nn.Module) -> Adapter:
-    """The adapter on `model`.
+    """The adapter on a model.
+
+    Args:
+        model: with an adapter.
 
     Raises:
         TensLoRAError: if there is none.
@@ -172,7 +187,13 @@ def adapter_of(model: nn.Module) -> Adapter:
 
 
 def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The adapted Linear layers by their paths in `model`.
+    """The adapted Linear layers of a model.
+
+    Args:
+        model: with an adapter.
+
+    Returns:
+        The layers by their paths in the model.
 
     Raises:
         TensLoRAError: if there is no adapter, or if it is merged.
@@ -190,7 +211,9 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
     for path, linear in _adapted_linears(model).items():
         if not linear.weight.is_floating_point() or {*linear.weight.shape} != {linear.in_features, linear.out_features}:
             kind = type(linear.base[0]).__name__
-            raise TensLoRAError(f"{path}: the weight of a {kind} cannot take up an update; leave the adapter unmerged")
+            raise TensLoRAError(
+                f"{path}: an update cannot be added to the weight of this {kind}; leave the adapter unmerged"
+            )
     for linear in _adapted_linears(model).values():
         if linear.merged != into_weights:
             left, right = linear.as_lora()

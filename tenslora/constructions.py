@@ -126,7 +126,7 @@ class Geometry:
 
     @property
     def slices_per_matrix(self) -> tuple[int, ...]:
-        """How many slices of width d_out each matrix takes on the projection axis, the last one perhaps only in part."""
+        """The slices of width d_out that each matrix takes on the projection axis, the last one perhaps in part."""
         return tuple(-(-width // self.d_out) for width in self.widths)
 
     @property

@@ -1,4 +1,4 @@
-"""From updates that are there to factorised tensors near to them, and how far each axis can be compressed."""
+"""Turns given updates into factorised tensors near to them, and shows how far each axis can be compressed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from tenslora.factorizations import factorization_of
 from tenslora.factorizations.factorization import leading_vectors
 
 Updates = Sequence[Sequence[Tensor]]
-"""dW of each layer, and in it of each of the geometry's matrices, shape (d_in, width), alpha included."""
+"""The update of each layer, and in it of each of `Geometry.matrices`: alpha dW, shape (d_in, width)."""
 
 
 @dataclass(frozen=True)
 class Approximation:
-    """How near a decomposition came.
+    """How near a decomposition Y came to the updates X.
 
-    error: || X - Y || / || X || over all tensors. energy: for each mode that has a rank of its own (Tucker's), the
-    share of || X ||^2 that is left when that mode alone is cut to it.
+    Args:
+        error: ||X - Y|| / ||X||, over all tensors.
+        energy: for each mode with a rank of its own (Tucker's), the share of ||X||^2 that is left if only that mode is
+            compressed to its rank.
     """
 
     error: float
@@ -31,13 +33,23 @@ class Approximation:
 
 
 def stack(updates: Updates, construction: str, geometry: Geometry, head_layout: str = "aligned") -> list[Tensor]:
-    """The updates as the tensors of a construction, in its grid's order, modes in that of `constructions.modes`."""
+    """Stack updates into the tensors of a construction.
+
+    Args:
+        updates: of all layers.
+        construction: its name.
+        geometry: of the backbone.
+        head_layout: how d_out divides into d_head and head, see `Factorization.slices`.
+
+    Returns:
+        The tensors in the order of `Adapter.tensors`, with their modes in the order of `constructions.modes`.
+    """
     stacked = stacked_axes(construction)
     over_matrices, over_layers = tensor_grid(construction, geometry)
     tensors = []
     for row in range(over_matrices):
         if over_matrices == 1 and stacked & {PROJECTION, SITE}:
-            slices = [_slices(layer, geometry) for layer in updates]
+            slices = [_slices_of_layer(layer, geometry) for layer in updates]
         else:
             slices = [layer[row].unsqueeze(0) for layer in updates]
         x = torch.stack(slices).permute(2, 3, 1, 0)  # (d_in, d_out, P or 1, L)
@@ -56,8 +68,8 @@ def stack(updates: Updates, construction: str, geometry: Geometry, head_layout: 
     return tensors
 
 
-def _slices(layer: Sequence[Tensor], geometry: Geometry) -> Tensor:
-    # (P, d_in, d_out): wide matrices cut into several slices, narrow ones filled up with zeros.
+def _slices_of_layer(layer: Sequence[Tensor], geometry: Geometry) -> Tensor:
+    # (P, d_in, d_out). A wide matrix is cut into several slices, and a narrow one is filled up with zeros.
     parts: list[Tensor] = []
     for update, blocks in zip(layer, geometry.slices_per_matrix, strict=True):
         filled = torch.nn.functional.pad(update, (0, blocks * geometry.d_out - update.shape[1]))
@@ -68,58 +80,76 @@ def _slices(layer: Sequence[Tensor], geometry: Geometry) -> Tensor:
 def _energy(updates: Updates) -> float:
     total = sum(update.double().square().sum().item() for layer in updates for update in layer)
     if total == 0:
-        raise TensLoRAError("the updates are all zero, as before any training; there is nothing to come near to")
+        raise TensLoRAError("the updates are all zero, as before any training, and cannot be approximated")
     return total
 
 
 @torch.no_grad()
 def approximate(adapter: Adapter, updates: Updates) -> Approximation:
-    """Give `adapter` the tensors nearest to `updates` that its factorization finds at its ranks.
+    """Set an adapter's parameters so that its updates are near to given ones, by `Factorization.decompose`.
 
-    In float64, whatever the updates come in, and on their device. Raises TensLoRAError if the factorization cannot
-    (CP), if alpha is zero, or if all updates are.
+    Args:
+        adapter: with the ranks to compress to; it is changed in place.
+        updates: in any precision. The computation takes place in float64, on the updates' device.
+
+    Returns:
+        How near the adapter's updates are.
+
+    Raises:
+        TensLoRAError: if the factorization has no direct method (CP), if alpha is zero, or if all updates are zero.
     """
     config, geometry = adapter.config, adapter.geometry
     if config.alpha == 0:
         raise TensLoRAError("alpha=0: must be another number, because an update times 0 is near to nothing")
     total = _energy(updates)
-    ways = factorization_of(config.tensor_mode, config.factorization)
-    wanted = stack([[u.double() for u in layer] for layer in updates], config.tensor_mode, geometry, config.head_layout)
+    factorization = factorization_of(config.tensor_mode, config.factorization)
+    tensors = stack(
+        [[update.double() for update in layer] for layer in updates], config.tensor_mode, geometry, config.head_layout
+    )
     over_layers = adapter.grid[1]
-    kept: dict[str, float] = {}
-    for index, (tensor, module) in enumerate(zip(wanted, adapter.tensors, strict=True)):
+    energy: dict[str, float] = {}
+    for index, (tensor, module) in enumerate(zip(tensors, adapter.tensors, strict=True)):
         sizes = modes(config.tensor_mode, geometry, index // over_layers)
-        for name, value in ways.decompose(tensor / config.alpha, sizes, adapter.ranks).items():
+        for name, value in factorization.decompose(tensor / config.alpha, sizes, adapter.ranks).items():
             parameter = module.get_parameter(name)
             parameter.copy_(value.to(parameter))
-            if name in ways.rank_limits(sizes):
+            if name in factorization.rank_limits(sizes):
                 axis = list(sizes).index(name)
                 vectors = leading_vectors(tensor.movedim(axis, 0).flatten(1), min(value.shape[-1], sizes[name]))
-                cut = vectors.T @ tensor.movedim(axis, 0).flatten(1)
-                kept[name] = kept.get(name, 0.0) + cut.square().sum().item()
-    missed = 0.0
-    for layer, each in enumerate(updates):
-        for update, ours in zip(each, adapter.dense(layer), strict=True):
-            missed += (update.double() - config.alpha * ours.to(update.device).double()).square().sum().item()
-    return Approximation((missed / total) ** 0.5, {name: value / total for name, value in kept.items()})
+                compressed = vectors.T @ tensor.movedim(axis, 0).flatten(1)
+                energy[name] = energy.get(name, 0.0) + compressed.square().sum().item()
+    squared_error = 0.0
+    for layer, of_matrices in enumerate(updates):
+        for update, dense in zip(of_matrices, adapter.dense(layer), strict=True):
+            difference = update.double() - config.alpha * dense.to(update.device).double()
+            squared_error += difference.square().sum().item()
+    return Approximation((squared_error / total) ** 0.5, {name: value / total for name, value in energy.items()})
 
 
 @torch.no_grad()
 def spectra(updates: Updates, geometry: Geometry, head_layout: str = "aligned") -> dict[str, Tensor]:
-    """How the updates' energy is spread along every axis: d_in, d_out, d_head, head, projection and depth.
+    """How the energy of the updates is distributed along every axis: d_in, d_out, d_head, head, projection and depth.
 
-    For each, the squared singular values of the unfolding of all updates along it, largest first, as shares of their
-    sum: what of || X ||^2 is left at rank r on that axis alone is the sum of the first r. Raises TensLoRAError if all
-    updates are zero.
+    Args:
+        updates: of all layers.
+        geometry: of the backbone.
+        head_layout: how d_out divides into d_head and head, see `Factorization.slices`.
+
+    Returns:
+        For each axis, the squared singular values of the unfolding of all updates along it, largest first, divided by
+        their sum. The first r add up to the share of ||X||^2 that is left if only that axis is compressed to rank r.
+
+    Raises:
+        TensLoRAError: if all updates are zero.
     """
     _energy(updates)
-    plain = [[u.double() for u in layer] for layer in updates]
-    found: dict[str, Tensor] = {}
+    in_double = [[update.double() for update in layer] for layer in updates]
+    shares: dict[str, Tensor] = {}
     for construction in ("qkv_depth", "att_qkv_depth"):
-        (tensor,) = stack(plain, construction, geometry, head_layout)
+        (tensor,) = stack(in_double, construction, geometry, head_layout)
         for axis, name in enumerate(modes(construction, geometry)):
-            if name not in found:
+            if name not in shares:
                 unfolding = tensor.movedim(axis, 0).flatten(1)
                 values = torch.linalg.eigvalsh(unfolding @ unfolding.T).flip(0).clamp(min=0)
-                found[name] = values / values.sum()
-    return found
+                shares[name] = values / values.sum()
+    return shares

@@ -1,9 +1,10 @@
-"""Finds the matrices of a Transformer's layers that can be adapted, by structure, not by class."""
+"""Finds the matrices of a Transformer that can be adapted, by the structure of the model and not by its class."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -12,7 +13,8 @@ from tenslora.errors import TensLoRAError
 
 SEPARATE = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
 FUSED = ("qkv", "c_attn")
-# Where the others lie, seen from the attention block: a leading dot is the module around it, two dots the layer.
+"""What an attention block calls its Linear layers: one for each of query, key and value, or one for all three."""
+
 OUTPUT = ("proj", "o_proj", "out_proj", "out_lin", "c_proj", ".output.dense")
 FEED_FORWARD = (
     {"gate": "..mlp.gate_proj", "up": "..mlp.up_proj", "down": "..mlp.down_proj"},
@@ -21,18 +23,24 @@ FEED_FORWARD = (
     {"up": "..ffn.lin1", "down": "..ffn.lin2"},
     {"up": "..mlp.c_fc", "down": "..mlp.c_proj"},
 )
+"""Where the other matrices are, seen from the attention block. A path with one leading dot starts at the module around
+the block, and one with two dots at the layer."""
+
 _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
-_GROUPS = (("query", "key", "value"), ("output",), ("gate", "up"), ("down",))
-"""Matrices that read the same tensor."""
+_SAME_INPUT = (("query", "key", "value"), ("output",), ("gate", "up"), ("down",))
 
 
 @dataclass(frozen=True)
 class TargetLinear:
-    """One Linear (or transformers' Conv1D) that holds adapted matrices of a layer.
+    """A Linear layer (or transformers' Conv1D) that holds adapted matrices.
 
-    path: its module path in the model. linear: the module. layer: 0-based. group: which of the geometry's matrices read
-    the same input as it does. places: of the matrices that it holds, (which of the group, first output column).
-    writes: whether its output goes to the residual stream.
+    Args:
+        path: of the module in the model.
+        linear: the module.
+        layer: the index of its layer, 0-based.
+        group: the matrices that read the same input, as neighbouring indices in `Geometry.matrices`.
+        columns: of each matrix that the module holds, the index in the group and the first output column.
+        writes_to_stream: whether the module's output goes to the residual stream.
     """
 
     path: str
@@ -44,26 +52,30 @@ class TargetLinear:
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a Linear or a Conv1D."""
+    """The numbers of inputs and outputs of a Linear or a Conv1D."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
-    inputs, outputs = linear.weight.shape  # type: ignore[union-attr,misc]
-    return int(inputs), int(outputs)
+    inputs, outputs = linear.get_parameter("weight").shape
+    return inputs, outputs
 
 
 def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, list[TargetLinear]]:
-    """The matrices to adapt in every layer of `model`, and the geometry that all layers share.
+    """Find the matrices to adapt in every layer of a model.
 
-    An attention block is a module whose children are three Linear layers named query/key/value,
-    q_proj/k_proj/v_proj or q_lin/k_lin/v_lin, or one named qkv or c_attn. Layers are numbered in module order. The
-    attention's output and the feed-forward block are found by name from there (`OUTPUT`, `FEED_FORWARD`).
+    An attention block is a module with three Linear layers named query/key/value, q_proj/k_proj/v_proj or
+    q_lin/k_lin/v_lin, or with one named qkv or c_attn. Each such block is a layer, numbered in the order of the model's
+    modules. The attention's output and the feed-forward block are looked up by name (`OUTPUT`, `FEED_FORWARD`).
 
     Args:
         model: any Transformer.
-        adapt: see `constructions.adapted_matrices`.
+        adapt: which matrices, see `constructions.adapted_matrices`.
 
-    Raises TensLoRAError if there is no such block, if what is to be adapted is not found in a layer, if the layers
-    differ in width or in heads, or if two of them share a weight.
+    Returns:
+        The geometry that all layers share, and the Linear layers that hold the matrices, layer by layer.
+
+    Raises:
+        TensLoRAError: if there is no attention block, if a layer lacks a matrix that is to be adapted, if the layers
+            differ in width or in heads, or if two layers share a weight.
     """
     blocks = list(_attention_blocks(model))
     if not blocks:
@@ -71,56 +83,35 @@ def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, li
         raise TensLoRAError(
             f"{type(model).__name__}: no attention projections found; they must be nn.Linear children named {known}"
         )
-    found = [_layer(model, path, module, names, adapt) for path, module, names in blocks]
-    first_path, first = blocks[0][0], found[0][0]
-    for layer, (path, _, _) in enumerate(blocks):
-        _compare(model, found[layer][0], path, first, first_path)
-    geometry = first.geometry(len(blocks), adapt)
-    names = geometry.matrices
-    groups = {name: [n for n in group if n in names] for group in _GROUPS for name in group}
-    targets = []
-    for layer, (_, matrices) in enumerate(found):
-        linears: dict[str, tuple[nn.Module, dict[str, int]]] = {}
-        for name in names:
-            path, linear, column = matrices[name]
-            linears.setdefault(path, (linear, {}))[1][name] = column
-        for path, (linear, columns) in linears.items():
-            members = groups[next(iter(columns))]
-            start = names.index(members[0])
-            held = tuple((members.index(name), column) for name, column in columns.items())
-            group = range(start, start + len(members))
-            targets.append(TargetLinear(path, linear, layer, group, held, members[0] in ("output", "down")))
-    _refuse_shared(targets)
+    layers = [_inspect_layer(model, path, block, names, adapt) for path, block, names in blocks]
+    for layer in layers:
+        _require_same_sizes(model, layer, layers[0])
+    geometry = layers[0].sizes.geometry(len(layers), adapt)
+    targets = [target for index, layer in enumerate(layers) for target in _targets(index, layer, geometry)]
+    _refuse_shared_weights(targets)
     return geometry, targets
 
 
-def _refuse_shared(targets: Iterable[TargetLinear]) -> None:
-    # Such as tied layers, or a feed-forward block behind two attention blocks.
-    owners: dict[int, TargetLinear] = {}
-    for target in targets:
-        owner = owners.setdefault(id(target.linear.weight), target)
-        if owner is not target:
-            raise TensLoRAError(
-                f"{target.path}: would be adapted twice, for layers {owner.layer} and {target.layer} (there as "
-                f"{owner.path}); one weight takes one update. adapter.adapt chooses the matrices"
-            )
+def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    # The path of each block, the block, and the names of its Linear layers.
+    for path, module in model.named_modules():
+        for names in (*SEPARATE, *[(name,) for name in FUSED]):
+            linears = [getattr(module, name, None) for name in names]
+            if not all(map(_is_linear, linears)):
+                continue
+            if getattr(module, "q_bias", None) is not None and not getattr(module, "qkv_bias_separate", False):
+                # timm's BEiT and EVA read the weight and add biases of their own, without calling the Linear.
+                raise TensLoRAError(f"{path}: does not call its Linear {names[0]}, so an adapter there has no effect")
+            yield path, module, names
 
 
-def check_geometry(declared: Geometry | None, found: Geometry) -> None:
-    """Raise TensLoRAError where a backbone is not as its config file declares it; None declares nothing."""
-    for name, value in vars(declared).items() if declared else ():
-        if name in ("d_ff", "gated") and found.d_ff is None:  # not adapted, and so not looked at
-            continue
-        if value != getattr(found, name):
-            raise TensLoRAError(
-                f"model.geometry.{name}={value}: the backbone that was loaded has {getattr(found, name)}; is "
-                f"model.checkpoint another model's? If it is meant, set model.geometry=null"
-            )
+def _is_linear(module: object) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of one layer: what has to be the same in all."""
+    """What has to be the same in all layers."""
 
     heads: int
     d_in: int
@@ -133,111 +124,142 @@ class _Sizes:
     def geometry(self, layers: int, adapt: str) -> Geometry:
         d_head = self.query // self.heads
         kv_heads = None if self.key == self.query else self.key // d_head
-        feed_forward = {"d_ff": self.d_ff, "gated": self.gated} if self.d_ff else {}
-        return Geometry(self.d_in, self.heads, d_head, layers, adapt, kv_heads, **feed_forward)  # type: ignore[arg-type]
+        return Geometry(self.d_in, self.heads, d_head, layers, adapt, kv_heads, self.d_ff, self.gated)
 
 
-def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    for path, module in model.named_modules():
-        for names in (*SEPARATE, *[(name,) for name in FUSED]):
-            linears = [getattr(module, name, None) for name in names]
-            if not all(map(_is_linear, linears)):
-                continue
-            if getattr(module, "q_bias", None) is not None and not getattr(module, "qkv_bias_separate", False):
-                # timm's BEiT and EVA read the weight and add biases of their own: they never call the Linear.
-                raise TensLoRAError(f"{path}: does not call its Linear {names[0]}, so that no adapter can act on it")
-            yield path, module, names
+class _Matrix(NamedTuple):
+    """The Linear that holds a matrix, the Linear's path, and the matrix's first output column in it."""
+
+    path: str
+    linear: nn.Module
+    column: int
 
 
-def _is_linear(module: object) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+class _Layer(NamedTuple):
+    """The path of a layer's attention block, the layer's sizes, and its matrices by name."""
+
+    path: str
+    sizes: _Sizes
+    matrices: Mapping[str, _Matrix]
 
 
-# The sizes of a layer, and for each matrix its Linear's path, the Linear, and its first output column there.
-_Found = tuple[_Sizes, dict[str, tuple[str, nn.Module, int]]]
-
-
-def _layer(model: nn.Module, path: str, module: nn.Module, names: tuple[str, ...], adapt: str) -> _Found:
-    def at(name: str) -> str:
+def _inspect_layer(model: nn.Module, path: str, block: nn.Module, names: tuple[str, ...], adapt: str) -> _Layer:
+    def path_of(name: str) -> str:
         return f"{path}.{name}".lstrip(".")
 
-    heads = _heads(path, module, model)
-    matrices: dict[str, tuple[str, nn.Module, int]] = {}
+    heads = _head_count(path, block, model)
     qkv = ("query", "key", "value")
     if len(names) == 1:
-        linear = getattr(module, names[0])
-        d_in, together = features(linear)
-        d_head = getattr(module, "head_dim", None)
-        if together % 3 or (isinstance(d_head, int) and together != 3 * heads * d_head):  # multi-query, as in StarCoder
-            raise TensLoRAError(f"{at(names[0])}: its {together} outputs do not divide into query, key and value")
-        widths = [together // 3] * 3
-        matrices = {name: (at(names[0]), linear, place * widths[0]) for place, name in enumerate(qkv)}
+        linear = getattr(block, names[0])
+        d_in, outputs = features(linear)
+        d_head = getattr(block, "head_dim", None)
+        # The second condition holds for multi-query attention, as in StarCoder.
+        if outputs % 3 or (isinstance(d_head, int) and outputs != 3 * heads * d_head):
+            raise TensLoRAError(f"{path_of(names[0])}: its {outputs} outputs do not divide into query, key and value")
+        widths = [outputs // 3] * 3
+        matrices = {name: _Matrix(path_of(names[0]), linear, index * widths[0]) for index, name in enumerate(qkv)}
     else:
-        linears = [getattr(module, name) for name in names]
+        linears = [getattr(block, name) for name in names]
         d_in, widths = features(linears[0])[0], [features(linear)[1] for linear in linears]
-        matrices = {name: (at(own), linear, 0) for name, own, linear in zip(qkv, names, linears, strict=True)}
-        for own, linear in zip(names, linears, strict=True):
+        matrices = {
+            matrix: _Matrix(path_of(name), linear, 0) for matrix, name, linear in zip(qkv, names, linears, strict=True)
+        }
+        for name, linear in zip(names, linears, strict=True):
             if features(linear)[0] != d_in:
                 raise TensLoRAError(
-                    f"{at(own)}: reads {features(linear)[0]} numbers and {at(names[0])} {d_in}; tensors need the same "
-                    f"d_in in every projection"
+                    f"{path_of(name)}: reads {features(linear)[0]} numbers and {path_of(names[0])} {d_in}; tensors "
+                    f"need the same d_in in every projection"
                 )
-    if widths[0] % heads:
-        raise TensLoRAError(f"{path}: the output width {widths[0]} does not divide into {heads} heads")
-    if widths[1] != widths[2] or widths[1] > widths[0] or widths[1] % (widths[0] // heads):
+    query, key, value = widths
+    if query % heads:
+        raise TensLoRAError(f"{path}: the output width {query} does not divide into {heads} heads")
+    if key != value or key > query or key % (query // heads):
         raise TensLoRAError(
-            f"{path}: query, key and value are {widths[0]}, {widths[1]} and {widths[2]} wide; key and value may be "
-            f"narrower together, by whole heads"
+            f"{path}: query, key and value are {query}, {key} and {value} wide; key and value may be narrower "
+            f"together, by whole heads"
         )
     wanted = adapted_matrices(adapt)
     d_ff, gated = None, False
     if "output" in wanted:
-        matrices["output"] = (*_lookup(model, path, [{"output": name} for name in OUTPUT])["output"], 0)
+        matrices |= _look_up(model, path, [{"output": name} for name in OUTPUT], adapt)
     if "up" in wanted:
-        feed_forward = _lookup(model, path, FEED_FORWARD)
-        matrices |= {name: (*found, 0) for name, found in feed_forward.items()}
-        d_ff, gated = features(feed_forward["up"][1])[1], "gate" in feed_forward
-    sides = {"output": (widths[0], d_in), "gate": (d_in, d_ff), "up": (d_in, d_ff), "down": (d_ff, d_in)}
-    for name, (own, linear, _) in matrices.items():
-        if name in sides and features(linear) != sides[name]:
-            raise TensLoRAError(f"{own}: maps {features(linear)}, where the {name} matrix should map {sides[name]}")
-    query, key, value = widths
-    return _Sizes(heads, d_in, query, key, value, d_ff, gated), matrices
-
-
-def _lookup(model: nn.Module, path: str, choices: Iterable[Mapping[str, str]]) -> dict[str, tuple[str, nn.Module]]:
-    modules = dict(model.named_modules())
-    steps = path.split(".")
-    number = max((index for index, step in enumerate(steps) if step.isdigit()), default=-1)
-    bases = {0: path, 1: ".".join(steps[:-1]), 2: ".".join(steps[: number + 1])}
-    tried: list[str] = []
-    wanted: Iterable[str] = ()
-    for choice in choices:
-        wanted, paths = choice, {}
-        for name, where in choice.items():
-            dots = len(where) - len(where.lstrip("."))
-            paths[name] = f"{bases[dots]}.{where.lstrip('.')}".lstrip(".")
-        if all(_is_linear(modules.get(each)) for each in paths.values()):
-            return {name: (each, modules[each]) for name, each in paths.items()}
-        tried.append("/".join(paths.values()))
-    raise TensLoRAError(
-        f"adapter.adapt: {path}: its {' and '.join(wanted)} cannot be found; looked for {', '.join(tried)}"
-    )
-
-
-def _compare(model: nn.Module, sizes: _Sizes, path: str, first: _Sizes, first_path: str) -> None:
-    for name, value in vars(sizes).items():
-        if value != getattr(first, name):
+        feed_forward = _look_up(model, path, FEED_FORWARD, adapt)
+        matrices |= feed_forward
+        d_ff, gated = features(feed_forward["up"].linear)[1], "gate" in feed_forward
+    expected = {"output": (query, d_in), "gate": (d_in, d_ff), "up": (d_in, d_ff), "down": (d_ff, d_in)}
+    for name, matrix in matrices.items():
+        if name in expected and features(matrix.linear) != expected[name]:
             raise TensLoRAError(
-                f"{type(model).__name__}: layers are uneven, {name} is {value} at {path} and {getattr(first, name)} at "
-                f"{first_path}; tensors need the same dimensions in every layer"
+                f"{matrix.path}: maps {features(matrix.linear)}, where the {name} matrix should map {expected[name]}"
             )
+    return _Layer(path, _Sizes(heads, d_in, query, key, value, d_ff, gated), matrices)
 
 
-def _heads(path: str, module: nn.Module, model: nn.Module) -> int:
-    for owner in (module, getattr(module, "config", None), getattr(model, "config", None)):
+def _head_count(path: str, block: nn.Module, model: nn.Module) -> int:
+    for owner in (block, getattr(block, "config", None), getattr(model, "config", None)):
         for name in _HEAD_COUNTS:
             count = getattr(owner, name, None)
             if isinstance(count, int):
                 return count
     raise TensLoRAError(f"{path}: the number of heads is not known; expected an attribute {', '.join(_HEAD_COUNTS)}")
+
+
+def _look_up(model: nn.Module, path: str, choices: Iterable[Mapping[str, str]], adapt: str) -> dict[str, _Matrix]:
+    # The first of the choices whose modules are all there. The layer's path ends at the last number in the block's.
+    modules = dict(model.named_modules())
+    steps = path.split(".")
+    number = max((index for index, step in enumerate(steps) if step.isdigit()), default=-1)
+    bases = {0: path, 1: ".".join(steps[:-1]), 2: ".".join(steps[: number + 1])}
+    tried: list[str] = []
+    names: Iterable[str] = ()
+    for choice in choices:
+        names, paths = choice, {}
+        for name, place in choice.items():
+            dots = len(place) - len(place.lstrip("."))
+            paths[name] = f"{bases[dots]}.{place.lstrip('.')}".lstrip(".")
+        if all(_is_linear(modules.get(each)) for each in paths.values()):
+            return {name: _Matrix(each, modules[each], 0) for name, each in paths.items()}
+        tried.append("/".join(paths.values()))
+    raise TensLoRAError(
+        f"adapt={adapt}: {path}: its {' and '.join(names)} cannot be found; looked for {', '.join(tried)}"
+    )
+
+
+def _require_same_sizes(model: nn.Module, layer: _Layer, first: _Layer) -> None:
+    for name, value in vars(layer.sizes).items():
+        if value != getattr(first.sizes, name):
+            raise TensLoRAError(
+                f"{type(model).__name__}: layers are uneven, {name} is {value} at {layer.path} and "
+                f"{getattr(first.sizes, name)} at {first.path}; tensors need the same dimensions in every layer"
+            )
+
+
+def _targets(index: int, layer: _Layer, geometry: Geometry) -> Iterator[TargetLinear]:
+    names = geometry.matrices
+    columns: dict[str, dict[str, int]] = {}  # of each Linear, the matrices that it holds
+    for name in names:
+        columns.setdefault(layer.matrices[name].path, {})[name] = layer.matrices[name].column
+    for path, held in columns.items():
+        first = next(iter(held))
+        members = [name for name in next(group for group in _SAME_INPUT if first in group) if name in names]
+        start = names.index(members[0])
+        yield TargetLinear(
+            path,
+            layer.matrices[first].linear,
+            index,
+            range(start, start + len(members)),
+            tuple((members.index(name), column) for name, column in held.items()),
+            writes_to_stream=first in ("output", "down"),
+        )
+
+
+def _refuse_shared_weights(targets: Iterable[TargetLinear]) -> None:
+    # Layers may be tied, or one feed-forward block may follow two attention blocks.
+    owners: dict[int, TargetLinear] = {}
+    for target in targets:
+        owner = owners.setdefault(id(target.linear.weight), target)
+        if owner is not target:
+            raise TensLoRAError(
+                f"{target.path}: would be adapted twice, for layers {owner.layer} and {target.layer} (there as "
+                f"{owner.path}), but a weight can take only one update; choose the matrices with adapt"
+            )

@@ -168,7 +168,7 @@ def isoparameters(
 
 
 class _Search:
-    """The search of `isoparameters`. Counts and budget are those of one layer, or of all layers where depth is stacked."""
+    """The search of `isoparameters`; counts and budget are those of one layer, or of all where depth is stacked."""
 
     def __init__(self, construction: str, geometry: Geometry, factorization: str, budget: float) -> None:
         self.factorization = factorization_of(construction, factorization)

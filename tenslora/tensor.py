@@ -16,8 +16,8 @@ from tenslora.factorizations.factorization import Factorization
 class FactorizedTensor(nn.Module):
     """The parameters of one tensor in factorised form.
 
-    The module's parameters are those of `Factorization.shapes`, under the same names. The one that
-    `Factorization.zero_parameter` names starts at zero, so that every update is zero; the others are drawn in order.
+    The module's parameters have the names and shapes of `Factorization.shapes`. The one that
+    `Factorization.zero_parameter` names starts at zero, so every update starts at zero; the others are drawn in order.
 
     Args:
         factorization: how the tensor is written.
@@ -25,10 +25,10 @@ class FactorizedTensor(nn.Module):
         ranks: in the order of `Factorization.rank_limits`.
         layers: number of layers L of the backbone.
         generator: the random stream that the parameters are drawn from.
-        init: "orthogonal" (orthonormal columns; orthonormal rows where a factor has more columns than rows), "normal"
-            (standard deviation 1 / sqrt(n), so that a column has length 1 on average) or "kaiming_uniform" (bound
-            1 / sqrt(n), which is LoRA's start). The columns run over a parameter's last dimension; n is the product
-            of its other dimensions.
+        init: "orthogonal" (orthonormal columns, or orthonormal rows where a factor has more columns than rows),
+            "normal" (standard deviation 1 / sqrt(n), so that a column has length 1 on average) or "kaiming_uniform"
+            (uniform within 1 / sqrt(n), as LoRA starts). The columns run over a parameter's last dimension; n is the
+            product of the other dimensions.
         head_layout: how d_head and head make up d_out; see `Factorization.slices`.
     """
 
@@ -58,7 +58,7 @@ class FactorizedTensor(nn.Module):
             layer: 0-based.
 
         Returns:
-            (left, right) as `Factorization.slices` gives them: (1 or P, d_in, r) and (P, r, d_out).
+            left (1 or P, d_in, r) and right (P, r, d_out), as `Factorization.slices` gives them.
         """
         left, right = thin_slices([self], range(layer, layer + 1))
         return left[0], right[0]
@@ -74,9 +74,10 @@ def thin_slices(
     """The thin slices of neighbouring layers, computed together.
 
     Args:
-        tensors: the one tensor that stacks the layers; otherwise one tensor per layer, all of the same shapes.
+        tensors: the one tensor that stacks the layers; otherwise one tensor for each of the layers, all of the same
+            shapes.
         layers: which layers.
-        positions: which positions of the projection axis (of each layer's part of the site axis); None for all.
+        positions: which positions of the projection axis, or of each layer's part of the site axis; None for all.
         scale: multiplies the updates.
         assemble: turns one layer's (left, right) of `Factorization.slices` into the tensors that are wanted.
 

@@ -23,7 +23,7 @@ class ForwardPassCache:
     exception. Outside a forward pass there is no cache: nothing would tell us when a cached product has gone stale.
 
     Args:
-        model: the adapted model, whose forward passes count.
+        model: the adapted model. A forward pass is a call of this module.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,7 +34,7 @@ class ForwardPassCache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "products": None}  # they may belong to an autograd graph, which cannot be copied
+        return {**vars(self), "products": None}  # products may belong to an autograd graph, which cannot be copied
 
     def _begin(self, *_: Any) -> None:
         self.products = {}
@@ -49,11 +49,13 @@ class ForwardPassCache:
 
 
 class LayerProducts(NamedTuple):
-    """The thin matrices of one layer's group, alpha included: the update of matrix m is ``x @ left[m].T @ right[m]``.
+    """The thin matrices of one layer's group, alpha included: matrix m adds ``x @ left[m].T @ right[m]`` to its output.
 
-    left: (r, inputs) if the matrices share it, otherwise each matrix's left, concatenated along r.
-    rights: (r, outputs) of each matrix; where one Linear holds them all and they share left, one (r, all outputs).
-    ranks: the r of each part of left; a single one where left is shared.
+    Args:
+        left: (r, inputs) if the matrices share it, otherwise each matrix's left, concatenated along r.
+        rights: (r, outputs) of each matrix. If one Linear holds them all and they share left, there is a single one,
+            (r, all outputs).
+        ranks: the r of each part of left; a single one if left is shared.
     """
 
     left: Tensor
@@ -86,11 +88,11 @@ class MatrixGroup:
         """The thin matrices of some layers as they are applied, alpha dW = left @ right.
 
         Args:
-            layers: which layers, neighbours.
+            layers: which layers.
 
         Returns:
-            (lefts, rights), of shapes (layers, inputs, r) and (layers, r, outputs), one of each per matrix; a single
-            left where the matrices share it.
+            The left (layers, inputs, r) and the right (layers, r, outputs) of each matrix. There is a single left if
+            the matrices share it.
         """
         lefts, rights = self.adapter.products(layers, self.matrices, self.adapter.config.alpha)
         if self.writes_to_stream:  # (left right)^T = right^T left^T
@@ -98,11 +100,14 @@ class MatrixGroup:
         return lefts, rights
 
     def of_layer(self, layer: int, dtype: torch.dtype) -> LayerProducts:
-        """The thin matrices of one layer, ready to multiply tokens; from the cache during a forward pass.
+        """The thin matrices of one layer, ready to multiply tokens. During a forward pass they come from the cache.
 
         Args:
             layer: 0-based.
             dtype: of the tokens.
+
+        Returns:
+            The layer's products, in this dtype.
         """
         cached = self.cache.products
         if cached is None or _saved_tensors_have_hooks():
@@ -132,8 +137,8 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _saved_tensors_have_hooks() -> bool:
-    # Activation checkpointing sets such hooks. It runs a block a second time during the backward pass and expects the
-    # same operations. The forward pass is over by then, so a checkpointed block must never use the cache.
+    # Activation checkpointing sets such hooks. It runs a block a second time during the backward pass, when the forward
+    # pass is over and its cache is gone, and expects the same operations. So a checkpointed block never uses the cache.
     if torch.compiler.is_compiling():
         return False
     try:

@@ -677,5 +677,5 @@ def test_packed_weights_are_not_merged_into() -> None:
     attached(model, "qkv")
     packed = nn.Parameter(torch.zeros(72 * 12, 1, dtype=torch.uint8), requires_grad=False)
     model.blocks[1].attn.qkv.weight = packed  # type: ignore[union-attr,index]
-    with pytest.raises(TensLoRAError, match=r"blocks\.1\.attn\.qkv: the weight of a Linear cannot take up an update"):
+    with pytest.raises(TensLoRAError, match=r"blocks\.1\.attn\.qkv: an update cannot be added to the weight of this Linear"):
         merge(model)

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 
-from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
-from tenslora.projections import check_geometry, features, find_projections
+from tenslora.projections import features, find_projections
 from tests.models import BUILDERS, DECODERS, GEOMETRY, build
 
 
@@ -121,16 +118,6 @@ def test_odd_widths_of_query_key_and_value_are_refused(widths: tuple[int, int, i
 def test_projections_of_inputs_of_different_widths_are_refused() -> None:
     with pytest.raises(TensLoRAError, match=r"k_proj: reads 6 numbers and q_proj 8"):
         find_projections(_Separate(16, 16, 16, reads=6))
-
-
-def test_a_declared_geometry_is_compared_dimension_by_dimension() -> None:
-    check_geometry(None, GEOMETRY)
-    check_geometry(GEOMETRY, GEOMETRY)
-    check_geometry(replace(GEOMETRY, d_ff=96), GEOMETRY)
-    with pytest.raises(TensLoRAError, match=r"model\.geometry\.d_ff=96: the backbone that was loaded has 32"):
-        check_geometry(replace(GEOMETRY, d_ff=96), replace(GEOMETRY, d_ff=32))
-    with pytest.raises(TensLoRAError, match=r"model\.geometry\.layers=12: the backbone that was loaded has 2"):
-        check_geometry(Geometry(d_in=24, heads=3, d_head=8, layers=12), GEOMETRY)
 
 
 def test_finding_changes_nothing() -> None:

@@ -1,7 +1,8 @@
-"""Ways to write a tensor in few numbers: one file for each.
+"""The factorizations of a tensor, in one file each.
 
-A tensor holds the updates of one or all projections in one or all layers. A factorization gives, for one layer, the
-thin matrices of which the updates are products, and never anything larger. Nothing here needs torch to be imported.
+A tensor holds the updates of one or all projections in one or all layers. A factorization gives the thin matrices whose
+products are the updates of one layer, and never builds anything larger. Nothing here imports torch, except to decompose
+a tensor.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ FACTORIZATIONS: Mapping[str, Factorization] = MappingProxyType(
 
 
 def factorization_of(construction: str, name: str) -> Factorization:
-    """The factorization that a construction's tensors have: `name`, but for lora, which has two modes only.
+    """The factorization of a construction's tensors.
 
-    A tensor train of two modes is LoRA's A B. Raises TensLoRAError for an unknown name.
+    Args:
+        construction: its name. lora has matrices, and so a tensor train of two modes (LoRA's A B), whatever `name` is.
+        name: one of `FACTORIZATIONS`.
+
+    Raises:
+        TensLoRAError: for an unknown name.
     """
     if name not in FACTORIZATIONS:
         raise TensLoRAError(f"factorization={name}: must be one of {', '.join(FACTORIZATIONS)}")

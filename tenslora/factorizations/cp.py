@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class CP(Factorization):
-    """X = sum_r u_1r o u_2r o ... o u_Nr, the sum of R outer products (LoRTA, arXiv 2410.04060, has it over all axes).
+    """X = sum_r u_1r o u_2r o ... o u_Nr, a sum of R outer products (LoRTA, arXiv 2410.04060, uses it over all axes).
 
-    One rank R. A factor U_i of shape (n_i, R) for each mode, under the mode's name; R sum n_i numbers. d_out's factor,
-    or d_head's, starts at zero, as LoRA's B does.
+    There is a single rank R. Each mode has a factor U_i of shape (n_i, R) under its name: R sum n_i numbers in all. The
+    factor of d_out, or of d_head, starts at zero, as LoRA's B does.
     """
 
     def rank_limits(self, modes: Modes) -> dict[str, int]:
@@ -30,12 +30,12 @@ class CP(Factorization):
         return "d_head" if HEAD in modes else "d_out"
 
     def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
-        # dW[p] = U_in diag(w_p) U_out^T, w_p the product of the structure axes' rows.
+        # dW[p] = U_in diag(w_p) U_out^T, where w_p is the product of the structure axes' rows.
         if HEAD in parameters:
             slow, fast = parameters[HEAD], parameters["d_head"]
             if head_layout == "interleaved":
                 slow, fast = fast, slow
-            u_out = (slow.unsqueeze(1) * fast).flatten(0, 1)  # their Khatri-Rao product
+            u_out = (slow.unsqueeze(1) * fast).flatten(0, 1)  # the Khatri-Rao product
         else:
             u_out = parameters["d_out"]
         right = u_out.T.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""What every factorization gives: its ranks, the shapes of its parameters, and the slices of its tensor."""
+"""What every factorization provides: its ranks, the shapes of its parameters, and the slices of its tensor."""
 
 from __future__ import annotations
 
@@ -10,97 +10,126 @@ from typing import TYPE_CHECKING, ClassVar
 from tenslora.constructions import DEPTH, PROJECTION, SITE
 from tenslora.errors import TensLoRAError
 
-if TYPE_CHECKING:  # counting parameters must not wait for torch; the arithmetic needs no more than tensors' own methods
+if TYPE_CHECKING:  # counting parameters must not import torch; the arithmetic uses methods of the tensors alone
     from torch import Tensor
 
 Modes = Mapping[str, int]
-"""Name and size of each mode of a tensor, in the order of `constructions.modes`."""
+"""The name and the size of each mode of a tensor, in the order of `constructions.modes`."""
+
+STRUCTURE = (PROJECTION, DEPTH, SITE)
+"""The axes that tell matrices and layers apart."""
 
 
 class Factorization(ABC):
-    """A way to write a tensor with modes n_1, ..., n_N in few numbers. Holds none itself.
+    """A way to write a tensor with modes n_1, ..., n_N in few numbers, as formulas: it holds no numbers itself.
 
-    structure_dim: which dimension of a structure axis's parameter counts the axis's places.
+    In every method, `modes` is as `constructions.modes` gives it, and ranks are in the order of `rank_limits`.
     """
 
     structure_dim: ClassVar[int] = 0
+    """The dimension of a structure axis's parameter that runs over the axis's positions."""
 
     @abstractmethod
     def rank_limits(self, modes: Modes) -> dict[str, int]:
-        """Name of each rank, and the largest that is of any use whatever the others are.
+        """The ranks of a tensor.
 
-        `ranks`, here and everywhere, are in this order.
+        Returns:
+            The name of each rank, in order, and the largest value that is of any use whatever the other ranks are.
         """
 
     @abstractmethod
     def shapes(self, modes: Modes, ranks: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each parameter, in the order in which they are drawn; a mode's is named after it.
+        """The parameters of a tensor.
 
-        The orthogonal start makes the last dimension's slices orthonormal, over all the others. Counting multiplies the
-        shapes out for ranks that are no integers too, or 0. The count must be affine in the first rank, and fall with
-        none.
+        The count of parameters is computed from the shapes, also for ranks that are real numbers or 0. It must be
+        affine in the first rank, and it must not fall when any rank grows.
+
+        Returns:
+            The name and the shape of each parameter, in the order in which they are drawn. A parameter that belongs to
+            a mode has the mode's name. The columns that an orthogonal start makes orthonormal run over the last
+            dimension.
         """
 
     @abstractmethod
     def zero_parameter(self, modes: Modes) -> str:
-        """Which parameter starts at zero, so that dW = 0: one that every update is linear in."""
+        """The name of the parameter that starts at zero, so that dW = 0. Every update must be linear in it."""
 
     @abstractmethod
     def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
-        """Updates of one layer as thin products, dW[p] = left[p] @ right[p].
+        """The updates of one layer as thin products, dW[p] = left[p] @ right[p].
 
-        Called once for all layers, through torch.vmap.
+        It is called once for all layers, through torch.vmap.
 
         Args:
-            parameters: what the layer needs of them, with the names and shapes that `shapes` gives; but projection's
-                or site's has the P places wanted, and depth's the layer's alone, without that dimension.
-            head_layout: how d_head and head make up d_out. aligned: index = head * d_head + offset, the model's heads.
-                interleaved: index = offset * heads + head, as the paper's released code unfolds.
+            parameters: with the names and shapes that `shapes` gives, except that the parameter of projection or site
+                holds only the P positions that are wanted, and the parameter of depth only this layer's position,
+                without that dimension.
+            head_layout: how an index of d_out is made up of a head and an offset within d_head. "aligned" is
+                head * d_head + offset, which are the model's heads; "interleaved" is offset * heads + head, as in the
+                paper's released code.
 
-        Returns left, (P, d_in, r), or (1, d_in, r) where all slices share it, and right, (P, r, d_out); P is 1 where
-        neither projection nor site is stacked. r is whatever the product needs, one of the ranks or not.
+        Returns:
+            left, (P, d_in, r), or (1, d_in, r) if all slices share it; and right, (P, r, d_out). P is 1 where neither
+            projection nor site is stacked. r is whatever the product needs; it may be none of the ranks.
         """
 
     @abstractmethod
     def ideal(self, modes: Modes, rule: str, t: float) -> list[float]:
-        """Real-valued ranks for t from 1 to the largest limit, which isoparameters follows until they meet its budget.
+        """Real-valued ranks that `isoparameters` raises together, by raising t, until they meet its budget.
 
-        They must not fall with t. rule: rank_strategy.rule, which is Tucker's (`tucker.RULES`); others need none.
+        Args:
+            modes: of the tensor.
+            rule: which ranks grow how, one of `tucker.RULES`. Only Tucker has a choice.
+            t: from 1 to the largest limit. No rank may fall when t grows.
         """
 
     def nearby(self, rank: float, limit: int) -> range:
-        """The integers that isoparameters tries for a rank whose ideal value is `rank`, below its limit.
+        """The integers that `isoparameters` tries for one rank.
 
-        All combinations of all ranks but the first are tried: a few integers each.
+        It tries all combinations of all ranks but the first, so they should be few.
+
+        Args:
+            rank: the ideal, real value.
+            limit: of this rank.
         """
         return range(max(1, math.floor(rank) - 1), min(limit, math.ceil(rank) + 1) + 1)
 
     def admits(self, modes: Modes, ranks: Sequence[int]) -> bool:
-        """Whether no rank is so large beside the others that a smaller one could hold the same tensors."""
+        """Whether every rank is of use, beside the others: whether no smaller one could hold the same tensors."""
         return True
 
     def decompose(self, tensor: Tensor, modes: Modes, ranks: Sequence[int]) -> dict[str, Tensor]:
-        """Parameters whose tensor is near to a given one, of the modes' sizes in their order.
+        """Parameters of a tensor that is near to a given one.
 
-        Raises TensLoRAError if there is no direct way to them, as here.
+        Args:
+            tensor: of the modes' sizes, in their order.
+            modes: of the tensor.
+            ranks: of the result.
+
+        Raises:
+            TensLoRAError: if the factorization has no direct method, which is the default.
         """
         raise TensLoRAError(
-            f"{type(self).__name__}: cannot be computed from a given update; take factorization=tucker or tensor_train"
+            f"factorization={type(self).__name__.lower()}: must be tucker or tensor_train to be computed from updates"
         )
 
     def count(self, modes: Modes, ranks: Sequence[float]) -> float:
-        """How many numbers: an integer for integer ranks."""
+        """The number of parameters: an integer if the ranks are integers."""
         shapes = self.shapes(modes, ranks)  # type: ignore[arg-type]
         return sum(math.prod(shape) for shape in shapes.values())
 
 
-STRUCTURE = (PROJECTION, DEPTH, SITE)
-
-
 def leading_vectors(matrix: Tensor, count: int) -> Tensor:
-    """The left singular vectors of `matrix` with its `count` largest singular values, as columns, largest first.
+    """The left singular vectors of a matrix that belong to its largest singular values.
 
-    Zero columns stand in for more than there are. By the eigenvectors of its Gram matrix, in the precision given.
+    They are computed as the eigenvectors of matrix @ matrix.T, in the matrix's own precision.
+
+    Args:
+        matrix: (m, n).
+        count: how many.
+
+    Returns:
+        (m, count), largest singular value first. Columns beyond the m-th are zero.
     """
     import torch
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class Tucker(Factorization):
     """X = G x_1 U_1 x_2 U_2 ... x_N U_N (arXiv 2509.19391, section 2).
 
-    A rank r_i for each mode. The core G of shape (r_1, ..., r_N), which starts at zero, and for each mode a factor U_i
-    of shape (n_i, r_i), under the mode's name: sum n_i r_i + prod r_i numbers.
+    Each mode has a rank r_i and a factor U_i of shape (n_i, r_i) under its name. The core G has the shape
+    (r_1, ..., r_N) and starts at zero. That is sum n_i r_i + prod r_i numbers.
     """
 
     def rank_limits(self, modes: Modes) -> dict[str, int]:
@@ -31,18 +31,18 @@ class Tucker(Factorization):
         return "core"
 
     def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
-        """In the grouping that takes fewer multiplications per token.
+        """The thin products, in whichever of two groupings takes fewer multiplications per token.
 
-        With G[p] (r_in, r_out) the core contracted with the structure axes' rows, either U_in and G[p] U_out^T, of
-        shapes (1, d_in, r_in) and (P, r_in, d_out), or U_in G[p] and U_out^T, of shapes (P, d_in, r_out) and
-        (P, r_out, d_out). Where head is stacked, U_out stands for the pair U_d_head and U_head, and r_out for the
-        product of their ranks.
+        G[p] (r_in, r_out) is the core, contracted with the rows of the structure axes' factors. dW[p] is either
+        U_in times G[p] U_out^T, where left is (1, d_in, r_in) and right (P, r_in, d_out), or U_in G[p] times U_out^T,
+        where left is (P, d_in, r_out) and right (P, r_out, d_out). Where head is stacked, U_out is the Kronecker
+        product of the factors of d_head and head, and r_out the product of their ranks.
         """
         core = parameters["core"]
         if DEPTH in parameters:
             core = core @ parameters[DEPTH]
-        across = next((axis for axis in (PROJECTION, SITE) if axis in parameters), None)
-        core = core.unsqueeze(-1) if across is None else core @ parameters[across].T
+        matrix_axis = next((axis for axis in (PROJECTION, SITE) if axis in parameters), None)
+        core = core.unsqueeze(-1) if matrix_axis is None else core @ parameters[matrix_axis].T
         core = core.movedim(-1, 0)
         u_in = parameters["d_in"].unsqueeze(0)
         projections, r_in, r_out = core.flatten(2).shape
@@ -56,19 +56,26 @@ class Tucker(Factorization):
     def decompose(self, tensor: Tensor, modes: Modes, ranks: Sequence[int]) -> dict[str, Tensor]:
         """The truncated HOSVD (De Lathauwer, De Moor and Vandewalle, 2000).
 
-        U_i are the leading left singular vectors of the i-th unfolding, and the core the tensor's coordinates in them;
-        its error is at most sqrt N times the best one's.
+        U_i holds the leading left singular vectors of the i-th unfolding, and the core the tensor's coordinates in
+        these bases. The error is at most sqrt(N) times the smallest possible one.
         """
         factors, core = {}, tensor
         for axis, (name, rank) in enumerate(zip(modes, ranks, strict=True)):
             factors[name] = leading_vectors(tensor.movedim(axis, 0).flatten(1), rank)
-            core = core.movedim(0, -1) @ factors[name]  # N times, and the modes are in their order again
+            core = core.movedim(0, -1) @ factors[name]  # after N such moves the modes are in their order again
         return {"core": core, **factors}
 
     def core_joins_input(self, projections: int, r_in: int, r_out: int, d_in: int, d_out: int) -> bool:
-        """Whether U_in G[p] for each p and U_out^T for all takes fewer multiplications than U_in and G[p] U_out^T.
+        """Whether the grouping U_in G[p] times U_out^T takes fewer multiplications than U_in times G[p] U_out^T.
 
-        benchmarks/layer_time.py has the times that go with them.
+        The first takes P r_out (d_in + d_out) multiplications per token, the second r_in (d_in + P d_out).
+
+        Args:
+            projections: P, how many matrices share the input.
+            r_in: the rank of d_in.
+            r_out: the rank of d_out, or the product of those of d_head and head.
+            d_in: the number of inputs.
+            d_out: the number of outputs of one matrix.
         """
         return projections * r_out * (d_in + d_out) < r_in * (d_in + projections * d_out)
 
@@ -76,11 +83,11 @@ class Tucker(Factorization):
         return RULES[rule](modes, t)
 
     def nearby(self, rank: float, limit: int) -> range:
-        # A third either way: few ranks are free at once, and the core's size takes large steps.
+        # A third up or down: few ranks are free at the same time, and the core's size changes in large steps.
         return range(max(1, math.ceil(rank * 3 / 4)), min(limit, max(2, math.floor(rank * 4 / 3))) + 1)
 
     def admits(self, modes: Modes, ranks: Sequence[int]) -> bool:
-        # Beyond the product of the others a rank cannot raise the tensor's multilinear rank.
+        # A rank above the product of the others cannot raise the tensor's multilinear rank.
         return all(r * r <= math.prod(ranks) for r in ranks)
 
 
@@ -91,7 +98,7 @@ def _d_out(parameters: Mapping[str, Tensor]) -> int:
 
 
 def _expand_output(rows: Tensor, parameters: Mapping[str, Tensor], head_layout: str) -> Tensor:
-    # rows (k, r, r_out), or (k, r, r_d_head, r_head), times U_out^T: (k, r, d_out)
+    # rows (k, r, r_out), or (k, r, r_d_head, r_head), times U_out^T is (k, r, d_out).
     if HEAD not in parameters:
         return rows @ parameters["d_out"].T
     slow, fast = parameters[HEAD], parameters["d_head"]
@@ -100,13 +107,13 @@ def _expand_output(rows: Tensor, parameters: Mapping[str, Tensor], head_layout: 
     return ((rows @ slow.T).mT @ fast.T).flatten(-2)
 
 
-# A rule turns one real number t >= 1 into the ideal, real-valued rank of each mode; it must not fall with t.
+# From a real number t >= 1 to the real-valued rank of each mode. No rank may fall when t grows.
 Rule = Callable[[Modes, float], list[float]]
 
 
 def _saturate(modes: Modes, t: float) -> list[float]:
-    # The structure axes have so few slices that compressing them saves next to nothing, and they are what the
-    # construction is about: keep them whole and spend the budget evenly on the two wide modes.
+    # The structure axes are so short that compressing them saves next to nothing, and they are what the construction is
+    # about. So they keep full rank, and the two wide modes share the budget evenly.
     return [float(n) if name in (HEAD, *STRUCTURE) else min(t, n) for name, n in modes.items()]
 
 
@@ -115,11 +122,11 @@ def _uniform(modes: Modes, t: float) -> list[float]:
 
 
 def _proportional(modes: Modes, t: float) -> list[float]:
-    # t runs up to the largest mode in every rule, so that t / max(n) is the common compression.
+    # In every rule t goes up to the largest size, so t / max(n) is the compression that all modes share.
     return [max(1.0, n * t / max(modes.values())) for n in modes.values()]
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {"saturate": _saturate, "uniform": _uniform, "proportional": _proportional}
 )
-"""How isoparameters shares its budget among a Tucker tensor's ranks: see `ranks.isoparameters`."""
+"""How `ranks.isoparameters` spends its budget on the ranks of a Tucker tensor."""
