@@ -30,24 +30,20 @@ def pretrain(path: Path, epochs: int = EPOCHS) -> float:
     """Pretrain the backbone, write it to `path`, and return its accuracy on held-out digits 0 to 4."""
     conf = Path(__file__).parents[1] / "conf"
     register_resolvers()
+    overrides = ["model.pretrained=false", "tensor_mode=full", f"trainer.epochs={epochs}"]
+    overrides += ["optimizer.lr=1e-3", "optimizer.warmup_steps=60", "optimizer.weight_decay=0.05"]
     with initialize_config_dir(str(conf), version_base="1.3"):
-        run = validate(compose("config", ["model.pretrained=false", "tensor_mode=full", f"trainer.epochs={epochs}"]))
+        run = validate(compose("config", overrides))
     data = digits(range(5))
     backbone = load_backbone(run.model, len(data.classes), run.seed)
-    run.optimizer.lr, run.optimizer.warmup_steps, run.optimizer.weight_decay = 1e-3, 60, 0.05
     checkpoint = path.with_suffix(".checkpoint")
     state = fit(
         backbone.model,
         encode(data.train, data.test, run.dataset, run.model, backbone.input_name, None),
-        ["accuracy"],
-        trainer=run.trainer,
-        optimizer=run.optimizer,
-        seed=run.seed,
+        run,
         processes=Processes("cpu"),
         checkpoint=checkpoint,
-        digest="",
-        resume=False,
-        shown=True,
+        show_progress=True,
         on_epoch=Tracker().epoch,
     )
     checkpoint.unlink()

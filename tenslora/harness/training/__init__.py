@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: schedule, metrics, checkpoints, processes."""
+"""Training and evaluation: the loop, its tasks and metrics, the schedule, checkpoints, and processes."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,18 @@ FORMAT = "tenslora-checkpoint-1"
 
 
 @dataclass
-class State:
+class TrainingState:
     """How far a run has come.
 
-    epochs, steps: finished so far. history: one entry per epoch, see `loop.fit`. seconds: spent in training, of these
-    in waiting for training batches, and in evaluation so far.
+    The order of the examples and every random draw of an epoch are functions of the seed and the epoch's number, and
+    the learning rate is a function of the step, so nothing else has to be stored to go on.
 
-    The order of the data and every random draw of an epoch are functions of the seed and the epoch's number, so
-    `epochs` says where each of their streams stands; the schedule is a function of `steps`.
+    Args:
+        epochs: complete ones.
+        steps: optimizer steps made.
+        history: one entry per epoch, see `loop.fit`.
+        seconds: spent in training ("train"), as a part of these in waiting for training batches ("wait"), and in
+            evaluation ("evaluate").
     """
 
     epochs: int = 0
@@ -31,13 +38,34 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "wait": 0.0, "evaluate": 0.0})
 
+    @contextmanager
+    def timed(self, activity: str) -> Iterator[None]:
+        """A context whose time is added to the seconds of an activity."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[activity] += time.perf_counter() - started
+
 
 def save_checkpoint(
-    path: Path, digest: str, state: State, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path,
+    digest: str,
+    state: TrainingState,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write the trained parameters, the optimizer's moments and `state`, atomically.
+    """Write the state, the trained parameters and the optimizer's moments, atomically.
 
-    digest: of the run that this is a checkpoint of. Raises TensLoRAError if the file cannot be written.
+    Args:
+        path: the file.
+        digest: of the run's settings.
+        state: how far the run has come.
+        parameters: the trained ones, by name.
+        optimizer: of these parameters.
+
+    Raises:
+        TensLoRAError: if the file cannot be written.
     """
     tensors = {f"parameters/{name}": parameter.detach() for name, parameter in parameters.items()}
     for index, moments in optimizer.state_dict()["state"].items():
@@ -46,26 +74,36 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, digest: str, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> State:
-    """Put a checkpoint's values into `parameters` and `optimizer` and return how far it had come.
+    path: Path, digest: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> TrainingState:
+    """Read a checkpoint into the parameters and the optimizer.
 
-    Raises TensLoRAError if the file is damaged or belongs to a run with other settings.
+    Args:
+        path: a file that `save_checkpoint` wrote.
+        digest: of the settings of the run that is to go on.
+        parameters: the ones to train, by name. Their values are replaced.
+        optimizer: of these parameters. Its moments are replaced.
+
+    Returns:
+        How far the run had come.
+
+    Raises:
+        TensLoRAError: if the file is damaged or belongs to a run with other settings.
     """
     header, tensors = read_safetensors(path)
     if header.get("format") != FORMAT:
         raise TensLoRAError(f"{path}: not a checkpoint of this version; delete it or start without resume")
     if header["digest"] != digest:
         raise TensLoRAError(
-            f"{path}: is of a run with other settings (digest {header['digest']}, this run {digest}); "
+            f"{path}: is of a run with other settings (its digest is {header['digest']}, this run's {digest}); "
             f"start without resume, or in another folder"
         )
     expected = {f"parameters/{name}": parameter.shape for name, parameter in parameters.items()}
     stored = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameters/")}
     if stored != expected:
-        odd = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
+        different = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
         raise TensLoRAError(
-            f"{path}: does not hold this model's parameters (first difference: {odd}); start without resume"
+            f"{path}: does not hold this model's parameters (first difference: {different}); start without resume"
         )
     moments: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
@@ -77,4 +115,6 @@ def load_checkpoint(
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameters/{name}"])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return State(header["epochs"], header["steps"], header["history"], {**State().seconds, **header["seconds"]})
+    return TrainingState(
+        header["epochs"], header["steps"], header["history"], {**TrainingState().seconds, **header["seconds"]}
+    )

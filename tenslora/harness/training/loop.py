@@ -8,41 +8,43 @@ import math
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tenslora.attachment import SUBMODULE
 from tenslora.errors import TensLoRAError
-from tenslora.harness.backbones import logits_of
-from tenslora.harness.config import OptimizerConfig, TrainerConfig
-from tenslora.harness.data.batches import Batch, TrainBatches, test_batches
+from tenslora.harness.config import RunConfig
+from tenslora.harness.data.batches import Batch, TrainBatches
 from tenslora.harness.data.encoding import Collate, Encoded
-from tenslora.harness.training.checkpoint import State, load_checkpoint, save_checkpoint
-from tenslora.harness.training.groups import RATIO, parameter_groups
-from tenslora.harness.training.metrics import score
-from tenslora.harness.training.precision import round_frozen_weights
+from tenslora.harness.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from tenslora.harness.training.evaluation import evaluate
+from tenslora.harness.training.parameter_groups import RATE_RATIO, parameter_groups
+from tenslora.harness.training.precision import autocast, round_frozen_weights
 from tenslora.harness.training.processes import Processes
+from tenslora.harness.training.progress import ProgressBar
 from tenslora.harness.training.schedule import cosine_rate
+from tenslora.harness.training.tasks import CLASSIFICATION, Task, outputs_of
 from tenslora.random_streams import stream_seed
 
 log = logging.getLogger(__name__)
 
-EVAL_BATCH_SIZES = {"cpu": 128, "cuda": 512}  # to begin with, where none is set
-PLAIN_LINE_SECONDS = 30  # how often a run without a terminal says where it is
-
 
 class Diverged(TensLoRAError):
-    """A loss is no longer a finite number. state: how far the run came. step, rate: where it happened."""
+    """A loss is no longer a finite number.
 
-    def __init__(self, state: State, step: int, rate: float, which: str, loss: float) -> None:
+    Args:
+        state: how far the run came.
+        step: where it happened, from 1.
+        rate: the learning rate there.
+        which: "training" or "test".
+        loss: its value.
+    """
+
+    def __init__(self, state: TrainingState, step: int, rate: float, which: str, loss: float) -> None:
         super().__init__(
             f"the {which} loss is {loss} at step {step}, learning rate {rate:.3g}: the run has diverged; try a smaller "
             f"optimizer.lr, a warm-up (optimizer.warmup_steps) or trainer.clip_norm"
@@ -53,49 +55,43 @@ class Diverged(TensLoRAError):
 def fit(
     model: nn.Module,
     data: tuple[Encoded, Encoded, Collate],
-    metrics: list[str],
+    run: RunConfig,
     *,
-    trainer: TrainerConfig,
-    optimizer: OptimizerConfig,
-    seed: int,
+    task: Task = CLASSIFICATION,
     processes: Processes,
     checkpoint: Path,
-    digest: str,
-    resume: bool,
-    shown: bool,
+    show_progress: bool,
     on_epoch: Callable[[dict[str, Any]], None],
-) -> State:
-    """Train every parameter of `model` that requires a gradient, and return how it went.
+) -> TrainingState:
+    """Train every parameter that requires a gradient.
+
+    On a CPU the history and the final parameters are a function of the settings alone, however often the run is killed
+    and resumed.
 
     Args:
         model: on the processes' device, already adapted. In bf16 its frozen weights become bf16.
-        data: (train, test, collate) as `tenslora.harness.data.encoding.encode` gives them.
-        metrics: computed on the whole test split after each epoch; the first is the headline.
-        trainer, optimizer, seed: settings; see conf/.
-        processes: who shares the work.
-        checkpoint: written after every epoch. digest: of the run, kept in it. resume: go on from it if it is there.
-        shown: whether to draw a bar, or where there is no terminal to log a line now and then.
-        on_epoch: called on the main process with each entry of the history as it arises, and on resuming with those
-            of the checkpoint.
+        data: (training examples, test examples, collate), as `data.encoding.encode` gives them.
+        run: the settings. The first of `run.dataset.metrics` is the one that the progress shows.
+        task: whose loss is minimised.
+        processes: that share the work.
+        checkpoint: the file that is written after every epoch, and read if `run.resume` is set and it exists.
+        show_progress: whether to draw a bar, or without a terminal to log a line now and then.
+        on_epoch: called on the main process with each new entry of the history, and on resuming with the checkpoint's.
 
-    Each entry of the history holds epoch, step, train_loss, test_loss, lr and the metrics. On a CPU the history
-    and the final parameters are a function of the settings alone, however often the run was killed and resumed.
+    Returns:
+        How the run went. Each entry of the history holds epoch, step, lr, train_loss, test_loss and the metrics, which
+        are computed on the whole test split after the epoch.
 
-    Raises Diverged when the loss is not finite, after which the checkpoint still holds the last whole epoch, and
-    TensLoRAError if a checkpoint cannot be read or written.
+    Raises:
+        Diverged: when a loss is not finite. The checkpoint still holds the last epoch that was completed.
+        TensLoRAError: if a metric does not apply to the task, if training does not fit into memory, or if a checkpoint
+            cannot be read or written.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    adamw = torch.optim.AdamW(
-        parameter_groups(parameters, getattr(model, SUBMODULE, None), optimizer),
-        lr=optimizer.lr,
-        betas=(optimizer.betas[0], optimizer.betas[1]),
-        eps=optimizer.eps,
-        fused=True,
-    )
-    state = State()
-    if resume and checkpoint.is_file():
-        state = load_checkpoint(checkpoint, digest, parameters, adamw)
-        log.info("resuming after epoch %d of %d", state.epochs, trainer.epochs)
+    optimization = _Optimization(model, task, run, processes)
+    state = TrainingState()
+    if run.resume and checkpoint.is_file():
+        state = load_checkpoint(checkpoint, run.digest(), optimization.parameters, optimization.adamw)
+        log.info("resuming after epoch %d of %d", state.epochs, run.trainer.epochs)
         if processes.is_main:
             for entry in state.history:
                 on_epoch(entry)
@@ -104,72 +100,26 @@ def fit(
     batches = TrainBatches(
         train,
         collate,
-        batch_size=trainer.batch_size,
-        accumulation=trainer.accumulation,
-        seed=seed,
+        batch_size=run.trainer.batch_size,
+        accumulation=run.trainer.accumulation,
+        seed=run.seed,
         process=processes.index,
         processes=processes.count,
-        workers=trainer.workers,
+        workers=run.trainer.workers,
         pin_memory=processes.device.type == "cuda",
     )
-    steps = min(trainer.epochs * batches.steps_per_epoch, trainer.max_steps or sys.maxsize)
-    if trainer.precision == "bf16":
-        round_frozen_weights(model)
-    wrapped = processes.wrap(model)
-    device = processes.device
-    forward = wrapped
-    if trainer.compile:
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            raise TensLoRAError(f"trainer.compile=true: needs a C++ compiler, and {compiler} (or CXX) is not there")
-        forward = cast(nn.Module, torch.compile(wrapped))
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=trainer.precision == "bf16")
-
-    with _Progress(steps, state.steps, shown) as progress:
+    steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
+    metrics = run.dataset.metrics
+    with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
         while state.steps < steps:
-            started = time.perf_counter()
             epoch = state.epochs + 1
-            torch.manual_seed(stream_seed("epoch", seed, epoch, processes.index))
-            wrapped.train()
-            losses: list[float] = []
-            rate, step_loss = 0.0, torch.zeros((), device=device)
-            for batch in _waited_for(batches.epoch(epoch), state.seconds):
-                inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
-                labels = batch.labels.to(device, non_blocking=True)
-                if trainer.compile:
-                    _mark_sizes(inputs)
-                exchange = contextlib.nullcontext() if batch.closes_step else processes.local_gradients(wrapped)
-                with exchange:
-                    with autocast:
-                        logits = logits_of(forward, inputs)
-                    loss = F.cross_entropy(logits.float(), labels) * batch.weight
-                    loss.backward()  # type: ignore[no-untyped-call]
-                step_loss += loss.detach()
-                if not batch.closes_step:
-                    continue
-                rate = cosine_rate(state.steps, steps, optimizer.lr, optimizer.min_lr, optimizer.warmup_steps)
-                losses.append(processes.mean(step_loss).item())
-                step_loss.zero_()
-                if state.steps == 0:
-                    _check_adapter_is_used(model)
-                if not math.isfinite(losses[-1]):
-                    state.seconds["train"] += time.perf_counter() - started
-                    raise Diverged(state, state.steps + 1, rate, "training", losses[-1])
-                if trainer.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(parameters.values(), trainer.clip_norm)
-                for group in adamw.param_groups:
-                    group["lr"] = rate * group[RATIO]
-                adamw.step()
-                adamw.zero_grad()
-                state.steps += 1
-                progress.step(losses[-1])
-                if state.steps == steps:
-                    break
-            state.seconds["train"] += time.perf_counter() - started
-
-            started = time.perf_counter()
-            test_loss, scores = evaluate(wrapped, test, collate, metrics, trainer, processes, autocast)
-            state.seconds["evaluate"] += time.perf_counter() - started
+            torch.manual_seed(stream_seed("epoch", run.seed, epoch, processes.index))
+            with state.timed("train"):
+                train_loss, rate = optimization.epoch(batches.epoch(epoch), steps, state, bar)
+            with state.timed("evaluate"):
+                test_loss, scores = evaluate(
+                    optimization.wrapped, test, collate, metrics, task=task, trainer=run.trainer, processes=processes
+                )
             if not math.isfinite(test_loss):
                 raise Diverged(state, state.steps, rate, "test", test_loss)
             state.epochs = epoch
@@ -177,157 +127,143 @@ def fit(
                 "epoch": epoch,
                 "step": state.steps,
                 "lr": rate,
-                "train_loss": math.fsum(losses) / len(losses),
+                "train_loss": train_loss,
                 "test_loss": test_loss,
                 **scores,
             }
             state.history.append(entry)
             if processes.is_main:
-                save_checkpoint(checkpoint, digest, state, parameters, adamw)
+                save_checkpoint(checkpoint, run.digest(), state, optimization.parameters, optimization.adamw)
                 on_epoch(entry)
-            progress.epoch(entry, metrics[0])
+            bar.epoch(entry, metrics[0])
     return state
 
 
-def _waited_for(batches: Iterable[Batch], seconds: dict[str, float]) -> Iterator[Batch]:
-    iterator = iter(batches)
-    while True:
-        started = time.perf_counter()
-        batch = next(iterator, None)
-        seconds["wait"] += time.perf_counter() - started
-        if batch is None:
-            return
-        yield batch
+class _Optimization:
+    """Makes the optimizer steps of a run; the arguments are those of `fit`."""
+
+    def __init__(self, model: nn.Module, task: Task, run: RunConfig, processes: Processes) -> None:
+        self.model, self.task, self.run, self.processes = model, task, run, processes
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.adamw = torch.optim.AdamW(
+            parameter_groups(self.parameters, getattr(model, SUBMODULE, None), run.optimizer),
+            lr=run.optimizer.lr,
+            betas=(run.optimizer.betas[0], run.optimizer.betas[1]),
+            eps=run.optimizer.eps,
+            fused=True,
+        )
+        if run.trainer.precision == "bf16":
+            round_frozen_weights(model)
+        self.wrapped = processes.wrap(model)
+        self.forward = _compiled(self.wrapped) if run.trainer.compile else self.wrapped
+
+    def epoch(
+        self, batches: Iterable[Batch], steps: int, state: TrainingState, bar: ProgressBar
+    ) -> tuple[float, float]:
+        """Make the steps of an epoch, or as many as are left of the run's.
+
+        Args:
+            batches: of the epoch.
+            steps: of the whole run.
+            state: how far the run has come; its steps are counted up.
+            bar: shows each step.
+
+        Returns:
+            (the mean loss of the steps, the learning rate of the last one).
+
+        Raises:
+            Diverged: when a loss is not finite.
+        """
+        self.wrapped.train()
+        schedule = self.run.optimizer
+        losses: list[float] = []
+        rate, step_loss = 0.0, torch.zeros((), device=self.processes.device)
+        for batch in _waiting_timed(batches, state):
+            step_loss += self._backward(batch, is_first_step=state.steps == 0)
+            if not batch.closes_step:
+                continue
+            loss = self.processes.mean(step_loss).item()
+            step_loss.zero_()
+            rate = cosine_rate(state.steps, steps, schedule.lr, schedule.min_lr, schedule.warmup_steps)
+            if state.steps == 0:
+                _check_adapter_is_used(self.model)
+            if not math.isfinite(loss):
+                raise Diverged(state, state.steps + 1, rate, "training", loss)
+            self._step(rate)
+            state.steps += 1
+            losses.append(loss)
+            bar.step(loss)
+            if state.steps == steps:
+                break
+        return math.fsum(losses) / len(losses), rate
+
+    def _backward(self, batch: Batch, is_first_step: bool) -> Tensor:
+        """Add a batch's part to the gradients of its step, and return its part of the loss."""
+        device = self.processes.device
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        labels = batch.labels.to(device, non_blocking=True)
+        if self.run.trainer.compile:
+            _mark_sizes(inputs)
+        # The processes exchange their gradients once per step, with its last batch.
+        exchange = contextlib.nullcontext() if batch.closes_step else self.processes.local_gradients(self.wrapped)
+        with exchange:
+            with autocast(self.run.trainer.precision, device):
+                outputs = outputs_of(self.forward, inputs)
+            if is_first_step:
+                self.task.check_metrics(self.run.dataset.metrics, outputs.shape[-1])
+            loss = self.task.loss(outputs.float(), labels, "mean") * batch.weight
+            torch.autograd.backward(loss)
+        return loss.detach()
+
+    def _step(self, rate: float) -> None:
+        """Step along the gradients at a learning rate, and reset them."""
+        if self.run.trainer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.run.trainer.clip_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate * group[RATE_RATIO]
+        self.adamw.step()
+        self.adamw.zero_grad()
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise TensLoRAError(f"trainer.compile=true: needs a C++ compiler, and {compiler} (or CXX) is not there")
+    return cast(nn.Module, torch.compile(model))
 
 
 def _mark_sizes(inputs: dict[str, Tensor]) -> None:
-    # The last batch is shorter, and texts are of all lengths; torch.compile would find out one by one, and compile
-    # anew each time.
+    # The last batch of an epoch is shorter than the others, and texts have all lengths. Unless it is told so,
+    # torch.compile compiles anew for each size that it meets.
     for tensor in inputs.values():
         for dimension in range(1 if tensor.is_floating_point() else tensor.dim()):
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 def _check_adapter_is_used(model: nn.Module) -> None:
-    # A backbone may have weights that a classifier does not use; an adapter without gradients sits on Linear layers
-    # that are never called, and the run would be head_only under another name.
+    # If the adapted Linear layers are never called, the adapter has no gradients: the run would train the head alone.
+    # A weight of the backbone may be unused, as DINOv2's mask token is.
     for name, parameter in model.named_parameters():
         if name.startswith(f"{SUBMODULE}.") and parameter.grad is None:
             raise TensLoRAError(f"{type(model).__name__}: {name} has no part in the loss; is it ever called?")
 
 
-def evaluate(
-    model: nn.Module,
-    test: Encoded,
-    collate: Collate,
-    metrics: list[str],
-    trainer: TrainerConfig,
-    processes: Processes,
-    autocast: torch.autocast,
-) -> tuple[float, dict[str, float]]:
-    """(mean loss, metrics) over the whole test split; every process gets the same.
-
-    What does not fit into memory is tried again with half the batch; the scores do not depend on it. Raises
-    torch.OutOfMemoryError if not even single examples fit.
-    """
-    model.eval()
-    size = trainer.eval_batch_size or EVAL_BATCH_SIZES[processes.device.type]
-    while (results := _predict(model, test, collate, size, trainer.workers, processes, autocast)) is None:
-        size //= 2
-        log.warning("evaluation does not fit into memory: going on with trainer.eval_batch_size=%d", size)
-    everyone = processes.gather(results)
-    labels_, predictions = [label for _, label, _ in everyone], [guess for _, _, guess in everyone]
-    mean_loss = math.fsum(loss for loss, _, _ in everyone) / len(everyone)
-    return mean_loss, {metric: score(metric, labels_, predictions) for metric in metrics}
+def _waiting_timed(batches: Iterable[Batch], state: TrainingState) -> Iterator[Batch]:
+    iterator = iter(batches)
+    while True:
+        with state.timed("wait"):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
 
 
-def _predict(
-    model: nn.Module,
-    test: Encoded,
-    collate: Collate,
-    batch_size: int,
-    workers: int,
-    processes: Processes,
-    autocast: torch.autocast,
-) -> list[tuple[float, int, int]] | None:
-    # (loss, label, prediction) of this process's share of the examples; None if memory did not suffice. It is the
-    # return that lets go of what is in memory: the exception holds on to it.
-    loader = test_batches(
-        test,
-        collate,
-        batch_size=batch_size,
-        process=processes.index,
-        processes=processes.count,
-        workers=workers,
-        pin_memory=processes.device.type == "cuda",
-    )
-    results: list[tuple[float, int, int]] = []
+@contextlib.contextmanager
+def _memory_error_explained(run: RunConfig, processes: Processes) -> Iterator[None]:
     try:
-        with torch.inference_mode():
-            for inputs, labels in loader:
-                inputs = {name: tensor.to(processes.device, non_blocking=True) for name, tensor in inputs.items()}
-                with autocast:
-                    logits = logits_of(model, inputs)
-                losses = F.cross_entropy(logits.float(), labels.to(processes.device), reduction="none")
-                results += zip(losses.tolist(), labels.tolist(), logits.argmax(-1).tolist(), strict=True)
-    except torch.OutOfMemoryError:
-        if batch_size == 1:
-            raise
-        return None
-    return results
-
-
-class _Progress:
-    """A bar over all steps of the run, or plain lines where there is no terminal."""
-
-    def __init__(self, steps: int, done: int, shown: bool) -> None:
-        terminal = shown and sys.stderr.isatty()
-        self.steps, self.done, self.first = steps, done, done
-        self.lines = shown and not terminal
-        self.started = self.last_line = time.monotonic()
-        self.bar: tqdm[Any] | None = None
-        if terminal:
-            self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
-        self.latest: dict[str, str] = {}
-        # Lines for the console go above the bar; where the console gets none, as in a sweep, redirecting would
-        # send them there.
-        to_console = any(type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers)
-        self.redirect = logging_redirect_tqdm() if to_console and self.bar is not None else contextlib.nullcontext()
-
-    def __enter__(self) -> _Progress:
-        self.redirect.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.redirect.__exit__(None, None, None)
-        if self.bar is not None:
-            self.bar.close()
-
-    def step(self, loss: float) -> None:
-        self.done += 1
-        self.latest["loss"] = f"{loss:.4f}"
-        if self.bar is not None:
-            self.bar.set_postfix(self.latest, refresh=False)
-            self.bar.update()
-        elif self.lines and time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
-            self._line()
-
-    def epoch(self, entry: dict[str, Any], metric: str) -> None:
-        self.latest = {
-            "epoch": str(entry["epoch"]),
-            "loss": f"{entry['train_loss']:.4f}",
-            metric: f"{entry[metric]:.4f}",
-        }
-        if self.bar is not None:
-            self.bar.set_postfix(self.latest)
-        elif self.lines:
-            self._line()
-
-    def _line(self) -> None:
-        self.last_line = time.monotonic()
-        speed = (self.done - self.first) / max(1e-9, self.last_line - self.started)
-        left = (self.steps - self.done) / max(1e-9, speed)
-        what = "  ".join(f"{name} {value}" for name, value in self.latest.items())
-        log.info(
-            "step %d of %d  %s  %.1f steps/s  %d:%02d left", self.done, self.steps, what, speed, *divmod(int(left), 60)
-        )
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TensLoRAError(
+            f"trainer.batch_size={run.trainer.batch_size}: does not fit into the memory of {processes.name}; a smaller "
+            f"one with trainer.accumulation in proportion trains the same"
+        ) from error

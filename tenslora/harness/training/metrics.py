@@ -1,22 +1,64 @@
-"""Scores of predicted class numbers against the true ones, as fractions."""
+"""The registry of metrics: each is one entry of `METRICS`. Nothing here needs torch, and scikit-learn only to score."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
-def score(metric: str, labels: Sequence[int], predictions: Sequence[int]) -> float:
-    """One metric of a whole test split.
+@dataclass(frozen=True)
+class Metric:
+    """A score of a whole test split.
 
-    accuracy: share of right answers. matthews: Matthews correlation (CoLA's; -1 to 1). f1: of class 1, as GLUE
-    reports MRPC.
+    Args:
+        name: as in `dataset.metrics` and in a run's record.
+        function: computes the score from (labels, outputs). In a classification, labels are class numbers of shape
+            (examples,) and outputs are logits of shape (examples, classes). In a regression, labels are values of shape
+            (examples,) and outputs are values of shape (examples, 1). Outputs are float32.
+        lowest: the lowest possible score.
+        highest: the highest possible score.
+        larger_is_better: whether a larger score is a better one.
+        task: the name of the task that the metric is for, see `tasks.Task`.
+        classes: the only number of classes that the metric is defined for; None for any.
     """
-    from sklearn import metrics
 
-    if metric == "accuracy":
-        return float(metrics.accuracy_score(labels, predictions))
-    if metric == "matthews":
-        return float(metrics.matthews_corrcoef(labels, predictions))
-    if metric == "f1":
-        return float(metrics.f1_score(labels, predictions, zero_division=0))
-    raise ValueError(f"unknown metric {metric}")
+    name: str
+    function: Callable[[NDArray[Any], NDArray[Any]], float]
+    lowest: float = 0.0
+    highest: float = 1.0
+    larger_is_better: bool = True
+    task: str = "classification"
+    classes: int | None = None
+
+
+def _accuracy(labels: NDArray[Any], logits: NDArray[Any]) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(labels, logits.argmax(-1)))
+
+
+def _matthews(labels: NDArray[Any], logits: NDArray[Any]) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(labels, logits.argmax(-1)))
+
+
+def _f1(labels: NDArray[Any], logits: NDArray[Any]) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, logits.argmax(-1), zero_division=0))
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", _accuracy),
+        Metric("matthews", _matthews, lowest=-1.0),  # the Matthews correlation, as GLUE scores CoLA
+        Metric("f1", _f1, classes=2),  # of class 1, as GLUE scores MRPC
+    )
+}
+"""All metrics, by name."""

@@ -1,4 +1,4 @@
-"""What bf16 is here: autocast, over frozen weights that are kept as it reads them."""
+"""Precisions: fp32 computes in float32; bf16 is autocast over frozen weights that are stored in bf16."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import torch
 from torch import nn
 
 
-def round_frozen_weights(model: nn.Module) -> None:
-    """Keep the frozen float32 parameters of Linear layers in bf16, in place.
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """A context in which a model computes in a precision.
 
-    Autocast rounds them in every forward pass, and what it made is kept for the backward pass; of what does not change,
-    every copy is the same. So the results under autocast are the same to the last bit, and a step is spared the
-    roundings and the memory of the copies, and the weights take half of theirs. Outside of autocast such a layer wants
-    inputs in bf16. Parameters that another kind of module shares, an embedding, which reads them in full, stay as they
-    are.
+    Args:
+        precision: "fp32" or "bf16".
+        device: that the model is on.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def round_frozen_weights(model: nn.Module) -> None:
+    """Round the frozen float32 parameters of Linear layers to bf16, in place.
+
+    Autocast would round them anew in every forward pass and keep the rounded copies for the backward pass. Rounded
+    once, they give the same results under autocast to the last bit, and a step saves the time of the rounding, the
+    memory of the copies, and half the memory of the weights. Outside of autocast such a layer takes only bf16 inputs.
+
+    A parameter that a module of another kind shares stays in float32: an embedding, for example, reads it unrounded.
     """
     modules = list(model.modules())
     linears = [module for module in modules if isinstance(module, nn.Linear)]

@@ -1,0 +1,45 @@
+"""The learning rate and the weight decay of each trained parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from tenslora.adapter import Adapter
+from tenslora.attachment import SUBMODULE
+from tenslora.harness.config import OptimizerConfig
+
+RATE_RATIO = "rate_ratio"
+"""The key under which a group holds the ratio of its learning rate to the schedule's."""
+
+
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], adapter: Adapter | None, optimizer: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """The parameter groups for torch's AdamW.
+
+    `core_lr_ratio` multiplies the learning rate of the parameter that starts at zero in each tensor of the adapter:
+    Tucker's core, LoRA's B (LoRA+, arXiv 2402.12354), the last factor of the other factorizations.
+    `factor_weight_decay` replaces the weight decay of the adapter's parameters that it names.
+
+    Args:
+        parameters: those to train, by their names in the model.
+        adapter: the model's; None for a run without one.
+        optimizer: the settings.
+
+    Returns:
+        One group for each pair of learning rate and weight decay, with the parameters in their order.
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        ratio, decay = 1.0, optimizer.weight_decay
+        if adapter is not None and name.startswith(f"{SUBMODULE}."):
+            factor = name.rpartition(".")[2]
+            ratio = optimizer.core_lr_ratio if factor == adapter.zero_parameter else 1.0
+            own_decay = optimizer.factor_weight_decay.get(factor)
+            decay = decay if own_decay is None else own_decay
+        group = groups.setdefault((ratio, decay), {"params": [], RATE_RATIO: ratio, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())

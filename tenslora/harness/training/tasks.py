@@ -1,0 +1,72 @@
+"""What a model's outputs stand for: the loss that trains them, and the metrics that may score them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.training.metrics import METRICS
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of prediction.
+
+    Args:
+        name: as in the `task` of a metric.
+        loss: computes the loss from (outputs, labels, reduction). Outputs are float32, of shape (examples, outputs);
+            labels have shape (examples,). The reduction is "mean" for one number, or "none" for one per example.
+    """
+
+    name: str
+    loss: Callable[[Tensor, Tensor, str], Tensor]
+
+    def check_metrics(self, names: Sequence[str], outputs: int) -> None:
+        """Check that metrics can score this task.
+
+        Args:
+            names: of the metrics.
+            outputs: how many outputs the model has for an example.
+
+        Raises:
+            TensLoRAError: for a metric that is for another task or for another number of classes.
+        """
+        valid = [m.name for m in METRICS.values() if m.task == self.name and m.classes in (None, outputs)]
+        for name in names:
+            if name not in valid:
+                raise TensLoRAError(
+                    f"dataset.metrics={name}: must be one of {', '.join(valid)} for a {self.name} with {outputs} "
+                    f"output{'s' if outputs > 1 else ''}"
+                )
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction=reduction)
+
+
+def _squared_error(outputs: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    return F.mse_loss(outputs.reshape(labels.shape), labels.to(outputs.dtype), reduction=reduction)
+
+
+CLASSIFICATION = Task("classification", _cross_entropy)
+"""Each example belongs to one class: the outputs are the classes' logits, the labels class numbers."""
+
+REGRESSION = Task("regression", _squared_error)
+"""Each example has a value: the model has one output, and the labels are numbers."""
+
+
+def outputs_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """A model's outputs for a batch, of shape (examples, outputs).
+
+    Args:
+        model: returns them bare, as timm's do, or as the `logits` of an output object, as transformers' do.
+        inputs: the batch, by the names of the model's arguments.
+    """
+    output = model(**inputs)
+    outputs = getattr(output, "logits", output)
+    assert isinstance(outputs, Tensor)
+    return outputs
