@@ -7,11 +7,11 @@ from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.config.checks import in_one_line
+from tenslora.harness.config.checks import as_typed, in_one_line
 from tenslora.harness.config.schema import (
     REFERENCES,
     DatasetConfig,
@@ -58,11 +58,10 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
         TensLoRAError: names the first setting at fault, its value and what would be valid. That includes a model and a
             dataset that do not go together, and ranks that do not fit the declared geometry.
     """
-    config = composed if isinstance(composed, DictConfig) else OmegaConf.create(composed)
     try:
-        plain = _resolved(config)
+        plain = _resolved(composed) if isinstance(composed, DictConfig) else composed
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
+        reason = "is missing" if isinstance(error, MissingMandatoryValue) else str(error).splitlines()[0]
         raise TensLoRAError(f"{error.full_key}: {reason}" if error.full_key else reason) from error
     tensor_mode = plain.get("tensor_mode", {}).get("name")
     try:
@@ -75,8 +74,8 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
         try:
             run.rank_strategy.resolve(run.tensor_mode, run.geometry, run.adapter.factorization)
         except TensLoRAError as error:
-            of_strategy = str(error).startswith(("rank=", "ranks="))
-            raise TensLoRAError(f"rank_strategy.{error}" if of_strategy else str(error)) from error
+            group = "rank_strategy." if str(error).startswith(("rank=", "ranks=")) else ""
+            raise TensLoRAError(as_typed(f"{group}{error}")) from error
     return run
 
 

@@ -16,7 +16,12 @@ from tenslora.errors import TensLoRAError
 
 
 def within(
-    low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    or_null: bool = False,
 ) -> AfterValidator:
     """The finite numbers from `low` to `high`.
 
@@ -25,23 +30,30 @@ def within(
         high: the largest valid number.
         above: whether `low` itself is invalid.
         below: whether `high` itself is invalid.
+        or_null: whether None is valid too.
     """
-    words = [f"{'above' if above else 'at least'} {low:g}"] if math.isfinite(low) else []
-    words += [f"{'below' if below else 'at most'} {high:g}"] if math.isfinite(high) else ["finite"]
+    bounds = [f"{'above' if above else 'at least'} {low:g}"] if math.isfinite(low) else []
+    bounds += [f"{'below' if below else 'at most'} {high:g}"] if math.isfinite(high) else []
+    ending = ", or null" if or_null else ""
 
     def check(value: float | None) -> float | None:
         if value is None:
             return value
-        inside = (low < value if above else low <= value) and (value < high if below else value <= high)
-        if not inside or not math.isfinite(value):
-            raise ValueError(f"must be {' and '.join(words)}")
-        return value
+        if not math.isfinite(value):
+            raise ValueError(f"must be {', '.join(['a finite number', ' and '.join(bounds)])}{ending}")
+        if (low < value if above else low <= value) and (value < high if below else value <= high):
+            return value
+        raise ValueError(f"must be {' and '.join(bounds)}{ending}")
 
     return AfterValidator(check)
 
 
 def one_of(valid: Sequence[str]) -> AfterValidator:
-    """A name, or a list of names, of those given."""
+    """A name, or a list of names, of those given.
+
+    Args:
+        valid: the names.
+    """
 
     def check(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for name in [value] if isinstance(value, str) else value:
@@ -54,7 +66,11 @@ def one_of(valid: Sequence[str]) -> AfterValidator:
 
 
 def at_least_one(valid: Sequence[str]) -> AfterValidator:
-    """A list that is not empty; `valid` tells the user what may stand in it."""
+    """A list that is not empty.
+
+    Args:
+        valid: what the message names as possible items.
+    """
 
     def check(value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
@@ -65,6 +81,7 @@ def at_least_one(valid: Sequence[str]) -> AfterValidator:
 
 
 Count = Annotated[int, within(1)]
+CountOrNull = Annotated[int | None, within(1, or_null=True)]
 NonNegativeInt = Annotated[int, within(0)]
 NonNegative = Annotated[float, within(0)]
 BelowOne = Annotated[float, within(0, 1, below=True)]
@@ -74,48 +91,70 @@ _TYPES = {
     "float": "must be a number",
     "bool": "must be true or false",
     "string": "must be text",
-    "tuple": "must be a list, such as [4,4]",
+    "tuple": "must be a list, written [a,b]",
     "dict": "must be a group of settings",
     "dataclass": "must be a group of settings",
-    "too": "has the wrong number of items",
 }
 """What a value has to be, by the first word of pydantic's name for the error."""
 
 
 def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
-    """The first thing that pydantic found as one line that names the setting, its value and what would be valid.
+    """The first thing that pydantic found, as one line that names the setting, its value and what would be valid.
 
     Args:
         error: what pydantic raised.
         schema: the dataclass that was validated against.
     """
     first = error.errors()[0]
+    kind, value, details = str(first["type"]), first["input"], first.get("ctx", {})
     path = [str(part) for part in first["loc"]]
-    if path[:1] == ["dataset"] and path[1:2] in (["image"], ["text"]):  # pydantic's tag for the kind of dataset
-        del path[1]
+    modality = path.pop(1) if path[:1] == ["dataset"] and path[1:2] in (["image"], ["text"]) else ""
+    if kind.startswith("union_tag"):  # pydantic blames the group for the setting that says which kind it is
+        path, value = [*path, "modality"], details.get("tag")
     while path and path[-1].isdigit():  # an item of a list
         path.pop()
-    setting, kind = ".".join(path), str(first["type"])
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, TensLoRAError):  # from one of the library's types; it begins with the name of its field
-        return TensLoRAError(_as_typed(".".join(filter(None, (setting, str(cause))))))
+    setting, cause = ".".join(path), details.get("error")
+    if isinstance(cause, TensLoRAError):  # from one of the dataclasses; it begins with the name of its field
+        return TensLoRAError(as_typed(".".join([*path, str(cause)])))
     if kind == "unexpected_keyword_argument":
-        [near] = difflib.get_close_matches(setting, list(_settings_of(schema)), n=1, cutoff=0.0)
-        return TensLoRAError(_as_typed(f"{setting}: there is no such setting; did you mean {_as_typed(near)}?"))
-    if kind == "missing":
-        return TensLoRAError(_as_typed(f"{setting}: is missing"))
-    reason = str(cause) if cause else _TYPES.get(kind.partition("_")[0], str(first["msg"]))
-    return TensLoRAError(_as_typed(f"{setting}={_shown(first['input'])}: {reason}"))
+        settings = list(_settings_of(schema))
+        hint = f" for a dataset of {modality}s" if setting in settings else _similar(setting, settings)
+        return TensLoRAError(as_typed(f"{setting}: there is no such setting{hint}"))
+    if kind in ("missing", "union_tag_not_found"):
+        return TensLoRAError(as_typed(f"{setting}: is missing"))
+    if kind == "union_tag_invalid":
+        reason = f"must be one of {details['expected_tags']}".replace("'", "")
+    else:
+        reason = str(cause) if cause else _TYPES.get(kind.partition("_")[0], str(first["msg"]))
+    return TensLoRAError(as_typed(f"{setting}={_shown(value)}: {reason}"))
 
 
-def _as_typed(line: str) -> str:
-    # What the library's AdapterConfig holds is in part a group of its own on the command line, and a group's option is
-    # chosen by the group's name.
+def as_typed(line: str) -> str:
+    """A message with the names that its setting and value have on the command line.
+
+    There, some settings of the library's AdapterConfig are groups of their own, the option of a group is chosen by the
+    group's name, and None is null.
+
+    >>> as_typed("adapter.rank_strategy.ranks=None: must be ..."), as_typed("optimizer.name=sgd: must be ...")
+    ('rank_strategy.ranks=null: must be ...', 'optimizer=sgd: must be ...')
+
+    Args:
+        line: begins with the setting, as the types name it.
+    """
     line = re.sub(r"^adapter\.(?=(tensor_mode|factorization|rank_strategy|seed)\b)", "", line)
-    return re.sub(r"^(rank_strategy|optimizer|logger|preset)\.name\b", r"\1", line)
+    line = re.sub(r"^(rank_strategy|optimizer|logger|preset)\.name\b", r"\1", line)
+    return re.sub(r"^([\w.]+)=None:", r"\1=null:", line)
+
+
+def _similar(setting: str, settings: Sequence[str]) -> str:
+    name = setting.rpartition(".")[2]
+    similar = difflib.get_close_matches(setting, settings, n=1, cutoff=0.85)
+    similar += [other for other in settings if other.rpartition(".")[2] == name]
+    return f"; did you mean {as_typed(similar[0])}?" if similar else ""
 
 
 def _settings_of(schema: Any, prefix: str = "") -> Iterator[str]:
+    # The names of all settings, with the groups that they are in.
     hints = get_type_hints(schema)
     for field in fields(schema):
         groups = [kind for kind in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(kind)]
@@ -130,4 +169,6 @@ def _shown(value: Any) -> str:
     # As it is written on the command line.
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return str(list(value) if isinstance(value, tuple) else value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_shown, value))}]"
+    return str(value)

@@ -20,6 +20,7 @@ from tenslora.harness.config import identity
 from tenslora.harness.config.checks import (
     BelowOne,
     Count,
+    CountOrNull,
     NonNegative,
     NonNegativeInt,
     at_least_one,
@@ -44,7 +45,7 @@ class ModelConfig:
     """A backbone: where its weights come from, and for an image model what its images look like."""
 
     name: str
-    modality: Literal["image", "text"]
+    modality: Annotated[str, one_of(("image", "text"))]
     library: Annotated[str, one_of(("transformers", "timm"))]
     architecture: str
     options: dict[str, Any]
@@ -61,10 +62,11 @@ class ModelConfig:
             return
         if self.image_size < 1:
             raise TensLoRAError(f"image_size={self.image_size}: must be at least 1")
-        if not len(self.mean) == len(self.std) == self.channels:
-            raise TensLoRAError(
-                f"mean={list(self.mean)}: mean and std need one number for each of {self.channels} channels"
-            )
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise TensLoRAError(
+                    f"{name}={list(values)}: must have one number for each channel, and channels={self.channels}"
+                )
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ class DatasetConfig:
 
     name: str
     root: str | None
-    metrics: Annotated[tuple[str, ...], at_least_one(tuple(METRICS)), one_of(tuple(METRICS))]
+    metrics: Annotated[tuple[str, ...], at_least_one(METRICS), one_of(METRICS)]
     train_splits: tuple[str, ...] | None
     test_split: str | None
-    train_size: Annotated[int | None, within(1)]
+    train_size: CountOrNull
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class ImageDatasetConfig(DatasetConfig):
     """A dataset of images."""
 
     modality: Literal["image"]
-    train_fraction: Annotated[float | None, within(0.001, 0.999)]
+    train_fraction: Annotated[float | None, within(0.001, 0.999, or_null=True)]
     transform: TransformConfig
 
 
@@ -120,18 +122,18 @@ class OptimizerConfig:
     warmup_steps: NonNegativeInt
     weight_decay: NonNegative
     core_lr_ratio: NonNegative
-    factor_weight_decay: dict[str, Annotated[float | None, within(0)]]
+    factor_weight_decay: dict[str, Annotated[float | None, within(0, or_null=True)]]
     betas: tuple[BelowOne, ...]
     eps: NonNegative
 
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
-            raise TensLoRAError(f"min_lr={self.min_lr}: must be at least 0 and at most {self.lr:g}, which is lr")
+            raise TensLoRAError(f"min_lr={self.min_lr}: must be at most lr, which is {self.lr:g}")
         if len(self.betas) != 2:
             raise TensLoRAError(f"betas={list(self.betas)}: must be two numbers")
         for factor in self.factor_weight_decay:
             if factor not in FACTORS:
-                raise TensLoRAError(f"factor_weight_decay={factor}: must be one of {', '.join(FACTORS)}")
+                raise TensLoRAError(f"factor_weight_decay.{factor}: must be one of {', '.join(FACTORS)}")
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,13 @@ class TrainerConfig:
     epochs: Count
     batch_size: Count
     accumulation: Count
-    eval_batch_size: Annotated[int | None, within(1)]
-    clip_norm: Annotated[float | None, within(0, above=True)]
-    max_steps: Annotated[int | None, within(1)]
+    eval_batch_size: CountOrNull
+    clip_norm: Annotated[float | None, within(0, above=True, or_null=True)]
+    max_steps: CountOrNull
     precision: Annotated[str, one_of(("fp32", "bf16"))]
     compile: bool
     device: str
-    threads: Annotated[int | None, within(1)]
+    threads: CountOrNull
     workers: NonNegativeInt
 
 
@@ -179,7 +181,7 @@ class RunConfig:
         TensLoRAError: for settings that are valid by themselves and do not go together.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
     seed: NonNegativeInt
     resume: bool
@@ -200,6 +202,8 @@ class RunConfig:
             raise TensLoRAError(
                 f"model={model.name}: takes {model.modality}s, and dataset={dataset.name} holds {dataset.modality}s"
             )
+        if self.adapter is None and self.tensor_mode not in REFERENCES:
+            raise TensLoRAError(f"adapter=null: tensor_mode={self.tensor_mode} needs the settings of an adapter")
 
     def with_seed(self, seed: int) -> RunConfig:
         """The same run from another seed, which is the adapter's too."""

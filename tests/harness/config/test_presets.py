@@ -1,4 +1,4 @@
-"""Each preset against its paper's formula, written out with NumPy, and its paper's parameter count."""
+"""Each preset against its paper's formula, written out with NumPy, and against its paper's number of parameters."""
 
 from __future__ import annotations
 
@@ -9,82 +9,70 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tenslora.adapter import Adapter, AdapterConfig
+from tenslora.adapter import Adapter
 from tenslora.constructions import Geometry
-from tenslora.harness.config import digest, validate
 from tenslora.ranks import parameter_count
-from tests.running import composed
+from tests.running import configured
 
 Array = NDArray[np.float64]
-Factors = list[Mapping[str, Array]]
+Factors = Mapping[str, Array]
+Formula = Callable[[Factors, int, int], Array]
 
-# Dimensions that no two axes share: d_in, heads, d_head, layers, and a feed-forward block twice as wide.
-SMALL = {"d_in": 15, "heads": 3, "d_head": 4, "layers": 5, "d_ff": 24}
-D_OUT = 12
+# Dimensions that no two axes share, and a feed-forward block twice as wide as d_out.
+D_IN, HEADS, D_HEAD, LAYERS, D_OUT, D_FF = 15, 3, 4, 5, 12, 24
 
 
-def built(preset: str) -> tuple[Adapter, Factors]:
-    """The preset's adapter on the small dimensions at rank 6, in float64, and its numbers."""
-    run = validate(composed(f"preset={preset}", "rank_strategy.rank=6", "model.geometry=null"))
-    geometry = Geometry(**SMALL, adapt=run.adapter.adapt)  # type: ignore[arg-type]
-    settings = {**vars(run.adapter), "factorization": run.factorization.name}
-    adapter = Adapter(AdapterConfig(run.mode, run.strategy, **settings), geometry).double()
+def adapter_and_factors(preset: str) -> tuple[Adapter, Factors]:
+    """The preset's adapter on the small dimensions at rank 6, in float64, with the numbers of its one tensor."""
+    config = configured(f"preset={preset}", "rank_strategy.rank=6", "model.geometry=null").adapter
+    assert config is not None
+    adapter = Adapter(config, Geometry(D_IN, HEADS, D_HEAD, LAYERS, adapt=config.adapt, d_ff=D_FF)).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(generator=generator)
-    return adapter, [{name: p.detach().numpy() for name, p in t.named_parameters()} for t in adapter.tensors]
+    (tensor,) = adapter.tensors
+    return adapter, {name: parameter.detach().numpy() for name, parameter in tensor.named_parameters()}
 
 
-def fact_tk(factors: Factors, layer: int, slice_: int, _: int) -> Array:
+def fact_tk(f: Factors, layer: int, slice_: int) -> Array:
     # Delta W = s sum_t1 sum_t2 sum_t3 C[t1, t2, t3] P[:, t1] U[:, t2] V[:, t3].
-    f = factors[0]
-    return np.einsum("abt,ia,ob,t->io", f["core"], f["d_in"], f["d_out"], f["site"][slice_ * SMALL["layers"] + layer])
+    return np.einsum("abt,ia,ob,t->io", f["core"], f["d_in"], f["d_out"], f["site"][slice_ * LAYERS + layer])
 
 
-def fact_tt(factors: Factors, layer: int, slice_: int, _: int) -> Array:
+def fact_tt(f: Factors, layer: int, slice_: int) -> Array:
     # Delta W[j] = s U Sigma[j] V^T.
-    f = factors[0]
-    return f["d_in"] @ f["site"][:, slice_ * SMALL["layers"] + layer] @ f["d_out"]
+    return f["d_in"] @ f["site"][:, slice_ * LAYERS + layer] @ f["d_out"]
 
 
-def lotr(factors: Factors, layer: int, slice_: int, _: int) -> Array:
+def lotr(f: Factors, layer: int, slice_: int) -> Array:
     # Delta W_s = A G_s B^T, A and B shared by the queries and values of all layers.
-    f = factors[0]
-    return f["d_in"] @ f["site"][:, slice_ * SMALL["layers"] + layer] @ f["d_out"]
+    return f["d_in"] @ f["site"][:, slice_ * LAYERS + layer] @ f["d_out"]
 
 
-def lorta(factors: Factors, layer: int, slice_: int, _: int) -> Array:
+def lorta(f: Factors, layer: int, slice_: int) -> Array:
     # Delta W = sum_r A[:, r] B[:, r] C_H[:, r] C_L[:, r] C_M[:, r], head by head.
-    f = factors[0]
-    heads = np.einsum(
-        "ir,dr,hr,r,r->ihd", f["d_in"], f["d_head"], f["head"], f["depth"][layer], f["projection"][slice_]
-    )
-    return heads.reshape(SMALL["d_in"], D_OUT)
+    components = f["depth"][layer] * f["projection"][slice_]
+    return np.einsum("ir,dr,hr,r->ihd", f["d_in"], f["d_head"], f["head"], components).reshape(D_IN, D_OUT)
 
 
-def cara(factors: Factors, layer: int, slice_: int, _: int) -> Array:
+def cara(f: Factors, layer: int, slice_: int) -> Array:
     # As LoRTA, with one axis for the 3 L queries, keys and values.
-    f = factors[0]
-    place = f["site"][slice_ * SMALL["layers"] + layer]
-    return np.einsum("ir,dr,hr,r->ihd", f["d_in"], f["d_head"], f["head"], place).reshape(SMALL["d_in"], D_OUT)
+    components = f["site"][slice_ * LAYERS + layer]
+    return np.einsum("ir,dr,hr,r->ihd", f["d_in"], f["d_head"], f["head"], components).reshape(D_IN, D_OUT)
 
 
-Formula = Callable[[Factors, int, int, int], Array]
 FORMULAS: dict[str, Formula] = {"fact_tk": fact_tk, "fact_tt": fact_tt, "lotr": lotr, "lorta": lorta, "cara": cara}
 
 
 @pytest.mark.parametrize("preset", FORMULAS)
 def test_updates_are_those_of_the_papers_formula(preset: str) -> None:
-    adapter, factors = built(preset)
-    for layer in range(SMALL["layers"]):
-        slice_ = 0
-        for matrix, update in enumerate(adapter.dense(layer)):
-            parts = []
-            for _ in range(adapter.geometry.slices_per_matrix[matrix]):
-                parts.append(FORMULAS[preset](factors, layer, slice_, matrix))
-                slice_ += 1
-            np.testing.assert_allclose(update.detach().numpy(), np.concatenate(parts, axis=1), atol=1e-11)
+    adapter, factors = adapter_and_factors(preset)
+    for layer in range(LAYERS):
+        slices = [FORMULAS[preset](factors, layer, slice_) for slice_ in range(adapter.geometry.projections)]
+        for count, update in zip(adapter.geometry.slices_per_matrix, adapter.dense(layer), strict=True):
+            expected = np.concatenate([slices.pop(0) for _ in range(count)], axis=1)
+            np.testing.assert_allclose(update.detach().numpy(), expected, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -103,16 +91,15 @@ def test_updates_are_those_of_the_papers_formula(preset: str) -> None:
     ],
 )
 def test_counts_are_the_papers(preset: str, rank: int, count: int) -> None:
-    run = validate(composed(f"preset={preset}", f"rank_strategy.rank={rank}", "dataset=dtd", "model=vit_base"))
-    geometry = run.geometry
-    assert geometry is not None
-    ranks = run.strategy.resolve(run.mode, geometry, run.factorization.name)
-    assert parameter_count(run.mode, geometry, ranks, run.factorization.name) == count
+    base = "model.geometry={d_in:768,heads:12,d_head:64,layers:12,d_ff:3072}"
+    run = configured(f"preset={preset}", f"rank_strategy.rank={rank}", base)
+    assert run.geometry is not None and run.adapter is not None
+    ranks = run.rank_strategy.resolve(run.tensor_mode, run.geometry, run.adapter.factorization)
+    assert parameter_count(run.tensor_mode, run.geometry, ranks, run.adapter.factorization) == count
 
 
-def test_a_preset_is_what_it_picks_and_no_more() -> None:
-    words = ["tensor_mode=site", "factorization=tensor_train", "rank_strategy=isorank"]
-    assert digest(composed("preset=lotr", "rank_strategy.rank=8")) == digest(
-        composed(*words, "rank_strategy.rank=8", "adapter.adapt=qv")
-    )
-    assert validate(composed("preset=lotr", "tensor_mode=qkv_depth")).mode == "qkv_depth"
+def test_a_preset_is_the_settings_that_it_picks_and_no_more() -> None:
+    settings = ["tensor_mode=site", "factorization=tensor_train", "rank_strategy=isorank", "adapter.adapt=qv"]
+    preset = configured("preset=lotr", "rank_strategy.rank=8")
+    assert preset.digest() == configured(*settings, "rank_strategy.rank=8").digest()
+    assert configured("preset=lotr", "tensor_mode=qkv_depth").tensor_mode == "qkv_depth"

@@ -1,0 +1,119 @@
+"""What a user is told about a setting at fault: the setting, its value, and what would be valid, in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from tenslora.errors import TensLoRAError
+from tests.running import configured
+
+REFUSED = {
+    # ranges
+    "seed=-1": "seed=-1: must be at least 0",
+    "trainer.epochs=0": "trainer.epochs=0: must be at least 1",
+    "trainer.max_steps=0": "trainer.max_steps=0: must be at least 1, or null",
+    "trainer.clip_norm=0": "trainer.clip_norm=0: must be above 0, or null",
+    "optimizer.lr=-1e-3": "optimizer.lr=-0.001: must be at least 0",
+    "optimizer.lr=inf": "optimizer.lr=inf: must be a finite number, at least 0",
+    "optimizer.lr=nan": "optimizer.lr=nan: must be a finite number, at least 0",
+    "optimizer.min_lr=0.1": "optimizer.min_lr=0.1: must be at most lr, which is 0.001",
+    "optimizer.betas=[0.9,1.0]": "optimizer.betas=1.0: must be at least 0 and below 1",
+    "optimizer.factor_weight_decay.core=-1": "optimizer.factor_weight_decay.core=-1: must be at least 0, or null",
+    "dataset.transform.crop_ratio=1.2": "dataset.transform.crop_ratio=1.2: must be at least 0.01 and at most 1",
+    "dataset=eurosat dataset.train_fraction=1": (
+        "dataset.train_fraction=1: must be at least 0.001 and at most 0.999, or null"
+    ),
+    "dataset=cola dataset.max_length=2": "dataset.max_length=2: must be at least 4",
+    "model.image_size=0": "model.image_size=0: must be at least 1",
+    "model.geometry.heads=0": "model.geometry.heads=0: must be at least 1",
+    "adapter.alpha=nan": "adapter.alpha=nan: must be a finite number",
+    "adapter.dropout=1": "adapter.dropout=1.0: must be at least 0 and below 1",
+    "rank_strategy.tolerance=1.5": "rank_strategy.tolerance=1.5: must be at least 0 and below 1",
+    "rank_strategy.rank=0": "rank_strategy.rank=0: must be at least 1",
+    "rank_strategy.rank=65": "rank_strategy.rank=65: must be from 1 to 64, the width of a projection",
+    "tensor_mode=lora rank_strategy.rank=65": "rank_strategy.rank=65: must be from 1 to 64, the width of a projection",
+    # names
+    "tensor_mode.name=tucker": (
+        "tensor_mode=tucker: must be one of lora, att, qkv, depth, att_qkv, att_depth, qkv_depth, att_qkv_depth, site, "
+        "att_site, head_only, full"
+    ),
+    "rank_strategy.name=best": "rank_strategy=best: must be one of isorank, isoparameters, explicit",
+    "rank_strategy.rule=odd": "rank_strategy.rule=odd: must be one of saturate, uniform, proportional",
+    "factorization.name=hosvd": "factorization=hosvd: must be one of tucker, cp, tensor_train",
+    "optimizer.name=sgd": "optimizer=sgd: must be one of adamw",
+    "logger.name=tensorboard": "logger=tensorboard: must be one of none, wandb",
+    "trainer.precision=fp16": "trainer.precision=fp16: must be one of fp32, bf16",
+    "model.library=keras": "model.library=keras: must be one of transformers, timm",
+    "model.modality=sound": "model.modality=sound: must be one of image, text",
+    "dataset.modality=sound": "dataset.modality=sound: must be one of image, text",
+    "dataset=cola dataset.padding=left": "dataset.padding=left: must be one of longest, max_length",
+    "adapter.init=zeros": "adapter.init=zeros: must be one of orthogonal, normal, kaiming_uniform",
+    "adapter.adapt=vq": "adapter.adapt=vq: must be letters of qkvo in that order, or mlp, or all",
+    "+optimizer.factor_weight_decay.row=1": (
+        "optimizer.factor_weight_decay.row: must be one of core, d_in, d_out, d_head, head, projection, depth, site"
+    ),
+    # lists
+    "dataset.metrics=[]": "dataset.metrics=[]: needs at least one of accuracy, matthews, f1",
+    "dataset.metrics=[accuracy,auc]": ("dataset.metrics=[accuracy, auc]: auc must be one of accuracy, matthews, f1"),
+    "dataset.metrics=accuracy": "dataset.metrics=accuracy: must be a list, written [a,b]",
+    "optimizer.betas=[0.9]": "optimizer.betas=[0.9]: must be two numbers",
+    "model.mean=[0.5,0.5]": "model.mean=[0.5, 0.5]: must have one number for each channel, and channels=1",
+    "model.std=[]": "model.std=[]: must have one number for each channel, and channels=1",
+    "rank_strategy=explicit": (
+        "rank_strategy.ranks=null: tensor_mode qkv_depth needs 4 integers "
+        "(d_in 1..64, d_out 1..64, projection 1..3, depth 1..4)"
+    ),
+    "rank_strategy=explicit rank_strategy.ranks=[4,4,9,4]": (
+        "rank_strategy.ranks=[4, 4, 9, 4]: the rank 9 of projection must be from 1 to 3 "
+        "(d_in 1..64, d_out 1..64, projection 1..3, depth 1..4)"
+    ),
+    # types
+    "trainer.epochs=many": "trainer.epochs=many: must be a whole number",
+    "trainer.epochs=1.5": "trainer.epochs=1.5: must be a whole number",
+    "trainer.epochs=null": "trainer.epochs=null: must be a whole number",
+    "optimizer.lr=fast": "optimizer.lr=fast: must be a number",
+    "optimizer.betas=[a,0.9]": "optimizer.betas=a: must be a number",
+    "resume=maybe": "resume=maybe: must be true or false",
+    "rank_strategy.name=null": "rank_strategy=null: must be text",
+    "model.options=5": "model.options=5: must be a group of settings",
+    "dataset.transform=null": "dataset.transform=null: must be a group of settings",
+    "adapter=null": "adapter=null: tensor_mode=qkv_depth needs the settings of an adapter",
+    # settings that do not exist, or are not there
+    "+trainer.epoch=3": "trainer.epoch: there is no such setting; did you mean trainer.epochs?",
+    "+epochs=3": "epochs: there is no such setting; did you mean trainer.epochs?",
+    "+adapter.alfa=1": "adapter.alfa: there is no such setting; did you mean adapter.alpha?",
+    "+dataset.max_length=64": "dataset.max_length: there is no such setting for a dataset of images",
+    "+something.else=1": "something: there is no such setting",
+    "~trainer.epochs": "trainer.epochs: is missing",
+    "seed=???": "seed: is missing",
+    "dataset.root=${nowhere}": "dataset.root: Interpolation key 'nowhere' not found",
+    # settings that do not go together
+    "dataset=cola model=vit_base": "model=vit_base: takes images, and dataset=cola holds texts",
+    "dataset=dtd model=roberta_base": "model=roberta_base: takes texts, and dataset=dtd holds images",
+    # settings that the run does not use
+    "tensor_mode=head_only adapter.dropout=1": "adapter.dropout=1.0: must be at least 0 and below 1",
+    "tensor_mode=full rank_strategy.rank=0": "rank_strategy.rank=0: must be at least 1",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_a_setting_at_fault_is_one_line(overrides: str) -> None:
+    with pytest.raises(TensLoRAError) as caught:
+        configured(*overrides.split())
+    assert str(caught.value) == REFUSED[overrides]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "trainer.max_steps=null trainer.clip_norm=null",
+        "adapter.alpha=-1",
+        "optimizer.min_lr=1e-3",
+        "dataset=cola dataset.max_length=4",
+        "dataset.transform.crop_ratio=1",
+        "rank_strategy.rank=64",
+        "logger=wandb logger.project=2026 logger.tags=[7,a]",
+    ],
+)
+def test_a_setting_at_the_edge_of_its_range_is_taken(overrides: str) -> None:
+    configured(*overrides.split())
