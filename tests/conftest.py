@@ -31,9 +31,9 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
     """One short run and one table as W&B holds them offline."""
-    from tests.offline import no_wandb_key, track
+    from tests.offline import hide_wandb_keys, track_run_and_table
 
     folder = tmp_path_factory.mktemp("tracked")
     with pytest.MonkeyPatch.context() as patch:
-        no_wandb_key(patch, folder)
-        yield track(folder)
+        hide_wandb_keys(patch, folder)
+        yield track_run_and_table(folder)

@@ -1,4 +1,4 @@
-"""Tables of runs that were never made, for the tests of what is made of a table."""
+"""Tables of invented runs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from tenslora.constructions import CONSTRUCTIONS, PAPER_CONSTRUCTIONS, Geometry
 from tenslora.harness.results.table import Column, Row, Run, Table
 from tenslora.ranks import isoparameters, isorank, parameter_count
 
-DTD, COLA = Column("dtd", "vit_base"), Column("cola", "minilm")
-GEOMETRY = {
+DTD, COLA, DIGITS = Column("dtd", "vit_base"), Column("cola", "minilm"), Column("digits", "vit_digits")
+_GEOMETRY = {
     "vit_base": Geometry(768, 12, 64, 12),
     "minilm": Geometry(384, 12, 32, 6),
     "vit_digits": Geometry(64, 4, 16, 4),
 }
-METRIC = {"dtd": "accuracy", "digits": "accuracy", "cola": "matthews"}
+_METRIC = {"dtd": "accuracy", "digits": "accuracy", "cola": "matthews"}
 
 
-def made(
+def make_run(
     mode: str,
     strategy: str = "",
     *,
@@ -28,16 +28,25 @@ def made(
     column: Column = DTD,
     variant: tuple[str, ...] = (),
     problem: str = "",
-    **changes: Any,
 ) -> Run:
-    """A run whose headline metric was `epochs`, one score per epoch; without any, there is no record."""
-    geometry = GEOMETRY[column.model]
+    """A run at rank 4, or at its parameters.
+
+    Args:
+        mode: the construction, head_only or full.
+        strategy: the rank strategy.
+        seed: the seed.
+        epochs: the headline metric after each epoch; without any, the run has no record.
+        column: dataset and backbone.
+        variant: of the row.
+        problem: why there is no score.
+    """
+    geometry = _GEOMETRY[column.model]
     lora = parameter_count("lora", geometry, [4])
     ranks = None
     if mode in CONSTRUCTIONS:
         ranks = isoparameters(mode, geometry) if strategy == "isoparameters" else isorank(mode, geometry)
     parameters = parameter_count(mode, geometry, ranks) if ranks else None
-    metric = METRIC[column.dataset]
+    metric = _METRIC[column.dataset]
     history = [
         {"epoch": epoch, "step": 16 * epoch, "lr": 1e-3, "train_loss": 1.0, "test_loss": 1.0, metric: score}
         for epoch, score in enumerate(epochs, start=1)
@@ -68,7 +77,6 @@ def made(
             "others_last": {},
             "history": history,
         },
-        **changes,
     }
     row = Row(mode, strategy, variant)
     digest = f"{mode}-{strategy}-{column.dataset}-{seed}"
@@ -77,11 +85,12 @@ def made(
     return Run(row, column, seed, digest, ranks, parameters, lora, record, problem)
 
 
-def table(runs: Iterable[Run], **changes: Any) -> Table:
+def make_table(runs: Iterable[Run], **changes: Any) -> Table:
+    """A table of the runs given, with a name and a title."""
     return Table(**{"name": "sample", "title": "A sample", "runs": tuple(runs), **changes})
 
 
-def whole(
+def sample_table(
     columns: Sequence[Column] = (DTD, COLA),
     strategies: Sequence[str] = ("isoparameters", "isorank"),
     seeds: int = 3,
@@ -93,8 +102,8 @@ def whole(
     In the first column a run of att_qkv has failed, in the last one of depth is missing.
     """
     draw = random.Random(random_seed)
-    seven = [mode for mode in PAPER_CONSTRUCTIONS if mode != "lora"]
-    rows = [("lora", ""), *((mode, strategy) for strategy in strategies for mode in seven), ("head_only", "")]
+    stacked = [mode for mode in PAPER_CONSTRUCTIONS if mode != "lora"]
+    rows = [("lora", ""), *((mode, strategy) for strategy in strategies for mode in stacked), ("head_only", "")]
     runs = []
     for column in columns:
         for mode, strategy in rows:
@@ -106,5 +115,51 @@ def whole(
                 missing = column == columns[-1] and (mode, strategy, seed) == ("depth", strategies[0], 2)
                 problem = "diverged: training loss nan at step 37" if failed else ""
                 scores = [] if missing else curve
-                runs.append(made(mode, strategy, seed=seed, epochs=scores, column=column, problem=problem))
-    return table(runs)
+                runs.append(make_run(mode, strategy, seed=seed, epochs=scores, column=column, problem=problem))
+    return make_table(runs)
+
+
+def swept_table(
+    setting: str,
+    values: Sequence[str],
+    modes: Sequence[str] = ("lora", "qkv", "depth", "head_only"),
+    epochs: Sequence[float] = (0.0,),
+) -> Table:
+    """Three seeds of each construction at each value of a setting, which lora and head_only do not depend on.
+
+    Row number n scores 50 + 5 n + 2 k per cent, 1 more or less with the seed, at value number k.
+
+    Args:
+        setting: the setting that is swept.
+        values: of the setting.
+        modes: the rows.
+        epochs: how far below its last score each epoch is.
+    """
+    runs = []
+    for number, mode in enumerate(modes):
+        is_fixed = mode in ("lora", "head_only")
+        for k, value in enumerate(values[:1] if is_fixed else values):
+            last = [0.5 + 0.05 * number + 0.02 * k + shift for shift in (-0.01, 0.0, 0.01)]
+            variant = () if is_fixed else (f"{setting}={value}",)
+            strategy = "" if is_fixed else "isorank"
+            runs += [
+                make_run(mode, strategy, seed=seed, epochs=[score - below for below in epochs], variant=variant)
+                for seed, score in enumerate(last)
+            ]
+    return make_table(runs)
+
+
+def crowded_table() -> Table:
+    """Rows of nearly one score, of which two pairs have nearly one count too."""
+    draw = random.Random(0)
+    scores = {mode: [0.7 + draw.uniform(-0.002, 0.002) for _ in range(2)] for mode in PAPER_CONSTRUCTIONS}
+    return make_table(
+        make_run(mode, "" if mode == "lora" else "isorank", seed=seed, epochs=[score], column=DIGITS)
+        for mode in PAPER_CONSTRUCTIONS
+        for seed, score in enumerate(scores[mode])
+    )
+
+
+def small_table() -> Table:
+    """LoRA, all constructions and head_only under one strategy, with two seeds."""
+    return sample_table((DTD,), ("isorank",), seeds=2)

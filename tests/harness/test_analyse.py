@@ -5,41 +5,45 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_peft_files import saved
+from transformers import PreTrainedModel
 
-from tenslora.harness.analyse import main, rank_for
+from tenslora import AdapterConfig, Geometry
+from tenslora.adapter import Adapter
+from tenslora.harness.analyse import energy_by_rank, main, rank_for
+from tests.drawn import xy
 from tests.models import build
-from tests.running import SHORT, run
+from tests.peft.test_saved_lora import save_random_lora
 
 
 def test_a_run_is_analysed_from_its_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, *SHORT, "tensor_mode=qkv_depth", "rank_strategy=isorank")
+    adapter = Adapter(AdapterConfig("qkv_depth"), Geometry(d_in=64, heads=4, d_head=16, layers=4))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    adapter.save(tmp_path / "adapter.safetensors")
     main([str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
-    ranks = {line.split()[0]: [int(n) for n in line.split()[1:]] for line in lines[1:7]}
-    # Ranks of 4 on modes of 64, 64, 3 and 4: no more can be needed.
-    assert [ranks[axis][0] for axis in ("d_in", "d_out", "projection", "depth", "d_head", "head")] == [
-        64,
-        64,
-        3,
-        4,
-        16,
-        4,
-    ]
-    assert ranks["d_in"][2] <= 4
-    assert ranks["d_out"][2] <= 4
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["axis", "size", "90", "%", "99", "%"]
+    table = {line.split()[0]: [int(number) for number in line.split()[1:]] for line in lines[:6]}
+    sizes = {axis: numbers[0] for axis, numbers in table.items()}
+    assert sizes == {"d_in": 64, "d_out": 64, "projection": 3, "depth": 4, "d_head": 16, "head": 4}
+    # A tensor of rank 4 along each of these axes needs no more.
+    assert table["d_in"][2] <= 4
+    assert table["d_out"][2] <= 4
     shares = json.loads((tmp_path / "spectra.json").read_text())
     assert sum(shares["d_in"][:4]) == pytest.approx(1, abs=1e-6)
     assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "spectra.svg").read_text()
+    assert lines[6:] == [str(tmp_path / "spectra.png"), str(tmp_path / "spectra.svg")]
 
 
 def test_a_lora_of_peft_is_analysed_with_the_sizes_of_its_backbone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = build("hf_bert").float()
-    model.config.save_pretrained(tmp_path / "backbone")  # type: ignore[union-attr,operator]
-    saved(model, tmp_path / "lora", r=2, target_modules=["query", "key", "value"])
+    assert isinstance(model, PreTrainedModel)
+    model.config.save_pretrained(tmp_path / "backbone")
+    save_random_lora(model, tmp_path / "lora", r=2, target_modules=["query", "key", "value"])
     main([str(tmp_path / "lora"), "--model", str(tmp_path / "backbone"), "--out", str(tmp_path / "out")])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("d_in"))
     assert line.split()[1] == "24"
@@ -47,10 +51,26 @@ def test_a_lora_of_peft_is_analysed_with_the_sizes_of_its_backbone(
 
 
 def test_the_rank_for_a_share_is_the_first_that_keeps_it() -> None:
-    shares = torch.tensor([0.5, 0.3, 0.2])
-    assert [rank_for(shares, energy) for energy in (0.4, 0.5, 0.7, 0.9)] == [1, 1, 2, 3]
+    assert [rank_for([0.5, 0.3, 0.2], energy) for energy in (0.4, 0.5, 0.7, 0.9)] == [1, 1, 2, 3]
 
 
-def test_a_folder_without_an_adapter_is_said_in_a_line(tmp_path: Path) -> None:
+def test_a_line_of_the_figure_rises_from_nothing_to_all_of_the_energy() -> None:
+    shares = {"d_in": [0.5, 0.25, 0.125, 0.125], "head": [0.75, 0.25]}
+    (axes,) = energy_by_rank(shares).axes
+    _, d_in, head = axes.lines
+    assert xy(d_in) == [[0, 0], [25, 50], [50, 75], [75, 87.5], [100, 100]]
+    assert xy(head) == [[0, 0], [50, 75], [100, 100]]
+    assert [str(line.get_label()) for line in (d_in, head)] == ["d_in (4)", "head (2)"]
+
+
+def test_updates_that_are_all_zero_are_refused(tmp_path: Path) -> None:
+    Adapter(AdapterConfig("qkv_depth"), Geometry(d_in=24, heads=3, d_head=8, layers=2)).save(
+        tmp_path / "adapter.safetensors"
+    )
+    with pytest.raises(SystemExit, match=r"error: .*: its updates are all zero"):
+        main([str(tmp_path)])
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"error: .*adapter\.safetensors: no such file"):
         main([str(tmp_path)])

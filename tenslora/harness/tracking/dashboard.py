@@ -47,7 +47,7 @@ def build_report(
         wr = import_module("wandb_workspaces.reports.v2")
         ws = import_module("wandb_workspaces.workspaces")
     except ImportError as error:
-        raise TensLoRAError(f"{error}: pip install tenslora[dashboard]") from error
+        raise TensLoRAError(f"{error}; to install it: pip install -e '.[dashboard]'") from error
 
     def runs_of(job_type: str, *further: Any) -> Any:
         of_groups = [ws.Metric("Group").isin(list(groups))] if groups else []

@@ -6,7 +6,7 @@ import netrc
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import wandb
@@ -120,7 +120,7 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
             job_type=job_type,
             config=config,
             dir=str(folder),
-            mode=mode,  # type: ignore[arg-type]
+            mode=cast(Any, mode),  # one of W&B's own names
             settings=wandb.Settings(silent=True),
             reinit="finish_previous",
         )
@@ -159,10 +159,10 @@ def _result_lines(summary: Summary) -> list[dict[str, Any]]:
                     "mean": _fraction(cell.mean),
                     "sd": _fraction(cell.deviation),
                     "seeds": len(cell.scores),
-                    "difference": _fraction(difference and difference.mean),
-                    "low": _fraction(difference and difference.low),
-                    "high": _fraction(difference and difference.high),
-                    "p": difference and difference.p,
+                    "difference": _fraction(difference.mean if difference else None),
+                    "low": _fraction(difference.low if difference else None),
+                    "high": _fraction(difference.high if difference else None),
+                    "p": difference.p if difference else None,
                     "problems": "; ".join(cell.problems),
                 }
             )

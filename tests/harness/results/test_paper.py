@@ -11,7 +11,7 @@ from tenslora.harness.results import paper as module
 from tenslora.harness.results.paper import is_of_paper, paper, paper_value, verdicts
 from tenslora.harness.results.table import Column, Row, Run
 from tests.conftest import ROOT
-from tests.tables import COLA, DTD, made, table
+from tests.tables import COLA, DIGITS, DTD, make_run, make_table
 
 MODES = [mode for mode in PAPER_CONSTRUCTIONS if mode != "lora"]
 NO_BETTER, FEW, TWO_BETTER, ATT = (
@@ -21,7 +21,6 @@ NO_BETTER, FEW, TWO_BETTER, ATT = (
     "att is the least effective construction",
 )
 HOLDS, DOES_NOT, OPEN = "holds", "does not hold", "not decided by these runs"
-DIGITS = Column("digits", "vit_digits")
 
 
 def test_the_papers_file_is_the_reference_and_every_claim_in_it_has_a_rule() -> None:
@@ -79,7 +78,7 @@ def runs_of(
 ) -> list[Run]:
     """LoRA at 0.7, and constructions by how far they are above it."""
     return [
-        made(mode, "" if mode == "lora" else strategy, seed=seed, column=column, epochs=[0.7 + gain + wobble])
+        make_run(mode, "" if mode == "lora" else strategy, seed=seed, column=column, epochs=[0.7 + gain + wobble])
         for column in columns
         for mode, gain in {"lora": 0.0, **above_lora}.items()
         for seed, wobble in enumerate(WOBBLE[mode][:seeds])
@@ -87,7 +86,7 @@ def runs_of(
 
 
 def verdict(runs: Iterable[Run], claim: str) -> tuple[str, str]:
-    (found,) = (each for each in verdicts(table(runs)) if each.claim == claim)
+    (found,) = (each for each in verdicts(make_table(runs)) if each.claim == claim)
     return found.verdict, found.because
 
 
@@ -147,18 +146,18 @@ def test_att_is_judged_under_every_strategy_that_there_is() -> None:
 
 def test_few_parameters_is_decided_by_counting_alone() -> None:
     # Of ViT-B's LoRA: att_qkv_depth 2.0 %, qkv_depth 2.9, att_depth 5.0, depth 8.5, att_qkv 19.8, qkv 33.7, att 56.0.
-    runs = [made(mode, "" if mode == "lora" else "isorank") for mode in PAPER_CONSTRUCTIONS]
+    runs = [make_run(mode, "" if mode == "lora" else "isorank") for mode in PAPER_CONSTRUCTIONS]
     found, because = verdict(runs, FEW)
     assert found == HOLDS
     assert because.startswith("4 of 7 on vit_base (att 56.0 %, qkv 33.7 %, depth 8.5 %, att_qkv 19.8 %")
     # Of the digits' LoRA at this size not one: the smallest, qkv_depth, has 13.0 %.
-    digits = [made(run.row.tensor_mode, run.row.strategy, column=DIGITS) for run in runs]
+    digits = [make_run(run.row.tensor_mode, run.row.strategy, column=DIGITS) for run in runs]
     found, because = verdict(digits, FEW)
     assert found == DOES_NOT
     assert because.startswith("0 of 7 on vit_digits")
     assert verdict([*runs, *digits], FEW)[0] == DOES_NOT
     assert verdict(runs[:-1], FEW)[0] == OPEN
-    assert verdict([*runs, made("qkv", "isorank", column=COLA)], FEW)[0] == OPEN
+    assert verdict([*runs, make_run("qkv", "isorank", column=COLA)], FEW)[0] == OPEN
     unknown = [replace(run, parameters=None) if run.row.tensor_mode == "att" else run for run in runs]
     assert verdict(unknown, FEW)[0] == OPEN
 
@@ -214,12 +213,12 @@ def test_one_column_is_enough_for_a_claim_to_fail(failing: Column) -> None:
 
 
 def test_variants_are_not_the_papers_rows() -> None:
-    variant = [made("qkv", "isorank", seed=s, epochs=[0.9 + s / 1000], variant=("alpha=8",)) for s in range(3)]
+    variant = [make_run("qkv", "isorank", seed=s, epochs=[0.9 + s / 1000], variant=("alpha=8",)) for s in range(3)]
     assert verdict([*runs_of(BELOW, "isorank"), *variant], NO_BETTER)[0] == HOLDS
 
 
 def test_only_claims_about_the_tables_strategies_are_judged() -> None:
-    claims = {s: [v.claim for v in verdicts(table(runs_of(BELOW, s)))] for s in ("isorank", "isoparameters")}
+    claims = {s: [v.claim for v in verdicts(make_table(runs_of(BELOW, s)))] for s in ("isorank", "isoparameters")}
     assert claims == {"isorank": [NO_BETTER, FEW, ATT], "isoparameters": [TWO_BETTER, ATT]}
-    assert verdicts(table([made("lora", epochs=[0.5]), made("head_only", epochs=[0.5])])) == []
-    assert {v.table for v in verdicts(table(runs_of(BELOW, "isorank")))} == {"isorank", "both"}
+    assert verdicts(make_table([make_run("lora", epochs=[0.5]), make_run("head_only", epochs=[0.5])])) == []
+    assert {v.table for v in verdicts(make_table(runs_of(BELOW, "isorank")))} == {"isorank", "both"}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,59 +16,65 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from tenslora.harness.results import write_results
-from tenslora.harness.results.report import report
-from tests.tables import made, table, whole
+from tenslora.harness.results.report import to_html
+from tenslora.harness.results.summary import summarize
+from tenslora.harness.results.table import Run
+from tests.tables import make_run, make_table
 
 FLAGS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--disable-quic"),
 ]
+FUNCTIONS = (Path(__file__).parent / "page.js").read_text()
 
 
-def test_everything_is_written_and_nothing_else(tmp_path: Path) -> None:
-    paths = write_results(table([made("lora", epochs=[0.5]), made("att", "isorank", epochs=[0.6])]), tmp_path)
-    drawn = [f"figures/{name}" for name in ("score_vs_parameters", "learning_curves")]
-    figures = [f"{name}.{kind}" for name in drawn for kind in ("png", "svg")]
-    names = ["table.md", "table.tex", "table.csv", *figures, "report.html"]
-    assert paths == [tmp_path / name for name in names]
-    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(paths)
-    assert all(path.stat().st_size for path in paths)
-
-
-def test_a_setting_that_is_swept_has_a_table_of_its_own() -> None:
-    runs = [made("att", "isorank", epochs=[0.5 + k / 10], variant=(f"adapter.alpha={k}",)) for k in range(3)]
-    section = report(table(runs)).partition("by <code>adapter.alpha</code>")[2].partition("</table>")[0]
+def test_a_swept_setting_has_a_table_of_its_own() -> None:
+    runs = [make_run("att", "isorank", epochs=[0.5 + k / 10], variant=(f"adapter.alpha={k}",)) for k in range(3)]
+    html = to_html(summarize(make_table(runs)))
+    section = html.partition("by <code>adapter.alpha</code>")[2].partition("</table>")[0]
     assert re.findall(r'<span class="mean[^>]*>([\d.]+)<', section) == ["50.0", "60.0", "70.0"]
     assert re.findall(r'<button type="button">(\w+)<', section) == ["construction", "0", "1", "2"]
 
 
-def test_before_the_first_score_there_is_a_report_without_figures(tmp_path: Path) -> None:
-    paths = write_results(table([made("lora"), made("att", "isorank")]), tmp_path)
-    assert [path.name for path in paths] == ["table.md", "table.tex", "table.csv", "report.html"]
-    text = paths[-1].read_text()
-    assert "0 of 2 runs finished, 2 missing." in text
-    assert 'role="img"' not in text
-
-
 def test_what_a_user_wrote_is_text_and_never_markup() -> None:
-    run = made("lora", epochs=[0.5], variant=("note=<b>&",), problem='<script>alert("x")</script>')
-    text = report(table([run, made("lora", seed=1, epochs=[0.5])], title="<i>", notes=("<u>",)))
-    assert text.count("<script>") == 1
-    assert not re.search("<[biu]>", text)
-    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in text
+    failed = make_run("lora", epochs=[0.5], variant=("note=<b>&",), problem='<script>alert("x")</script>')
+    table = make_table([failed, make_run("lora", seed=1, epochs=[0.5])], title="<i>", notes=("<u>",))
+    html = to_html(summarize(table))
+    assert html.count("<script>") == 1
+    assert not re.search("<[biu]>", html)
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;" in html
 
 
 def test_how_it_was_made_has_every_value_once() -> None:
-    def of(run: Any, torch: str) -> Any:
-        versions = {"python": "3.11.7", "torch": torch}
-        return replace(run, record={**run.record, "environment": {**run.record["environment"], "versions": versions}})
+    def with_torch(run: Run, version: str) -> Run:
+        assert run.record
+        environment = {**run.record["environment"], "versions": {"python": "3.11.7", "torch": version}}
+        return replace(run, record={**run.record, "environment": environment})
 
-    runs = [of(made("lora", seed=seed, epochs=[0.5]), torch) for seed, torch in enumerate(("2.6.0", "2.7.1", "2.6.0"))]
-    section = report(table(runs)).partition("How it was made")[2]
+    versions = ["2.6.0", "2.7.1", "2.6.0"]
+    runs = [with_torch(make_run("lora", seed=seed, epochs=[0.5]), version) for seed, version in enumerate(versions)]
+    section = to_html(summarize(make_table(runs))).partition("How it was made")[2]
     assert "<dt>torch</dt><dd>2.6.0; 2.7.1</dd>" in section
     assert section.count("d206ab517a5399bed7b9395fba4d805547f99308") == 1
     assert section.count("NVIDIA H100 80GB HBM3") == 1
+
+
+def test_figures_stand_in_the_page_with_ids_of_their_own_and_a_label(sample_report: str) -> None:
+    svgs = re.findall(r'<svg role="img".*?</svg>', sample_report, flags=re.DOTALL)
+    assert len(svgs) == 8, "two figures of four panels"
+    ids: list[str] = []
+    for svg in svgs:
+        root = ET.fromstring(svg)
+        own = [id_ for element in root.iter() if (id_ := element.get("id"))]
+        used = re.findall(r'(?:url\(|href=")#([^)"]+)', svg)
+        assert used
+        assert set(used) <= set(own)
+        ids += own
+        assert root.get("viewBox")
+        assert not root.get("width")
+        assert not root.get("height")
+    assert len(ids) == len(set(ids))
+    assert 'aria-label="Score against parameters: dtd · vit_base · isoparameters"' in svgs[0]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +93,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+def page(sample_report: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a report."""
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(report(whole()))
+    path.write_text(sample_report)
     return path.as_uri()
 
 
@@ -100,19 +108,19 @@ def show(browser: webdriver.Chrome, page: str, width: int = 1280, scheme: str = 
     browser.get(page)
 
 
-def header(browser: webdriver.Chrome, of: str, name: str) -> WebElement:
-    heads = browser.find_elements(By.CSS_SELECTOR, f"#{of} thead th")
+def ask(browser: webdriver.Chrome, call: str, *arguments: Any) -> Any:
+    """What a call of one of the functions in page.js returns."""
+    return browser.execute_script(f"{FUNCTIONS}\nreturn {call}", *arguments)
+
+
+def header(browser: webdriver.Chrome, table: str, name: str) -> WebElement:
+    heads = browser.find_elements(By.CSS_SELECTOR, f"#{table} thead th")
     return next(head for head in heads if head.text.split("\n")[0] == name)
 
 
-def column(browser: webdriver.Chrome, of: str, name: str) -> list[str]:
+def column(browser: webdriver.Chrome, table: str, name: str) -> list[str]:
     """The cells below a header, from top to bottom."""
-    texts: list[str] = browser.execute_script(
-        "const [id, place] = arguments;"
-        "return [...document.querySelectorAll(`#${id} tbody tr`)].map(row => row.cells[place].textContent.trim())",
-        of,
-        browser.execute_script("return arguments[0].cellIndex", header(browser, of, name)),
-    )
+    texts: list[str] = ask(browser, "columnTexts(...arguments)", table, header(browser, table, name))
     return texts
 
 
@@ -143,9 +151,9 @@ def test_a_click_on_a_header_sorts_by_number_and_another_reverses(browser: webdr
 
 def test_scores_and_differences_sort_by_value(browser: webdriver.Chrome, page: str) -> None:
     show(browser, page)
-    for of, name in (("main-table", "dtd"), ("against-table", "difference")):
-        header(browser, of, name).find_element(By.TAG_NAME, "button").click()
-        texts = [text.split("±")[0].replace("\N{MINUS SIGN}", "-") for text in column(browser, of, name)]
+    for table, name in (("main-table", "dtd"), ("against-table", "difference")):
+        header(browser, table, name).find_element(By.TAG_NAME, "button").click()
+        texts = [text.split("±")[0].replace("\N{MINUS SIGN}", "-") for text in column(browser, table, name)]
         values = [float(text) for text in texts]
         assert values == sorted(values) and len(set(values)) > 10
     # Back to the paper's order.
@@ -156,26 +164,23 @@ def test_scores_and_differences_sort_by_value(browser: webdriver.Chrome, page: s
 
 def test_on_a_phone_the_page_does_not_scroll_sideways(browser: webdriver.Chrome, page: str) -> None:
     show(browser, page, width=360)
-    page_width, window = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-    assert (page_width, window) == (360, 360)
-    tables, containers = browser.execute_script(
-        "const within = element => element.getBoundingClientRect().right <= innerWidth;"
-        "return ['table', '.scroll'].map(which => [...document.querySelectorAll(which)].every(within))"
-    )
-    assert not tables, "the tables are wider than a phone, or this test shows nothing"
-    assert containers
-    widths = browser.execute_script("return [...document.querySelectorAll('.figures svg')].map(svg => svg.clientWidth)")
+    assert ask(browser, "[document.documentElement.scrollWidth, innerWidth]") == [360, 360]
+    assert not ask(browser, "fits('table')"), "the tables are wider than a phone, or this test shows nothing"
+    assert ask(browser, "fits('.scroll')")
+    widths = ask(browser, "widths('.figures svg')")
     assert len(widths) == 8
     assert all(280 < width <= 328 for width in widths), "figures fill the width between the margins"
 
 
 def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
     channels = [float(number) / 255 for number in re.findall(r"[\d.]+", colour)[:3]]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def contrast(one: str, other: str) -> float:
+    """Contrast ratio as WCAG 2 defines it; 4.5 is its least for text."""
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
@@ -183,18 +188,12 @@ def contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_in_light_and_dark(browser: webdriver.Chrome, page: str, scheme: str) -> None:
     show(browser, page, scheme=scheme)
-    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    background = ask(browser, "getComputedStyle(document.body).backgroundColor")
     assert (luminance(background) < 0.05) is (scheme == "dark")
-    found = browser.execute_script(
-        "return [...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some("
-        "  n => n.nodeType === 3 && n.data.trim())).filter(e => e.tagName !== 'SCRIPT').map(e => {"
-        "    const style = getComputedStyle(e);"
-        "    return [e.textContent.trim().slice(0, 40), e.tagName === 'text' ? style.fill : style.color];"
-        "})"
-    )
-    assert len(found) > 500
-    assert {text for text, colour in found if contrast(colour, background) < 4.5} == set()
-    assert "lora" in {text for text, _ in found}
+    texts = ask(browser, "textColours()")
+    assert len(texts) > 500
+    assert {text for text, colour in texts if contrast(colour, background) < 4.5} == set()
+    assert "lora" in {text for text, _ in texts}
 
 
 def test_it_asks_nothing_of_the_network_and_logs_no_error(browser: webdriver.Chrome, page: str) -> None:
@@ -205,6 +204,6 @@ def test_it_asks_nothing_of_the_network_and_logs_no_error(browser: webdriver.Chr
         button.click()
     assert logs.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in logs.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert page in asked
-    assert all(url.startswith(("file:", "data:")) for url in asked), asked
+    requested = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert page in requested
+    assert all(url.startswith(("file:", "data:")) for url in requested), requested

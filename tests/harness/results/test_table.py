@@ -2,19 +2,20 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
 from tenslora.constructions import CONSTRUCTIONS
-from tenslora.harness.results.table import Row, mean_and_deviation
-from tests.tables import COLA, DTD, made, table
+from tenslora.harness.results.table import AdapterSize, Row, mean_and_deviation
+from tests.tables import COLA, DTD, make_run, make_table
 
 
 def test_lora_stands_first_then_the_constructions_by_strategy_in_the_papers_order_then_the_references() -> None:
     modes = list(CONSTRUCTIONS)[1:]
-    runs = [made(mode, strategy) for strategy in ("isoparameters", "isorank") for mode in reversed(modes)]
-    runs += [made("full"), made("head_only"), made("lora")]
-    assert [row.label for row in table(runs).rows] == [
+    runs = [make_run(mode, strategy) for strategy in ("isoparameters", "isorank") for mode in reversed(modes)]
+    runs += [make_run("full"), make_run("head_only"), make_run("lora")]
+    assert [row.label for row in make_table(runs).rows] == [
         "lora",
         *(f"{mode} {strategy}" for strategy in ("isoparameters", "isorank") for mode in modes),
         "head_only",
@@ -26,62 +27,88 @@ def test_lora_stands_first_then_the_constructions_by_strategy_in_the_papers_orde
 def test_variants_and_strategies_stand_in_the_order_in_which_they_were_swept() -> None:
     variants = [("lr=2",), ("lr=1",)]
     runs = [
-        made(mode, strategy, variant=v)
+        make_run(mode, strategy, variant=v)
         for v in variants
         for mode, strategy in (("qkv", "isorank"), ("att", "isorank"), ("qkv", "isoparameters"), ("lora", ""))
     ]
-    assert [row.label for row in table(runs).rows] == [
+    assert [row.label for row in make_table(runs).rows] == [
         "lora lr=2", "lora lr=1",
         "att isorank lr=2", "qkv isorank lr=2", "qkv isoparameters lr=2",
         "att isorank lr=1", "qkv isorank lr=1", "qkv isoparameters lr=1",
     ]  # fmt: skip
 
 
-def test_a_row_is_a_construction_unless_it_is_lora_or_a_reference() -> None:
-    assert Row("att", "isorank").is_construction
-    assert not any(Row(mode).is_construction for mode in ("lora", "head_only", "full"))
-    assert Row("lora", "explicit", ("a=1", "b=2")).label == "lora explicit a=1 b=2"
+def test_a_row_is_lora_a_construction_or_a_reference() -> None:
+    rows = [Row("lora"), Row("att", "isorank"), Row("head_only"), Row("full")]
+    assert [row.is_lora for row in rows] == [True, False, False, False]
+    assert [row.is_construction for row in rows] == [False, True, False, False]
+    assert [row.has_adapter for row in rows] == [True, True, False, False]
+
+
+def test_a_rows_label_has_what_sets_it_apart() -> None:
+    row = Row("lora", "explicit", ("a=1", "b=2"))
+    assert row.label == "lora explicit a=1 b=2"
+    assert row.values == ("1", "2")
+    assert row.without_variant == Row("lora", "explicit")
+
+
+def test_an_adapters_size_is_as_recorded_or_else_as_planned() -> None:
+    planned, recorded = make_run("qkv", "isorank"), make_run("qkv", "isorank", epochs=[0.5])
+    assert planned.size == recorded.size == AdapterSize((4, 4, 4), 74640, 221184)
+    assert replace(recorded, ranks=None, parameters=None, lora_parameters=None).size == recorded.size
+    assert make_run("head_only", epochs=[0.5]).size == AdapterSize(None, None, 221184)
+    assert replace(planned, parameters=None).size.percent_of_lora is None
+
+
+def test_a_run_is_completed_failed_or_missing() -> None:
+    runs = [make_run("lora", epochs=[0.5]), make_run("lora"), make_run("lora", epochs=[0.5], problem="diverged")]
+    assert [run.status for run in runs] == ["completed", "missing", "failed"]
+    assert [run.score("last") for run in runs] == [0.5, None, None]
 
 
 def test_one_setting_beside_the_construction_is_the_one_that_is_swept() -> None:
-    assert table([made("lora"), made("att", variant=("lr=1",)), made("att", variant=("lr=2",))]).swept == "lr"
-    assert table([made("lora"), made("att")]).swept is None
-    assert table([made("att", variant=("lr=1", "alpha=4"))]).swept is None
+    assert (
+        make_table(
+            [make_run("lora"), make_run("att", variant=("lr=1",)), make_run("att", variant=("lr=2",))]
+        ).swept_setting
+        == "lr"
+    )
+    assert make_table([make_run("lora"), make_run("att")]).swept_setting is None
+    assert make_table([make_run("att", variant=("lr=1", "alpha=4"))]).swept_setting is None
 
 
 def test_columns_stand_as_swept_and_a_cell_has_its_runs_by_seed() -> None:
-    runs = [made("lora", seed=seed, column=column, epochs=[0.5]) for column in (COLA, DTD) for seed in (3, 0, 11, 2)]
+    runs = [
+        make_run("lora", seed=seed, column=column, epochs=[0.5]) for column in (COLA, DTD) for seed in (3, 0, 11, 2)
+    ]
     random.Random(0).shuffle(runs)
-    runs.insert(0, made("qkv", "isorank", column=COLA))
-    made_table = table(runs)
-    assert made_table.columns == [COLA, DTD]
-    assert [run.seed for run in made_table.cell(Row("lora"), DTD)] == [0, 2, 3, 11]
-    assert made_table.cell(Row("qkv", "isorank"), DTD) == []
+    runs.insert(0, make_run("qkv", "isorank", column=COLA))
+    table = make_table(runs)
+    assert table.columns == [COLA, DTD]
+    assert [run.seed for run in table.cell(Row("lora"), DTD)] == [0, 2, 3, 11]
+    assert table.cell(Row("qkv", "isorank"), DTD) == []
 
 
 def test_scores_are_the_last_or_the_best_of_completed_runs_by_seed() -> None:
     runs = [
-        made("lora", seed=2, epochs=[0.9, 0.6]),
-        made("lora", seed=0, epochs=[0.5, 0.0]),
-        made("lora", seed=1),
-        made("lora", seed=3, epochs=[0.7], problem="the loss is nan"),
-        made("lora", seed=4, problem="no such folder"),
+        make_run("lora", seed=2, epochs=[0.9, 0.6]),
+        make_run("lora", seed=0, epochs=[0.5, 0.0]),
+        make_run("lora", seed=1),
+        make_run("lora", seed=3, epochs=[0.7], problem="the loss is nan"),
+        make_run("lora", seed=4, problem="no such folder"),
     ]
-    assert table(runs).scores(Row("lora"), DTD) == {0: 0.0, 2: 0.6}
-    assert table(runs, score="best").scores(Row("lora"), DTD) == {0: 0.5, 2: 0.9}
-    assert table(runs).scores(Row("lora"), COLA) == {}
-    assert table(runs).problems(Row("lora"), DTD) == ["missing", "the loss is nan", "no such folder"]
-
-
-def test_each_reason_is_told_once() -> None:
-    runs = [made("lora", seed=seed, problem="no room" if seed % 2 else "") for seed in range(5)]
-    assert table(runs).problems(Row("lora"), DTD) == ["missing", "no room"]
-    assert table([made("lora", epochs=[0.5])]).problems(Row("lora"), DTD) == []
+    assert make_table(runs).scores(Row("lora"), DTD) == {0: 0.0, 2: 0.6}
+    assert make_table(runs, score="best").scores(Row("lora"), DTD) == {0: 0.5, 2: 0.9}
+    assert make_table(runs).scores(Row("lora"), COLA) == {}
 
 
 def test_the_metric_is_what_the_columns_runs_say() -> None:
-    runs = [made("lora", column=DTD), made("lora", column=COLA), made("qkv", "isorank", column=COLA, epochs=[0.5])]
-    assert (table(runs).metric(COLA), table(runs).metric(DTD)) == ("matthews", None)
+    runs = [
+        make_run("lora", column=DTD),
+        make_run("lora", column=COLA),
+        make_run("qkv", "isorank", column=COLA, epochs=[0.5]),
+    ]
+    assert (make_table(runs).metric(COLA), make_table(runs).metric(DTD)) == ("matthews", None)
 
 
 def test_a_row_is_compared_with_the_lora_of_its_variant_else_with_the_only_one() -> None:
@@ -89,8 +116,8 @@ def test_a_row_is_compared_with_the_lora_of_its_variant_else_with_the_only_one()
     rows = {v: Row("qkv", "isorank", v) for v in (low, high, ())}
 
     def of(*loras: tuple[str, ...], row: Row) -> Row | None:
-        runs = [made("lora", variant=v) for v in loras]
-        return table([*runs, made(row.tensor_mode, row.strategy, variant=row.variant)]).reference(row)
+        runs = [make_run("lora", variant=v) for v in loras]
+        return make_table([*runs, make_run(row.tensor_mode, row.strategy, variant=row.variant)]).reference(row)
 
     assert of(low, high, row=rows[high]) == Row("lora", "", high)
     assert of(low, high, row=rows[low]) == Row("lora", "", low)
@@ -101,9 +128,9 @@ def test_a_row_is_compared_with_the_lora_of_its_variant_else_with_the_only_one()
 
 
 def test_lora_is_not_compared_with_itself() -> None:
-    assert table([made("lora")]).reference(Row("lora")) is None
+    assert make_table([make_run("lora")]).reference(Row("lora")) is None
     other = Row("lora", "", ("rank=8",))
-    assert table([made("lora"), made("lora", variant=other.variant)]).reference(other) == Row("lora")
+    assert make_table([make_run("lora"), make_run("lora", variant=other.variant)]).reference(other) == Row("lora")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +143,4 @@ def test_lora_is_not_compared_with_itself() -> None:
     ],
 )
 def test_mean_and_deviation(scores: list[float], mean: float, deviation: float | None) -> None:
-    found = mean_and_deviation(iter(scores))
-    assert math.isclose(found[0], mean)
-    assert found[1] == deviation if deviation is None else math.isclose(found[1] or 0.0, deviation, abs_tol=1e-12)
+    assert mean_and_deviation(iter(scores)) == pytest.approx((mean, deviation), abs=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -58,7 +59,7 @@ def _draw_list(place: SubFigure, panel: Panel) -> None:
     axes.tick_params(axis="y", length=0, pad=6)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
-    small = {"color": GREY, "size": FONT_SIZE - 1}
+    small: dict[str, Any] = {"color": GREY, "size": FONT_SIZE - 1}
     axes.text(1.02, 1.0, "parameters", transform=axes.transAxes, va="bottom", ha="left", **small)
     if lora:
         axes.axvspan(lora.mean - lora.deviation, lora.mean + lora.deviation, color=INK, alpha=0.08, linewidth=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from tenslora.harness.results.labels import leader_of, overlap, place_labels, spread
+from tenslora.harness.results.figures.labels import leader_of, overlap, place_labels, spread
 
 
 @pytest.mark.parametrize("random_seed", range(5))

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.results.table import Column, Row, Run, Table
+from tenslora.harness.tracking import start_tracker, track_table
+from tenslora.harness.tracking.wandb_tracker import _has_key
+from tests.offline import OFFLINE, Tracked, hide_wandb_keys, read_offline_run
+from tests.running import configured
+
+
+@pytest.fixture
+def _without_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hide_wandb_keys(monkeypatch, tmp_path)
+
+
+def test_a_run_says_what_it_is(tracked: Tracked) -> None:
+    started, config, result = tracked.run.started, tracked.run.config, tracked.result
+    assert (started["project"], started["run_group"], started["job_type"]) == ("p", "g", "train")
+    assert started["tags"] == ["mine", "digits"]
+    assert started["display_name"] == "digits-vit_digits-qkv-isorank-seed0"
+    assert config["row"] == "qkv-isorank"
+    assert config["dataset"]["name"] == "digits"
+    assert config["optimizer"]["lr"] == 1e-3
+    assert config["adapter_parameters"] == result["adapter_parameters"]
+    assert config["head_parameters"] == result["head_parameters"]
+    assert config["percent_of_lora"] == pytest.approx(100 * result["adapter_parameters"] / result["lora_parameters"])
+
+
+def test_a_run_logs_every_metric_under_its_own_name_and_the_headline_as_score(tracked: Tracked) -> None:
+    history = tracked.result["metrics"]["history"]
+    names = set(history[0])
+    assert [{name: row[name] for name in names} for row in tracked.run.history] == history
+    assert [row["score"] for row in tracked.run.history] == [entry["accuracy"] for entry in history]
+
+
+def test_a_runs_summary_has_what_it_came_to_and_cost(tracked: Tracked) -> None:
+    summary, result = tracked.run.summary, tracked.result
+    assert summary["score"] == summary["last"] == result["metrics"]["last"]
+    assert (summary["best"], summary["best_epoch"]) == (result["metrics"]["best"], result["metrics"]["best_epoch"])
+    assert summary["steps_per_second"] == pytest.approx(result["steps_per_second"])
+    assert summary["seconds"]["train"] == pytest.approx(result["seconds"]["train"])
+    assert (summary["status"], tracked.run.exit_code) == ("completed", 0)
+
+
+def test_a_run_uploads_adapter_and_head_as_one_artifact(tracked: Tracked) -> None:
+    assert tracked.run.artifacts == {"model": ["adapter.safetensors", "head.safetensors"]}
+
+
+@pytest.mark.usefixtures("_without_keys")
+def test_lora_has_no_strategy_in_its_name_and_a_run_that_breaks_off_has_failed(tmp_path: Path) -> None:
+    run = configured("tensor_mode=lora", "dataset=cola", "model=minilm", "rank_strategy=isoparameters", "seed=3")
+    run = replace(run, logger=OFFLINE)
+    facts = {"adapter_parameters": 100, "lora_parameters": 100}
+    with pytest.raises(KeyboardInterrupt), start_tracker(run, tmp_path, facts) as tracker:
+        tracker.epoch({"epoch": 1, "step": 5, "matthews": 0.25, "accuracy": 0.75})
+        raise KeyboardInterrupt
+    tracked = read_offline_run(tmp_path)
+    assert tracked.started["display_name"] == "cola-minilm-lora-seed3"
+    assert tracked.config["row"] == "lora"
+    assert tracked.history[0]["score"] == 0.25
+    assert tracked.exit_code == 1
+
+
+def test_a_table_is_a_run_in_the_group_of_its_runs(tracked: Tracked) -> None:
+    started = tracked.table.started
+    assert (started["project"], started["run_group"], started["job_type"]) == ("p", "isorank", "table")
+    assert (started["display_name"], started["tags"]) == ("isorank", ["isorank"])
+    assert tracked.table.exit_code == 0
+
+
+def lines(tracked: Tracked, name: str) -> list[dict[str, Any]]:
+    content = json.loads((tracked.table.folder / "files" / tracked.table.summary[f"{name}.path"]).read_text())
+    return [dict(zip(content["columns"], line, strict=True)) for line in content["data"]]
+
+
+def test_a_tables_results_are_means_differences_and_intervals(tracked: Tracked) -> None:
+    lora, qkv, alpha = lines(tracked, "results")
+    measured = tracked.result["metrics"]["last"]
+    assert (lora["row"], qkv["row"], alpha["row"]) == ("lora", "qkv-isorank", "qkv-isorank-adapter.alpha=1")
+    assert (lora["mean"], lora["sd"]) == (pytest.approx(0.55), pytest.approx(0.1 / 2**0.5))
+    assert lora["difference"] is None
+    assert qkv["adapter_parameters"] == tracked.result["adapter_parameters"]
+    assert qkv["percent_of_lora"] == pytest.approx(tracked.run.config["percent_of_lora"])
+    assert (qkv["metric"], qkv["seeds"]) == ("accuracy", 2)
+    assert qkv["mean"] == pytest.approx((measured + 0.7) / 2)
+    assert qkv["difference"] == pytest.approx((measured - 0.5 + 0.7 - 0.6) / 2)
+    # Student's t with one degree of freedom: the 97.5 % quantile is 12.706, and p an arctangent.
+    spread = abs((measured - 0.5) - (0.7 - 0.6)) / 2
+    assert qkv["high"] - qkv["low"] == pytest.approx(2 * 12.7062 * spread, rel=1e-4)
+    assert qkv["p"] == pytest.approx(1 - 2 / math.pi * math.atan(abs(qkv["difference"]) / spread))
+    assert (alpha["mean"], alpha["seeds"], alpha["problems"]) == (None, 0, "out of memory")
+
+
+def test_a_table_has_a_line_per_run(tracked: Tracked) -> None:
+    found = lines(tracked, "runs")
+    assert [(line["row"], line["seed"], line["status"]) for line in found] == [
+        ("lora", 0, "completed"),
+        ("lora", 1, "completed"),
+        ("qkv-isorank", 0, "completed"),
+        ("qkv-isorank", 1, "completed"),
+        ("qkv-isorank-adapter.alpha=1", 0, "failed"),
+    ]
+    assert found[2]["last"] == tracked.result["metrics"]["last"]
+    assert found[2]["digest"] == tracked.result["digest"]
+    assert found[4]["last"] is None
+
+
+def test_a_tables_files_go_up_as_images_page_and_artifact(tracked: Tracked) -> None:
+    table = tracked.table
+    assert table.artifacts["table"] == ["against.png", "report.html", "scores.png", "table.csv"]
+    assert table.summary["figures.captions"] == ["scores", "against"]
+    assert all((table.folder / "files" / path).is_file() for path in table.summary["figures.filenames"])
+    assert (table.folder / "files" / table.summary["report.path"]).read_text() == "<p>report.html</p>"
+
+
+@pytest.mark.usefixtures("_without_keys")
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"tags": ["x" * 65]}, r"logger\.tags: Tag 'x+\.\.\.x+' is 65 characters\. Tags must be between 1 and 64 char"),
+        ({"project": "a/b"}, r"logger: Weights & Biases does not accept the run \(Invalid project name 'a/b'"),
+    ],
+)
+def test_what_wandb_does_not_take_is_named(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    table = Table("t", "T", (Run(Row("lora"), Column("d", "m"), 0, "x"),))
+    with pytest.raises(TensLoRAError, match=message) as raised:
+        track_table(replace(OFFLINE, **wrong), tmp_path, table, [])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("api.wandb.ai", True), ("wandb.example.org", True), ("example.com", False), (None, False)]
+)
+@pytest.mark.usefixtures("_without_keys")
+def test_a_key_in_the_netrc_file_is_seen(
+    host: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if host:
+        (tmp_path / "keys").write_text(f"machine {host}\n  login user\n  password {'a' * 40}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+    assert _has_key("https://wandb.example.org/path") == expected
+
+
+def test_a_key_in_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert _has_key("https://wandb.example.org")
