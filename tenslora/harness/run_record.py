@@ -12,10 +12,7 @@ from tenslora.ranks import parameter_count
 if TYPE_CHECKING:
     from torch.nn import Parameter
 
-    from tenslora.adapter import Adapter
-    from tenslora.constructions import Geometry
-    from tenslora.decomposition import Approximation
-    from tenslora.harness.backbones import Backbone
+    from tenslora.harness.adapted_model import AdaptedModel
     from tenslora.harness.config import RunConfig
     from tenslora.harness.data import Dataset
     from tenslora.harness.training.checkpoint import TrainingState
@@ -23,27 +20,16 @@ if TYPE_CHECKING:
     from tenslora.harness.training.processes import Processes
 
 
-def facts_of(
-    run: RunConfig,
-    dataset: Dataset,
-    backbone: Backbone,
-    geometry: Geometry,
-    adapter: Adapter | None,
-    warm_start: Approximation | None,
-    processes: Processes,
-) -> dict[str, Any]:
+def facts_of(run: RunConfig, dataset: Dataset, adapted: AdaptedModel, processes: Processes) -> dict[str, Any]:
     """What is known of a run before it trains: names, ranks, exact parameter counts, sizes of the data, the device.
 
     Args:
         run: its settings.
         dataset: as loaded.
-        backbone: with the adapter on it.
-        geometry: as found in the backbone.
-        adapter: None for a run without one.
-        warm_start: how near the adapter came to the LoRA that it started from, if it did.
+        adapted: the model, ready to train.
         processes: that train.
     """
-    model = backbone.model
+    model, adapter, warm_start = adapted.model, adapted.adapter, adapted.warm_start
     factorization = None
     if run.adapter:
         factorization = "matrix" if run.tensor_mode == "lora" else run.adapter.factorization
@@ -57,10 +43,10 @@ def facts_of(
         "ranks": list(adapter.ranks) if adapter else None,
         "warm_start": asdict(warm_start) if warm_start else None,
         "seed": run.seed,
-        "geometry": vars(geometry),
+        "geometry": vars(adapted.geometry),
         "adapter_parameters": _count(adapter.parameters()) if adapter else 0,
-        "lora_parameters": parameter_count("lora", geometry, [run.rank_strategy.rank]),
-        "head_parameters": _count(backbone.head_parameters().values()),
+        "lora_parameters": parameter_count("lora", adapted.geometry, [run.rank_strategy.rank]),
+        "head_parameters": _count(adapted.head.values()),
         "trained_parameters": _count(p for p in model.parameters() if p.requires_grad),
         "total_parameters": _count(model.parameters()),
         "train_examples": len(dataset.train),

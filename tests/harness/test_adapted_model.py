@@ -6,7 +6,7 @@ import pytest
 
 from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
-from tenslora.harness.backbones.declared_geometry import check_geometry
+from tenslora.harness.adapted_model import check_geometry
 
 ACTUAL = Geometry(d_in=24, heads=3, d_head=8, layers=2)
 
