@@ -11,6 +11,7 @@ from typing import Any
 
 from tenslora.constructions import Geometry
 from tenslora.harness.results.table import percent_of_lora
+from tenslora.harness.training.metrics import METRICS
 from tenslora.ranks import rank_limits
 
 _PACKAGES = (
@@ -38,7 +39,8 @@ def summarize_history(history: list[dict[str, Any]], metrics: list[str]) -> dict
         Without a finished epoch the scores are None.
     """
     headline = metrics[0]
-    best = max(history, key=lambda entry: entry[headline], default=None)
+    better = max if METRICS[headline].larger_is_better else min
+    best = better(history, key=lambda entry: entry[headline], default=None)
     return {
         "name": headline,
         "last": history[-1][headline] if history else None,

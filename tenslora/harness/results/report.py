@@ -22,11 +22,15 @@ def to_html(summary: Summary) -> str:
     figures = [(figure, [Markup(svg) for svg in inline_svgs(summary, figure)]) for figure in figures_of(summary)]
     statuses = [run.status for run in summary.runs]
     reach = _reach(summary.comparisons)
+    larger_is_better = {column.column: column.larger_is_better for column in summary.columns}
     return template.render(
         summary=summary,
         table=summary.table,
         position_of=lambda row: ROW_ORDER.index(row.tensor_mode),
-        comparisons=[(against, _interval(against.difference, reach)) for against in summary.comparisons],
+        comparisons=[
+            (against, _interval(against.difference, reach, larger_is_better[against.column]))
+            for against in summary.comparisons
+        ],
         comparison_note=COMPARISON_NOTE,
         figures=[(figure, svgs) for figure, svgs in figures if svgs],
         counts={status: statuses.count(status) for status in ("completed", "failed", "missing")},
@@ -46,12 +50,13 @@ def _reach(comparisons: Iterable[Comparison]) -> float:
     return max(ends, default=1.0) or 1.0
 
 
-def _interval(difference: Difference | None, reach: float) -> dict[str, Any] | None:
+def _interval(difference: Difference | None, reach: float, larger_is_better: bool) -> dict[str, Any] | None:
     """Where mean and interval lie on a scale from -100 to 100; None if the mean lies outside it or is unknown.
 
     Args:
         difference: in points.
         reach: what lies at 100, in points.
+        larger_is_better: whether a positive difference is good.
     """
     if difference is None or abs(difference.mean) > reach:
         return None
@@ -63,7 +68,8 @@ def _interval(difference: Difference | None, reach: float) -> dict[str, Any] | N
         "mean": position(difference.mean),
         "low": position(difference.low),
         "high": position(difference.high),
-        "verdict": {True: "above", False: "below", None: "open"}[difference.above],
+        # Whether the row is better than LoRA, which colours the interval.
+        "verdict": "open" if difference.above is None else "above" if difference.above is larger_is_better else "below",
     }
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from tenslora.harness.results.paper import Verdict, paper_value, verdicts
 from tenslora.harness.results.statistics import TEST, Difference, paired_difference
 from tenslora.harness.results.table import AdapterSize, Column, Row, Run, Table, mean_and_deviation
+from tenslora.harness.training.metrics import METRICS
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -36,7 +37,7 @@ class Cell:
         scores: of the completed runs by seed, as fractions.
         mean: of the scores, in per cent; None without a score.
         deviation: the scores' standard deviation in per cent; None with fewer than two scores.
-        best: whether no other row with an adapter shows a higher mean in this column.
+        best: whether no other row with an adapter shows a better mean in this column.
         paper: the paper's score in per cent; None where we hold no source for it.
         difference: from LoRA, in points (per cent of the metric); None for LoRA, or if no seed is finished for both.
     """
@@ -140,11 +141,13 @@ class SummaryColumn:
     Args:
         column: dataset and backbone.
         metric: the name of the headline metric; None before the first record.
+        larger_is_better: whether a larger score of this metric is a better one.
         has_paper: whether we hold any score of the paper for it.
     """
 
     column: Column
     metric: str | None
+    larger_is_better: bool
     has_paper: bool
 
 
@@ -270,7 +273,8 @@ def summarize(table: Table) -> Summary:
     best: dict[Column, float] = {}
     for (row, column), (mean, _) in means.items():
         if row.has_adapter:
-            best[column] = max(best.get(column, mean), mean)
+            better = max if _larger_is_better(table, column) else min
+            best[column] = better(best.get(column, mean), mean)
 
     def cell(row: Row, column: Column) -> Cell:
         mean, deviation = means.get((row, column), (None, None))
@@ -292,7 +296,12 @@ def summarize(table: Table) -> Summary:
         for row, starts_group in zip(table.rows, starts, strict=True)
     )
     columns = tuple(
-        SummaryColumn(column, table.metric(column), any(row.cells[number].paper is not None for row in rows))
+        SummaryColumn(
+            column=column,
+            metric=table.metric(column),
+            larger_is_better=_larger_is_better(table, column),
+            has_paper=any(row.cells[number].paper is not None for row in rows),
+        )
         for number, column in enumerate(table.columns)
     )
     comparisons = tuple(Comparison(row, column, difference) for (row, column), difference in differences.items())
@@ -326,6 +335,11 @@ def _differences(table: Table) -> dict[tuple[Row, Column], Difference | None]:
             difference = paired_difference(table.scores(row, column), table.scores(reference, column))
             differences[row, column] = difference.in_points if difference else None
     return differences
+
+
+def _larger_is_better(table: Table, column: Column) -> bool:
+    metric = METRICS.get(table.metric(column) or "")
+    return metric is None or metric.larger_is_better
 
 
 def _sizes(table: Table, row: Row) -> tuple[AdapterSize, ...]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tenslora.harness.results.record import describe_environment, describe_run, summarize_history
+from tenslora.harness.training.metrics import METRICS
 from tests.offline import Tracked
 from tests.running import SHORT, run
 
@@ -17,6 +19,12 @@ def test_last_is_the_headline_and_best_is_the_first_to_reach_it() -> None:
     assert (metrics["name"], metrics["last"], metrics["best"], metrics["best_epoch"]) == ("accuracy", 0.5, 0.75, 2)
     assert metrics["others_last"] == {"f1": 0.25}
     assert metrics["history"] == HISTORY
+
+
+def test_best_is_the_lowest_score_where_a_smaller_one_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "accuracy", replace(METRICS["accuracy"], larger_is_better=False))
+    metrics = summarize_history(HISTORY, ["accuracy"])
+    assert (metrics["best"], metrics["best_epoch"]) == (0.25, 1)
 
 
 def test_a_run_without_a_finished_epoch_has_no_scores() -> None:

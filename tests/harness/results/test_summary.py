@@ -6,6 +6,7 @@ import pytest
 
 from tenslora.harness.results.summary import Summary, summarize
 from tenslora.harness.results.table import AdapterSize, Run
+from tenslora.harness.training.metrics import METRICS
 from tests.tables import COLA, DTD, make_run, make_table, sample_table
 
 THREE_ROWS = make_table(
@@ -46,6 +47,13 @@ def test_all_rows_that_show_the_best_mean_are_best() -> None:
     scores = {"att": 0.70012, "qkv": 0.69951, "depth": 0.6994}
     runs = [make_run(mode, "isorank", epochs=[score]) for mode, score in scores.items()]
     assert texts(summarize(make_table(runs))) == ["*70.0*", "*70.0*", "69.9"]
+
+
+def test_the_lowest_mean_is_best_where_a_smaller_score_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "accuracy", replace(METRICS["accuracy"], larger_is_better=False))
+    summary = summarize(THREE_ROWS)
+    assert texts(summary) == ["*50.0* ± 10.0", "60.0 ± 10.0", "95.0"]
+    assert not summary.columns[0].larger_is_better
 
 
 def test_a_row_has_its_adapters_ranks_and_parameters() -> None:
