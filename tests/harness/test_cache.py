@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tenslora.harness import backbones
+from tenslora.harness.backbones import load_backbone, timm_models
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import validate
 from tenslora.harness.data import images
@@ -97,7 +97,7 @@ def test_runs_that_share_a_process_neither_disturb_each_other_nor_read_anything_
 ) -> None:
     # Whatever earlier tests of this process have left there makes room for something else.
     digits(range(2))
-    backbones.load_backbone(validate(composed("model.pretrained=false")).model, 2, 0)
+    load_backbone(validate(composed("model.pretrained=false")).model, 2, 0)
     reads = []
 
     def counting(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,7 +107,7 @@ def test_runs_that_share_a_process_neither_disturb_each_other_nor_read_anything_
 
         return reading
 
-    monkeypatch.setattr(backbones, "_read_weights", counting("weights", backbones._read_weights))
+    monkeypatch.setattr(timm_models, "_read_weights", counting("weights", timm_models._read_weights))
     monkeypatch.setattr(images, "_uci_digits", counting("dataset", images._uci_digits))
 
     job = [*SHORT, "tensor_mode=qkv_depth", "adapter.dropout=0.2"]

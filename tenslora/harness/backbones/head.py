@@ -1,0 +1,62 @@
+"""A backbone and the classification head on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tenslora.random_streams import stream_seed
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model that maps a batch to logits, with its classification head.
+
+    Args:
+        model: the Transformer; call it with keyword inputs.
+        head: the modules of `model` that are trained together with the adapter.
+        input_name: the keyword by which `model` takes images.
+    """
+
+    model: nn.Module
+    head: list[nn.Module]
+    input_name: str
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The head's parameters by their names in the model."""
+        in_head = {id(parameter) for module in self.head for parameter in module.parameters()}
+        return {name: p for name, p in self.model.named_parameters() if id(p) in in_head}
+
+
+def draw_head(head: Sequence[nn.Module], seed: int) -> None:
+    """Start a head anew: normal weights with standard deviation 0.02, and biases of zero.
+
+    Args:
+        head: its modules; all Linear layers in them are drawn, in place.
+        seed: of a random stream that nothing else draws from, so that the head does not depend on the backbone.
+    """
+    generator = torch.Generator().manual_seed(stream_seed("head", seed))
+    for module in head:
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02, generator=generator)
+                nn.init.zeros_(layer.bias)
+
+
+def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits of a batch, from a model that returns them bare (timm) or in an output object (transformers).
+
+    Args:
+        model: a `Backbone`'s, or one that wraps it.
+        inputs: a batch, by keyword.
+
+    Returns:
+        (examples, classes).
+    """
+    output = model(**inputs)
+    logits = getattr(output, "logits", output)
+    assert isinstance(logits, Tensor)
+    return logits

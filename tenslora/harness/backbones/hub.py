@@ -1,0 +1,95 @@
+"""What can go wrong between the name of a model and the model in memory, as errors of one line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.config import ModelConfig
+
+log = logging.getLogger(__name__)
+
+
+def folder_or_repository(config: ModelConfig) -> str:
+    """What transformers is to load: the folder `config.checkpoint`, or else the repository `config.architecture`.
+
+    Raises:
+        TensLoRAError: if there is no such folder. The libraries would take its path for the name of a repository.
+    """
+    if config.checkpoint is not None and not Path(config.checkpoint).is_dir():
+        raise TensLoRAError(f"model.checkpoint={config.checkpoint}: no such folder")
+    return config.checkpoint or config.architecture
+
+
+@contextmanager
+def fetching(config: ModelConfig) -> Iterator[None]:
+    """A context for loading a model's files, from the hub or from `config.checkpoint`.
+
+    Raises:
+        TensLoRAError: in place of whatever is raised in the context; the message says what to do. A TypeError of timm
+            is left to `building`: it is about the options.
+    """
+    client_log = logging.getLogger("huggingface_hub")
+    level = client_log.level
+    client_log.setLevel(logging.ERROR)  # the client warns of each of its retries, over twenty lines in a minute
+    if config.checkpoint is None:
+        log.info("%s: looking for %s", config.name, config.architecture)
+    try:
+        yield
+    except TensLoRAError:
+        raise
+    # The hub's clients raise OSError, ValueError, RuntimeError and the types of their HTTP libraries.
+    except Exception as error:
+        if isinstance(error, TypeError) and config.library == "timm":
+            raise
+        reason = first_line(error)
+        if config.checkpoint is not None:
+            raise TensLoRAError(
+                f"model.checkpoint={config.checkpoint}: is not a checkpoint of {config.name} ({reason})"
+            ) from error
+        repository = config.architecture if config.library == "transformers" else f"timm/{config.architecture}"
+        raise TensLoRAError(
+            f"model={config.name}: {repository} cannot be downloaded from the Hugging Face hub ({reason}); download "
+            f"that repository where there is a network and set model.checkpoint to the folder, or set "
+            f"model.pretrained=false for random weights"
+        ) from error
+    finally:
+        client_log.setLevel(level)
+
+
+@contextmanager
+def building(config: ModelConfig) -> Iterator[None]:
+    """A context for building a model from `config.options`.
+
+    Raises:
+        TensLoRAError: in place of what the libraries raise for options that do not make a model.
+    """
+    try:
+        yield
+    except TensLoRAError:
+        raise
+    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+        raise TensLoRAError(
+            f"model.options={config.options}: do not make a {config.architecture} ({first_line(error)})"
+        ) from error
+
+
+def wrong_checkpoint(config: ModelConfig, path: Path | str, difference: str) -> TensLoRAError:
+    """The error for a checkpoint that can be read and is another model's.
+
+    Args:
+        config: of the model that was asked for.
+        path: of the checkpoint.
+        difference: one thing that differs.
+    """
+    return TensLoRAError(
+        f"model.checkpoint={path}: is not a checkpoint of {config.name} ({config.architecture}): {difference}"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type if there is no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,116 @@
+"""Vision Transformers of timm."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.backbones.head import Backbone
+from tenslora.harness.backbones.hub import building, fetching, first_line, wrong_checkpoint
+from tenslora.harness.config import ModelConfig
+
+EMBEDDED = Path(__file__).parent / "vit_digits.safetensors"
+"""The checkpoint in the package, which scripts/pretrain_vit_digits.py wrote."""
+
+
+def load_timm(config: ModelConfig, classes: int) -> Backbone:
+    """A model of timm, with the head that timm drew for it; see `tenslora.harness.backbones.load_backbone`."""
+    timm = _import_timm()
+    if not timm.is_model(config.architecture):
+        raise TensLoRAError(f"model.architecture={config.architecture}: timm {timm.__version__} has no such model")
+    options = {"num_classes": classes, "in_chans": config.channels, **config.options}
+    from_hub = config.pretrained and config.checkpoint is None
+    with building(config), fetching(config) if from_hub else nullcontext():
+        model = timm.create_model(config.architecture, pretrained=from_hub, **options)
+    classifier = model.get_classifier()
+    head = list(classifier) if isinstance(classifier, tuple) else [classifier]
+    backbone = Backbone(model, head, "x")
+    if config.pretrained and config.checkpoint is not None:
+        path = EMBEDDED if config.checkpoint == "embedded" else _weights_file(Path(config.checkpoint))
+        _load_weights(backbone, config, path)
+    return backbone
+
+
+def _import_timm() -> Any:
+    """timm, without the wandb that timm imports for its training scripts.
+
+    Importing wandb takes 0.6 s of the processor (6.5 s with torch, torchvision and timm, 5.9 s without it; medians of
+    10), and a run that does not log to W&B has no use for it.
+    """
+    modules: dict[str, Any] = sys.modules
+    hide = "wandb" not in modules
+    if hide:
+        modules["wandb"] = None  # importing it then fails as if it were not installed
+    try:
+        import timm
+    finally:
+        if hide:
+            del modules["wandb"]
+    return timm
+
+
+def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:
+    """Give a model the weights of a file that has all of them but the head's, which stays as it is."""
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+    model, of_head = backbone.model, backbone.head_parameters().keys()
+    # In float32, because what is resampled below would be rounded to the precision of the file.
+    weights = {name: tensor.float() for name, tensor in _read_weights(path).items()}
+    if isinstance(model, VisionTransformer):
+        try:
+            weights = checkpoint_filter_fn(weights, model)  # resamples the grid of positions to the image size
+        except (KeyError, RuntimeError, AssertionError) as error:
+            raise wrong_checkpoint(config, path, str(error)) from error
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in of_head}
+    problems = [f"lacks {name}" for name in expected if name not in weights]
+    problems += [
+        f"has {name}"
+        for name in weights
+        if name not in expected and name not in of_head and not name.startswith(("head", "fc"))
+    ]
+    problems += [
+        f"has {name} of shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise wrong_checkpoint(config, path, problems[0] + more)
+    model.load_state_dict({name: weights[name] for name in expected}, strict=False)
+
+
+def _weights_file(path: Path) -> Path:
+    """A file of weights: `path` itself, or the one in the folder `path`."""
+    for file in (path, path / "model.safetensors", path / "pytorch_model.bin"):
+        if file.is_file():
+            return file
+    raise TensLoRAError(f"model.checkpoint={path}: no such file, nor a folder with model.safetensors in it")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a pickle in which nothing but tensors is allowed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    not_tensors = TensLoRAError(f"model.checkpoint={path}: not a plain dictionary of tensors")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise TensLoRAError(f"model.checkpoint={path}: damaged, or not a checkpoint ({first_line(error)})") from error
+    except Exception as error:  # the types by which pickle refuses anything but tensors are not documented
+        raise not_tensors from error
+    for key in ("model", "state_dict"):  # some training scripts nest the weights under one of these
+        weights = weights.get(key, weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    ):
+        raise not_tensors
+    return weights

@@ -1,0 +1,69 @@
+"""The tokenizer of a text model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from tenslora.harness.backbones.hub import fetching, folder_or_repository
+from tenslora.harness.cache import cache_latest
+from tenslora.harness.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@cache_latest(1)
+def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) -> PreTrainedTokenizerBase:
+    """The tokenizer that a text model was pretrained with.
+
+    A model with random weights was pretrained with none: for it a byte-level BPE is trained on the given sentences,
+    deterministically, so that an architecture of full size can be run without a hub.
+
+    Args:
+        config: of the model.
+        sentences: the training examples, each of one or two sentences; read only if `config.pretrained` is false.
+
+    Raises:
+        TensLoRAError: if the tokenizer is missing or damaged, or if the hub cannot be reached.
+    """
+    if not config.pretrained:
+        return _train_tokenizer(sentences)
+    from transformers import AutoTokenizer
+
+    source = folder_or_repository(config)
+    with fetching(config):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        # In a folder without a tokenizer's files, transformers 5 makes one that knows the special tokens only.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise OSError("it has no tokenizer")
+        return tokenizer
+
+
+def _train_tokenizer(sentences: Iterable[tuple[str, ...]]) -> PreTrainedTokenizerBase:
+    """A byte-level BPE of 8,192 tokens with RoBERTa's special tokens, at RoBERTa's ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8192,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((sentence for example in sentences for sentence in example), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+    )

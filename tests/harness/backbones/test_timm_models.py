@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from tenslora.harness.backbones import EMBEDDED, load_backbone, logits_of
+from tests.harness.backbones.tiny_models import (
+    HEADS,
+    VIT_DIGITS,
+    assert_refused,
+    equal,
+    load_random,
+    timm_vit,
+    vit_digits,
+    weights_of,
+)
+
+
+def test_vit_digits_is_the_embedded_checkpoint_in_float32() -> None:
+    saved = load_file(EMBEDDED)
+    weights = weights_of(load_backbone(vit_digits(), 5, 0))
+    assert weights.keys() == saved.keys() | HEADS["timm vit"]
+    for name, tensor in saved.items():
+        assert weights[name].dtype == torch.float32
+        assert torch.equal(weights[name], tensor.float())
+
+
+def test_vit_digits_computes_what_timm_does_with_the_file() -> None:
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT_DIGITS)
+    plain.load_state_dict({name: tensor.float() for name, tensor in load_file(EMBEDDED).items()})
+    images = torch.randn(3, 1, 8, 8)
+    backbone = load_backbone(vit_digits(), 5, 0)
+    with torch.no_grad():
+        features = cast(Any, backbone.model).eval().forward_features(images)
+        torch.testing.assert_close(features, plain.eval().forward_features(images))
+        assert logits_of(backbone.model, {backbone.input_name: images}).shape == (3, 5)
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_vit_small_from_shared_has_its_grid_of_positions_resampled(form: str, shared: Path) -> None:
+    folder = shared / "models" / "vit_small_patch14"
+    config = timm_vit(
+        name="vit_small_timm",
+        architecture="vit_small_patch14_dinov2",
+        options={"img_size": 112},
+        channels=3,
+        image_size=112,
+        pretrained=True,
+        checkpoint=str(folder if form == "folder" else folder / "model.safetensors"),
+    )
+    weights = weights_of(load_backbone(config, 10, 0))
+    saved = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert weights.keys() - saved.keys() == HEADS["timm vit"]
+    for name in saved.keys() - {"pos_embed"}:
+        assert torch.equal(weights[name], saved[name]), name
+    positions = saved["pos_embed"]
+    assert weights["pos_embed"].shape == (1, 1 + 8 * 8, 384)
+    assert torch.equal(weights["pos_embed"][:, 0], positions[:, 0])
+    grid = positions[:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, (8, 8), mode="bicubic", antialias=True).flatten(2).mT
+    torch.testing.assert_close(weights["pos_embed"][:, 1:], expected)
+
+
+def test_a_checkpoint_may_be_a_pickled_dictionary(tmp_path: Path) -> None:
+    saved = {name: tensor.float() for name, tensor in load_file(EMBEDDED).items()}
+    torch.save({"state_dict": saved}, tmp_path / "pytorch_model.bin")
+    weights = weights_of(load_backbone(vit_digits(checkpoint=str(tmp_path)), 5, 0))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_checkpoint_may_bring_a_head_of_another_size(tmp_path: Path) -> None:
+    saved = {**load_file(EMBEDDED), "head.weight": torch.ones(9, 64), "head.bias": torch.ones(9)}
+    save_file(saved, tmp_path / "model.safetensors")
+    weights = weights_of(load_backbone(vit_digits(checkpoint=str(tmp_path)), 5, 0))
+    assert equal(weights, weights_of(load_backbone(vit_digits(), 5, 0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("another width", r"(lacks|has) \S+ of shape|lacks|shape"),
+        ("a tensor too few", r"lacks blocks\.1\.attn\.qkv\.weight"),
+        ("a tensor too many", r"has blocks\.4\.attn\.qkv\.weight"),
+        ("a tensor of another shape", r"has norm\.weight of shape \(3,\), not \(64,\)"),
+        ("another family", r"lacks \S+ and \d+ more"),
+    ],
+)
+def test_another_models_checkpoint_is_refused(change: str, difference: str, tmp_path: Path) -> None:
+    weights = load_file(EMBEDDED)
+    if change == "another width":
+        options = {**VIT_DIGITS, "embed_dim": 32}
+        weights = timm.create_model("vit_tiny_patch16_224", num_classes=2, **options).state_dict()
+    elif change == "a tensor too few":
+        del weights["blocks.1.attn.qkv.weight"]
+    elif change == "a tensor too many":
+        weights["blocks.4.attn.qkv.weight"] = torch.ones(192, 64)
+    elif change == "a tensor of another shape":
+        weights["norm.weight"] = torch.ones(3)
+    else:
+        weights = weights_of(load_random("bert"))
+    path = tmp_path / "other.safetensors"
+    save_file(weights, path)
+    assert_refused(
+        vit_digits(checkpoint=str(path)),
+        rf"model\.checkpoint=\S*other\.safetensors: is not a checkpoint of vit_digits .*{difference}",
+    )
+
+
+def test_the_embedded_checkpoint_fits_only_its_model() -> None:
+    config = vit_digits(options={**VIT_DIGITS, "depth": 5})
+    assert_refused(config, r"is not a checkpoint of vit_digits .*lacks blocks\.4\.")

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tenslora.harness.backbones import load_backbone, logits_of
+from tenslora.harness.config import ModelConfig
+from tests.harness.backbones.tiny_models import (
+    HEADS,
+    TEXT,
+    assert_refused,
+    load_random,
+    save_random,
+    trained_tokenizer,
+    transformers_text,
+    transformers_vit,
+    weights_of,
+)
+
+
+def saved_model(kind: str, folder: Path) -> ModelConfig:
+    if kind == "vit":
+        return transformers_vit(checkpoint=str(folder), pretrained=True)
+    return transformers_text(kind, checkpoint=str(folder), pretrained=True)
+
+
+@pytest.mark.parametrize("kind", ["vit", *TEXT])
+def test_a_checkpoints_own_head_is_replaced_and_the_rest_stays(kind: str, tmp_path: Path) -> None:
+    saved = save_random(tmp_path, kind, classes=7)
+    for classes in (7, 3):
+        backbone = load_backbone(saved_model(kind, tmp_path), classes, 5)
+        weights, head = weights_of(backbone), backbone.head_parameters()
+        assert weights.keys() == saved.keys()
+        assert all(torch.equal(weights[name], saved[name]) for name in saved if name not in head)
+        assert all(weights[name].shape[0] != 7 or classes == 7 for name in head)
+        assert not any((weights[name] == 9).any() for name in head)
+
+
+def test_a_half_precision_checkpoint_loads_in_float32(tmp_path: Path) -> None:
+    saved = {name: tensor.half() for name, tensor in save_random(tmp_path).items()}
+    save_file(saved, tmp_path / "model.safetensors", {"format": "pt"})
+    weights = weights_of(load_backbone(saved_model("vit", tmp_path), 3, 0))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert all(torch.equal(weights[name], saved[name].float()) for name in saved.keys() - HEADS["vit"])
+
+
+def test_minilm_from_shared_is_what_transformers_loads(shared: Path) -> None:
+    folder = shared / "models" / "minilm_l6"
+    plain = transformers.AutoModel.from_pretrained(folder).float().state_dict()
+    weights = weights_of(load_backbone(saved_model("bert", folder), 2, 0))
+    assert weights.keys() == {f"bert.{name}" for name in plain} | HEADS["bert"]
+    for name, tensor in plain.items():
+        assert weights[f"bert.{name}"].dtype == tensor.dtype
+        assert torch.equal(weights[f"bert.{name}"], tensor)
+
+
+def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
+    saved = save_random(tmp_path)
+    name = next(name for name in saved if name.startswith("vit.") and name.endswith("weight") and saved[name].ndim == 2)
+    for broken in ({k: v for k, v in saved.items() if k != name}, {**saved, name: torch.ones(3, 3)}):
+        save_file(broken, tmp_path / "model.safetensors", {"format": "pt"})
+        assert_refused(saved_model("vit", tmp_path), rf"model\.checkpoint=.*is not a checkpoint of tiny .*{name}")
+
+
+def test_an_image_checkpoint_is_not_a_text_models(tmp_path: Path) -> None:
+    save_random(tmp_path)
+    assert_refused(saved_model("bert", tmp_path), r"model\.checkpoint=.*is not a checkpoint of tiny")
+
+
+def test_images_of_a_size_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None:
+    save_random(tmp_path)
+    config = transformers_vit(checkpoint=str(tmp_path), pretrained=True, image_size=16)
+    assert_refused(config, r"model\.image_size=16: must be 8")
+
+
+def test_a_tensor_that_the_bare_model_lacks_is_noticed_too(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "models" / "minilm_l6"
+    shutil.copy(folder / "config.json", tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["encoder.layer.3.attention.self.query.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_refused(saved_model("bert", tmp_path), r"encoder\.layer\.3\.attention\.self\.query\.weight")
+
+
+def test_padding_does_not_change_a_random_roberta() -> None:
+    model = load_random("roberta").model.eval()
+    alone = dict(trained_tokenizer()(["Yes."], return_tensors="pt"))
+    padded = dict(trained_tokenizer()(["Yes."], padding="max_length", max_length=20, return_tensors="pt"))
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(model, padded), logits_of(model, alone))
