@@ -55,7 +55,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
         (["dataset=cola", "dataset.root=missing"], "dataset.root=missing: no such folder"),
         (["model.checkpoint=missing"], "model.checkpoint=missing: no such file"),
         (["model.geometry.layers=6", "rank_strategy=isorank"], "layers=6: the backbone that was loaded has 4"),
-        (["model.options.num_heads=5"], "make no vit_tiny_patch16_224 (dim should be divisible by num_heads)"),
+        (["model.options.num_heads=5"], "do not make a vit_tiny_patch16_224 (dim should be divisible by num_heads)"),
         (["tensor_mode"], "missing EQUAL"),
         (["optimizer=null"], "Config group override must be a string"),
         (["dataset=dtd", "model=deit_tiny_timm", "dataset.root=missing", "model.image_size=0"], "model.image_size=0"),
