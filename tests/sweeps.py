@@ -1,46 +1,31 @@
-"""Jobs of a sweep as the command line would compose them, what they would leave behind, and who holds them."""
+"""Jobs of a sweep as the command line would compose them, and what they leave behind in their folders."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from filelock import FileLock
 from omegaconf import DictConfig
 
-from tenslora.harness.config import register_resolvers
-from tenslora.harness.results.record import write_record
+from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.sweeping.jobs import Job, plan_jobs
 from tests.conftest import ROOT
-
-Composed = tuple[tuple[str, ...], DictConfig]
-
-
-@cache
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    register_resolvers()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("sweep", list(overrides))
+from tests.running import composed
 
 
-def swept(*overrides: str) -> Composed:
+def swept(*overrides: str) -> tuple[tuple[str, ...], DictConfig]:
     """What sets one job apart, and its config."""
-    config = copy.deepcopy(_composed(tuple(word for word in overrides if not word.startswith("seed="))))
-    for word in overrides:
-        if word.startswith("seed="):
-            config.seed = int(word.removeprefix("seed="))
-    return overrides, config
+    return overrides, composed(*overrides, config_name="sweep")
 
 
-def planned(folder: Path, *overrides: str) -> Job:
+def planned(outputs: Path, *overrides: str) -> Job:
     """The one job that these overrides make."""
-    (job,) = plan_jobs([swept(*overrides)], folder)
+    (job,) = plan_jobs([swept(*overrides)], outputs)
     return job
 
 
@@ -55,8 +40,7 @@ def complete(job: Job, last: float = 0.5, **changes: Any) -> None:
         "metrics": {"name": "accuracy", "last": last, "best": last, "best_epoch": 1, "history": []},
         **changes,
     }
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_record(job.folder, record)
+    job.folder.write_record(record)
 
 
 def diverge(job: Job) -> None:
@@ -64,21 +48,19 @@ def diverge(job: Job) -> None:
     complete(job, status="diverged", failure={"message": "the training loss is nan", "step": 3, "lr": 1.0})
 
 
-_HOLDER = """
-import sys
-from filelock import FileLock
-with FileLock(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+@contextlib.contextmanager
+def claimed(folder: RunFolder) -> Iterator[None]:
+    """While somebody else carries out the run in `folder`."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.lock):
+        yield
 
 
 @contextlib.contextmanager
-def held_elsewhere(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """While another process carries out the job in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", _HOLDER, str(folder / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+def claimed_by_a_process(folder: RunFolder) -> Iterator[subprocess.Popen[str]]:
+    """While another process, which can be killed, carries out the run in `folder`."""
+    command = [sys.executable, "-m", "tests.harness.claim_run_folder", str(folder.path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout
-        assert holder.stdout.readline() == "held\n"
+        assert holder.stdout.readline() == "claimed\n"
         yield holder

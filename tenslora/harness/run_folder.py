@@ -99,8 +99,8 @@ class RunFolder:
             TensLoRAError: if there is none, or one that this version cannot read.
         """
         try:
-            record: dict[str, Any] = json.loads(self.result.read_text())
-        except (OSError, ValueError) as error:
+            record: dict[str, Any] = dict(json.loads(self.result.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             raise TensLoRAError(f"{self.result}: not a readable record ({error})") from error
         if record.get("schema") != SCHEMA:
             raise TensLoRAError(f"{self.result}: schema {record.get('schema')}, this version reads {SCHEMA}")

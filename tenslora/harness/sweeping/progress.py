@@ -50,15 +50,16 @@ class Progress:
     ) -> None:
         self._end.set()
         self._watch.join()
-        self._update()
+        self.update()
         if self.bar is not None:
             self.bar.close()
 
     def _follow(self) -> None:
         while not self._end.wait(LOOK_SECONDS):
-            self._update()
+            self.update()
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Look at every job that has not ended, and say what is new."""
         running = 0
         for job in self.jobs:
             if job in self.settled:

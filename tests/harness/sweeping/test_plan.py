@@ -1,3 +1,5 @@
+"""What a sweep says before it starts."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -5,11 +7,11 @@ from pathlib import Path
 from tenslora.constructions import CONSTRUCTIONS, PAPER_CONSTRUCTIONS
 from tenslora.errors import TensLoRAError
 from tenslora.harness.results.table import Table
-from tenslora.harness.sweeping.jobs import Job, note_failure, plan_jobs
+from tenslora.harness.sweeping.jobs import Job, plan_jobs
 from tenslora.harness.sweeping.plan import announcements, plan
-from tests.sweeps import complete, held_elsewhere, planned, swept
+from tests.sweeps import claimed, complete, planned, swept
 
-# The README's table, for d = 768, 12 layers, 12 heads.
+# The README's parameters and percentages of LoRA's, for d = 768, 12 layers, 12 heads.
 VIT_BASE = {
     "lora": ("221,184", "100.0"),
     "att": ("123,840", "56.0"),
@@ -23,13 +25,16 @@ VIT_BASE = {
 
 
 def printed(jobs: list[Job]) -> list[str]:
-    return plan(Table("name", "A title", tuple(job.run() for job in jobs)), jobs).splitlines()
+    looks = {job: job.look() for job in jobs}
+    return plan(Table("name", "A title", tuple(job.in_table(look) for job, look in looks.items())), looks).splitlines()
 
 
 def test_the_plan_has_each_rows_exact_count_and_share_of_loras(tmp_path: Path) -> None:
-    composed = [swept("dataset=dtd", "rank_strategy=isorank") for _ in PAPER_CONSTRUCTIONS]
-    for (_, config), mode in zip(composed, PAPER_CONSTRUCTIONS, strict=True):
-        config.tensor_mode.name = mode  # all that conf/tensor_mode says; composing takes Hydra longer
+    composed = []
+    for mode in PAPER_CONSTRUCTIONS:
+        # The name is all that these options hold; to compose each of them would take Hydra a second.
+        _, config = swept("dataset=dtd", "rank_strategy=isorank", f"tensor_mode.name={mode}")
+        composed.append(((f"tensor_mode={mode}",), config))
     jobs = plan_jobs(composed, tmp_path)
     title, _, column, head, *rows, _, total = printed(jobs)
     assert (title, column) == ("A title", "dtd with vit_base")
@@ -42,7 +47,7 @@ def test_the_plan_has_each_rows_exact_count_and_share_of_loras(tmp_path: Path) -
         ]
         for mode in VIT_BASE
     ]  # fmt: skip
-    assert len({row.rindex("%") for row in rows}) == 1, "numbers end below each other"
+    assert len({row.rindex("%") for row in rows}) == 1, "the numbers are right-aligned"
     assert total == "8 jobs: 8 to run"
     assert not any(line != line.rstrip() for line in rows)
 
@@ -52,12 +57,12 @@ def test_the_plan_and_the_announcements_tell_how_far_each_job_has_come(tmp_path:
     jobs.append(planned(tmp_path, "tensor_mode=head_only"))
     done, begun, failed, running = jobs[:4]
     complete(done)
-    begun.folder.mkdir(parents=True)
-    (begun.folder / "checkpoint.safetensors").touch()
-    note_failure(failed.folder, TensLoRAError("out of luck"))
-    with held_elsewhere(running.folder):
+    begun.folder.path.mkdir(parents=True)
+    begun.folder.checkpoint.touch()
+    failed.folder.write_failure(TensLoRAError("out of luck"))
+    with claimed(running.folder):
         lines = printed(jobs)
-        announced = announcements(jobs)
+        announced = announcements({job: job.look() for job in jobs})
     assert lines[-1] == "7 jobs: 1 done, 1 to go on with, 1 to run again, 1 running elsewhere, 3 to run"
     (row,) = (line for line in lines if line.startswith("  qkv"))
     assert row.endswith("1 done, 1 to go on with, 1 to run again, 1 running elsewhere, 2 to run")
@@ -70,7 +75,7 @@ def test_the_plan_and_the_announcements_tell_how_far_each_job_has_come(tmp_path:
     ]
 
 
-def test_each_backbone_has_its_own_counts_and_what_is_unknown_stays_empty(tmp_path: Path) -> None:
+def test_each_backbone_has_its_own_counts_and_unknown_ones_stay_empty(tmp_path: Path) -> None:
     words = ["rank_strategy=isorank", "tensor_mode=qkv_depth"]
     undeclared = ["model.geometry=null", "dataset=cola", "tensor_mode=full"]
     jobs = [planned(tmp_path, *words), planned(tmp_path, *words, "dataset=cola"), planned(tmp_path, *undeclared)]

@@ -1,17 +1,19 @@
+"""What a sweep shows while it runs."""
+
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.sweeping import progress as module
-from tenslora.harness.sweeping.jobs import Job, note_failure
+from tenslora.harness.sweeping.jobs import Job
 from tenslora.harness.sweeping.progress import Progress
-from tests.sweeps import complete, diverge, planned
+from tests.sweeps import claimed, complete, diverge, planned
 
 
 @pytest.fixture
@@ -27,83 +29,88 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_line_for_each_job_that_settles_with_the_time_left(
+def fail(job: Job) -> None:
+    job.folder.write_failure(TensLoRAError("no room"))
+
+
+def progress_of(jobs: list[Job]) -> Progress:
+    return Progress(jobs, {job: job.look() for job in jobs})
+
+
+def test_each_job_that_ends_is_a_line_with_the_time_left(
     jobs: list[Job], clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     complete(jobs[0])
-    progress = Progress(jobs)
-    progress._look()
-    assert capsys.readouterr().out == "", "what was done before is no news"
+    progress = progress_of(jobs)
+    progress.update()
+    assert capsys.readouterr().out == "", "it was done before"
     clock[0] += 45
     complete(jobs[2], 0.75)
-    progress._look()
+    progress.update()
     # 45 seconds for one job, two are left
     assert capsys.readouterr().out == "[2/4] digits lora seed 2: accuracy 0.7500, 1:30 left\n"
     clock[0] += 5
-    note_failure(jobs[1].folder, TensLoRAError("no room"))
+    fail(jobs[1])
     diverge(jobs[3])
-    progress._look()
+    progress.update()
     assert capsys.readouterr().out.splitlines() == [
         "[3/4] digits lora seed 1: failed (no room), 0:25 left",
         "[4/4] digits lora seed 3: failed (the training loss is nan), 0:00 left",
     ]
     assert progress.failed == 2
-    progress._look()
+    progress.update()
     assert capsys.readouterr().out == ""
 
 
-def test_where_nothing_settles_a_line_tells_now_and_then_that_it_is_still_running(
+def test_while_no_job_ends_a_line_says_now_and_then_how_many_are_running(
     jobs: list[Job], clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    progress = Progress(jobs)
-    note_failure(jobs[0].folder, TensLoRAError("no room"))
-    progress._look()
+    progress = progress_of(jobs)
+    fail(jobs[0])
+    progress.update()
     assert capsys.readouterr().out.startswith("[1/4] digits lora seed 0: failed")
-    jobs[1].folder.mkdir(parents=True)
-    with FileLock(jobs[1].folder / ".lock"):
+    with claimed(jobs[1].folder):
         clock[0] += module.PLAIN_LINE_SECONDS
-        progress._look()
+        progress.update()
         assert capsys.readouterr().out == ""
         clock[0] += 1
-        progress._look()
+        progress.update()
         assert capsys.readouterr().out == "[1/4] 1 running, 1 failed, 3:03 left\n"
         clock[0] += 1
-        progress._look()
+        progress.update()
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("seen_running", [True, False], ids=["slowly", "at once"])
-@pytest.mark.parametrize("fails", [lambda job: note_failure(job.folder, TensLoRAError("again")), diverge])
-def test_an_old_failure_counts_when_the_job_has_failed_anew(
-    fails: object, seen_running: bool, jobs: list[Job], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("seen_running", [True, False])
+@pytest.mark.parametrize("fail_in_its_way", [fail, diverge])
+def test_a_job_that_failed_before_counts_when_it_has_failed_anew(
+    fail_in_its_way: Callable[[Job], None], seen_running: bool, jobs: list[Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert callable(fails)
-    fails(jobs[0])
-    note_failure(jobs[1].folder, TensLoRAError("older"))
+    fail_in_its_way(jobs[0])
+    fail(jobs[1])
     time.sleep(0.02)  # the clock of some file systems is coarse
-    progress = Progress(jobs)
-    progress._look()
+    progress = progress_of(jobs)
+    progress.update()
     assert (progress.failed, capsys.readouterr().out) == (0, "")
-    for name in ("failure.json", "result.json"):
-        (jobs[0].folder / name).unlink(missing_ok=True)
+    jobs[0].folder.begin_anew()
     if seen_running:
-        with FileLock(jobs[0].folder / ".lock"):
-            progress._look()
+        with claimed(jobs[0].folder):
+            progress.update()
         assert progress.failed == 0
-    fails(jobs[0])
+    fail_in_its_way(jobs[0])
     complete(jobs[1])
-    progress._look()
+    progress.update()
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("[1/4] digits lora seed 0: failed (")
     assert second.startswith("[2/4] digits lora seed 1: accuracy 0.5000")
     assert progress.failed == 1
 
 
-def test_it_watches_while_something_else_runs_and_has_the_last_word(
+def test_it_watches_in_the_background_and_looks_once_more_at_the_end(
     jobs: list[Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.01)
-    with Progress(jobs) as progress:
+    with progress_of(jobs) as progress:
         complete(jobs[0])
         deadline = time.monotonic() + 30
         while not progress.settled:
@@ -111,21 +118,21 @@ def test_it_watches_while_something_else_runs_and_has_the_last_word(
             time.sleep(0.01)
         assert capsys.readouterr().out.startswith("[1/4] digits lora seed 0: accuracy 0.5000")
         monkeypatch.setattr(module, "LOOK_SECONDS", 1000.0)
-        time.sleep(0.05)  # the watch now sleeps longer than the test
+        time.sleep(0.05)  # from here on it sleeps longer than the test takes
         complete(jobs[1])
     assert capsys.readouterr().out.startswith("[2/4] digits lora seed 1: accuracy 0.5000")
 
 
-def test_on_a_terminal_it_is_a_bar_and_the_lines_stand_above_it(
+def test_on_a_terminal_there_is_a_bar_with_the_lines_above_it(
     jobs: list[Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     complete(jobs[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Progress(jobs) as progress:
+    with progress_of(jobs) as progress:
         assert progress.bar is not None
         assert (progress.bar.n, progress.bar.total) == (1, 4)
         complete(jobs[1])
-        note_failure(jobs[2].folder, TensLoRAError("no room"))
+        fail(jobs[2])
     assert progress.bar.n == 3
     shown = capsys.readouterr()
     assert "[2/4] digits lora seed 1: accuracy 0.5000\n" in shown.out

@@ -1,0 +1,88 @@
+"""train.py and sweep.py as commands that start at once, and what may happen to them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command to carry out.
+
+    Args:
+        script: train.py or sweep.py.
+        words: its arguments.
+        folder: where it is started.
+        accident: what happens to it, such as "kill step 2": a signal (kill, interrupt, terminate), a place and a
+            number. The places are, counted over everything that the command does: "step", before that optimizer step;
+            "write", inside that write of a file, with half of the bytes on disk; "replace", when that file is written
+            but has not taken its name.
+        largest_file: the most bytes that it can write to a file, a limit of the kernel's that counts like a full disk.
+        environment: variables in addition to the test's own.
+    """
+
+    script: str
+    words: Sequence[str]
+    folder: Path
+    accident: str = ""
+    largest_file: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended: its status (the signal's number, negative, if one killed it) and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Commands:
+    """Carries out commands, in forks of the process that `tests.harness.command_server` describes.
+
+    Args:
+        folder: for what the commands print.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+        command = [sys.executable, "-m", "tests.harness.command_server"]
+        self.server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, command: Command) -> Ended:
+        """Carry out one command."""
+        (ended,) = self.run_together([command])
+        return ended
+
+    def run_together(self, commands: Sequence[Command]) -> list[Ended]:
+        """Carry out commands at the same time."""
+        assert self.server.stdin and self.server.stdout
+        printed, requests = [], []
+        for command in commands:
+            self.count += 1
+            files = [self.folder / f"{self.count}.{name}" for name in ("out", "err")]
+            printed.append(files)
+            request: dict[str, Any] = {**vars(command), "words": list(command.words), "folder": str(command.folder)}
+            requests.append({**request, "files": list(map(str, files))})
+        print(json.dumps(requests), file=self.server.stdin, flush=True)
+        statuses = json.loads(self.server.stdout.readline())
+        return [
+            Ended(status, out.read_text(), err.read_text())
+            for status, (out, err) in zip(statuses, printed, strict=True)
+        ]
+
+    def stop(self) -> None:
+        """End the process."""
+        assert self.server.stdin
+        self.server.stdin.close()
+        self.server.wait(timeout=60)

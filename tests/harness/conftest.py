@@ -1,0 +1,44 @@
+"""What the harness's tests share: commands that start at once, and finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Commands
+from tests.running import run
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Carries out train.py and sweep.py."""
+    started = Commands(tmp_path_factory.mktemp("commands"))
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on images with a timm backbone."""
+    folder = tmp_path_factory.mktemp("digits_run")
+    run(folder, "trainer.epochs=1", "dataset.train_size=64", "optimizer.lr=0.05", "tensor_mode=att_qkv")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentences_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on sentences with a BERT of random weights."""
+    root = tmp_path_factory.mktemp("sentences_run")
+    lines = [f"x\t{number % 2}\t\tthe {('cat', 'dog', 'bird')[number % 3]} sat {number} times" for number in range(40)]
+    (root / "raw").mkdir()
+    for name in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
+        (root / "raw" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    sizes = "hidden_size:24,num_hidden_layers:2,num_attention_heads:3,intermediate_size:32"
+    run(
+        root / "run", "dataset=cola", f"dataset.root={root}", "model=minilm", "model.pretrained=false",
+        "model.geometry=null", f"model.options={{model_type:bert,{sizes}}}", "trainer.epochs=1", "optimizer.lr=0.05",
+        "tensor_mode=depth", "rank_strategy=isorank",
+    )  # fmt: skip
+    return root / "run"

@@ -1,0 +1,122 @@
+"""A run's folder: its record, the reason why there is none, and who carries out the run."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.run_folder import RunFolder
+from tests.sweeps import claimed_by_a_process
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def test_a_record_is_read_as_it_was_written(folder: RunFolder) -> None:
+    assert folder.write_record({"status": "completed", "ranks": [4]}) == folder.result
+    assert folder.read_record() == {"schema": 1, "status": "completed", "ranks": [4]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not a readable record"),
+        ('{"schema": 1, "half', "not a readable record"),
+        ("[1]", "not a readable record"),
+        ('{"schema": 99, "status": "completed"}', "schema 99, this version reads 1"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_named(content: str | None, message: str, folder: RunFolder) -> None:
+    folder.path.mkdir()
+    if content is not None:
+        folder.result.write_text(content)
+    with pytest.raises(TensLoRAError, match=f"^{folder.result}: {message}"):
+        folder.read_record()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (TensLoRAError("dataset.root=x: no such\n  folder"), "dataset.root=x: no such folder"),
+        (KeyError("blocks"), "KeyError: 'blocks'"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_the_reason_of_a_failure_is_one_line_and_says_what_it_was(
+    error: Exception, reason: str, folder: RunFolder
+) -> None:
+    assert folder.read_failure() is None
+    folder.write_failure(error)
+    assert folder.read_failure() == reason
+
+
+def test_a_failure_that_cannot_be_written_is_no_further_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    folder = RunFolder(tmp_path / "file" / "run")
+    folder.write_failure(TensLoRAError("no room"))
+    assert folder.read_failure() is None
+
+
+def test_beginning_anew_leaves_nothing_but_the_checkpoint(folder: RunFolder) -> None:
+    folder.write_record({"status": "diverged"})
+    folder.write_failure(TensLoRAError("older"))
+    folder.checkpoint.touch()
+    folder.begin_anew()
+    assert list(folder.path.iterdir()) == [folder.checkpoint]
+
+
+def test_a_claim_is_for_one_at_a_time_and_ends_with_its_context(folder: RunFolder) -> None:
+    assert not folder.is_claimed()
+    assert not folder.path.exists(), "looking leaves nothing behind"
+    with folder.claim() as ours:
+        assert ours
+        assert folder.is_claimed()
+        with folder.claim() as another:
+            assert not another
+        assert folder.is_claimed()
+    assert not folder.is_claimed()
+    assert folder.lock.exists(), "the file stays; what counts is its lock"
+
+
+def test_a_claim_ends_with_the_process_that_has_it_however_that_dies(folder: RunFolder) -> None:
+    with claimed_by_a_process(folder) as holder:
+        assert folder.is_claimed()
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        assert not folder.is_claimed()
+
+
+def test_who_merely_looks_keeps_nobody_from_a_claim(folder: RunFolder) -> None:
+    folder.path.mkdir()
+    looking = FileLock(folder.lock, thread_local=False)
+    looking.acquire()
+    threading.Timer(0.2, looking.release).start()
+    with folder.claim() as ours:
+        assert ours
+
+
+def test_of_many_that_claim_a_run_at_once_one_has_it(folder: RunFolder) -> None:
+    answers: list[bool] = []
+    together = threading.Barrier(4)
+
+    def claim() -> None:
+        together.wait()
+        with folder.claim() as ours:
+            answers.append(ours)
+            while len(answers) < 4:  # so that nobody lets go before all have asked
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=claim) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [False, False, False, True]
