@@ -1,3 +1,5 @@
+"""The spectra of trained updates."""
+
 from __future__ import annotations
 
 import json

@@ -31,7 +31,7 @@ class Difference:
 
     @property
     def above(self) -> bool | None:
-        """Whether the first row is better: True if the whole interval is above 0, False if none of it is, else None."""
+        """Whether the first row scores higher: True if all of the interval is above 0, False if none is, else None."""
         if self.low is None or self.high is None:
             return None
         return True if self.low > 0 else False if self.high <= 0 else None

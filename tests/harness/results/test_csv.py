@@ -1,3 +1,5 @@
+"""A table as CSV, read back by the csv module."""
+
 from __future__ import annotations
 
 import csv

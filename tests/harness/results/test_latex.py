@@ -1,3 +1,5 @@
+"""A table as LaTeX, checked for its structure without a TeX."""
+
 from __future__ import annotations
 
 import re

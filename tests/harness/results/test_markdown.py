@@ -1,3 +1,5 @@
+"""A table as Markdown, read back cell by cell."""
+
 from __future__ import annotations
 
 import re

@@ -1,3 +1,5 @@
+"""The paper's values and claims, with verdicts on runs whose outcome was made to order."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,12 +38,12 @@ def test_the_papers_file_is_the_shared_one(shared: Path) -> None:
 
 def test_a_cell_of_the_paper_has_its_value() -> None:
     values = {("lora", ""): 73.13, ("qkv_depth", "isorank"): 71.59, ("qkv_depth", "isoparameters"): 74.13}
-    found = {
+    scores = {
         (mode, strategy): paper_value(Row(mode, strategy), DTD)
         for mode in (*PAPER_CONSTRUCTIONS, "head_only", "full")
         for strategy in (["isorank", "isoparameters"] if mode in MODES else [""])
     }
-    assert {key: value for key, value in found.items() if value is not None} == values
+    assert {key: value for key, value in scores.items() if value is not None} == values
 
 
 @pytest.mark.parametrize(
@@ -86,8 +88,9 @@ def runs_of(
 
 
 def verdict(runs: Iterable[Run], claim: str) -> tuple[str, str]:
-    (found,) = (each for each in verdicts(make_table(runs)) if each.claim == claim)
-    return found.verdict, found.because
+    """The verdict on one claim, and the numbers behind it."""
+    (answer,) = (answer for answer in verdicts(make_table(runs)) if answer.claim == claim)
+    return answer.verdict, answer.because
 
 
 BELOW = dict.fromkeys(MODES, -0.02)
@@ -95,7 +98,7 @@ ABOVE = dict.fromkeys(MODES, 0.02)
 
 
 @pytest.mark.parametrize(
-    ("gains", "expected", "told"),
+    ("gains", "expected", "numbers"),
     [
         (BELOW, HOLDS, "above LoRA: none"),
         ({**BELOW, "depth": 0.02}, DOES_NOT, "above LoRA: depth isorank;"),
@@ -103,10 +106,10 @@ ABOVE = dict.fromkeys(MODES, 0.02)
         ({**BELOW, "depth": CLOSE, "att": 0.02}, DOES_NOT, "above LoRA: att isorank;"),
     ],
 )
-def test_no_construction_beats_lora(gains: dict[str, float], expected: str, told: str) -> None:
-    found, because = verdict(runs_of(gains, "isorank"), NO_BETTER)
-    assert found == expected
-    assert told in because
+def test_no_construction_beats_lora(gains: dict[str, float], expected: str, numbers: str) -> None:
+    answer, because = verdict(runs_of(gains, "isorank"), NO_BETTER)
+    assert answer == expected
+    assert numbers in because
 
 
 @pytest.mark.parametrize(
@@ -147,13 +150,13 @@ def test_att_is_judged_under_every_strategy_that_there_is() -> None:
 def test_few_parameters_is_decided_by_counting_alone() -> None:
     # Of ViT-B's LoRA: att_qkv_depth 2.0 %, qkv_depth 2.9, att_depth 5.0, depth 8.5, att_qkv 19.8, qkv 33.7, att 56.0.
     runs = [make_run(mode, "" if mode == "lora" else "isorank") for mode in PAPER_CONSTRUCTIONS]
-    found, because = verdict(runs, FEW)
-    assert found == HOLDS
+    answer, because = verdict(runs, FEW)
+    assert answer == HOLDS
     assert because.startswith("4 of 7 on vit_base (att 56.0 %, qkv 33.7 %, depth 8.5 %, att_qkv 19.8 %")
     # Of the digits' LoRA at this size not one: the smallest, qkv_depth, has 13.0 %.
     digits = [make_run(run.row.tensor_mode, run.row.strategy, column=DIGITS) for run in runs]
-    found, because = verdict(digits, FEW)
-    assert found == DOES_NOT
+    answer, because = verdict(digits, FEW)
+    assert answer == DOES_NOT
     assert because.startswith("0 of 7 on vit_digits")
     assert verdict([*runs, *digits], FEW)[0] == DOES_NOT
     assert verdict(runs[:-1], FEW)[0] == OPEN
@@ -178,25 +181,25 @@ def test_one_seed_decides_nothing(claim: str, strategy: str, gains: dict[str, fl
 
 
 @pytest.mark.parametrize(("claim", "strategy", "gains"), HOLDING)
-@pytest.mark.parametrize("gone", ["row", "runs", "lora", "column"])
-def test_what_is_not_there_speaks_for_no_claim(claim: str, strategy: str, gains: dict[str, float], gone: str) -> None:
+@pytest.mark.parametrize("missing", ["row", "runs", "lora", "column"])
+def test_what_is_missing_decides_no_claim(claim: str, strategy: str, gains: dict[str, float], missing: str) -> None:
     runs = runs_of(gains, strategy, columns=(DTD, COLA))
     assert verdict(runs, claim)[0] == HOLDS
-    if gone == "row":  # narrowed: tensor_mode=lora,att,...
+    if missing == "row":  # narrowed: tensor_mode=lora,att,...
         runs = [run for run in runs if run.row.tensor_mode != "qkv_depth"]
-    elif gone == "runs":  # planned, and not there yet on one dataset
+    elif missing == "runs":  # planned, and not there yet on one dataset
         runs = [
             replace(run, record=None, problem="missing")
             if (run.row.tensor_mode, run.column) == ("qkv_depth", COLA)
             else run
             for run in runs
         ]
-    elif gone == "lora":
+    elif missing == "lora":
         runs = [run for run in runs if run.row.tensor_mode != "lora"]
     else:
         runs = [run for run in runs if run.column == DTD or run.row.tensor_mode != "qkv_depth"]
     # Whether att is the weakest is decided without LoRA.
-    assert verdict(runs, claim)[0] == (HOLDS if gone == "lora" and claim == ATT else OPEN)
+    assert verdict(runs, claim)[0] == (HOLDS if missing == "lora" and claim == ATT else OPEN)
 
 
 COLUMNS = [DTD, Column("dtd", "vit_small_timm"), Column("eurosat", "vit_base")]

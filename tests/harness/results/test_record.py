@@ -1,3 +1,5 @@
+"""What a record says of a run."""
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -1,3 +1,5 @@
+"""The HTML report: as text, and as a browser shows it."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""All files of a table."""
+
 from __future__ import annotations
 
 import os

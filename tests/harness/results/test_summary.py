@@ -1,3 +1,5 @@
+"""What a table says, against numbers worked out by hand."""
+
 from __future__ import annotations
 
 from dataclasses import replace

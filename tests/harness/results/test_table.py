@@ -1,3 +1,5 @@
+"""Rows, columns and cells of a table."""
+
 from __future__ import annotations
 
 import math

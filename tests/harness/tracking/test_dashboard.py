@@ -1,3 +1,5 @@
+"""What the dashboard asks W&B for, against what a run and a table log."""
+
 from __future__ import annotations
 
 import json

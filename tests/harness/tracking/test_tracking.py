@@ -1,3 +1,5 @@
+"""Which tracker a run gets."""
+
 from __future__ import annotations
 
 import sys

@@ -1,3 +1,5 @@
+"""What W&B holds of a run and of a table, read back from its offline files."""
+
 from __future__ import annotations
 
 import json
@@ -77,6 +79,7 @@ def test_a_table_is_a_run_in_the_group_of_its_runs(tracked: Tracked) -> None:
 
 
 def lines(tracked: Tracked, name: str) -> list[dict[str, Any]]:
+    """The lines of a W&B Table by the names of its columns."""
     content = json.loads((tracked.table.folder / "files" / tracked.table.summary[f"{name}.path"]).read_text())
     return [dict(zip(content["columns"], line, strict=True)) for line in content["data"]]
 
@@ -100,17 +103,17 @@ def test_a_tables_results_are_means_differences_and_intervals(tracked: Tracked) 
 
 
 def test_a_table_has_a_line_per_run(tracked: Tracked) -> None:
-    found = lines(tracked, "runs")
-    assert [(line["row"], line["seed"], line["status"]) for line in found] == [
+    runs = lines(tracked, "runs")
+    assert [(line["row"], line["seed"], line["status"]) for line in runs] == [
         ("lora", 0, "completed"),
         ("lora", 1, "completed"),
         ("qkv-isorank", 0, "completed"),
         ("qkv-isorank", 1, "completed"),
         ("qkv-isorank-adapter.alpha=1", 0, "failed"),
     ]
-    assert found[2]["last"] == tracked.result["metrics"]["last"]
-    assert found[2]["digest"] == tracked.result["digest"]
-    assert found[4]["last"] is None
+    assert runs[2]["last"] == tracked.result["metrics"]["last"]
+    assert runs[2]["digest"] == tracked.result["digest"]
+    assert runs[4]["last"] is None
 
 
 def test_a_tables_files_go_up_as_images_page_and_artifact(tracked: Tracked) -> None:

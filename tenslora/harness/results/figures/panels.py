@@ -36,7 +36,7 @@ class Panel:
         strategy: the rank strategy; empty if no row has one.
         metric: the name of the headline metric; None before the first record.
         score: the number that the table shows, "last" or "best".
-        setting: the setting that tells rows of a construction and strategy apart; None without a single one.
+        setting: the setting that is swept beside construction, strategy and seed; None if there is none, or several.
         cells: by row, in the order of the table's rows. Rows without a strategy are in the panels of all strategies.
         constructions: the rows without their variants, each once.
     """

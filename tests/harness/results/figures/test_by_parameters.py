@@ -1,3 +1,5 @@
+"""Scores against parameters, read back from what matplotlib drew."""
+
 from __future__ import annotations
 
 import statistics

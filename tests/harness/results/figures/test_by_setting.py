@@ -1,3 +1,5 @@
+"""Scores by a setting, read back from what matplotlib drew."""
+
 from __future__ import annotations
 
 from itertools import pairwise

@@ -1,3 +1,5 @@
+"""Which figures a table has, and that their labels can be read."""
+
 from __future__ import annotations
 
 import itertools

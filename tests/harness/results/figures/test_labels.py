@@ -1,3 +1,5 @@
+"""Placing labels: by least squares on a line, and clear of everything in the plane."""
+
 from __future__ import annotations
 
 from itertools import combinations
@@ -13,7 +15,7 @@ from tenslora.harness.results.figures.labels import leader_of, overlap, place_la
 def test_spread_is_the_least_squares_solution(random_seed: int) -> None:
     draw = np.random.default_rng(random_seed)
     wanted = draw.uniform(0, 10, 6)
-    found = np.array(spread(wanted.tolist(), 1.5, (-100.0, 100.0)))
+    positions = np.array(spread(wanted.tolist(), 1.5, (-100.0, 100.0)))
     order = np.argsort(wanted)
     oracle = minimize(
         lambda x: float(((x - wanted[order]) ** 2).sum()),
@@ -21,7 +23,7 @@ def test_spread_is_the_least_squares_solution(random_seed: int) -> None:
         constraints=[{"type": "ineq", "fun": lambda x: np.diff(x) - 1.5}],
         tol=1e-12,
     )
-    assert found[order] == pytest.approx(oracle.x, abs=1e-4)
+    assert positions[order] == pytest.approx(oracle.x, abs=1e-4)
 
 
 def test_spread_keeps_to_its_bounds_and_shares_too_little_room() -> None:

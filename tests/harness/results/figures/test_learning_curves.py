@@ -1,3 +1,5 @@
+"""Learning curves, read back from what matplotlib drew."""
+
 from __future__ import annotations
 
 import numpy as np

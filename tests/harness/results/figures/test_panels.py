@@ -1,3 +1,5 @@
+"""The panels of a figure, and what all of them share."""
+
 from __future__ import annotations
 
 import pytest

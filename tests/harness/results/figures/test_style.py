@@ -1,3 +1,5 @@
+"""The files of a figure."""
+
 from __future__ import annotations
 
 import re
