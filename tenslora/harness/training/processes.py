@@ -1,4 +1,4 @@
-"""One process or several: under torchrun (or accelerate launch) each takes its share of every batch."""
+"""One process or several: under torchrun or accelerate launch each takes its share of every batch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from torch import Tensor, nn
 
 from tenslora.errors import TensLoRAError
 
-_THREADS = torch.get_num_threads()
+_THREADS = torch.get_num_threads()  # read before anything changes it
 
 
 class Processes:
     """The processes that train one model together, and the device of this one.
 
     Args:
-        device: auto (cuda if there is one), cpu, cuda or cuda:<index>; with several processes on GPUs each takes
-            the GPU of its local rank.
-        threads: of a CPU that compute; None: as many as torch takes by itself.
+        device: auto (cuda if there is one, otherwise cpu), cpu, cuda or cuda:<index>. Of several processes on GPUs
+            each takes the GPU of its local rank.
+        threads: how many CPU threads compute; None for as many as torch chooses.
 
-    Raises TensLoRAError for a device that this machine does not have.
+    Raises:
+        TensLoRAError: for a device that this machine does not have.
     """
 
     def __init__(self, device: str, threads: int | None = None) -> None:
@@ -38,8 +39,8 @@ class Processes:
             from accelerate import Accelerator
 
             if self.device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
-                raise TensLoRAError(f"trainer.device={device}: more processes than this machine's CUDA devices")
-            # Autocast is the training loop's; Accelerate would take a precision of its own from the environment.
+                raise TensLoRAError(f"trainer.device={device}: there are more processes than CUDA devices")
+            # Accelerate would take a precision from the environment; the training loop applies autocast itself.
             self._accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
             self.device = self._accelerator.device
             atexit.register(self._accelerator.state.destroy_process_group)
@@ -49,7 +50,7 @@ class Processes:
 
     @property
     def name(self) -> str:
-        """The device's name, as its maker calls it."""
+        """The device's name as its manufacturer gives it."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
@@ -59,7 +60,7 @@ class Processes:
         return platform.machine()
 
     def peak_memory_bytes(self) -> int:
-        """The most memory held at once: allocated on the GPU by this run, or resident since the process began."""
+        """The most memory held at once: what the run allocated on the GPU, or what the process held on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         import resource
@@ -69,23 +70,27 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this process is the one that writes files and logs."""
         return self.index == 0
 
     def main_first(self) -> contextlib.AbstractContextManager[Any]:
-        """A context that the main process of each machine leaves before the others enter: it downloads, they read."""
+        """A context that the main process of each machine leaves before the others enter.
+
+        The main process downloads and prepares files, and the others read them.
+        """
         return contextlib.nullcontext() if self._accelerator is None else self._accelerator.local_main_process_first()
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """`model`, so that its gradients are the mean over processes."""
+        """Wrap a model so that its gradients become the mean over the processes."""
         wrapped: nn.Module = model if self._accelerator is None else self._accelerator.prepare_model(model)
         return wrapped
 
     def local_gradients(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        """A context in which gradients pile up here and are not exchanged yet."""
+        """A context in which a wrapped model adds up its gradients in this process and does not exchange them."""
         return contextlib.nullcontext() if self._accelerator is None else self._accelerator.no_sync(model)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over processes, on every process."""
+        """The mean of a tensor over the processes, on every process."""
         if self._accelerator is None:
             return value
         reduced: Tensor = self._accelerator.reduce(value, reduction="mean")

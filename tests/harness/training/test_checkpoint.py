@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.training.checkpoint import State, load_checkpoint, save_checkpoint
+from tenslora.harness.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 
 
 def _trained(steps: int, seed: int = 0) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
@@ -21,14 +21,14 @@ def _trained(steps: int, seed: int = 0) -> tuple[dict[str, nn.Parameter], torch.
 
 def _step(parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> None:
     optimizer.zero_grad()
-    sum((p**3).sum() for p in parameters.values()).backward()  # type: ignore[union-attr]
+    torch.autograd.backward([(p**3).sum() for p in parameters.values()])
     optimizer.step()
 
 
 def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     parameters, optimizer = _trained(5)
-    state = State(2, 5, [{"epoch": 1, "accuracy": 0.1 + 0.2}], {"train": 1.5, "wait": 0.25, "evaluate": 0.5})
+    state = TrainingState(2, 5, [{"epoch": 1, "accuracy": 0.1 + 0.2}], {"train": 1.5, "wait": 0.25, "evaluate": 0.5})
     save_checkpoint(path, "d1", state, parameters, optimizer)
 
     restored, fresh = _trained(0, seed=9)
@@ -39,16 +39,16 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(parameters[name], restored[name]) for name in parameters)
 
 
-def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, "d1", State(), *_trained(1))
-    with pytest.raises(TensLoRAError, match=r"a run with other settings \(digest d1, this run d2\)"):
+    save_checkpoint(path, "d1", TrainingState(), *_trained(1))
+    with pytest.raises(TensLoRAError, match=r"a run with other settings \(its digest is d1, this run's d2\)"):
         load_checkpoint(path, "d2", *_trained(0))
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, "d1", State(), *_trained(1))
+    save_checkpoint(path, "d1", TrainingState(), *_trained(1))
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(TensLoRAError, match="not a readable safetensors file"):
         load_checkpoint(path, "d1", *_trained(0))

@@ -1,23 +1,59 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
-from tenslora.harness.training.metrics import score
+from tenslora.harness.training.metrics import METRICS, Metric
+from tests.conftest import ROOT
 
-LABELS = [1, 1, 1, 0, 0, 1, 0, 1]
-GUESSES = [1, 0, 1, 0, 1, 1, 0, 0]  # 3 true and 1 false positive, 2 true and 2 false negatives
+LABELS = np.array([1, 1, 1, 0, 0, 1, 0, 1])
+GUESSES = np.array([1, 0, 1, 0, 1, 1, 0, 0])  # 3 true and 1 false positive, 2 true and 2 false negatives
+
+
+def score(metric: str, guesses: np.ndarray) -> float:
+    logits = np.eye(2, dtype=np.float32)[guesses] - 0.5
+    return METRICS[metric].function(LABELS, logits)
 
 
 def test_scores_are_those_of_the_confusion_matrix() -> None:
     tp, fp, tn, fn = 3, 1, 2, 2
-    assert score("accuracy", LABELS, GUESSES) == pytest.approx((tp + tn) / 8)
-    assert score("f1", LABELS, GUESSES) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert score("accuracy", GUESSES) == pytest.approx((tp + tn) / 8)
+    assert score("f1", GUESSES) == pytest.approx(2 * tp / (2 * tp + fp + fn))
     matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    assert score("matthews", LABELS, GUESSES) == pytest.approx(matthews)
+    assert score("matthews", GUESSES) == pytest.approx(matthews)
 
 
-def test_a_constant_guess_scores_zero_where_it_says_nothing() -> None:
-    assert score("matthews", LABELS, [1] * 8) == 0
-    assert score("f1", LABELS, [0] * 8) == 0
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_span_the_range_of_their_metric(metric: str) -> None:
+    assert METRICS[metric].larger_is_better
+    assert score(metric, LABELS) == METRICS[metric].highest
+    assert score(metric, 1 - LABELS) == METRICS[metric].lowest
+
+
+def test_a_constant_guess_scores_zero() -> None:
+    assert score("matthews", np.ones(8, int)) == 0
+    assert score("f1", np.zeros(8, int)) == 0
+
+
+def test_a_metric_of_probabilities_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def auroc(labels: np.ndarray, logits: np.ndarray) -> float:
+        from sklearn.metrics import roc_auc_score
+
+        return float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
+
+    monkeypatch.setitem(METRICS, "auroc", Metric("auroc", auroc, classes=2))
+    # By its definition: the share of pairs of a positive and a negative example that are ranked rightly.
+    logits = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+    margins = logits[:, 1] - logits[:, 0]
+    pairs = margins[LABELS == 1][:, None] > margins[LABELS == 0]
+    assert METRICS["auroc"].function(LABELS, logits) == pytest.approx(pairs.mean())
+
+
+def test_the_registry_is_read_without_torch_or_scikit_learn() -> None:
+    program = "import sys, tenslora.harness.training.metrics; print({'torch', 'sklearn', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -6,33 +6,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tenslora.harness.config import validate
-from tenslora.harness.training.groups import RATIO, parameter_groups
-from tests.running import SHORT, composed, run
+from tenslora.adapter import Adapter
+from tenslora.harness.training.parameter_groups import RATE_RATIO, parameter_groups
+from tests.running import SHORT, configured, run
 
 
 def groups(*overrides: str) -> list[tuple[float, float, set[str]]]:
     """(rate ratio, weight decay, names) of each group, for a small adapter and a head."""
-    from tenslora.adapter import Adapter, AdapterConfig
-
-    settings = validate(composed(*overrides))
-    assert settings.geometry is not None
-    config = AdapterConfig(settings.mode, settings.strategy, factorization=settings.factorization.name)
-    adapter = Adapter(config, settings.geometry)
+    settings = configured(*overrides)
+    assert settings.adapter is not None and settings.geometry is not None
+    adapter = Adapter(settings.adapter, settings.geometry)
     parameters = {f"tenslora.{name}": p for name, p in adapter.named_parameters()}
     parameters["head.weight"] = torch.nn.Parameter(torch.zeros(2))
     names = {id(p): name for name, p in parameters.items()}
-    found = parameter_groups(parameters, adapter, settings.optimizer)
-    return [(g[RATIO], g["weight_decay"], {names[id(p)] for p in g["params"]}) for g in found]
+    return [
+        (group[RATE_RATIO], group["weight_decay"], {names[id(p)] for p in group["params"]})
+        for group in parameter_groups(parameters, adapter, settings.optimizer)
+    ]
 
 
-def test_without_settings_of_their_own_all_parameters_are_one_group() -> None:
-    ((ratio, decay, names),) = groups("tensor_mode=qkv_depth")
+def test_by_default_all_parameters_are_one_group() -> None:
+    [(ratio, decay, names)] = groups("tensor_mode=qkv_depth")
     assert (ratio, decay, len(names)) == (1.0, 0.01, 6)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "zero"),
+    ("overrides", "starts_at_zero"),
     [
         (["tensor_mode=qkv_depth"], "core"),
         (["tensor_mode=lora"], "d_out"),
@@ -40,29 +39,25 @@ def test_without_settings_of_their_own_all_parameters_are_one_group() -> None:
         (["tensor_mode=qkv_depth", "factorization=tensor_train"], "d_out"),
     ],
 )
-def test_the_cores_rate_is_that_of_what_starts_at_zero(overrides: list[str], zero: str) -> None:
+def test_core_lr_ratio_is_for_the_parameter_that_starts_at_zero(overrides: list[str], starts_at_zero: str) -> None:
     by_ratio = {ratio: names for ratio, _, names in groups(*overrides, "optimizer.core_lr_ratio=16")}
     assert set(by_ratio) == {1.0, 16.0}
-    assert all(name.endswith(f".{zero}") for name in by_ratio[16.0])
-    assert not any(name.endswith(f".{zero}") for name in by_ratio[1.0])
+    assert all(name.endswith(f".{starts_at_zero}") for name in by_ratio[16.0])
+    assert not any(name.endswith(f".{starts_at_zero}") for name in by_ratio[1.0])
     assert "head.weight" in by_ratio[1.0]
 
 
 def test_each_factor_may_have_its_own_weight_decay() -> None:
-    found = groups(
-        "tensor_mode=att_qkv",
-        "optimizer.factor_weight_decay.core=0",
-        "optimizer.factor_weight_decay.head=0.5",
-    )
-    decays = {name: decay for _, decay, names in found for name in names}
-    # The mode `head` and the classification head are not to be taken for one another.
+    words = ["optimizer.factor_weight_decay.core=0", "optimizer.factor_weight_decay.head=0.5"]
+    decays = {name: decay for _, decay, names in groups("tensor_mode=att_qkv", *words) for name in names}
+    # The mode `head` has its own weight decay, and the classification head has not.
     assert decays["head.weight"] == 0.01
     assert {decay for name, decay in decays.items() if name.endswith(".head")} == {0.5}
     assert {decay for name, decay in decays.items() if name.endswith(".core")} == {0.0}
     assert {decay for name, decay in decays.items() if name.endswith(".d_in")} == {0.01}
 
 
-def test_a_core_that_may_not_move_stays_at_zero(tmp_path: Path) -> None:
-    run(tmp_path, *SHORT, "tensor_mode=qkv_depth", "optimizer.core_lr_ratio=0")
+def test_with_a_ratio_of_zero_the_core_stays_at_zero(tmp_path: Path) -> None:
+    run(tmp_path, *SHORT, "trainer.epochs=1", "tensor_mode=qkv_depth", "optimizer.core_lr_ratio=0")
     weights = load_file(tmp_path / "adapter.safetensors")
     assert weights["tensors.0.core"].abs().max() == 0
