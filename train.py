@@ -38,9 +38,8 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     from tenslora.harness.backbones import load_backbone, load_tokenizer
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
-    from tenslora.harness.results.record import describe_run
     from tenslora.harness.run_folder import RunFolder
-    from tenslora.harness.run_record import facts_of, record_of
+    from tenslora.harness.run_record import describe_run, facts_of, record_of
     from tenslora.harness.tracking import start_tracker
     from tenslora.harness.training.loop import Diverged, fit
     from tenslora.harness.training.processes import Processes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from tenslora.harness.results.table import Table
+from tenslora.harness.results.table import Table, percent_of_lora
 from tenslora.harness.sweeping.jobs import Job, Look, State
 
 _WORDS = {
@@ -33,9 +33,8 @@ def plan(table: Table, looks: Mapping[Job, Look]) -> str:
                 first = runs[0]
                 ranks = ", ".join(map(str, first.ranks or []))
                 count = "" if first.parameters is None else f"{first.parameters:,}"
-                share = ""
-                if first.parameters is not None and first.lora_parameters:
-                    share = f"{100 * first.parameters / first.lora_parameters:.1f} %"
+                percent = percent_of_lora(first.parameters, first.lora_parameters)
+                share = "" if percent is None else f"{percent:.1f} %"
                 rows.append((row.label, ranks, count, share, _counted(states[run.digest] for run in runs)))
         head = ("", "ranks", "parameters", "of LoRA", "seeds")
         widths = [max(len(line[i]) for line in [head, *rows]) for i in range(4)]

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import tenslora.harness.results.paper
-import tenslora.harness.results.record
 import tenslora.harness.results.summary
+import tenslora.harness.run_record
 import tenslora.harness.tracking  # noqa: F401
 from tenslora.harness.results import write_results
 from tests.tables import small_table

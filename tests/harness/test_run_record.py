@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tenslora.harness.results.record import describe_environment, describe_run, summarize_history
+from tenslora.harness.run_record import describe_environment, describe_run, summarize_history
 from tenslora.harness.training.metrics import METRICS
 from tests.offline import Tracked
 from tests.running import SHORT, run
