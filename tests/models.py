@@ -11,8 +11,11 @@ import transformers as hf
 from torch import Tensor, nn
 
 from tenslora import AdapterConfig, attach
+from tenslora.adapted_linear import AdaptedLinear
 from tenslora.adapter import Adapter
 from tenslora.constructions import Geometry
+from tenslora.tensor import FactorizedTensor
+from tests.plain_transformer import PlainTransformer
 
 GEOMETRY = Geometry(d_in=24, heads=3, d_head=8, layers=2)
 _SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
@@ -85,18 +88,27 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "gemma": _decoder("Gemma", **{**_GROUPED, "intermediate_size": 56}, num_key_value_heads=1, head_dim=8),
     "gpt2": _decoder("GPT2", n_embd=24, n_layer=2, n_head=3, n_positions=20),
 }
-"""With fewer key heads, gated feed-forward blocks, d_out other than d_in (Gemma), or Conv1D (GPT-2)."""
+"""They have fewer key heads, gated feed-forward blocks, d_out other than d_in (Gemma), or Conv1D (GPT-2)."""
+
+
+PLAIN: dict[str, Callable[[], nn.Module]] = {
+    "separate": lambda: PlainTransformer(fused=False),
+    "fused": lambda: PlainTransformer(fused=True),
+}
+"""With query, key and value in three Linear layers and in one."""
 
 
 def build(name: str) -> nn.Module:
-    """The model in evaluation mode, in float64, with reproducible random weights."""
+    """A model of one of the dictionaries above, in evaluation mode, in float64, with reproducible random weights."""
     torch.manual_seed(0)
-    return {**BUILDERS, **DECODERS}[name]().double().eval()
+    return {**BUILDERS, **DECODERS, **PLAIN}[name]().double().eval()
 
 
 def inputs(name: str, seed: int = 0) -> dict[str, Tensor]:
-    """A batch of two for it."""
+    """A batch of two for the model of this name."""
     generator = torch.Generator().manual_seed(seed)
+    if name in PLAIN:
+        return {"x": torch.randn(2, 7, 24, dtype=torch.float64, generator=generator)}
     if name in ("hf_bert", "hf_roberta", "hf_distilbert", *DECODERS):
         return {"input_ids": torch.randint(5, 50, (2, 7), generator=generator)}
     pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=generator)
@@ -109,11 +121,25 @@ def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     return result
 
 
-def attached(model: nn.Module, mode: str, **settings: object) -> Adapter:
-    """An adapter with random entries on `model`, all trainable, in float64."""
-    adapter = attach(model, AdapterConfig(mode, **settings)).double()  # type: ignore[arg-type]
+def attached(model: nn.Module, mode: str, **settings: Any) -> Adapter:
+    """Attach an adapter with random entries in all its parameters, in float64."""
+    adapter = attach(model, AdapterConfig(mode, **settings)).double()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return adapter
+
+
+def linear_at(model: nn.Module, path: str) -> AdaptedLinear:
+    """The adapted Linear at a path."""
+    linear = model.get_submodule(path)
+    assert isinstance(linear, AdaptedLinear)
+    return linear
+
+
+def tensor_of(adapter: Adapter, index: int) -> FactorizedTensor:
+    """One of the adapter's tensors."""
+    tensor = adapter.tensors[index]
+    assert isinstance(tensor, FactorizedTensor)
+    return tensor

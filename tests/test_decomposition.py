@@ -1,8 +1,9 @@
-"""Decompositions against SVDs of unfoldings, and TensorLy's tensor train."""
+"""Decompositions, against SVDs of unfoldings and against TensorLy's tensor train."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import tensorly as tl
@@ -37,9 +38,9 @@ def updates(geometry: Geometry = GEOMETRY, seed: int = 0) -> list[list[Tensor]]:
     return [[draw(width) for width in geometry.widths] for _ in range(geometry.layers)]
 
 
-def built(mode: str, ranks: list[int], factorization: str, geometry: Geometry = GEOMETRY, **settings: str) -> Adapter:
+def build(mode: str, ranks: list[int], factorization: str, geometry: Geometry = GEOMETRY, **settings: Any) -> Adapter:
     strategy = RankStrategy("explicit", ranks=tuple(ranks))
-    config = AdapterConfig(mode, strategy, factorization=factorization, adapt=geometry.adapt, **settings)  # type: ignore[arg-type]
+    config = AdapterConfig(mode, strategy, factorization=factorization, adapt=geometry.adapt, **settings)
     return Adapter(config, geometry).double()
 
 
@@ -47,64 +48,64 @@ def built(mode: str, ranks: list[int], factorization: str, geometry: Geometry = 
 @pytest.mark.parametrize("factorization", ["tucker", "tensor_train"])
 @pytest.mark.parametrize("mode", CONSTRUCTIONS)
 def test_at_full_rank_nothing_is_lost(mode: str, factorization: str, head_layout: str) -> None:
-    adapter = built(
+    adapter = build(
         mode, list(rank_limits(mode, GEOMETRY, factorization).values()), factorization, head_layout=head_layout
     )
-    wanted = updates()
-    found = approximate(adapter, wanted)
-    assert found.error < 1e-7
-    for layer, each in enumerate(wanted):
-        for update, ours in zip(each, adapter.dense(layer), strict=True):
-            torch.testing.assert_close(4.0 * ours, update, rtol=0, atol=1e-7)
+    given = updates()
+    approximation = approximate(adapter, given)
+    assert approximation.error < 1e-7
+    for layer, each in enumerate(given):
+        for update, dense in zip(each, adapter.dense(layer), strict=True):
+            torch.testing.assert_close(4.0 * dense, update, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", TENSORS)
 def test_tucker_is_the_truncated_hosvd(mode: str) -> None:
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=5)
     ranks = [max(1, n - 1) for n in modes(mode, geometry).values()]
-    adapter, wanted = built(mode, ranks, "tucker", geometry), updates(geometry)
-    found = approximate(adapter, wanted)
-    missed = total = 0.0
-    kept = dict.fromkeys(modes(mode, geometry), 0.0)
-    for tensor in stack(wanted, mode, geometry):
+    adapter, given = build(mode, ranks, "tucker", geometry), updates(geometry)
+    approximation = approximate(adapter, given)
+    squared_error = total = 0.0
+    energy = dict.fromkeys(modes(mode, geometry), 0.0)
+    for tensor in stack(given, mode, geometry):
         factors = []
-        for axis, (name, rank) in enumerate(zip(kept, ranks, strict=True)):
+        for axis, (name, rank) in enumerate(zip(energy, ranks, strict=True)):
             u, s, _ = torch.linalg.svd(tl.unfold(tensor, axis), full_matrices=False)
             factors.append(u[:, :rank] @ u[:, :rank].T)
-            kept[name] += s[:rank].square().sum().item()
-        missed += (tensor - multi_mode_dot(tensor, factors)).square().sum().item()
+            energy[name] += s[:rank].square().sum().item()
+        squared_error += (tensor - multi_mode_dot(tensor, factors)).square().sum().item()
         total += tensor.square().sum().item()
-    assert found.error == pytest.approx(math.sqrt(missed / total), rel=1e-9)
-    assert found.energy == pytest.approx({name: value / total for name, value in kept.items()}, rel=1e-9)
+    assert approximation.error == pytest.approx(math.sqrt(squared_error / total), rel=1e-9)
+    assert approximation.energy == pytest.approx({name: value / total for name, value in energy.items()}, rel=1e-9)
 
 
 @pytest.mark.parametrize("mode", ["depth", "qkv_depth", "att_qkv_depth", "site"])
-def test_the_tensor_train_is_as_near_as_tensorlys(mode: str) -> None:
+def test_the_tensor_train_has_the_error_of_tensorlys(mode: str) -> None:
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=5)
     limits = rank_limits(mode, geometry, "tensor_train").values()
     ranks = [max(1, limit // 2) for limit in limits]
-    adapter, wanted = built(mode, ranks, "tensor_train", geometry), updates(geometry)
-    found = approximate(adapter, wanted)
+    adapter, given = build(mode, ranks, "tensor_train", geometry), updates(geometry)
+    approximation = approximate(adapter, given)
     names = list(modes(mode, geometry))
     order = [n for n in ("d_in", "projection", "depth", "site", "head", "d_head", "d_out") if n in names]
-    missed = total = 0.0
-    for tensor in stack(wanted, mode, geometry):
+    squared_error = total = 0.0
+    for tensor in stack(given, mode, geometry):
         chain = tensor.permute([names.index(name) for name in order])
-        missed += (chain - tl.tt_to_tensor(tensor_train(chain, [1, *ranks, 1]))).square().sum().item()
+        squared_error += (chain - tl.tt_to_tensor(tensor_train(chain, [1, *ranks, 1]))).square().sum().item()
         total += chain.square().sum().item()
-    assert found.error == pytest.approx(math.sqrt(missed / total), rel=1e-6)
+    assert approximation.error == pytest.approx(math.sqrt(squared_error / total), rel=1e-6)
 
 
-def test_a_lora_is_the_best_of_its_rank() -> None:
+def test_a_lora_is_the_nearest_of_its_rank() -> None:
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=2)
-    adapter, wanted = built("lora", [3], "tucker", geometry), updates(geometry)
-    found = approximate(adapter, wanted)
-    squares = [torch.linalg.svdvals(update).square() for layer in wanted for update in layer]
-    left = sum(s[3:].sum().item() for s in squares) / sum(s.sum().item() for s in squares)
-    assert found.error == pytest.approx(math.sqrt(left), rel=1e-9)
+    adapter, given = build("lora", [3], "tucker", geometry), updates(geometry)
+    approximation = approximate(adapter, given)
+    squares = [torch.linalg.svdvals(update).square() for layer in given for update in layer]
+    remainder = sum(s[3:].sum().item() for s in squares) / sum(s.sum().item() for s in squares)
+    assert approximation.error == pytest.approx(math.sqrt(remainder), rel=1e-9)
 
 
-def test_ranks_above_a_modes_size_are_of_no_harm() -> None:
+def test_ranks_above_a_modes_size_give_finite_factors() -> None:
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=2)
     config = AdapterConfig("qkv_depth", RankStrategy("isorank", rank=10))  # of a projection mode of 3
     adapter = Adapter(config, geometry).double()
@@ -112,7 +113,7 @@ def test_ranks_above_a_modes_size_are_of_no_harm() -> None:
     assert all(parameter.isfinite().all() for parameter in adapter.parameters())
 
 
-def test_nothing_is_near_to_no_update() -> None:
+def test_updates_that_are_zero_and_an_alpha_of_zero_are_refused() -> None:
     nothing = [[torch.zeros_like(update) for update in layer] for layer in updates()]
     with pytest.raises(TensLoRAError, match="the updates are all zero"):
         approximate(Adapter(AdapterConfig("qkv_depth", adapt="all"), GEOMETRY), nothing)
@@ -122,16 +123,16 @@ def test_nothing_is_near_to_no_update() -> None:
         approximate(Adapter(AdapterConfig("qkv_depth", adapt="all", alpha=0.0), GEOMETRY), updates())
 
 
-def test_cp_says_that_it_cannot() -> None:
+def test_cp_has_no_direct_method() -> None:
     with pytest.raises(TensLoRAError, match=r"^factorization=cp: must be tucker or tensor_train"):
-        approximate(built("depth", [4], "cp"), updates())
+        approximate(build("depth", [4], "cp"), updates())
 
 
 @pytest.mark.parametrize("mode", TENSORS)
 def test_an_adapters_own_updates_are_stacked_into_its_own_tensors(mode: str) -> None:
     # The inverse of taking slices: what TensorLy makes of the factors is what stacking the updates gives.
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=5)
-    adapter = built(mode, [max(1, n - 1) for n in modes(mode, geometry).values()], "tucker", geometry)
+    adapter = build(mode, [max(1, n - 1) for n in modes(mode, geometry).values()], "tucker", geometry)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(1))
@@ -143,14 +144,14 @@ def test_an_adapters_own_updates_are_stacked_into_its_own_tensors(mode: str) -> 
 
 
 def test_spectra_are_the_singular_values_of_the_unfoldings() -> None:
-    wanted = updates()
-    found = spectra(wanted, GEOMETRY)
-    assert list(found) == ["d_in", "d_out", "projection", "depth", "d_head", "head"]
-    everything = torch.cat([update for layer in wanted for update in layer], dim=1)
+    given = updates()
+    shares = spectra(given, GEOMETRY)
+    assert list(shares) == ["d_in", "d_out", "projection", "depth", "d_head", "head"]
+    everything = torch.cat([update for layer in given for update in layer], dim=1)
     squares = torch.linalg.svdvals(everything).square()
-    torch.testing.assert_close(found["d_in"], squares / squares.sum(), rtol=0, atol=1e-10)
-    by_layer = torch.stack([torch.cat(layer, dim=1).flatten() for layer in wanted])
+    torch.testing.assert_close(shares["d_in"], squares / squares.sum(), rtol=0, atol=1e-10)
+    by_layer = torch.stack([torch.cat(layer, dim=1).flatten() for layer in given])
     squares = torch.linalg.svdvals(by_layer).square()
-    torch.testing.assert_close(found["depth"], squares / squares.sum(), rtol=0, atol=1e-10)
-    for shares in found.values():
-        assert shares.sum().item() == pytest.approx(1)
+    torch.testing.assert_close(shares["depth"], squares / squares.sum(), rtol=0, atol=1e-10)
+    for share in shares.values():
+        assert share.sum().item() == pytest.approx(1)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import transformers as hf
 from torch import nn
 
 from tenslora.errors import TensLoRAError
 from tenslora.projections import features, find_projections
-from tests.models import BUILDERS, DECODERS, GEOMETRY, build
+from tests.models import BUILDERS, DECODERS, GEOMETRY, build, inputs
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -30,17 +31,15 @@ def test_separate_projections_are_in_the_order_query_key_value(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_layers_are_numbered_as_the_data_passes_them(name: str) -> None:
-    from tests.models import inputs
-
+def test_layers_are_numbered_in_the_order_of_the_forward_pass(name: str) -> None:
     model = build(name)
     _, targets = find_projections(model)
-    passed: list[int] = []
+    called: list[int] = []
     for target in targets:
-        target.linear.register_forward_hook(lambda *_, layer=target.layer: passed.append(layer))
+        target.linear.register_forward_hook(lambda *_, layer=target.layer: called.append(layer))
     model(**inputs(name))
-    assert passed == sorted(passed)
-    assert set(passed) == {0, 1}
+    assert called == sorted(called)
+    assert set(called) == {0, 1}
 
 
 def test_a_model_without_such_attention_is_refused() -> None:
@@ -48,12 +47,14 @@ def test_a_model_without_such_attention_is_refused() -> None:
         find_projections(nn.Sequential(nn.Linear(4, 4)))
 
 
-class _Block(nn.Module):
-    def __init__(self, d_in: int, d_out: int, heads: int | None) -> None:
+class _Fused(nn.Module):
+    def __init__(self, d_in: int, d_out: int, heads: int | None, d_head: int | None = None) -> None:
         super().__init__()
         self.qkv = nn.Linear(d_in, d_out)
         if heads:
             self.num_heads = heads
+        if d_head:
+            self.head_dim = d_head
 
 
 @pytest.mark.parametrize(
@@ -69,18 +70,17 @@ class _Block(nn.Module):
 )
 def test_uneven_attention_is_refused(blocks: list[tuple[int, int, int | None]], message: str) -> None:
     with pytest.raises(TensLoRAError, match=message):
-        find_projections(nn.Sequential(*(_Block(*block) for block in blocks)))
+        find_projections(nn.Sequential(*(_Fused(*block) for block in blocks)))
 
 
 def test_multi_query_attention_in_one_linear_is_refused() -> None:
-    block = _Block(8, 24, 2)
-    block.head_dim = 6  # type: ignore[assignment]  # queries of 2 x 6, a key and a value of 6
+    block = _Fused(8, 24, heads=2, d_head=6)  # two queries, a key and a value
     with pytest.raises(TensLoRAError, match=r"qkv: its 24 outputs do not divide into query, key and value"):
         find_projections(block)
 
 
 def test_a_weight_that_two_layers_share_is_refused() -> None:
-    one, other = _Block(8, 24, 2), _Block(8, 24, 2)
+    one, other = _Fused(8, 24, 2), _Fused(8, 24, 2)
     other.qkv.weight = one.qkv.weight
     with pytest.raises(TensLoRAError, match=r"1\.qkv: would be adapted twice, for layers 0 and 1 \(there as 0\.qkv\)"):
         find_projections(nn.Sequential(one, other))
@@ -129,8 +129,6 @@ def test_finding_changes_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
 def test_attention_that_never_calls_its_linear_is_refused(name: str) -> None:
-    import timm
-
     sizes = {"img_size": 28, "patch_size": 14, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 2}
     with pytest.raises(TensLoRAError, match="does not call its Linear qkv"):
         find_projections(timm.create_model(name, **sizes))
@@ -150,8 +148,10 @@ def test_all_matrices_of_a_layer_are_found(name: str) -> None:
         assert outputs in ((geometry.d_in,) if target.writes_to_stream else (width, 3 * width))
 
 
-def test_what_is_wanted_and_not_there_is_said() -> None:
-    with pytest.raises(TensLoRAError, match=r"its output cannot be found; looked for proj, o_proj, out_proj"):
+def test_a_matrix_that_is_not_found_is_named() -> None:
+    with pytest.raises(
+        TensLoRAError, match=r"^adapt=qkvo: .*its output cannot be found; looked for proj, o_proj, out_proj"
+    ):
         find_projections(_Separate(16, 16, 16), "qkvo")
     with pytest.raises(TensLoRAError, match=r"its up and down cannot be found; looked for .*mlp\.fc1/mlp\.fc2"):
         find_projections(_Separate(16, 16, 16), "mlp")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from tenslora.factorizations.tensor_train import TensorTrain
 from tenslora.factorizations.tucker import Tucker
@@ -16,18 +17,17 @@ from tenslora.tensor import FactorizedTensor
 def test_random_factors_have_the_documented_spread(init: str, deviation: float) -> None:
     generator = torch.Generator().manual_seed(0)
     tensor = FactorizedTensor(Tucker(), {"d_in": 400, "d_out": 400}, [50, 50], 1, generator, init=init)
-    for factor in (tensor.d_in, tensor.d_out):
-        assert abs(factor.std().item() / deviation - 1) < 0.02  # type: ignore[operator,union-attr]
-        assert init == "normal" or factor.abs().max().item() <= 1 / math.sqrt(400)  # type: ignore[operator,union-attr]
+    for factor in map(tensor.get_parameter, ("d_in", "d_out")):
+        assert abs(factor.std().item() / deviation - 1) < 0.02
+        assert init == "normal" or factor.abs().max().item() <= 1 / math.sqrt(400)
 
 
 def test_lora_starts_as_peft_starts_it() -> None:
-    from torch import nn
-
     generator = torch.Generator().manual_seed(0)
     matrix = FactorizedTensor(TensorTrain(), {"d_in": 300, "d_out": 200}, [4], 1, generator, init="kaiming_uniform")
-    oracle = nn.Linear(300, 4, bias=False)  # PEFT's lora_A
-    nn.init.kaiming_uniform_(oracle.weight, a=math.sqrt(5))
-    assert matrix.d_out.abs().max() == 0  # type: ignore[operator,union-attr]
-    assert abs(matrix.d_in.std().item() / oracle.weight.std().item() - 1) < 0.1  # type: ignore[operator,union-attr]
-    assert abs(matrix.d_in.abs().max().item() / oracle.weight.abs().max().item() - 1) < 0.05  # type: ignore[operator,union-attr]
+    expected = nn.Linear(300, 4, bias=False).weight  # PEFT's lora_A
+    nn.init.kaiming_uniform_(expected, a=math.sqrt(5))
+    d_in = matrix.get_parameter("d_in")
+    assert matrix.get_parameter("d_out").abs().max() == 0
+    assert abs(d_in.std().item() / expected.std().item() - 1) < 0.1
+    assert abs(d_in.abs().max().item() / expected.abs().max().item() - 1) < 0.05

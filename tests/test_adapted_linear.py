@@ -1,0 +1,295 @@
+"""Adapted models, against the backbone with each update built and added by hand, and against PEFT."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from tenslora import Adapter, AdapterConfig, RankStrategy, TensLoRAError, attach
+from tenslora.adapted_linear import AdaptedLinear, SharedInput
+from tenslora.attachment import adapter_of
+from tenslora.constructions import CONSTRUCTIONS
+from tenslora.projections import find_projections
+from tests.models import BUILDERS, DECODERS, attached, build, inputs, linear_at, logits, tensor_of
+from tests.operations import RecordedOperations
+from tests.plain_transformer import PlainTransformer
+
+
+def dense_logits(name: str, adapter: Adapter) -> Tensor:
+    """Logits of a fresh backbone whose weights had alpha dW^T added, as a function of the adapter's parameters."""
+    model = build(name)
+    _, targets = find_projections(model, adapter.config.adapt)
+    weights = {}
+    for target in targets:
+        weight = target.linear.get_parameter("weight").detach().clone()
+        if not isinstance(target.linear, nn.Linear):
+            weight = weight.T  # transformers' Conv1D stores the transpose
+        update = torch.zeros_like(weight)
+        for index, column in target.columns:
+            matrix = adapter.dense(target.layer)[target.group[index]]
+            matrix = matrix if target.writes_to_stream else matrix.T
+            update = update + nn.functional.pad(matrix, (0, 0, column, len(weight) - column - len(matrix)))
+        updated = weight + adapter.config.alpha * update
+        weights[f"{target.path}.weight"] = updated if isinstance(target.linear, nn.Linear) else updated.T
+    output = torch.func.functional_call(model, weights, kwargs=inputs(name), args=())
+    result: Tensor = getattr(output, "logits", output)
+    return result
+
+
+def check_against_dense_updates(name: str, mode: str, **settings: Any) -> Adapter:
+    """Compare logits and gradients of a model with an adapter to those with dense updates."""
+    model = build(name)
+    adapter = attached(model, mode, **settings)
+    actual, expected = logits(model, inputs(name)), dense_logits(name, adapter)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+    probe = torch.randn(actual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad((actual * probe).sum(), list(adapter.parameters()))
+    expected_gradients = torch.autograd.grad((expected * probe).sum(), list(adapter.parameters()))
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - other).norm() <= 1e-10 * other.norm()
+    return adapter
+
+
+# Where projections are stacked, the matrices of a layer share left; otherwise each has its own.
+@pytest.mark.parametrize("mode", ["lora", "qkv_depth"])
+@pytest.mark.parametrize("name", [*BUILDERS, *DECODERS])
+def test_on_every_backbone_logits_and_gradients_are_those_of_dense_updates(name: str, mode: str) -> None:
+    check_against_dense_updates(name, mode)
+
+
+@pytest.mark.parametrize("mode", CONSTRUCTIONS)
+@pytest.mark.parametrize("name", ["hf_bert", "timm_vit", "llama"])
+def test_in_every_construction_logits_and_gradients_are_those_of_dense_updates(name: str, mode: str) -> None:
+    check_against_dense_updates(name, mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "ranks"), [("depth", (9, 2, 2)), ("qkv_depth", (20, 3, 3, 2)), ("att_qkv_depth", (20, 2, 2, 3, 2))]
+)
+@pytest.mark.parametrize("name", ["hf_bert", "timm_vit"])
+def test_the_core_may_join_the_input_factor_where_the_output_rank_is_lower(
+    name: str, mode: str, ranks: tuple[int, ...]
+) -> None:
+    check_against_dense_updates(name, mode, rank_strategy=RankStrategy("explicit", ranks=ranks))
+
+
+@pytest.mark.parametrize(("mode", "ranks"), [("qkv", (20, 2, 2)), ("site", (20, 2, 3)), ("qkv_depth", (20, 2, 2, 2))])
+@pytest.mark.parametrize("name", ["hf_bert", "timm_vit", "llama"])
+def test_that_holds_for_matrices_of_several_slices_too(name: str, mode: str, ranks: tuple[int, ...]) -> None:
+    strategy = RankStrategy("explicit", ranks=ranks)
+    adapter = check_against_dense_updates(name, mode, adapt="all", rank_strategy=strategy)
+    assert len(adapter.layer_products(0)[0]) > 1  # each matrix has a left of its own
+
+
+@pytest.mark.parametrize(
+    ("name", "factorization", "mode"),
+    [
+        ("hf_bert", "cp", "att_qkv_depth"),
+        ("timm_vit", "cp", "depth"),
+        ("timm_vit", "tensor_train", "att_qkv_depth"),
+        ("hf_bert", "tensor_train", "att_site"),
+    ],
+)
+def test_other_factorizations_add_their_dense_updates(name: str, factorization: str, mode: str) -> None:
+    check_against_dense_updates(name, mode, factorization=factorization)
+
+
+MATRICES = ["q", "v", "qv", "kv", "o", "qkvo", "mlp", "all"]
+# Every backbone with every choice of matrices; the five kinds of tensor take turns.
+BACKBONES_AND_MATRICES = [
+    (name, adapt, *tensor)
+    for (name, adapt), tensor in zip(
+        itertools.product(["hf_vit", "hf_bert", "hf_distilbert", "timm_vit", "llama", "gemma", "gpt2"], MATRICES),
+        itertools.cycle(
+            [
+                ("lora", "tucker"),
+                ("att", "tucker"),
+                ("qkv", "cp"),
+                ("att_qkv_depth", "tucker"),
+                ("site", "tensor_train"),
+            ]
+        ),
+        strict=False,
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "adapt", "mode", "factorization"), BACKBONES_AND_MATRICES)
+def test_any_choice_of_matrices_may_be_adapted(name: str, adapt: str, mode: str, factorization: str) -> None:
+    check_against_dense_updates(name, mode, adapt=adapt, factorization=factorization)
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "hf_roberta", "hf_distilbert"])
+def test_lora_is_pefts_lora(name: str) -> None:
+    names = {"hf_distilbert": ["q_lin", "k_lin", "v_lin"]}.get(name, ["query", "key", "value"])
+    model, config = build(name), LoraConfig(r=4, lora_alpha=16, target_modules=names)
+    peft_model: Any = get_peft_model(copy.deepcopy(model), config).double().eval()  # type: ignore[arg-type]
+    adapter = attached(model, "lora")
+    layers: list[Any] = [module for module in peft_model.modules() if hasattr(module, "lora_A")]
+    order = [(projection, layer) for layer in range(2) for projection in range(3)]
+    pairs = [
+        (tensor_of(adapter, projection * 2 + layer).get_parameter(mode), getattr(module, side)["default"].weight)
+        for (projection, layer), module in zip(order, layers, strict=True)
+        for mode, side in (("d_in", "lora_A"), ("d_out", "lora_B"))
+    ]
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            theirs.copy_(ours.T)
+    actual, expected = logits(model, inputs(name)), logits(peft_model, inputs(name))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    probe = torch.randn(actual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad((actual * probe).sum(), [ours for ours, _ in pairs])
+    expected_gradients = torch.autograd.grad((expected * probe).sum(), [theirs for _, theirs in pairs])
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        assert other.norm() > 0
+        assert (gradient - other.T).norm() <= 1e-10 * other.norm()
+
+
+@pytest.mark.parametrize("mode", CONSTRUCTIONS)
+def test_training_makes_no_matrix_as_large_as_a_weight(mode: str) -> None:
+    # Of two tokens, with ranks of 2, a new tensor as large as a weight of 24 x 24 could only be an update.
+    model = PlainTransformer()
+    adapter = attach(model, AdapterConfig(mode, RankStrategy("isorank", rank=2)))
+    with RecordedOperations(known=model.parameters()) as operations:
+        torch.autograd.backward(model(torch.randn(1, 2, 24)).sum())
+    assert 0 < operations.largest < 24 * 24
+    with RecordedOperations() as operations:
+        adapter.dense(0)
+    assert operations.largest >= 24 * 24  # the recording notices an update that is built
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "timm_vit"])
+def test_query_key_and_value_share_one_product_with_the_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers: list[int] = []
+    of_all = SharedInput.of_all
+
+    def recorded(shared: SharedInput, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        layers.append(shared.layer)
+        return of_all(shared, tokens, dtype)
+
+    monkeypatch.setattr(SharedInput, "of_all", recorded)
+    model = build(name)
+    attached(model, "qkv_depth")
+    logits(model, inputs(name))
+    assert layers == [0, 1]
+
+
+def test_projections_with_different_inputs_are_not_mixed_up() -> None:
+    # In cross-attention, key and value read another tensor than query does.
+    model = build("separate")
+    adapter = attached(model, "qkv_depth")
+    generator = torch.Generator().manual_seed(0)
+    x, z = torch.randn(2, 1, 4, 24, dtype=torch.float64, generator=generator)
+    for tensor, index, name in ((x, 0, "query"), (z, 1, "key"), (z, 2, "value"), (x, 1, "key")):
+        linear = linear_at(model, f"blocks.1.attention.{name}")
+        expected = nn.functional.linear(tensor, linear.weight, linear.bias) + 4.0 * tensor @ adapter.dense(1)[index]
+        torch.testing.assert_close(linear(tensor), expected, rtol=0, atol=1e-12)
+
+
+def test_forward_passes_at_the_same_time_do_not_mix_their_inputs() -> None:
+    model = build("separate")
+    attached(model, "qkv")
+    query, key = (linear_at(model, f"blocks.0.attention.{name}") for name in ("query", "key"))
+    x, z, abandoned = torch.randn(3, 1, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = key(z)
+    abandoned = abandoned.clone()
+    with torch.no_grad():
+        query(abandoned)
+        # Another thread may take over whenever memory is given back, such as that of an input that is not needed any
+        # more.
+        weakref.finalize(abandoned, query, z)
+        del abandoned
+        query(x)
+        assert torch.equal(key(z), expected)
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "timm_vit"])
+@pytest.mark.parametrize("mode", ["qkv_depth", "depth"])
+def test_rank_dropout_leaves_out_components_in_training_only(name: str, mode: str) -> None:
+    model = build(name)
+    attached(model, mode, rank_dropout=0.5)
+    linear = next(module for module in model.modules() if isinstance(module, AdaptedLinear))
+    tokens = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lefts, rights = map(torch.stack, linear.shared.group.adapter.layer_products(0))
+    hs, rights = tokens @ lefts, rights[[index for index, _ in linear.columns]] * 4.0
+    # A component's part of the output, over all tokens, is one column. Least squares then finds each one's factor.
+    components = torch.stack(
+        [
+            torch.cat(
+                [hs[p % len(hs)][:, [r]] * rights[p, r] * (p % len(hs) == q) for p in range(len(rights))], dim=1
+            ).flatten()
+            for q in range(len(lefts) if len(rights) > 1 else 1)
+            for r in range(rights.shape[1])
+        ],
+        dim=1,
+    )
+    torch.manual_seed(0)
+    model.train()
+    factors = []
+    for _ in range(20):
+        update = (linear(tokens) - linear.base[0](tokens)).flatten()
+        factors.append(torch.linalg.lstsq(components, update).solution)
+        torch.testing.assert_close(components @ factors[-1], update, rtol=0, atol=1e-10)
+    assert set(torch.stack(factors).detach().round(decimals=8).flatten().tolist()) == {0.0, 2.0}
+    model.eval()
+    update = (linear(tokens) - linear.base[0](tokens)).flatten()
+    torch.testing.assert_close(components.sum(1), update, rtol=0, atol=1e-10)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model, batch = build("separate"), inputs("separate")
+    adapter = attached(model, "qkv", dropout=0.5)
+    assert torch.equal(logits(model, batch), logits(model, batch))
+    adapter.train()
+    assert not torch.equal(logits(model, batch), logits(model, batch))
+
+
+def test_a_float32_adapter_serves_bf16_weights() -> None:
+    model = build("hf_vit").bfloat16()
+    adapter = attached(model, "qkv_depth").float()
+    output = logits(model, {"pixel_values": inputs("hf_vit")["pixel_values"].bfloat16()})
+    torch.autograd.backward(output.float().sum())
+    assert output.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
+
+
+def test_a_linears_own_forward_is_called() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = build("fused")
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = Doubling
+    before = logits(model, inputs("fused"))
+    attach(model, AdapterConfig("qkv")).double()
+    assert torch.equal(logits(model, inputs("fused")), before)
+
+
+def test_an_encoder_decoder_can_be_copied_after_a_step() -> None:
+    # In its cross-attention, products that query's input has for key and value are never taken.
+    sizes = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50, "max_position_embeddings": 20}
+    heads = {"encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    model = transformers.BartModel(transformers.BartConfig(**sizes, **heads)).double()
+    adapter = attached(model, "qkv_depth")
+    tokens = torch.arange(5, 12).unsqueeze(0)
+    torch.autograd.backward(model(input_ids=tokens).last_hidden_state.square().sum())
+    twin = copy.deepcopy(model)
+    assert adapter_of(twin) is not adapter
+    assert torch.equal(twin.eval()(tokens).last_hidden_state, model.eval()(tokens).last_hidden_state)
+
+
+def test_data_parallel_is_refused() -> None:
+    model = build("separate")
+    attached(model, "qkv")
+    with pytest.raises(TensLoRAError, match="DataParallel: cannot copy an adapter; start one process per device"):
+        linear_at(model, "blocks.0.attention.query")._replicate_for_data_parallel()

@@ -1,0 +1,42 @@
+"""torch.compile traces an adapted model as one graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import attached, build, inputs, logits
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "factorization", "adapt"),
+    [
+        # Each branch of the code that computes thin products once, in models that are quick to trace,
+        ("separate", "lora", "tucker", "qkv"),
+        ("fused", "depth", "tucker", "qkv"),
+        ("separate", "att_qkv_depth", "tucker", "qkv"),
+        ("fused", "att_site", "tucker", "qv"),
+        ("fused", "att_qkv_depth", "cp", "qkv"),
+        ("separate", "att_site", "tensor_train", "qkv"),
+        # and the models of both libraries.
+        ("hf_roberta", "qkv_depth", "tucker", "qkv"),
+        ("timm_vit", "qkv_depth", "tucker", "all"),
+    ],
+)
+def test_a_compiled_model_is_one_graph_for_all_shapes(name: str, mode: str, factorization: str, adapt: str) -> None:
+    model, batch = build(name), inputs(name)
+    attached(model, mode, factorization=factorization, adapt=adapt)
+    expected = logits(model, batch)
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    output = compiled(**batch)
+    torch.testing.assert_close(getattr(output, "logits", output), expected, rtol=0, atol=1e-12)
+    larger = {key: torch.cat([value, value])[:3] for key, value in batch.items()}
+    compiled(**{key: value[:, :5].contiguous() if key == "input_ids" else value for key, value in larger.items()})
+    assert len(graphs) == 1
