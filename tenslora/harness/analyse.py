@@ -8,9 +8,6 @@ energy when that axis alone is cut, and writes the whole spectrum as spectra.jso
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
 from pathlib import Path
@@ -23,6 +20,7 @@ from tenslora.constructions import Geometry
 from tenslora.decomposition import Updates, spectra
 from tenslora.errors import TensLoRAError
 from tenslora.files import write_json
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.harness.results.figures.style import COLOURS, GREY, HEIGHT, INK, WIDTH, styled, write_figure
 from tenslora.harness.run_folder import RunFolder
 from tenslora.peft.saved_lora import CONFIG, read_config, read_updates
@@ -102,27 +100,20 @@ def energy_by_rank(shares: Mapping[str, Sequence[float]]) -> Figure:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends it with status 1 and one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tenslora.harness.analyse",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("tenslora.harness.analyse", __doc__)
     parser.add_argument("folder", type=Path, help="of a finished run, or of a LoRA that PEFT saved")
     parser.add_argument("--model", help="a LoRA's backbone, a folder or a name on the hub, if not the one it names")
     parser.add_argument("--adapt", default="qkv", help="which of a LoRA's matrices: letters of qkvo, mlp, or all")
     parser.add_argument("--out", type=Path, help="where to write; default: the folder itself")
     given = parser.parse_args(arguments)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     out = given.out or given.folder
-    try:
+    with mistakes_in_one_line():
         geometry, updates = updates_in(given.folder, given.model, given.adapt)
         if not any(update.any() for layer in updates for update in layer):
             raise TensLoRAError(f"{given.folder}: its updates are all zero")
         shares = {axis: of_axis.tolist() for axis, of_axis in spectra(updates, geometry).items()}
         write_json(out / "spectra.json", shares)
         files = write_figure(energy_by_rank(shares), out, "spectra")
-    except TensLoRAError as error:
-        sys.exit(f"error: {error}")
     print(f"{'axis':<12}{'size':>6}{'90 %':>8}{'99 %':>8}")
     for axis, of_axis in shares.items():
         print(f"{axis:<12}{len(of_axis):>6}{rank_for(of_axis, 0.9):>8}{rank_for(of_axis, 0.99):>8}")

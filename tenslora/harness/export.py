@@ -8,10 +8,7 @@ Nothing is lost in either: every update is a product of two thin matrices, and s
 
 from __future__ import annotations
 
-import argparse
-import logging
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from safetensors import SafetensorError
 
 from tenslora.attachment import detach, merge
 from tenslora.errors import TensLoRAError
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.harness.load_run import LoadedRun, load_run
 from tenslora.peft.to_lora import to_peft
 
@@ -117,22 +115,15 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a mistake ends it with status 1 and one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tenslora.harness.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("tenslora.harness.export", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run, with its result.json")
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("--out", type=Path, help="a folder that does not exist yet; <run>/<format> unless given")
     parser.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved since the run")
     given = parser.parse_args(arguments)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     out = given.out or given.run / given.format
-    try:
+    with mistakes_in_one_line():
         export(given.run, given.format, out, given.checkpoint)
-    except TensLoRAError as error:
-        sys.exit(f"error: {error}")
     print(out)
 
 

@@ -8,15 +8,14 @@ finished tables. The report shows runs as they come in: build it once, not once 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 from tenslora.errors import TensLoRAError
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.harness.results.paper import paper
 from tenslora.harness.results.summary import one_line
 from tenslora.harness.tracking.wandb_tracker import SCORE, TABLE, TRAIN
@@ -139,11 +138,7 @@ def specification(part: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a mistake, or a service out of reach, ends it with status 1 and one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tenslora.harness.tracking.dashboard",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("tenslora.harness.tracking.dashboard", __doc__)
     parser.add_argument("--project", required=True, help="the runs' W&B project (logger.project)")
     parser.add_argument("--entity", help="the user or team that owns it; default: the key's own")
     parser.add_argument("--group", nargs="+", default=[], help="groups to compare; a sweep's is its table's name")
@@ -151,14 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--by", nargs="+", default=[], help="settings that tell rows apart, such as adapter.alpha")
     parser.add_argument("--dry-run", action="store_true", help="print the report's specification and send nothing")
     given = parser.parse_args(arguments)
-    try:
+    with mistakes_in_one_line():
         report = build_report(given.project, given.entity or "", given.group, given.dataset, given.by)
         if given.dry_run:
             print(json.dumps(specification(report), indent=2))
         else:
             print(_save(report))
-    except TensLoRAError as error:
-        sys.exit(f"error: {error}")
 
 
 def _save(report: Any) -> str:
