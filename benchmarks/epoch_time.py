@@ -1,11 +1,11 @@
-"""What an epoch of training costs as a user sees it: the step, the padding in it, and the waiting for data.
+"""What an epoch of training costs a user: the steps, the padding in them, and the waiting for data.
 
-    python benchmarks/epoch_time.py                       # all cases, with the data that lies in ../shared
+    python benchmarks/epoch_time.py                       # all cases, with the data in ../shared
     python benchmarks/epoch_time.py --cases cola/grouped cola/random --steps 12
 
-Every case is `train.py` with other settings and random weights, stopped after some steps and scaled to an epoch. It
-runs twice in its process: cold, and again with the data that the first run has prepared, as from the second epoch on.
-Wasted is the share of an epoch's tokens that are padding, counted over the whole of it.
+Every case is `train.py` with other settings and random weights, stopped after some steps and scaled to an epoch. Each
+case runs twice in a process of its own: first cold, then warm, with the data that the first run has prepared, as in all
+epochs but the first. Wasted is the share of padding among the tokens of a whole epoch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from tenslora.harness.config import RunConfig
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,54 +45,57 @@ CASES = {
 }
 
 
-def one(overrides: list[str]) -> dict[str, Any]:
-    """Train twice in this process, and count the padding."""
+def measure(overrides: list[str]) -> dict[str, Any]:
+    """Train one case twice in this process, and count its padding.
+
+    Args:
+        overrides: the settings, as for train.py.
+    """
     from hydra import compose, initialize_config_dir
 
     from tenslora.harness.config import register_resolvers, validate
-    from tenslora.harness.training import loop
     from train import train
 
-    # The score after a few steps is of no interest, and takes longer than they do.
-    loop.evaluate = lambda *_: (0.0, dict.fromkeys(run.dataset.metrics, 0.0))  # type: ignore[assignment]
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("config", overrides)
+        run = validate(compose("config", overrides))
     logging.disable(logging.INFO)
-    run = validate(composed)
+    # The score after a few steps says nothing, and takes longer than the steps.
+    no_score = (0.0, dict.fromkeys(run.dataset.metrics, 0.0))
     records = []
-    for _ in range(2):
-        with tempfile.TemporaryDirectory() as folder:
-            records.append(train(composed, Path(folder), shown=False))
-    steps_per_epoch = -(-records[0]["train_examples"] // run.trainer.batch_size)
-    found = [
-        {
-            "seconds_per_step": record["seconds"]["train"] / record["metrics"]["history"][-1]["step"],
-            "epoch_seconds": steps_per_epoch * record["seconds"]["train"] / record["metrics"]["history"][-1]["step"],
-            "waiting": record["seconds"]["wait"] / record["seconds"]["train"],
-            "data_seconds": record["seconds"]["data"],
-        }
-        for record in records
-    ]
+    with patch("tenslora.harness.training.loop.evaluate", return_value=no_score):
+        for _ in range(2):
+            with tempfile.TemporaryDirectory() as folder:
+                records.append(train(run, Path(folder), show_progress=False))
+    steps_per_epoch = math.ceil(records[0]["train_examples"] / run.trainer.batch_size)
+    cold, warm = (_times(record, steps_per_epoch) for record in records)
     return {
-        "cold": found[0],
-        "warm": found[1],
+        "cold": cold,
+        "warm": warm,
         "steps_per_epoch": steps_per_epoch,
-        "wasted": wasted(composed) if run.dataset.modality == "text" else None,
+        "wasted": padding_share(run) if run.dataset.modality == "text" else None,
         "environment": records[0]["environment"],
         "device": records[0]["device"],
     }
 
 
-def wasted(composed: Any) -> float:
-    """The share of padding among the tokens of one training epoch."""
+def _times(record: dict[str, Any], steps_per_epoch: int) -> dict[str, float]:
+    seconds_per_step = record["seconds"]["train"] / record["metrics"]["history"][-1]["step"]
+    return {
+        "seconds_per_step": seconds_per_step,
+        "epoch_seconds": steps_per_epoch * seconds_per_step,
+        "waiting": record["seconds"]["wait"] / record["seconds"]["train"],
+        "data_seconds": record["seconds"]["data"],
+    }
+
+
+def padding_share(run: RunConfig) -> float:
+    """The share of padding among the tokens of a run's first training epoch."""
     from tenslora.harness.backbones import load_tokenizer
-    from tenslora.harness.config import validate
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.batches import TrainBatches
     from tenslora.harness.data.encoding import encode
 
-    run = validate(composed)
     dataset = load_dataset(run.dataset, run.seed)
     tokenizer = load_tokenizer(run.model, dataset.train.inputs)
     train, _, collate = encode(dataset.train, dataset.test, run.dataset, run.model, "", tokenizer)
@@ -108,12 +116,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="training steps per run")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/epoch_time.json"))
     parser.add_argument("overrides", nargs="*", help="further settings for every case, as for train.py")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)  # one case: `overrides`
     arguments, rest = parser.parse_known_intermixed_args()
     if rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    if arguments.one:
-        print(json.dumps(one(arguments.overrides)))
+    if arguments.in_this_process:
+        print(json.dumps(measure(arguments.overrides)))
         return
 
     roots = {"cola": f"dataset.root={arguments.cola}", "dtd": f"dataset.root={arguments.dtd}"}
@@ -121,8 +129,9 @@ def main() -> None:
     print(f"{'':<26}{'s/step':>8}{'s/epoch':>9}{'wasted':>8}{'waiting, cold':>15}{'warm':>8}")
     for case in arguments.cases:
         settings = [word.format(**roots) for word in CASES[case]]
-        command = [sys.executable, __file__, "--one", "--", *settings, f"trainer.max_steps={arguments.steps}"]
-        done = subprocess.run([*command, *arguments.overrides], stdout=subprocess.PIPE, text=True)
+        settings += [f"trainer.max_steps={arguments.steps}", *arguments.overrides]
+        command = [sys.executable, __file__, "--in-this-process", "--", *settings]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             sys.exit(f"{case}: failed")
         row = results[case] = json.loads(done.stdout.splitlines()[-1])

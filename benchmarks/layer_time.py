@@ -1,13 +1,20 @@
-"""What an adapter costs one layer, over its query, key and value alone, in the forms that it could take.
+"""What an adapter costs one layer, for its query, key and value alone, in each form that the update could take.
 
     python benchmarks/layer_time.py                                  # ViT-B/16's layer, 8 images
-    python benchmarks/layer_time.py --tokens 512 --separate          # RoBERTa-base's, 32 sentences
+    python benchmarks/layer_time.py --tokens 512 --separate          # RoBERTa-base's layer, 32 sentences
 
-Forward and backward with the weights frozen and the gradient of the input wanted. In use is what training does, but for
-one thing: the layer stands alone here, and every form makes its thin matrices itself, which a model makes for all
-layers at once. Input and output are its two groupings (see `factorizations.tucker.Tucker.slices`), merged adds dW to
-the weight for the forward and keeps the backward thin, dense multiplies by dW. The forms take turns; a figure is the
-fastest fifth's slowest time over that of the Linear alone, which a busy machine moves less than a median.
+A figure is the time of a forward and a backward pass over that of the Linear layer alone, whose weights are frozen. The
+gradient of the input is computed too. The forms are
+
+- in use: what training does, except that the layer computes its own thin matrices, which a model computes for all
+  layers at once;
+- input, output: the two groupings of a Tucker slice, in which the core joins right, or left (see
+  `factorizations.tucker.Tucker.slices`);
+- merged: dW is added to the weight for the forward pass, and the backward pass stays low-rank;
+- dense: dW is built and multiplied by.
+
+The forms take turns. The times that are compared are those at the fastest fifth, which a busy machine changes less than
+the median.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -42,18 +50,19 @@ ADAPTERS = {
         for mode in PAPER_CONSTRUCTIONS
         if mode != "lora"
     },
-    # Output ranks below the input's: what the choice of grouping is for.
+    # The choice of grouping is for ranks that are lower for the output than for the input.
     **{
         f"{mode}/{r_in}x{r_out}": (mode, RankStrategy("explicit", ranks=(r_in, r_out, *others)))
         for mode, others in (("depth", (12,)), ("qkv_depth", (3, 12)))
         for r_in, r_out in ((64, 8), (64, 24), (64, 40), (16, 4))
     },
 }
+WARM_UP = 2  # repeats that are not counted
 FORMS = ("in use", "input", "output", "merged", "dense")
 
 
 class _Merged(torch.autograd.Function):
-    """y = x (W + dW^T)^T + b with dW[p] = left[p] @ right[p], and LoRA's backward."""
+    """y = x (W + dW^T)^T + b with dW[p] = left[p] @ right[p], and the backward pass of a LoRA."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -65,8 +74,8 @@ class _Merged(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
         x, merged, left, right = ctx.saved_tensors
-        flat, tokens = grad.flatten(0, -2), x.flatten(0, -2)
-        blocks = flat.chunk(len(right), dim=1)
+        tokens = x.flatten(0, -2)
+        blocks = grad.flatten(0, -2).chunk(len(right), dim=1)
         grad_h = torch.stack([block @ r.T for block, r in zip(blocks, right, strict=True)])
         h = tokens @ left
         grad_right = torch.stack([h[p % len(h)].T @ block for p, block in enumerate(blocks)])
@@ -75,27 +84,30 @@ class _Merged(torch.autograd.Function):
 
 
 def forms(adapter: Adapter, linears: list[nn.Linear]) -> dict[str, Callable[[Tensor], list[Tensor]]]:
-    """Every form as a function from the layer's input to the outputs of its Linears, one fused or three apart."""
+    """Each form as a function from the layer's input to the outputs of its Linear layers.
+
+    Args:
+        adapter: holds the updates.
+        linears: one that is fused, or three.
+    """
     layer = 3
     group = MatrixGroup(
         adapter, range(3), writes_to_stream=False, fused=len(linears) == 1, cache=ForwardPassCache(nn.Module())
     )
     shared = SharedInput(group, layer)
-    held = [(0, 1, 2)] if len(linears) == 1 else [(0,), (1,), (2,)]
-    places = [tuple((m, column * GEOMETRY.d_out) for column, m in enumerate(which)) for which in held]
-    adapted = [AdaptedLinear(linear, shared, where) for linear, where in zip(linears, places, strict=True)]
+    matrices = [[0, 1, 2]] if len(linears) == 1 else [[0], [1], [2]]
+    adapted = [
+        AdaptedLinear(linear, shared, tuple((m, index * GEOMETRY.d_out) for index, m in enumerate(held)))
+        for linear, held in zip(linears, matrices, strict=True)
+    ]
 
     def in_use(x: Tensor) -> list[Tensor]:
         return [linear(x) for linear in adapted]
 
-    def grouped(by_input: bool) -> Callable[[Tensor], list[Tensor]]:
+    def grouped(core_joins_left: bool) -> Callable[[Tensor], list[Tensor]]:
         def run(x: Tensor) -> list[Tensor]:
-            chosen = Tucker.core_joins_input
-            Tucker.core_joins_input = lambda *_: not by_input  # type: ignore[method-assign]
-            try:
+            with patch.object(Tucker, "core_joins_input", lambda *_: core_joins_left):
                 return in_use(x)
-            finally:
-                Tucker.core_joins_input = chosen  # type: ignore[method-assign]
 
         return run
 
@@ -103,23 +115,33 @@ def forms(adapter: Adapter, linears: list[nn.Linear]) -> dict[str, Callable[[Ten
         lefts, rights = adapter.layer_products(layer)
         left, right = torch.stack(lefts), torch.stack(rights) * adapter.config.alpha
         outputs = []
-        for linear, which in zip(linears, held, strict=True):
-            one = left if len(left) == 1 else left[list(which)]
-            outputs.append(_Merged.apply(x, linear.weight, linear.bias, one, right[list(which)]))
+        for linear, held in zip(linears, matrices, strict=True):
+            own_left = left if len(left) == 1 else left[held]
+            outputs.append(_Merged.apply(x, linear.weight, linear.bias, own_left, right[held]))
         return outputs
 
     def dense(x: Tensor) -> list[Tensor]:
         updates = torch.stack(adapter.dense(layer)) * adapter.config.alpha
         outputs = []
-        for linear, which in zip(linears, held, strict=True):
-            outputs.append(linear(x) + x @ updates[list(which)].transpose(0, 1).flatten(1))
+        for linear, held in zip(linears, matrices, strict=True):
+            outputs.append(linear(x) + x @ updates[held].transpose(0, 1).flatten(1))
         return outputs
 
-    return dict(zip(FORMS, (in_use, grouped(True), grouped(False), merged, dense), strict=True))
+    return dict(zip(FORMS, (in_use, grouped(False), grouped(True), merged, dense), strict=True))
 
 
 def measure(name: str, tokens: int, separate: bool, repeats: int) -> dict[str, float]:
-    """Seconds of the Linear alone, and every form's ratio to it."""
+    """Time one adapter.
+
+    Args:
+        name: of `ADAPTERS`.
+        tokens: per step, a multiple of 8.
+        separate: whether there are three Linear layers instead of one that is fused.
+        repeats: how many times each form is timed.
+
+    Returns:
+        The seconds of the Linear layers alone, and each form's ratio to them.
+    """
     torch.manual_seed(0)
     adapter = Adapter(AdapterConfig(*ADAPTERS[name]), GEOMETRY)
     with torch.no_grad():
@@ -133,17 +155,18 @@ def measure(name: str, tokens: int, separate: bool, repeats: int) -> dict[str, f
     x = torch.randn(8, tokens // 8, GEOMETRY.d_in, requires_grad=True)
     gradients = [torch.randn(8, tokens // 8, linear.out_features) for linear in linears]
     seconds: dict[str, list[float]] = {form: [] for form in functions}
-    for repeat in range(repeats + 2):
+    for repeat in range(repeats + WARM_UP):
         for form, function in functions.items():
             started = time.perf_counter()
             torch.autograd.backward(function(x), gradients)
             passed = time.perf_counter() - started
             x.grad = None
             adapter.zero_grad()
-            if repeat >= 2:
+            if repeat >= WARM_UP:
                 seconds[form].append(passed)
-    fast = {form: sorted(found)[len(found) // 5] for form, found in seconds.items()}
-    return {"alone": fast["alone"], **{form: fast[form] / fast["alone"] for form in FORMS}}
+    fastest_fifth = {form: sorted(times)[len(times) // 5] for form, times in seconds.items()}
+    alone = fastest_fifth.pop("alone")
+    return {"alone": alone, **{form: time / alone for form, time in fastest_fifth.items()}}
 
 
 def main() -> None:
@@ -159,13 +182,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{'':<26} {'alone, ms':>9}" + "".join(f"{form:>8}" for form in FORMS))
-    found = {}
+    rows = {}
     for name in arguments.adapters:
-        row = found[name] = measure(name, arguments.tokens, arguments.separate, arguments.repeats)
+        row = rows[name] = measure(name, arguments.tokens, arguments.separate, arguments.repeats)
         ratios = "".join(f"{row[form]:>8.3f}" for form in FORMS)
         print(f"{name:<26} {1000 * row['alone']:>9.2f}{ratios}", flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({**vars(arguments), "out": None, "rows": found}, indent=1) + "\n")
+    arguments.out.write_text(json.dumps({**vars(arguments), "out": str(arguments.out), "rows": rows}, indent=1) + "\n")
     print(f"\n{arguments.out}")
 
 

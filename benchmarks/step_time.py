@@ -1,18 +1,24 @@
 """What an adapter costs per training step, over the frozen backbone's own step.
 
-    python benchmarks/step_time.py                                   # all of it, on this machine
+    python benchmarks/step_time.py                                   # everything, on this machine
     python benchmarks/step_time.py --backbones roberta --variants floor peft_lora qkv_depth/isoparameters
+    python benchmarks/step_time.py --against ../before               # beside another checkout of this repository
 
-The floor is the same model with two things trainable, the head and the smallest parameter of its input embedding, so
-that the gradient travels the whole depth. Random weights and inputs: neither changes the time. Each variant is a
-process of its own; they take turns, so that what slows the machine for a while slows all of them. A variant's ratio is
-to the floor's time just before and after it, its figure the median over the rounds. A turn during which a hypervisor
-gave the processors to someone else (the "steal" of /proc/stat) is made again, a few times at most.
+The floor is the same model with two trainable parts, the head and the smallest parameter of its input embedding, so
+that the gradient travels through all layers. Weights and inputs are random, which does not change the time. Each
+variant runs in a process of its own. The processes take turns, so that whatever slows the machine for a while slows all
+of them. A turn's ratio is its time over the floor's just before and after it; a variant's ratio is the median over the
+rounds. If the hypervisor gave the processors to others during a turn (the "steal" of /proc/stat), the turn is repeated,
+up to a few times.
+
+With --against each adapter takes its turns next to the same adapter of the other checkout, whose own copy of this
+script builds the model and makes the steps. The ratio of the two is printed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -33,24 +39,33 @@ from tenslora.constructions import PAPER_CONSTRUCTIONS
 
 STRATEGIES = ("isorank", "isoparameters")
 TENSORS = tuple(mode for mode in PAPER_CONSTRUCTIONS if mode != "lora")
+REFERENCES = ("floor", "full", "peft_lora")  # variants without an adapter of this project
 VARIANTS = (
-    "floor",
-    "full",
-    "peft_lora",
+    *REFERENCES,
     "dense/qkv_depth/isoparameters",
     "lora/isorank",
     *(f"{mode}/{strategy}" for strategy in STRATEGIES for mode in TENSORS),
 )
 BATCHES = {"vit_hf": {"cpu": 8, "cuda": 64}, "vit_timm": {"cpu": 8, "cuda": 64}, "roberta": {"cpu": 32, "cuda": 32}}
-TOKENS = 16  # of a sentence: CoLA's are 11 on average
+TOKENS = 16  # of a sentence: those of CoLA have 11 on average
 CLASSES = 47
-QUIET = 0.02  # of the processors' time may be stolen from a turn
-TRIES = 4
+QUIET = 0.02  # the largest share of the processors' time that may be stolen during a turn
+TRIES = 4  # at a quiet turn
+GROUP = 3  # how many variants take a turn between two turns of the floor
 
 
 @dataclass(frozen=True)
 class Setting:
-    """backbone: a key of BATCHES. precision: fp32, or bf16 by autocast. compiled: through torch.compile."""
+    """What all variants of a measurement have in common.
+
+    Args:
+        backbone: a key of `BATCHES`.
+        device: "cpu" or "cuda".
+        precision: "fp32", or "bf16" by autocast.
+        batch: examples per step.
+        threads: of the CPU, for each process.
+        compiled: whether the models run through torch.compile.
+    """
 
     backbone: str
     device: str
@@ -66,7 +81,7 @@ class Setting:
 
 
 def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
-    """(model, its trainable parameters), in training mode and on the device."""
+    """The model in training mode, on the device, and its trainable parameters."""
     import torch
 
     torch.manual_seed(0)
@@ -75,23 +90,23 @@ def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
         import timm
 
         model = timm.create_model("vit_base_patch16_224", num_classes=CLASSES)
-        first = model.cls_token
+        embedding = model.cls_token
         head = model.get_classifier()
         names = ["qkv"]
     elif setting.backbone == "vit_hf":
         from transformers import ViTConfig, ViTForImageClassification
 
         model = ViTForImageClassification(ViTConfig(num_labels=CLASSES))
-        first, head, names = model.vit.embeddings.cls_token, model.classifier, _names(model)
+        embedding, head, names = model.vit.embeddings.cls_token, model.classifier, _names(model)
     else:
         from transformers import RobertaConfig, RobertaForSequenceClassification
 
         sizes = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
         model = RobertaForSequenceClassification(RobertaConfig(**sizes, num_labels=2))
-        first, head, names = model.roberta.embeddings.LayerNorm.bias, model.classifier, _names(model)
+        embedding, head, names = model.roberta.embeddings.LayerNorm.bias, model.classifier, _names(model)
     model.to(setting.device).requires_grad_(False)
     if variant == "floor":
-        first.requires_grad_(True)
+        embedding.requires_grad_(True)
     elif variant == "full":
         model.requires_grad_(True)
     elif variant == "peft_lora":
@@ -104,11 +119,12 @@ def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
         *dense, mode, strategy = variant.split("/")
         adapter = attach(model, AdapterConfig(mode, RankStrategy(strategy)))
         with torch.no_grad():
-            for tensor in adapter.parameters():  # a core of zeros would have its products skipped by nothing, but
-                if not tensor.any():  # subnormal numbers are slow, and zeros are no fair test of them
+            for tensor in adapter.parameters():
+                # After a few steps a core that starts at zero would hold subnormal numbers, which are slow.
+                if not tensor.any():
                     tensor.normal_(std=0.01)
         if dense:
-            _materialise(model)
+            _build_updates(model)
     head.requires_grad_(True)
     if setting.precision == "bf16":
         from tenslora.harness.training.precision import round_frozen_weights
@@ -119,27 +135,28 @@ def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
 
 
 def _names(model: Any) -> list[str]:
+    """The names of the modules that hold query, key and value, as PEFT takes them."""
     from tenslora.projections import find_projections
 
-    return sorted({site.path.rpartition(".")[2] for site in find_projections(model)[1]})
+    return sorted({target.path.rpartition(".")[2] for target in find_projections(model)[1]})
 
 
-def _materialise(model: Any) -> None:
+def _build_updates(model: Any) -> None:
     """Have every projection build its own dW and multiply by it."""
-    from tenslora.attachment import AdaptedLinear
+    from tenslora.adapted_linear import AdaptedLinear
 
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
 
             def forward(x: Any, module: AdaptedLinear = module) -> Any:
-                first, second = module.as_lora()
-                return module.base[0](x) + x @ (first @ second).to(x.dtype)
+                left, right = module.as_lora()
+                return module.base[0](x) + x @ (left @ right).to(x.dtype)
 
             module.forward = forward  # type: ignore[method-assign]
 
 
 def stepper(setting: Setting, model: Any, parameters: Sequence[Any]) -> Callable[[], Any]:
-    """A function that makes one training step."""
+    """The function that makes one training step."""
     import torch
     from torch.nn import functional as F
 
@@ -157,7 +174,7 @@ def stepper(setting: Setting, model: Any, parameters: Sequence[Any]) -> Callable
     def step() -> None:
         with autocast:
             logits = run(*inputs.values()) if setting.backbone == "vit_timm" else run(**inputs).logits
-        F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(F.cross_entropy(logits.float(), labels))
         optimizer.step()
         optimizer.zero_grad()
         if setting.device == "cuda":
@@ -167,10 +184,10 @@ def stepper(setting: Setting, model: Any, parameters: Sequence[Any]) -> Callable
 
 
 def operations(step: Callable[[], Any]) -> int:
-    """How many operations of a step compute or copy something; on a GPU each is one kernel or more."""
+    """How many operations of a step compute or copy something. On a GPU each of them is at least one kernel."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         count = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -178,45 +195,47 @@ def operations(step: Callable[[], Any]) -> int:
             self.count += not func.is_view and name != "_unsafe_view" and "empty" not in name
             return func(*args, **(kwargs or {}))
 
-    with Counted() as counted:  # type: ignore[no-untyped-call]
+    with Counter() as counter:  # type: ignore[no-untyped-call]
         step()
-    return int(counted.count)
+    return int(counter.count)
 
 
 def saved_bytes(model: Any, step: Callable[[], Any]) -> int:
-    """How much a step keeps for its backward, the model's own parameters aside."""
+    """How many bytes a step keeps for its backward pass, without the model's own parameters and buffers."""
     import torch
 
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
-    alive: list[Any] = []  # so that no address is used twice
+    storages: dict[int, Any] = {}  # by address; they are kept alive, so that no address is used twice
 
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-            alive.append(storage)
+            storages[storage.data_ptr()] = storage
         return tensor
 
-    # Layers that are watched like this would make their own thin products, as for activation checkpointing.
+    # Where a layer finds such hooks, it takes them for activation checkpointing and computes its own thin products.
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        patch("tenslora.attachment._saving_is_watched", return_value=False),
+        patch("tenslora.thin_products._saved_tensors_have_hooks", return_value=False),
     ):
         step()
-    return sum(seen.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def worker(setting: Setting, variant: str, connection: Connection) -> None:
-    """One variant: says what it takes, then makes as many steps as it is told and says how long each took."""
+    """Measure one variant, in a process of its own.
+
+    It sends the facts about the variant. Then it receives numbers of steps: it makes as many and sends (the seconds of
+    each, the peak memory in bytes), until the number is zero.
+    """
     import torch
 
     torch.set_num_threads(setting.threads)
     model, parameters = build(setting, variant)
     step = stepper(setting, model, parameters)
-    before = _resident(setting)
-    step()  # the optimizer's first, which makes its state
-    # Once compiled, the graph keeps what it keeps; hooks would have it compiled another time.
+    before = _memory(setting)
+    step()  # the first one creates the optimizer's state
+    # Hooks would have a compiled model compiled again, and would not see what it keeps.
     saved, count = (0, 0) if setting.compiled else (saved_bytes(model, step), operations(step))
     connection.send({"trained": sum(p.numel() for p in parameters), "saved_bytes": saved, "operations": count})
     _reset_peak(setting)
@@ -230,7 +249,19 @@ def worker(setting: Setting, variant: str, connection: Connection) -> None:
     connection.close()
 
 
-def _resident(setting: Setting) -> int:
+def worker_of(checkout: str, setting: dict[str, Any], variant: str, connection: Connection) -> None:
+    """Measure one variant with another checkout's package and its own copy of this script."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tenslora"]:
+        del sys.modules[name]
+    sys.path.insert(0, checkout)
+    spec = importlib.util.spec_from_file_location("step_time_of_checkout", f"{checkout}/benchmarks/step_time.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.worker(module.Setting(**setting), variant, connection)
+
+
+def _memory(setting: Setting) -> int:
     import torch
 
     return torch.cuda.memory_allocated() if setting.device == "cuda" else _status("VmRSS")
@@ -263,111 +294,178 @@ def _stolen() -> float:
 
 
 class Turn(NamedTuple):
-    """seconds: of a step, the mean over the turn's. stolen: share of the processors' time meanwhile."""
+    """One turn: the mean seconds of its steps, and the share of the processors' time that was stolen meanwhile."""
 
     seconds: float
     stolen: float
 
 
 class Process:
-    def __init__(self, setting: Setting, variant: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=worker, args=(setting, variant, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
+    """A process that measures one variant, and the times of its turns.
+
+    Args:
+        setting: of the measurement.
+        variant: one of `VARIANTS`.
+        checkout: the root of another checkout, whose code is to be measured; None for this one.
+    """
+
+    def __init__(self, setting: Setting, variant: str, checkout: Path | None = None) -> None:
+        self.name = variant if checkout is None else f"{variant} @ {checkout.name}"
         self.facts: dict[str, Any] = {}
         self.seconds: list[float] = []
         self.ratios: list[float] = []
         self.stolen: list[float] = []
         self.peak = 0
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        target, arguments = (
+            (worker, (setting, variant, theirs))
+            if checkout is None
+            else (worker_of, (str(checkout), vars(setting), variant, theirs))
+        )
+        self.process = context.Process(target=target, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
 
     def wait(self) -> None:
-        """Until it is ready, one step made."""
+        """Wait until the variant is ready and has made a step."""
         self.facts = self.connection.recv()
         self.run(1)
 
     def run(self, steps: int) -> Turn:
-        before, started = _stolen(), time.perf_counter()
+        """Make a turn of so many steps."""
+        stolen_before, started = _stolen(), time.perf_counter()
         self.connection.send(steps)
         seconds, self.peak = self.connection.recv()
-        passed = (time.perf_counter() - started) * (os.cpu_count() or 1)
-        return Turn(statistics.fmean(seconds), (_stolen() - before) / passed)
+        available = (time.perf_counter() - started) * (os.cpu_count() or 1)
+        return Turn(statistics.fmean(seconds), (_stolen() - stolen_before) / available)
 
     def end(self) -> None:
+        """End the process."""
         self.connection.send(0)
         self.process.join()
 
+    def row(self) -> dict[str, Any]:
+        """What was measured."""
+        return {
+            "variant": self.name,
+            **self.facts,
+            "peak_bytes": self.peak,
+            "seconds": self.seconds,
+            "ratios": self.ratios,
+            "stolen": self.stolen,
+        }
 
-def measure(setting: Setting, variants: Sequence[str], rounds: int, steps: int, at_once: int) -> list[dict[str, Any]]:
-    """A row per variant: the seconds of its steps, its ratios to the floor, and its memory."""
+
+def measure(
+    setting: Setting, variants: Sequence[str], rounds: int, steps: int, at_once: int, against: Path | None
+) -> list[dict[str, Any]]:
+    """Measure variants.
+
+    Args:
+        setting: what they have in common.
+        variants: of `VARIANTS`; the floor is measured in any case.
+        rounds: how many turns each variant takes.
+        steps: of a turn.
+        at_once: how many variants are in memory at once, beside the floor.
+        against: the root of another checkout, whose adapters are measured too.
+
+    Returns:
+        A row for the floor, for each variant, and for each adapter of the other checkout.
+    """
     floor = Process(setting, "floor")
     floor.wait()
-    rows: dict[str, dict[str, Any]] = {}
+    rows = []
     others = [variant for variant in variants if variant != "floor"]
     for start in range(0, len(others), at_once):
-        here = {variant: Process(setting, variant) for variant in others[start : start + at_once]}
-        for process in here.values():
+        # An adapter and its double of the other checkout stay together.
+        sets = [
+            [Process(setting, variant)]
+            + ([Process(setting, variant, against)] if against and variant not in REFERENCES else [])
+            for variant in others[start : start + at_once]
+        ]
+        processes = [process for members in sets for process in members]
+        for process in processes:
             process.wait()
         for number in range(rounds):
-            order = list(here.values())
-            order = order[number % len(order) :] + order[: number % len(order)]
             before = floor.run(steps)
-            for first in range(0, len(order), 3):
-                group = order[first : first + 3]
+            for group in _groups(sets, number):
                 before = _take_turns(floor, group, before, steps)
-        for variant, process in here.items():
-            rows[variant] = _row(variant, process)
+        for process in processes:
+            rows.append(process.row())
             process.end()
-            print(f"  {_line(rows[variant])}", file=sys.stderr, flush=True)
+            print(f"  {_line(rows[-1])}", file=sys.stderr, flush=True)
     floor.ratios = [seconds / statistics.median(floor.seconds) for seconds in floor.seconds]
     floor.end()
-    return [_row("floor", floor), *(rows[variant] for variant in others)]
+    return [floor.row(), *rows]
+
+
+def _groups(sets: list[list[Process]], number: int) -> list[list[Process]]:
+    """Which processes take their turns between two turns of the floor, in a round; every round in another order."""
+    start = number % len(sets)
+    rotated = [members[:: -1 if number % 2 else 1] for members in sets[start:] + sets[:start]]
+    if any(len(members) > 1 for members in sets):
+        return rotated
+    order = [process for members in rotated for process in members]
+    return [order[first : first + GROUP] for first in range(0, len(order), GROUP)]
 
 
 def _take_turns(floor: Process, group: Sequence[Process], before: Turn, steps: int) -> Turn:
-    """Add a turn to each of the group and to the floor, whose turn `before` was; returns the floor's turn after."""
+    """Let a group of processes and then the floor take a turn.
+
+    Args:
+        floor: of the measurement.
+        group: takes the turns.
+        before: the floor's latest turn.
+        steps: of a turn.
+
+    Returns:
+        The floor's turn.
+    """
     tries: list[tuple[float, list[Turn]]] = []
     while len(tries) < TRIES and (not tries or tries[-1][0] > QUIET):
         turns = [before, *(process.run(steps) for process in group), floor.run(steps)]
         tries.append((max(turn.stolen for turn in turns), turns))
         before = turns[-1]
-    stolen, (start, *found, end) = min(tries, key=lambda tried: tried[0])
+    stolen, (start, *turns, end) = min(tries, key=lambda attempt: attempt[0])
     floor.seconds.append(end.seconds)
     floor.stolen.append(stolen)
-    # Were the floor's time to change evenly between the two, it would be this at each turn.
-    for place, (process, turn) in enumerate(zip(group, found, strict=True), start=1):
-        expected = start.seconds + (end.seconds - start.seconds) * place / (len(group) + 1)
+    for position, (process, turn) in enumerate(zip(group, turns, strict=True), start=1):
+        # The floor's time at this turn, if it changes evenly from one of its turns to the next.
+        expected = start.seconds + (end.seconds - start.seconds) * position / (len(group) + 1)
         process.seconds.append(turn.seconds)
         process.ratios.append(turn.seconds / expected)
         process.stolen.append(stolen)
     return before
 
 
-def _row(variant: str, process: Process) -> dict[str, Any]:
-    return {
-        "variant": variant,
-        **process.facts,
-        "peak_bytes": process.peak,
-        "seconds": process.seconds,
-        "ratios": process.ratios,
-        "stolen": process.stolen,
-    }
-
-
 def _line(row: dict[str, Any]) -> str:
-    ratios = sorted(row["ratios"])
-    middle = statistics.median(ratios)
-    quarter = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [middle] * 3
     return (
-        f"{row['variant']:<30} {row['trained']:>11,} {statistics.median(row['seconds']):>8.4f} {middle:>6.3f}  "
-        f"{quarter[0]:.3f} to {quarter[2]:.3f} {row['peak_bytes'] / 2**20:>8,.0f} {row['saved_bytes'] / 2**20:>9,.0f}"
+        f"{row['variant']:<40} {row['trained']:>11,} {statistics.median(row['seconds']):>8.4f} "
+        f"{_quartiles(row['ratios'])} {row['peak_bytes'] / 2**20:>8,.0f} {row['saved_bytes'] / 2**20:>9,.0f}"
         f" {row['operations']:>10,}"
     )
 
 
+def _quartiles(ratios: Sequence[float]) -> str:
+    middle = statistics.median(ratios)
+    lower, _, upper = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [middle] * 3
+    return f"{middle:>6.3f}  {lower:.3f} to {upper:.3f}"
+
+
+def comparison(rows: Sequence[dict[str, Any]], against: Path) -> dict[str, list[float]]:
+    """The ratios of this checkout's times to the other's, in neighbouring turns, for each adapter and for all."""
+    seconds = {row["variant"]: row["seconds"] for row in rows}
+    ratios = {
+        name: [here / there for here, there in zip(times, seconds[f"{name} @ {against.name}"], strict=True)]
+        for name, times in seconds.items()
+        if f"{name} @ {against.name}" in seconds
+    }
+    return {**ratios, "all": [ratio for each in ratios.values() for ratio in each]}
+
+
 HEAD = (
-    f"{'':<30} {'trained':>11} {'seconds':>8} {'ratio':>6}  {'quartiles':<14} {'peak MiB':>8} {'saved MiB':>9}"
+    f"{'':<40} {'trained':>11} {'seconds':>8} {'ratio':>6}  {'quartiles':<14} {'peak MiB':>8} {'saved MiB':>9}"
     f" {'operations':>10}"
 )
 
@@ -398,11 +496,12 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", metavar="VARIANT", default=list(VARIANTS), help=", ".join(VARIANTS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--batch", type=int, help="examples per step; as in docs/performance.md unless given")
+    parser.add_argument("--batch", type=int, help="examples per step; the default is docs/performance.md's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, help="per turn; 1 on a CPU and 10 on a GPU unless given")
+    parser.add_argument("--steps", type=int, help="per turn; the default is 1 on a CPU, 10 on a GPU")
     parser.add_argument("--at-once", type=int, default=6, help="variants in memory at once, beside the floor")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="measure another checkout's adapters beside")
     parser.add_argument("--compile", action="store_true", help="run the models through torch.compile")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/step_time.json"))
     arguments = parser.parse_args()
@@ -410,6 +509,9 @@ def main() -> None:
         if variant.removeprefix("dense/") not in VARIANTS and variant not in VARIANTS:
             parser.error(f"--variants {variant}: must be one of {', '.join(VARIANTS)}")
 
+    against = arguments.against and arguments.against.resolve()
+    if against and not (against / "benchmarks" / "step_time.py").is_file():
+        parser.error(f"--against {against}: holds no benchmarks/step_time.py")
     steps = arguments.steps or (10 if arguments.device == "cuda" else 1)
     results = []
     for backbone in arguments.backbones:
@@ -417,12 +519,16 @@ def main() -> None:
             batch = arguments.batch or BATCHES[backbone][arguments.device]
             setting = Setting(backbone, arguments.device, precision, batch, arguments.threads, arguments.compile)
             print(f"{setting}", file=sys.stderr, flush=True)
-            rows = measure(setting, arguments.variants, arguments.rounds, steps, arguments.at_once)
+            rows = measure(setting, arguments.variants, arguments.rounds, steps, arguments.at_once, against)
             results.append({"setting": vars(setting), "rows": rows})
             print("\n".join([f"\n{setting}", HEAD, *map(_line, rows)]), flush=True)
+            if against:
+                print(f"\ntime over that of {against}, median and quartiles")
+                for name, ratios in comparison(rows, against).items():
+                    print(f"{name:<40} {_quartiles(ratios)}", flush=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"machine": machine(arguments.device), "results": results}, indent=1)
-            arguments.out.write_text(text + "\n")  # of what there is: the rest may take an hour
+            arguments.out.write_text(text + "\n")  # after every setting, as the next one may take an hour
     print(f"\n{arguments.out}")
 
 
