@@ -64,12 +64,12 @@ def arm(where: str) -> None:
             die()
         replace(source, target)
 
-    if kind == "step":
-        torch.optim.AdamW.step = killing_step
-    elif kind == "write":
-        os.fsync = killing_fsync
-    elif kind == "rename":
-        os.replace = killing_replace
+    places = {
+        "step": (torch.optim.AdamW, "step", killing_step),
+        "write": (os, "fsync", killing_fsync),
+        "rename": (os, "replace", killing_replace),
+    }
+    setattr(*places[kind])
 
 
 def main() -> None:

@@ -182,7 +182,7 @@ def test_workers_do_not_change_a_run_even_with_augmentation(tmp_path: Path) -> N
 
 
 def test_an_adapter_that_takes_no_part_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tenslora.attachment import AdaptedLinear
+    from tenslora.adapted_linear import AdaptedLinear
 
     monkeypatch.setattr(AdaptedLinear, "forward", lambda self, x: self.base[0](x))
     with pytest.raises(TensLoRAError, match=r"tenslora\.tensors\.0\.core has no part in the loss"):

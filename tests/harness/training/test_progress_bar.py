@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 
 import pytest
 
-from tenslora.harness.training import progress as module
 from tenslora.harness.training.progress import ProgressBar
 
 ENTRY = {"epoch": 3, "train_loss": 0.25, "accuracy": 0.5}
@@ -14,9 +14,9 @@ ENTRY = {"epoch": 3, "train_loss": 0.25, "accuracy": 0.5}
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, which a test sets."""
-    time = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: time[0])
-    return time
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
 
 
 def test_without_a_terminal_it_logs_a_line_now_and_then(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
