@@ -90,7 +90,7 @@ def test_a_run_written_whole_is_loaded_by_its_own_library_with_equal_logits(
     main([str(folder), "--format", "merged", "--out", str(out)])
     if trained.run.model.library == "timm":
         loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
-        assert loaded.pretrained_cfg["mean"] == trained.run.model.mean
+        assert tuple(loaded.pretrained_cfg["mean"]) == trained.run.model.mean
     else:
         loaded = transformers.AutoModelForSequenceClassification.from_pretrained(out)
         assert transformers.AutoTokenizer.from_pretrained(out)("the cat")["input_ids"]

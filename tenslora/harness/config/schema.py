@@ -27,9 +27,8 @@ from tenslora.harness.config.checks import (
     one_of,
     within,
 )
+from tenslora.harness.training.metrics import METRICS
 from tenslora.ranks import RankStrategy
-
-METRICS = ("accuracy", "matthews", "f1")
 
 REFERENCES = ("head_only", "full")
 """Values of tensor_mode without an adapter: only the head is trained, or every weight."""
@@ -87,7 +86,7 @@ class DatasetConfig:
 
     name: str
     root: str | None
-    metrics: Annotated[tuple[str, ...], at_least_one(METRICS), one_of(METRICS)]
+    metrics: Annotated[tuple[str, ...], at_least_one(tuple(METRICS)), one_of(tuple(METRICS))]
     train_splits: tuple[str, ...] | None
     test_split: str | None
     train_size: CountOrNull
