@@ -1,4 +1,4 @@
-"""What several tests share: backbones with random weights, and where the real data lies."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from tests.offline import Tracked
 
-# Small tensors gain nothing from threads, and test processes side by side would fight over the cores.
+# Small tensors gain nothing from threads, and several test processes would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
@@ -21,10 +21,20 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than ten seconds, and runs before all others")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Several processes share the tests. A long one that began last would run alone while the others wait.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def shared() -> Path:
+    """The folder of real data and models, if this machine has it."""
     if not SHARED.is_dir():
-        pytest.skip(f"real data and models are not at hand ({SHARED})")
+        pytest.skip(f"there is no folder of real data and models ({SHARED})")
     return SHARED
 
 
