@@ -83,7 +83,9 @@ def test_the_core_may_join_the_input_factor_where_the_output_rank_is_lower(
 
 @pytest.mark.parametrize(("mode", "ranks"), [("qkv", (20, 2, 2)), ("site", (20, 2, 3)), ("qkv_depth", (20, 2, 2, 2))])
 @pytest.mark.parametrize("name", ["hf_bert", "timm_vit", "llama"])
-def test_that_holds_for_matrices_of_several_slices_too(name: str, mode: str, ranks: tuple[int, ...]) -> None:
+def test_the_core_may_join_the_input_factor_for_matrices_of_several_slices(
+    name: str, mode: str, ranks: tuple[int, ...]
+) -> None:
     strategy = RankStrategy("explicit", ranks=ranks)
     adapter = check_against_dense_updates(name, mode, adapt="all", rank_strategy=strategy)
     assert len(adapter.layer_products(0)[0]) > 1  # each matrix has a left of its own

@@ -10,7 +10,7 @@ from tenslora.errors import TensLoRAError
 
 VIT_BASE = Geometry(d_in=768, heads=12, d_head=64, layers=12)
 
-# The table of the design, typed out: modes of one tensor and number of tensors.
+# Modes of one tensor and number of tensors: the paper's constructions (section 2), then the two over sites.
 TABLE = {
     "lora": ([768, 768], 36),
     "att": ([768, 64, 12], 36),
@@ -26,14 +26,14 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_modes_and_tensor_counts_are_the_papers(name: str) -> None:
+def test_modes_and_numbers_of_tensors_are_those_of_the_definitions(name: str) -> None:
     sizes, tensors = TABLE[name]
     assert list(modes(name, VIT_BASE).values()) == sizes
     assert math.prod(tensor_grid(name, VIT_BASE)) == tensors
 
 
 def test_every_subset_of_the_axes_has_one_name() -> None:
-    # Site is projection and depth at once, and goes with neither.
+    # Site is projection and depth as one axis, so it does not occur together with either.
     subsets = {
         frozenset(c)
         for axes in (["head", "projection", "depth"], ["head", "site"])
@@ -51,7 +51,7 @@ def test_the_tensors_hold_each_entry_of_each_update_once(name: str) -> None:
     assert entries == 3 * 5 * 10 * 14
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
+def test_the_error_for_an_unknown_construction_lists_the_known_ones() -> None:
     with pytest.raises(TensLoRAError, match=r"tensor_mode=nope: must be one of lora, att, .*att_qkv_depth"):
         stacked_axes("nope")
 
@@ -72,7 +72,7 @@ def test_adapted_matrices_are_named_by_letters_or_groups() -> None:
 
 
 def test_wide_matrices_take_several_slices_and_narrow_ones_a_part() -> None:
-    # A ViT-B/16 all over: 4 slices for each of the feed-forward block's, as FacT cuts them: 12 in all.
+    # In a ViT-B/16 each matrix of the feed-forward block takes 4 slices, as in FacT: 12 in all.
     vit = Geometry(d_in=768, heads=12, d_head=64, layers=12, adapt="all", d_ff=3072)
     assert (vit.slices_per_matrix, vit.projections) == ((1, 1, 1, 1, 4, 4), 12)
     assert modes("site", vit) == {"d_in": 768, "d_out": 768, "site": 144}
@@ -83,7 +83,7 @@ def test_wide_matrices_take_several_slices_and_narrow_ones_a_part() -> None:
     assert llama.slices_per_matrix == (1, 1, 1, 1, 3, 3, 3)
 
 
-def test_what_does_not_divide_into_heads_is_refused_for_tensors_of_heads_only() -> None:
+def test_widths_that_do_not_divide_into_heads_are_refused_only_where_heads_are_stacked() -> None:
     geometry = Geometry(d_in=24, heads=3, d_head=8, layers=2, adapt="mlp", d_ff=60)
     assert modes("depth", geometry)["d_out"] == 60
     assert modes("att_qkv", geometry)["head"] == 3

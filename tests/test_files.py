@@ -24,8 +24,8 @@ def no_space(*_: object) -> None:
 
 
 @pytest.mark.parametrize("broken", ["replace", "fsync"])
-@pytest.mark.parametrize("before", [b"old", None], ids=["over a file", "anew"])
-def test_a_failed_write_leaves_what_was_there(
+@pytest.mark.parametrize("before", [b"old", None], ids=["old file", "no old file"])
+def test_a_failed_write_leaves_the_old_file(
     broken: str, before: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "result.json"
@@ -47,7 +47,7 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> No
     assert os.listdir(path.parent) == ["file"]
 
 
-def test_another_open_handle_still_sees_the_whole_old_file(tmp_path: Path) -> None:
+def test_a_file_that_is_open_elsewhere_keeps_its_contents(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old content")
     with open(path, "rb") as reader:
@@ -56,14 +56,14 @@ def test_another_open_handle_still_sees_the_whole_old_file(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("below", ["file", "folder/file"])
-def test_a_folder_that_cannot_be_made_is_one_line(below: str, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported_in_one_line(below: str, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(TensLoRAError, match=r"taken/\S*: cannot be written \(") as caught:
         write_bytes(tmp_path / "taken" / below, b"")
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_in_the_way_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_with_the_files_name_is_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()
     with pytest.raises(TensLoRAError, match="file: cannot be written"):
         write_bytes(tmp_path / "file", b"")
@@ -91,15 +91,10 @@ def test_safetensors_come_back_as_they_were(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("t"), TENSORS["b"].T)
 
 
-def test_equal_tensors_and_headers_give_equal_bytes(tmp_path: Path) -> None:
+def test_equal_tensors_and_headers_give_equal_bytes_in_any_order(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "one", TENSORS, HEADER)
-    write_safetensors(tmp_path / "two", {name: tensor.clone() for name, tensor in TENSORS.items()}, dict(HEADER))
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-
-
-def test_equal_tensors_and_headers_in_another_order_give_equal_bytes(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "one", TENSORS, HEADER)
-    write_safetensors(tmp_path / "two", dict(reversed(TENSORS.items())), dict(reversed(HEADER.items())))
+    copies = {name: tensor.clone() for name, tensor in reversed(TENSORS.items())}
+    write_safetensors(tmp_path / "two", copies, dict(reversed(HEADER.items())))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 

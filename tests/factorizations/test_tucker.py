@@ -21,6 +21,6 @@ def test_the_grouping_is_the_one_with_fewer_multiplications_per_token(name: str,
     tensor = FactorizedTensor(Tucker(), sizes, chosen, GEOMETRY.layers, torch.Generator().manual_seed(1))
     left, right = tensor.slices(0)
     projections = 3 if {"projection", "site"} & set(sizes) else 1
-    shared = r_in * (GEOMETRY.d_in + projections * GEOMETRY.d_out)
-    apart = projections * r_out * (GEOMETRY.d_in + GEOMETRY.d_out)
-    assert left.numel() + right.numel() == min(shared, apart)
+    shared_left = r_in * (GEOMETRY.d_in + projections * GEOMETRY.d_out)
+    own_left = projections * r_out * (GEOMETRY.d_in + GEOMETRY.d_out)
+    assert left.numel() + right.numel() == min(shared_left, own_left)
