@@ -21,10 +21,10 @@ class Command:
         script: train.py or sweep.py.
         words: its arguments.
         folder: where it is started.
-        accident: what happens to it, such as "kill step 2": a signal (kill, interrupt, terminate), a place and a
-            number. The places are, counted over everything that the command does: "step", before that optimizer step;
-            "write", inside that write of a file, with half of the bytes on disk; "replace", when that file is written
-            but has not taken its name.
+        accident: the signal that it gets (kill, interrupt or terminate) and where, counted over all that it does:
+            "kill step 2", before the second optimizer step; "kill write result.json 1", inside the first write of a
+            file of that name, with half of the bytes on disk; "kill rename result.json 1", when the file is complete
+            but still has its temporary name.
         largest_file: the most bytes that it can write to a file, a limit of the kernel's that counts like a full disk.
         environment: variables in addition to the test's own.
     """

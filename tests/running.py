@@ -8,12 +8,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from tenslora.harness.config import RunConfig, register_resolvers, validate
+from tenslora.harness.data import load_dataset
+from tenslora.harness.data.encoding import encode
+from tenslora.harness.load_run import LoadedRun
+from tenslora.harness.training.tasks import outputs_of
 from tests.conftest import ROOT
 from train import train
 
@@ -53,6 +58,19 @@ def record(folder: Path) -> dict[str, Any]:
     """What a run's result.json holds."""
     loaded: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return loaded
+
+
+def accuracy_of(loaded: LoadedRun) -> float:
+    """The share of its test split that a loaded run gets right."""
+    run, backbone = loaded.run, loaded.backbone
+    dataset = load_dataset(run.dataset, run.seed)
+    _, test, collate = encode(
+        dataset.train, dataset.test, run.dataset, run.model, backbone.input_name, loaded.tokenizer
+    )
+    inputs, labels = collate([test[index] for index in range(len(test))])
+    with torch.no_grad():
+        predicted = outputs_of(backbone.model.eval(), inputs).argmax(dim=1)
+    return float((predicted == labels).double().mean())
 
 
 def _is_a_value(override: Override) -> bool:

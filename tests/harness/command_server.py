@@ -7,65 +7,65 @@ exit statuses. `tests.commands.Commands` is the other end, and says what a comma
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import resource
 import runpy
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hydra.core.plugins
-import joblib
-import matplotlib.figure
-import scipy.stats
-import submitit
-import timm
 import torch
-import torchvision
+from hydra.core.plugins import Plugins
 
-import tenslora.harness.results.figures
-import tenslora.harness.results.report
-import tenslora.harness.training.loop
-import train
-
-IMPORTED = (joblib, matplotlib.figure, scipy.stats, submitit, timm, torchvision, tenslora.harness, train)
+IMPORTED = (
+    "jinja2",
+    "joblib",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "scipy.stats",
+    "sklearn.metrics",
+    "submitit",
+    "tenslora.harness.backbones",
+    "tenslora.harness.results.figures",
+    "tenslora.harness.results.report",
+    "tenslora.harness.training.loop",
+    "timm",
+    "torchvision",
+    "train",
+)
 """What a command would otherwise import itself."""
 
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
-PLACES: dict[str, tuple[Any, str]] = {
-    "step": (torch.optim.AdamW, "step"),
-    "write": (os, "fsync"),
-    "replace": (os, "replace"),
-}
-
-_fsync = os.fsync
 
 
-def _raising(function: Callable[..., Any], number: int, end: signal.Signals) -> Callable[..., Any]:
-    calls = 0
+def _arrange(accident: str) -> None:
+    end, place, *file, number = accident.split()
+    owner, name = {"step": (torch.optim.AdamW, "step"), "write": (os, "fsync"), "rename": (os, "replace")}[place]
+    function = getattr(owner, name)
+    left = int(number)
 
-    def wrapped(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            if function is _fsync:
-                os.ftruncate(args[0], os.fstat(args[0]).st_size // 2)
-            signal.raise_signal(end)  # in this thread, so that it arrives exactly here
-        return function(*args)
+    def wrapped(*arguments: Any) -> Any:
+        nonlocal left
+        # "write" has a file descriptor, "rename" two paths.
+        path = os.readlink(f"/proc/self/fd/{arguments[0]}") if place == "write" else str(arguments[-1])
+        left -= all(word in path for word in file)
+        if left == 0:
+            if place == "write":
+                os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
+            signal.raise_signal(SIGNALS[end])  # in this thread, so that it arrives exactly here
+        return function(*arguments)
 
-    return wrapped
+    setattr(owner, name, wrapped)
 
 
 def _carry_out(command: dict[str, Any]) -> None:
     for number, file in enumerate(command["files"], start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     if command["accident"]:
-        end, place, number = command["accident"].split()
-        owner, name = PLACES[place]
-        setattr(owner, name, _raising(getattr(owner, name), int(number), SIGNALS[end]))
+        _arrange(command["accident"])
     if command["largest_file"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (command["largest_file"],) * 2)
@@ -79,7 +79,9 @@ def _carry_out(command: dict[str, Any]) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
-    hydra.core.plugins.Plugins.instance()  # looks for Hydra's plugins
+    for module in IMPORTED:
+        importlib.import_module(module)
+    Plugins.instance()  # looks for Hydra's plugins
     torch.set_num_threads(1)
     gc.freeze()  # the forks' garbage collection need not walk through all that was imported
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The launchers, on a Slurm made of shell scripts: what becomes of a table when jobs vanish."""
+"""The sweeper's batches, and what the launchers do when jobs vanish, on a Slurm made of shell scripts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,78 +14,53 @@ from typing import Any
 
 import pytest
 import submitit
-from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
-from submitit.core.utils import DelayedSubmission, cloudpickle, cloudpickle_dump
+from submitit.core.utils import DelayedSubmission, cloudpickle_dump
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.config import register_resolvers
 from tests.conftest import ROOT
+from tests.running import composed
 
 PLUGIN = "hydra_plugins.tenslora_sweeps"
-
-# squeue is asked again and again: its n-th answer is in the file queue/n, the last one is given from then on. An answer
-# that starts with "!" is a failure. What lies in arriving/n appears among the results just before the n-th answer.
-SQUEUE = """
-n=$(($(cat {slurm}/asked 2>/dev/null || echo 0) + 1))
-echo $n > {slurm}/asked
-echo "$@" > {slurm}/squeue-arguments
-mv {slurm}/arriving/$n/* {folder}/ 2>/dev/null
-answer={slurm}/queue/$n
-[ -f $answer ] || answer=$(ls {slurm}/queue/* | tail -1)
-grep -q '^!' $answer && {{ echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1; }}
-cat $answer
-"""
-SBATCH = """
-cp $1 {slurm}/submitted.sh
-[ -f {slurm}/refused ] && {{ echo "sbatch: error: invalid partition specified: nowhere" >&2; exit 1; }}
-echo "Submitted batch job 7"
-"""
-SCONTROL = """
-case $4 in
-7_1) echo "JobId=8 ArrayJobId=7 ArrayTaskId=1 JobName=sweep JobState=OUT_OF_MEMORY Reason=OutOfMemory ExitCode=0:125" ;;
-*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1 ;;
-esac
-"""
-FORBIDDEN = 'echo "$0" "$@" >> {slurm}/forbidden; exit 1'  # a cluster without accounting has no answer
+SCRIPTS = Path(__file__).parent / "slurm"
 
 
-class Slurm:
-    """Executables in front of any real ones, and a launcher that uses them."""
+class FakeSlurm:
+    """The scripts of tests/harness/slurm in front of any real commands, and a launcher that uses them."""
 
     def __init__(self, tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-        self.slurm, self.sweep = tmp_path / "slurm", tmp_path / "sweep"
-        bin_ = self.slurm / "bin"
-        for folder in (bin_, self.slurm / "queue"):
+        self.folder, self.sweep = tmp_path / "slurm", tmp_path / "sweep"
+        self.results = self.sweep / ".submitit" / "all"
+        self.bin = self.folder / "bin"
+        for folder in (self.bin, self.folder / "queue"):
             folder.mkdir(parents=True)
-        scripts = {"sbatch": SBATCH, "squeue": SQUEUE, "scontrol": SCONTROL, "srun": FORBIDDEN, "sacct": FORBIDDEN}
-        for name, script in {**scripts, "scancel": FORBIDDEN}.items():
-            text = script.format(slurm=self.slurm, folder=self.sweep / ".submitit" / "all")
-            (bin_ / name).write_text(f"#!/bin/sh\n{text}")
-            (bin_ / name).chmod(0o755)
-        patch.setenv("PATH", str(bin_), prepend=os.pathsep)
+        for name in ("sbatch", "squeue", "scontrol"):
+            (self.bin / name).symlink_to(SCRIPTS / name)
+        for name in ("srun", "sacct", "scancel"):
+            (self.bin / name).symlink_to(SCRIPTS / "forbidden")
+        patch.setenv("PATH", str(self.bin), prepend=os.pathsep)
+        patch.setenv("FAKE_SLURM", str(self.folder))
+        patch.setenv("FAKE_SLURM_RESULTS", str(self.results))
         self.patch = patch
         self.naps = 0
         self.sleep: Callable[[float], None] = self.nap
 
     def nap(self, seconds: float, sleep: Callable[[float], None] = time.sleep) -> None:
         self.naps += 1
-        assert self.naps < 300, "it waits for ever"
+        assert self.naps < 300, "the launcher waits for ever"
         sleep(seconds)
 
     def launch(self, jobs: int, *overrides: str) -> Sequence[JobReturn]:
         """Launch jobs as conf/hydra/launcher/slurm.yaml has it."""
-        register_resolvers()
         words = ["hydra/launcher=slurm", f"hydra.sweep.dir={self.sweep}", *overrides]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = compose("sweep", words, return_hydra_config=True).hydra.launcher
-        plugin: Any = importlib.import_module(PLUGIN)  # after Hydra, which imports its plugins anew
+        config = composed(*words, config_name="sweep", with_hydra=True).hydra.launcher
+        plugin: Any = importlib.import_module(PLUGIN)  # not above: composing makes Hydra import its plugins anew
         self.patch.setattr(plugin, "LOOK_SECONDS", 0.01)
         self.patch.setattr(plugin.time, "sleep", self.sleep)
         assert plugin.PATIENT[config._target_] is plugin.PatientSlurmLauncher
-        # One folder for all jobs, so that a script can put results there.
-        params = {**config, "submitit_folder": str(self.sweep / ".submitit" / "all")}
+        # One folder for all jobs, so that squeue can put results there.
+        params = {**config, "submitit_folder": str(self.results)}
         del params["_target_"]
         returned: Sequence[JobReturn] = plugin.PatientSlurmLauncher(**params).launch(
             [[f"seed={number}"] for number in range(jobs)], initial_job_idx=0
@@ -94,18 +68,20 @@ class Slurm:
         return returned
 
     def answers(self, *queued: str) -> None:
+        """Let squeue answer these lists of jobs, one after the other; "!" is a failure."""
         for number, answer in enumerate(queued, start=1):
-            (self.slurm / "queue" / f"{number:02d}").write_text(answer.replace(" ", "\n") + "\n")
-            (self.slurm / "queue" / str(number)).symlink_to(f"{number:02d}")
+            (self.folder / "queue" / str(number)).write_text(answer.replace(" ", "\n") + "\n")
 
     def arrives(self, number: int, job: str, outcome: tuple[str, Any]) -> None:
-        folder = self.slurm / "arriving" / str(number)
+        """Let a job's result appear just before squeue's answer of this number."""
+        folder = self.folder / "arriving" / str(number)
         folder.mkdir(parents=True, exist_ok=True)
         cloudpickle_dump(outcome, folder / f"{job}_0_result.pkl")
 
     @property
     def asked(self) -> int:
-        return int((self.slurm / "asked").read_text())
+        """How often squeue was asked."""
+        return int((self.folder / "asked").read_text())
 
 
 def table_sweeper(most: int | None, batches: list[list[list[str]]]) -> Any:
@@ -129,7 +105,7 @@ def table_sweeper(most: int | None, batches: list[list[list[str]]]) -> Any:
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(None, [5]), (5, [5]), (2, [2, 2, 1]), (1, [1] * 5)])
-def test_so_many_jobs_go_to_the_launcher_at_once(most: int | None, sizes: list[int]) -> None:
+def test_the_launcher_gets_at_most_so_many_jobs_at_once(most: int | None, sizes: list[int]) -> None:
     batches: list[list[list[str]]] = []
     table_sweeper(most, batches).sweep(["x=0,1,2,3,4"])
     assert [len(batch) for batch in batches] == sizes
@@ -137,14 +113,14 @@ def test_so_many_jobs_go_to_the_launcher_at_once(most: int | None, sizes: list[i
 
 
 @pytest.mark.parametrize("most", [0, -1])
-def test_so_many_jobs_at_once_are_at_least_one(most: int) -> None:
+def test_a_batch_has_at_least_one_job(most: int) -> None:
     with pytest.raises(TensLoRAError, match=f"hydra.sweeper.max_batch_size={most}: must be at least 1"):
         table_sweeper(most, []).sweep(["x=0,1"])
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
-    return Slurm(tmp_path, monkeypatch)
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    return FakeSlurm(tmp_path, monkeypatch)
 
 
 def completed(value: str) -> JobReturn:
@@ -153,7 +129,7 @@ def completed(value: str) -> JobReturn:
     return done
 
 
-def test_a_job_that_vanishes_has_failed_and_the_others_are_waited_for(slurm: Slurm, capfd: Any) -> None:
+def test_a_job_that_vanishes_has_failed_and_the_others_are_waited_for(slurm: FakeSlurm, capfd: Any) -> None:
     slurm.answers("!", "7_0 7_1 7_2 7_3", "!", "7_2 7_3", "7_3", "!", "7_3", "")
     slurm.arrives(4, "7_0", ("success", completed("first")))
     slurm.arrives(5, "7_2", ("error", "Traceback: it burnt"))
@@ -163,22 +139,22 @@ def test_a_job_that_vanishes_has_failed_and_the_others_are_waited_for(slurm: Slu
     assert slurm.asked == 8
     assert (first.return_value, last.return_value) == ("first", "last")
     assert (vanished.status, burnt.status) == (JobStatus.FAILED, JobStatus.FAILED)
-    error = slurm.sweep / ".submitit" / "all" / "7_1_0_log.err"
+    error = slurm.results / "7_1_0_log.err"
     assert isinstance(vanished._return_value, TensLoRAError)
     assert str(vanished._return_value) == f"Slurm job 7_1 is out_of_memory without a result; see {error}"
     assert "it burnt" in str(burnt._return_value)
     assert capfd.readouterr().out == "submitted 4 jobs to slurm: 7\n"
-    assert not (slurm.slurm / "forbidden").exists(), "neither sacct nor scancel"
-    assert (slurm.slurm / "squeue-arguments").read_text().split()[:2] == ["--noheader", "--array"]
+    assert not (slurm.folder / "forbidden").exists(), "neither sacct nor scancel"
+    assert (slurm.folder / "squeue-arguments").read_text().split()[:2] == ["--noheader", "--array"]
 
-    lines = (slurm.slurm / "submitted.sh").read_text().splitlines()
+    lines = (slurm.folder / "submitted.sh").read_text().splitlines()
     wanted = {"array=0-3%4", "partition=gpu", "gpus-per-node=2", "time=240", "mem=32GB", "cpus-per-task=8"}
     assert {f"#SBATCH --{setting}" for setting in (*wanted, "signal=USR2@120")} <= set(lines)
-    submitted = DelayedSubmission.load(slurm.sweep / ".submitit" / "all" / "7_0_submitted.pkl")
+    submitted = DelayedSubmission.load(slurm.results / "7_0_submitted.pkl")
     assert submitted._timeout_countdown == 20, "how often it may run out of time and is requeued"
 
 
-def test_a_job_that_slurm_has_forgotten_is_gone(slurm: Slurm) -> None:
+def test_a_job_that_slurm_has_forgotten_is_gone(slurm: FakeSlurm) -> None:
     slurm.answers("7_1", "")
     slurm.arrives(2, "7_1", ("success", completed("there")))
     gone, there = slurm.launch(2)
@@ -186,7 +162,7 @@ def test_a_job_that_slurm_has_forgotten_is_gone(slurm: Slurm) -> None:
     assert there.return_value == "there"
 
 
-def test_a_job_alone_is_no_array(slurm: Slurm) -> None:
+def test_a_single_job_is_no_array(slurm: FakeSlurm) -> None:
     slurm.answers("7", "")
     slurm.arrives(2, "7", ("success", completed("alone")))
     (alone,) = slurm.launch(1)
@@ -194,44 +170,44 @@ def test_a_job_alone_is_no_array(slurm: Slurm) -> None:
     assert slurm.asked == 2
 
 
-def test_a_result_may_appear_after_the_job_has_left_the_queue(slurm: Slurm) -> None:
+def test_a_result_may_appear_after_the_job_has_left_the_queue(slurm: FakeSlurm) -> None:
     slurm.answers("")
     slept = []
 
     def sleep(_: float) -> None:
         slept.append(1)
         if len(slept) == 3:
-            cloudpickle_dump(("success", completed("late")), slurm.sweep / ".submitit/all/7_0_result.pkl")
+            cloudpickle_dump(("success", completed("late")), slurm.results / "7_0_result.pkl")
 
     slurm.sleep = sleep
     (late,) = slurm.launch(1)
     assert late.return_value == "late"
 
 
-def test_a_partition_that_there_is_not_is_one_line(slurm: Slurm) -> None:
-    (slurm.slurm / "refused").touch()
+def test_an_unknown_partition_is_one_line(slurm: FakeSlurm) -> None:
+    (slurm.folder / "refused").touch()
     with pytest.raises(TensLoRAError, match=r"hydra/launcher: slurm takes no jobs \(.*invalid partition"):
         slurm.launch(1, "hydra.launcher.partition=nowhere")
 
 
-def test_a_machine_without_slurm_is_one_line(slurm: Slurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_without_slurm_is_one_line(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(TensLoRAError, match="hydra/launcher: slurm takes no jobs"):
         slurm.launch(1)
 
 
 @pytest.mark.parametrize("command", ["squeue", "scontrol"])
-def test_a_command_of_slurms_that_is_not_there_is_one_line(slurm: Slurm, command: str) -> None:
+def test_a_missing_command_of_slurms_is_one_line(slurm: FakeSlurm, command: str) -> None:
     slurm.answers("")
-    (slurm.slurm / "bin" / command).unlink()
-    for tool in ("sh", "mv", "cp", "cat", "ls", "tail", "grep"):  # but no Slurm that this machine may have
-        (slurm.slurm / "bin" / tool).symlink_to(str(shutil.which(tool)))
-    slurm.patch.setenv("PATH", str(slurm.slurm / "bin"))
+    (slurm.bin / command).unlink()
+    for tool in ("sh", "mv", "cp", "cat", "ls", "sort", "tail", "grep"):  # but no Slurm that this machine may have
+        (slurm.bin / tool).symlink_to(str(shutil.which(tool)))
+    slurm.patch.setenv("PATH", str(slurm.bin))
     with pytest.raises(TensLoRAError, match=f"hydra/launcher: {command} cannot be run"):
         slurm.launch(2)
 
 
-def test_an_interrupt_names_what_goes_on(slurm: Slurm, capfd: Any) -> None:
+def test_an_interrupt_names_the_jobs_that_go_on(slurm: FakeSlurm, capfd: Any) -> None:
     slurm.answers("7_0 7_1")
 
     def interrupted(_: float) -> None:
@@ -241,26 +217,23 @@ def test_an_interrupt_names_what_goes_on(slurm: Slurm, capfd: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         slurm.launch(2)
     assert capfd.readouterr().out.splitlines()[-1] == "submitted jobs go on: 7"
-    assert not (slurm.slurm / "forbidden").exists()
+    assert not (slurm.folder / "forbidden").exists()
 
 
 def test_a_process_that_is_killed_takes_no_other_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plugin = importlib.import_module(PLUGIN)
+    plugin: Any = importlib.import_module(PLUGIN)
 
-    class Dying(plugin.PatientLocalLauncher):  # type: ignore[misc, name-defined]
-        def __call__(self, sweep_overrides: list[str], *_: Any) -> JobReturn:
-            if sweep_overrides == ["die"]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return completed(sweep_overrides[0])
+    def carry_out(_: Any, sweep_overrides: list[str], *__: Any) -> JobReturn:
+        if sweep_overrides == ["die"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = JobReturn(status=JobStatus.COMPLETED)
+        done.return_value = sweep_overrides[0]
+        return done
 
+    dying = type("Dying", (plugin.PatientLocalLauncher,), {"__call__": carry_out})
     monkeypatch.setattr(plugin, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # to import it there would take torch
-    try:
-        launcher = Dying(submitit_folder=str(tmp_path / "%j"), timeout_min=1)
-        killed, alive = launcher.launch([["die"], ["live"]], 0)
-    finally:
-        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    killed, alive = dying(submitit_folder=str(tmp_path / "%j"), timeout_min=1).launch([["die"], ["live"]], 0)
     assert killed.status is JobStatus.FAILED
     assert alive.return_value == "live"

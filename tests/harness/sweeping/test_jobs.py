@@ -181,7 +181,8 @@ def test_a_claimed_job_is_left_alone(job: Job) -> None:
 
 
 def test_of_two_that_carry_out_a_job_at_once_one_trains_and_the_other_is_told(job: Job) -> None:
-    trained, said = [], []
+    trained: list[State] = []
+    said: list[str | None] = []
 
     def train(*_: Any) -> None:
         trained.append(job.look().state)
