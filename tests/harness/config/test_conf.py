@@ -5,9 +5,11 @@ from __future__ import annotations
 from itertools import permutations
 
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tenslora.harness.config import ImageDatasetConfig, TextDatasetConfig
-from tests.running import configured
+from tests.running import CONF, composed, configured
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,18 @@ def test_an_option_brings_a_setting_of_another_group_unless_the_command_line_has
 
 def test_the_image_size_reaches_the_architecture() -> None:
     assert configured("dataset=dtd", "model=vit_small_timm", "model.image_size=112").model.options == {"img_size": 112}
+
+
+@pytest.mark.parametrize("table", sorted(path.stem for path in (CONF / "table").glob("*.yaml")))
+def test_every_value_that_a_table_varies_is_valid(table: str) -> None:
+    config = composed(f"table={table}", config_name="sweep", with_hydra=True)
+    assert config.table.name == table
+    params = [f"{key}={value}" for key, value in config.hydra.sweeper.params.items()]
+    parsed = OverridesParser.create().parse_overrides(params)
+    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    seen: set[str] = set()
+    for words in jobs:
+        if not seen.issuperset(words):
+            seen.update(words)
+            # The name is all that these options hold; to compose each of them would take Hydra seconds.
+            configured(*(word.replace("tensor_mode=", "tensor_mode.name=") for word in words))
