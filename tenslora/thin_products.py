@@ -17,10 +17,10 @@ from tenslora.adapter import Adapter
 
 
 class ForwardPassCache:
-    """What the forward pass under way has computed for all layers.
+    """A cache of the products that the current forward pass has computed for all layers.
 
-    Hooks on the model create the cache when a forward pass begins and drop it when the pass ends, also by an
-    exception. Outside a forward pass there is no cache: nothing would tell us when a cached product has gone stale.
+    Hooks on the model create the cache when a forward pass begins and drop it when the pass ends, even by an exception.
+    Outside a forward pass the cache is empty: nothing would tell us when a cached product has gone stale.
 
     Args:
         model: the adapted model. A forward pass is a call of this module.
