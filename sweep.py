@@ -48,7 +48,7 @@ def sweep(
     composed: list[tuple[tuple[str, ...], DictConfig]],
     launch: Callable[[Sequence[Sequence[str]]], Sequence[JobReturn]],
 ) -> None:
-    """The whole sweep: plan it, run what is not done, collect the results.
+    """Carry out a sweep: plan it, run the jobs that are not done, collect the results.
 
     Args:
         config: as composed, without the swept values.
@@ -91,7 +91,7 @@ def sweep(
                             job.folder.write_failure(outcome._return_value)
                     elif outcome.return_value == ELSEWHERE:
                         elsewhere.append(job)
-                # Another sweep carries these out. Should it break off, they are ours after all.
+                # Another sweep carries these out. If it breaks off, this sweep takes them over.
                 while any(job.look().state is State.RUNNING for job in elsewhere):
                     time.sleep(1)
                 todo = [job for job in elsewhere if job.look().state is not State.DONE]

@@ -53,14 +53,14 @@ def run_app(
         sys.exit(130)
     except Exception as error:
         mistake = _mistake(error)
-        # Before the task has begun, whatever is wrong is with the command line, conf/ or the output folder.
+        # Until the task begins, the mistake is in the command line, in conf/ or in the output folder.
         if guarded.wants_traceback or (guarded.started and not isinstance(mistake, TensLoRAError)):
             raise
         sys.exit(_line(mistake))
 
 
 class _Task:
-    """What Hydra calls for each job, in this process or in a launcher's, and what its sweeper asks for a multirun."""
+    """What Hydra calls for each job, in this process or in a launcher's, and what `TableSweeper` calls for a sweep."""
 
     def __init__(
         self, task: Callable[[DictConfig], Any], sweep: Callable[..., None] | None, wants_traceback: bool
@@ -76,8 +76,8 @@ class _Task:
             if self.wants_traceback:
                 raise
             line = _line(error)
-        # The error is raised anew outside of the except block, without the frames that held the model: Hydra keeps
-        # what is raised until the last job of a multirun is over, and launchers pickle it.
+        # The error is raised anew outside of the except block, without the frames that hold the model: Hydra keeps
+        # each job's error until the last job of a multirun is over, and launchers pickle it.
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             sys.exit(line)
         log.error(line)
@@ -89,12 +89,12 @@ class _Task:
         self._sweep(config, jobs, launch)
 
 
-# On import, and so also in the process where a launcher unpickles a task.
+# On import, so that it also happens in the process where a launcher unpickles a task.
 register_resolvers()
 
 
 def _mistake(error: BaseException) -> BaseException:
-    # OmegaConf wraps what a resolver raises: ${run_folder:} checks the settings.
+    # ${run_folder:} checks the settings, and OmegaConf wraps the error of a resolver.
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, TensLoRAError):

@@ -41,7 +41,7 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: of the folder, which need not exist.
+        path: the folder, which need not exist.
     """
 
     path: Path
@@ -68,15 +68,23 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """The file whose lock says that a process carries out the run."""
+        """The file that a process locks while it carries out the run."""
         return self.path / ".lock"
 
     def weights(self, tensor_mode: str) -> Path:
-        """The trained weights beside the adapter: the head's, or of full fine-tuning the whole model's."""
+        """The trained weights beside the adapter: the head's, or after full fine-tuning all of the model's.
+
+        Args:
+            tensor_mode: the run's.
+        """
         return self.path / ("model.safetensors" if tensor_mode == "full" else "head.safetensors")
 
     def write_weights(self, tensor_mode: str, weights: Mapping[str, Tensor]) -> Path:
         """Write the trained weights beside the adapter and return the file.
+
+        Args:
+            tensor_mode: the run's.
+            weights: by their names in the model.
 
         Raises:
             TensLoRAError: if the file cannot be written.
@@ -85,6 +93,9 @@ class RunFolder:
 
     def write_record(self, record: Mapping[str, Any]) -> Path:
         """Write result.json and return its path.
+
+        Args:
+            record: everything but the number of its form, which is added.
 
         Raises:
             TensLoRAError: if it cannot be written.
@@ -109,7 +120,10 @@ class RunFolder:
     def write_failure(self, error: BaseException) -> None:
         """Leave the reason why the run has no record, for the table and the next sweep.
 
-        On a full disk there is nothing to be done: the reason is in the log all the same.
+        A disk that is full raises nothing here: the reason is also in the log.
+
+        Args:
+            error: what ended the run.
         """
         reason = " ".join(str(error).split())
         if not isinstance(error, TensLoRAError):
@@ -118,23 +132,26 @@ class RunFolder:
             write_json(self.failure, {"error": reason})
 
     def read_failure(self) -> str | None:
-        """The reason why the last attempt left no record; None if there is none."""
+        """The reason why the last attempt left no record; None if no attempt left a reason."""
         try:
             return str(json.loads(self.failure.read_text())["error"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def begin_anew(self) -> None:
-        """Remove what an earlier attempt said about its end."""
+        """Remove the failure and the record of an earlier attempt; its checkpoint stays."""
         for file in (self.failure, self.result):
             file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[bool]:
-        """Whether the run is ours until the end of the context; no two processes hold it at once.
+        """A context in which this process, and no other, carries out the run.
 
-        The kernel lets go of the lock when its holder dies, however it dies. A shared file system has to support flock
+        The kernel releases the lock when the process dies, however it dies. A shared file system has to support flock
         (NFS from version 4, Lustre, GPFS).
+
+        Yields:
+            Whether the claim succeeded. False: another process has the run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock)
@@ -149,7 +166,7 @@ class RunFolder:
             lock.release()
 
     def is_claimed(self) -> bool:
-        """Whether a process holds the run."""
+        """Whether a process carries out the run."""
         if not self.lock.is_file():
             return False
         lock = FileLock(self.lock)

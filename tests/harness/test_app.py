@@ -131,7 +131,7 @@ def test_a_multirun_goes_on_past_a_job_that_fails(commands: Commands, tmp_path: 
 
 
 @pytest.mark.parametrize("accident", ["interrupt step 2", "terminate step 2"])
-def test_a_run_that_is_told_to_stop_says_so(accident: str, commands: Commands, tmp_path: Path) -> None:
+def test_a_stopped_run_ends_with_status_130(accident: str, commands: Commands, tmp_path: Path) -> None:
     ended = commands.run(Command("train.py", [*SHORT, f"hydra.run.dir={tmp_path}"], tmp_path, accident=accident))
     assert ended.status == 130
     assert ended.err.splitlines()[-1] == "interrupted"

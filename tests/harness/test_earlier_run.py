@@ -27,7 +27,7 @@ def outputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_is_loaded_and_scores_what_it_scored(outputs: Path) -> None:
+def test_it_scores_what_its_record_says(outputs: Path) -> None:
     assert accuracy_of(load_run(outputs / NAME)) == record(outputs / NAME)["metrics"]["last"]
 
 

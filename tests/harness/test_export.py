@@ -71,9 +71,7 @@ def test_its_own_library_loads_a_merged_run(finished: Finished, tmp_path: Path) 
     finished.assert_equal_logits(model)
 
 
-def test_what_cannot_be_exported_is_said_in_a_line(
-    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_impossible_export_is_one_line(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"error: .*result\.json: not a readable record"):
         main([str(tmp_path), "--format", "peft", "--out", str(tmp_path / "new")])
     with pytest.raises(SystemExit, match=rf"error: --out {tmp_path}: exists already"):

@@ -220,7 +220,7 @@ def test_an_interrupt_names_the_jobs_that_go_on(slurm: FakeSlurm, capfd: Any) ->
     assert not (slurm.folder / "forbidden").exists()
 
 
-def test_a_process_that_is_killed_takes_no_other_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_leaves_the_other_jobs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin: Any = importlib.import_module(PLUGIN)
 
     def carry_out(_: Any, sweep_overrides: list[str], *__: Any) -> JobReturn:

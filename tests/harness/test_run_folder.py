@@ -50,15 +50,13 @@ def test_a_record_that_cannot_be_read_is_named(content: str | None, message: str
         (MemoryError(), "MemoryError"),
     ],
 )
-def test_the_reason_of_a_failure_is_one_line_and_says_what_it_was(
-    error: Exception, reason: str, folder: RunFolder
-) -> None:
+def test_the_reason_of_a_failure_is_one_line(error: Exception, reason: str, folder: RunFolder) -> None:
     assert folder.read_failure() is None
     folder.write_failure(error)
     assert folder.read_failure() == reason
 
 
-def test_a_failure_that_cannot_be_written_is_no_further_failure(tmp_path: Path) -> None:
+def test_a_failure_that_cannot_be_written_raises_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folder = RunFolder(tmp_path / "file" / "run")
     folder.write_failure(TensLoRAError("no room"))
@@ -86,7 +84,7 @@ def test_a_claim_is_for_one_at_a_time_and_ends_with_its_context(folder: RunFolde
     assert folder.lock.exists(), "the file stays; what counts is its lock"
 
 
-def test_a_claim_ends_with_the_process_that_has_it_however_that_dies(folder: RunFolder) -> None:
+def test_a_claim_ends_when_its_process_is_killed(folder: RunFolder) -> None:
     with claimed_by_a_process(folder) as holder:
         assert folder.is_claimed()
         holder.send_signal(signal.SIGKILL)
@@ -94,7 +92,7 @@ def test_a_claim_ends_with_the_process_that_has_it_however_that_dies(folder: Run
         assert not folder.is_claimed()
 
 
-def test_who_merely_looks_keeps_nobody_from_a_claim(folder: RunFolder) -> None:
+def test_a_look_at_the_claim_does_not_prevent_a_claim(folder: RunFolder) -> None:
     folder.path.mkdir()
     looking = FileLock(folder.lock, thread_local=False)
     looking.acquire()
@@ -103,7 +101,7 @@ def test_who_merely_looks_keeps_nobody_from_a_claim(folder: RunFolder) -> None:
         assert ours
 
 
-def test_of_many_that_claim_a_run_at_once_one_has_it(folder: RunFolder) -> None:
+def test_only_one_of_many_simultaneous_claims_succeeds(folder: RunFolder) -> None:
     answers: list[bool] = []
     together = threading.Barrier(4)
 

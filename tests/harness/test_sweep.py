@@ -226,7 +226,7 @@ def test_a_run_in_a_table_is_the_one_that_train_py_would_make(undisturbed: Path)
     }
 
 
-def test_a_job_in_another_process_is_the_same_job(commands: Commands, undisturbed: Path, tmp_path: Path) -> None:
+def test_jobs_in_other_processes_have_the_same_results(commands: Commands, undisturbed: Path, tmp_path: Path) -> None:
     submitted, diverged = tmp_path / "submitted", tmp_path / "diverged"
     submitted.mkdir()
     diverged.mkdir()

@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 SWEEP_KEYS = ("table", "dry_run", "collect_only")
-"""What a job of a sweep has in its config beside the settings of the run."""
+"""The keys that the config of a sweep's job has in addition to the settings of the run."""
 
 
 def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
@@ -103,7 +103,7 @@ def _schema() -> TypeAdapter[RunConfig]:
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
-    # Key by key: OmegaConf's own masked copy takes thirty times as long, and a sweep asks for many.
+    # Key by key: OmegaConf's own masked copy takes thirty times as long, and a sweep validates many configs.
     return {
         str(key): OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         if OmegaConf.is_config(node := config[key])
@@ -114,7 +114,7 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
 
 
 def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
-    """Settings laid out as in conf/, laid out as `RunConfig` is."""
+    """Rearrange settings from the layout of conf/ to the layout of `RunConfig`."""
 
     def name_of(group: str, otherwise: str) -> Any:
         chosen = plain.get(group, {"name": otherwise})
@@ -126,7 +126,7 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
     if isinstance(adapter, dict):
         adapter = {
             **adapter,
-            # A run without an adapter ignores these settings, which are checked all the same.
+            # A run without an adapter ignores these settings. They are checked all the same, as those of LoRA.
             "tensor_mode": "lora" if tensor_mode in REFERENCES else tensor_mode,
             "factorization": name_of("factorization", "tucker"),
             "rank_strategy": plain.get("rank_strategy"),

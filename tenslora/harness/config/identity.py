@@ -1,8 +1,7 @@
 """What identifies a run: the settings that can change its result, their digest, and the folder named after them.
 
-Settings are compared in the form that the files in conf/ have, which records of all versions of this project share. A
-setting that is added later must leave the digest of runs with its default as it was: leave it out here where it has
-its default.
+Settings are compared in the layout of conf/, which the records of all versions of this project share. A setting that is
+added later must not change the digests of runs with its default: `identity` has to leave such a default out.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _STRATEGY_SETTINGS = {
 """The settings that each rank strategy reads, which are those of its file in conf/rank_strategy."""
 
 _WITHOUT_EFFECT = ("logger", "resume", "preset")
-"""Groups that cannot change a result: who watches the run, and what the settings were picked after."""
+"""Settings that cannot change a result: the logger, whether the run was resumed, and the name of the preset."""
 
 _TRAINER_WITHOUT_EFFECT = ("compile", "device", "threads", "workers", "eval_batch_size")
 """Settings of the trainer that only say where and how fast a run goes."""
@@ -32,7 +31,10 @@ _TRAINER_WITHOUT_EFFECT = ("compile", "device", "threads", "workers", "eval_batc
 def settings(run: RunConfig) -> dict[str, Any]:
     """All settings of a run as plain values, nested as in conf/.
 
-    `checks.validate` turns them into the same run again.
+    `config.validate` turns them into the same run again.
+
+    Args:
+        run: its typed settings.
     """
     strategy = run.rank_strategy
     nested: dict[str, Any] = {
@@ -54,8 +56,9 @@ def settings(run: RunConfig) -> dict[str, Any]:
             del adapter[name]
         nested["factorization"] = {"name": adapter.pop("factorization")}
         nested["adapter"] = adapter
-    if run.model.geometry is not None:  # a file declares no more of it than its backbone needs
+    if run.model.geometry is not None:
         declared = run.model.geometry
+        # The files in conf/model leave out what has its default; `adapt` belongs to the adapter.
         nested["model"]["geometry"] = {
             field.name: value
             for field in fields(declared)
@@ -64,13 +67,16 @@ def settings(run: RunConfig) -> dict[str, Any]:
     if run.model.modality == "text":
         for name in ("image_size", "channels", "mean", "std"):
             del nested["model"][name]
-    plain = _plain(nested)
-    assert isinstance(plain, dict)
+    plain: dict[str, Any] = _plain(nested)
     return plain
 
 
 def identity(run: RunConfig) -> dict[str, Any]:
-    """The settings that can change the run's result: all but the device it runs on, its speed, and who watches it."""
+    """The settings that can change the run's result: all except the device, the speed, and who watches the run.
+
+    Args:
+        run: its typed settings.
+    """
     relevant = {key: value for key, value in settings(run).items() if key not in _WITHOUT_EFFECT}
     for name in _TRAINER_WITHOUT_EFFECT:
         del relevant["trainer"][name]
@@ -81,18 +87,27 @@ def identity(run: RunConfig) -> dict[str, Any]:
         del relevant["factorization"]
         if run.row_strategy == "":
             relevant["rank_strategy"] = {"rank": run.rank_strategy.rank}
-    whole = _with_whole_numbers(relevant)
-    assert isinstance(whole, dict)
-    return whole
+    normalized: dict[str, Any] = _with_whole_numbers(relevant)
+    return normalized
 
 
 def digest(run: RunConfig) -> str:
-    """Twelve hexadecimal digits of the run's identity."""
+    """Twelve hexadecimal digits that are equal for equal identities.
+
+    Args:
+        run: its typed settings.
+    """
     return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def folder(run: RunConfig) -> str:
-    """The run's folder below outputs/, named after what was run."""
+    """The run's folder below outputs/: dataset/model/construction-factorization-strategy-seedN-digest.
+
+    The factorization and the strategy are left out where they do not tell runs apart.
+
+    Args:
+        run: its typed settings.
+    """
     row = "-".join(filter(None, (run.tensor_mode, run.row_factorization, run.row_strategy)))
     return f"{run.dataset.name}/{run.model.name}/{row}-seed{run.seed}-{digest(run)}"
 

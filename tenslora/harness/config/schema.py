@@ -1,8 +1,8 @@
 """The settings of a run as types. Their values live in conf/, which says what each of them means.
 
-A field's annotation is its range; what several settings have to agree on is checked by `RunConfig`. The settings of
-the adapter, of its rank strategy and of the backbone's geometry are the library's own types, with the library's own
-checks. Nothing here needs torch.
+A field's annotation is its range. What several settings have to agree on is checked by the class that holds them all.
+The settings of the adapter, of its rank strategy and of the backbone's geometry are the library's own types, with the
+library's own checks. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -169,12 +169,19 @@ class RunConfig:
     """The settings of one run, checked: what travels through the harness instead of Hydra's config.
 
     Args:
-        tensor_mode: a construction, or one of `REFERENCES`.
-        rank_strategy: also of a run without an adapter, whose record compares with LoRA at its rank.
-        adapter: the library's settings of the adapter; None for a run without one.
-        preset: the name of the published method that the settings were picked after, or "none".
-        resume: whether to go on from the run's checkpoint.
+        seed: of everything in the run that is random.
+        resume: whether to go on from the run's checkpoint, if there is one.
         warm_start: the folder of a LoRA that PEFT saved, to start from.
+        model: the backbone.
+        dataset: what the run trains on and is tested on.
+        tensor_mode: a construction, or one of `REFERENCES`.
+        rank_strategy: the adapter's. A run without an adapter has one too: its record holds the number of parameters
+            of LoRA at this rank.
+        adapter: the library's settings of the adapter; None for a run without one.
+        optimizer: AdamW and its schedule.
+        trainer: how long and with what means the run trains.
+        logger: what watches the run.
+        preset: the name of the published method that the settings follow, or "none".
 
     Raises:
         TensLoRAError: for settings that are valid by themselves and do not go together.
@@ -249,5 +256,5 @@ class RunConfig:
         return identity.digest(self)
 
     def folder(self) -> str:
-        """The run's folder below outputs/: dataset/model/construction-strategy-seedN-digest."""
+        """The run's folder below outputs/, such as digits/vit_digits/qkv-isorank-seed0-0123456789ab."""
         return identity.folder(self)

@@ -39,11 +39,11 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Look:
-    """What a job's folder says at one moment; all of it comes from one reading.
+    """What a job's folder says at one moment.
 
     Args:
         state: how far the job has come.
-        record: of this very run, if there is one that can be read.
+        record: the run's, if there is one that can be read and that has the run's digest.
         problem: why the last attempt left no score, if it failed.
     """
 
@@ -97,7 +97,7 @@ class Job:
         """The job as the table shows it.
 
         Args:
-            look: at its folder.
+            look: what its folder says.
         """
         run, record = self.run, look.record
         ranks = parameters = lora = None
@@ -119,16 +119,17 @@ class Job:
 def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: Path) -> list[Job]:
     """The jobs of a sweep, in the order in which they were composed, each run once.
 
-    Two sets of overrides that make the same run (LoRA under both strategies) are one job. What varies beside dataset,
-    model, seed, construction and strategy becomes part of the row where it makes the run another one.
+    Overrides that make the same run, such as those of LoRA under both strategies, are one job. Dataset and model make
+    the column, construction and strategy the row. Any other setting that varies becomes part of the row, unless it
+    leaves the run the same.
 
     Args:
         composed: pairs of overrides and the config that they make.
         outputs: the folder of all runs.
 
     Raises:
-        TensLoRAError: for the first job whose settings are at fault, or for a setting of the whole sweep that was given
-            several values. Nothing has been run by then.
+        TensLoRAError: for the first job whose settings are at fault, or if a setting of the whole sweep has several
+            values.
     """
     values: dict[str, dict[str, None]] = {}
     for words, _ in composed:
@@ -177,7 +178,7 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
 def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[RunConfig, Path], Any]) -> str | None:
     """Carry out one job, unless it is done or another process holds it.
 
-    The job goes on from its checkpoint if there is one. What `train` raises is left in failure.json and raised again.
+    The job goes on from its checkpoint if there is one. An error of `train` is left in failure.json and raised again.
 
     Args:
         run: the job's settings.

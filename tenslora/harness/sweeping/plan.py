@@ -18,11 +18,11 @@ _WORDS = {
 
 
 def plan(table: Table, looks: Mapping[Job, Look]) -> str:
-    """The rows with their ranks, exact parameter counts and share of LoRA's count, and how far each has come.
+    """The rows with their ranks, their exact parameter counts, the percentage of LoRA's, and how far each has come.
 
     Args:
         table: of the jobs.
-        looks: at each job's folder.
+        looks: what each job's folder says.
     """
     states = {job.digest: look.state for job, look in looks.items()}
     lines = [table.title]
@@ -47,10 +47,10 @@ def plan(table: Table, looks: Mapping[Job, Look]) -> str:
 
 
 def announcements(looks: Mapping[Job, Look]) -> list[str]:
-    """A line for each job that does not simply start: skipped, continued, run again, waited for.
+    """A line for each job that does not simply start, because it is skipped, continued, run again or waited for.
 
     Args:
-        looks: at each job's folder.
+        looks: what each job's folder says.
     """
     lines = []
     for job, look in looks.items():

@@ -21,16 +21,16 @@ PLAIN_LINE_SECONDS = 60.0  # without a terminal: how often a line says that the 
 class Progress:
     """A bar over the jobs, with how many run and have failed and the time left; plain lines without a terminal.
 
-    It reads the jobs' folders, so it shows the same whatever launcher carries them out, and whoever does.
+    It reads the jobs' folders, and so works alike for every launcher, and for jobs that another sweep carries out.
 
     Args:
         jobs: of the sweep.
-        looks: at each job's folder, before anything is started.
+        looks: what each job's folder says before anything is started.
     """
 
     def __init__(self, jobs: Sequence[Job], looks: Mapping[Job, Look]) -> None:
         self.jobs = list(jobs)
-        # A job that failed before is about to be run again; it is settled when it has failed anew.
+        # A job that failed before is about to be run again, and ends only when it has failed anew.
         self.settled = {job for job in jobs if looks[job].state is State.DONE}
         self.failures = {job: _failed_at(job) for job in jobs}
         self.first, self.failed = len(self.settled), 0
@@ -59,7 +59,7 @@ class Progress:
             self.update()
 
     def update(self) -> None:
-        """Look at every job that has not ended, and say what is new."""
+        """Look at every job that has not ended, and print what is new."""
         running = 0
         for job in self.jobs:
             if job in self.settled:
@@ -96,7 +96,7 @@ class Progress:
 
 
 def _failed_at(job: Job) -> list[int]:
-    # When the files that tell of a failure were written: a job may fail faster than it can be seen running.
+    # When the files that tell of a failure were written. A job may fail anew before it was seen running.
     times = []
     for file in (job.folder.failure, job.folder.result):
         with contextlib.suppress(FileNotFoundError):

@@ -64,7 +64,7 @@ def test_a_record_of_the_earlier_version_is_of_the_run_that_its_settings_describ
     assert run.folder() == str(path.parent.relative_to(EARLIER_OUTPUTS))
 
 
-def test_there_are_such_records() -> None:
+def test_no_record_of_the_earlier_version_is_lost() -> None:
     assert len(EARLIER_RECORDS) == 10
 
 
@@ -109,7 +109,7 @@ def test_what_can_change_a_result_changes_the_digest(different: str) -> None:
 
 @pytest.mark.parametrize("mode", REFERENCES)
 @pytest.mark.parametrize("ignored", ["rank_strategy=isorank", "adapter.alpha=2", "factorization=cp", "warm_start=x"])
-def test_a_run_without_an_adapter_is_one_run_whatever_an_adapter_would_have_been(mode: str, ignored: str) -> None:
+def test_a_run_without_an_adapter_ignores_the_settings_of_an_adapter(mode: str, ignored: str) -> None:
     plain, other = configured(f"tensor_mode={mode}"), configured(f"tensor_mode={mode}", ignored)
     assert plain.folder() == other.folder()
     assert plain.digest() != configured(f"tensor_mode={mode}", ignored, "optimizer.lr=0.1").digest()

@@ -103,7 +103,7 @@ def test_a_wrong_setting_in_one_job_ends_the_planning(wrong: str, tmp_path: Path
 # Looking
 
 
-def test_a_job_is_new_begun_running_failed_or_done_as_its_folder_tells(job: Job) -> None:
+def test_the_state_of_a_job_is_what_its_folder_says(job: Job) -> None:
     assert job.look() == Look(State.NEW, None, None)
     assert not job.folder.path.exists(), "looking leaves nothing behind"
     job.folder.path.mkdir(parents=True)
@@ -125,7 +125,7 @@ def test_a_job_is_new_begun_running_failed_or_done_as_its_folder_tells(job: Job)
     assert (job.look().state, job.look().problem) == (State.DONE, None)
 
 
-def test_a_job_is_in_the_table_with_its_score_or_with_the_reason_why_it_has_none(job: Job) -> None:
+def test_a_job_in_a_table_has_its_score_or_the_reason_why_there_is_none(job: Job) -> None:
     assert in_table(job).problem == "missing"
     job.folder.write_failure(TensLoRAError("the disk is full"))
     assert in_table(job).problem == "the disk is full"
@@ -180,7 +180,7 @@ def test_a_claimed_job_is_left_alone(job: Job) -> None:
     assert job.look().problem == "theirs"
 
 
-def test_of_two_that_carry_out_a_job_at_once_one_trains_and_the_other_is_told(job: Job) -> None:
+def test_a_job_that_is_carried_out_twice_at_once_is_trained_once(job: Job) -> None:
     trained: list[State] = []
     said: list[str | None] = []
 
@@ -199,7 +199,7 @@ def test_of_two_that_carry_out_a_job_at_once_one_trains_and_the_other_is_told(jo
     assert said == [ELSEWHERE, None]
 
 
-def test_an_earlier_attempt_has_left_nothing_but_its_checkpoint_when_the_next_begins(job: Job) -> None:
+def test_a_new_attempt_begins_with_nothing_but_the_checkpoint(job: Job) -> None:
     diverge(job)
     job.folder.write_failure(TensLoRAError("older"))
     job.folder.checkpoint.touch()
@@ -213,7 +213,7 @@ def test_an_earlier_attempt_has_left_nothing_but_its_checkpoint_when_the_next_be
 
 
 @pytest.mark.parametrize("error", [TensLoRAError("dataset.root=x: no such folder"), KeyError("blocks")])
-def test_a_job_that_fails_leaves_the_reason_and_the_error_goes_on(
+def test_a_job_that_fails_leaves_the_reason_and_raises_the_error(
     error: Exception, job: Job, caplog: pytest.LogCaptureFixture
 ) -> None:
     def train(*_: Any) -> None:
@@ -228,7 +228,7 @@ def test_a_job_that_fails_leaves_the_reason_and_the_error_goes_on(
     assert ("Traceback" in caplog.text) is not isinstance(error, TensLoRAError)
 
 
-def test_a_run_that_diverged_has_said_so_in_its_record(job: Job) -> None:
+def test_a_diverged_run_leaves_no_failure_beside_its_record(job: Job) -> None:
     def train(*_: Any) -> None:
         diverge(job)
         raise TensLoRAError("the same, longer")
