@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -48,7 +48,7 @@ def within(
     return AfterValidator(check)
 
 
-def one_of(valid: Sequence[str]) -> AfterValidator:
+def one_of(valid: Collection[str]) -> AfterValidator:
     """A name, or a list of names, of those given.
 
     Args:
@@ -65,7 +65,7 @@ def one_of(valid: Sequence[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def at_least_one(valid: Sequence[str]) -> AfterValidator:
+def at_least_one(valid: Collection[str]) -> AfterValidator:
     """A list that is not empty.
 
     Args:

@@ -86,7 +86,7 @@ class DatasetConfig:
 
     name: str
     root: str | None
-    metrics: Annotated[tuple[str, ...], at_least_one(tuple(METRICS)), one_of(tuple(METRICS))]
+    metrics: Annotated[tuple[str, ...], at_least_one(METRICS), one_of(METRICS)]
     train_splits: tuple[str, ...] | None
     test_split: str | None
     train_size: CountOrNull
