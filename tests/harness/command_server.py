@@ -51,8 +51,9 @@ def _arrange(accident: str) -> None:
         nonlocal left
         # "write" has a file descriptor, "rename" two paths.
         path = os.readlink(f"/proc/self/fd/{arguments[0]}") if place == "write" else str(arguments[-1])
-        left -= all(word in path for word in file)
-        if left == 0:
+        is_meant = all(word in path for word in file)
+        left -= is_meant
+        if is_meant and left == 0:
             if place == "write":
                 os.ftruncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
             signal.raise_signal(SIGNALS[end])  # in this thread, so that it arrives exactly here
