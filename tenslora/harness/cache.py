@@ -1,4 +1,4 @@
-"""What one process loads once, however many runs it carries out."""
+"""A cache of what was loaded last, so that the runs of one process load a backbone and a dataset once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ R = TypeVar("R")
 
 
 def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Keep the results of the last `size` different calls, for calls with equal arguments.
+    """A decorator that keeps the results of a function's latest calls, for further calls with equal arguments.
 
-    functools.lru_cache for arguments that cannot be hashed; besides, a result is let go before another is made, so
-    that two backbones are never held at once. Results are shared: whoever changes one changes it for the next.
+    It differs from functools.lru_cache in two ways. Arguments need no hash: they are compared by ==. And a result that
+    has to make room is dropped before the function is called, so that two backbones are never in memory at once.
+
+    A result is shared by all callers, who must not change it.
+
+    Args:
+        size: how many results are kept.
     """
 
     def decorate(load: Callable[P, R]) -> Callable[P, R]:
         latest: list[tuple[object, R]] = []
 
         @functools.wraps(load)
-        def remembering(*args: P.args, **kwargs: P.kwargs) -> R:
+        def cached(*args: P.args, **kwargs: P.kwargs) -> R:
             call = (args, kwargs)
             for entry in latest:
                 if entry[0] == call:
@@ -29,9 +34,10 @@ def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     latest.append(entry)
                     return entry[1]
             del latest[: max(0, len(latest) - size + 1)]
-            latest.append((call, load(*args, **kwargs)))
-            return latest[-1][1]
+            result = load(*args, **kwargs)
+            latest.append((call, result))
+            return result
 
-        return remembering
+        return cached
 
     return decorate

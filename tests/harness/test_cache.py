@@ -1,9 +1,8 @@
-"""What is loaded once per process: when it is let go, and that no run notices what another has done to it."""
+"""The cache itself, and that the runs of one process do not disturb each other through it."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,12 @@ import pytest
 
 from tenslora.harness.backbones import load_backbone, timm_models
 from tenslora.harness.cache import cache_latest
-from tenslora.harness.config import validate
-from tenslora.harness.data import images
-from tenslora.harness.data.images import digits
-from tests.running import SHORT, composed, run
+from tenslora.harness.data import digits
+from tests.running import SHORT, configured, run
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
-def test_it_keeps_as_many_as_it_says_and_lets_go_of_what_was_not_asked_for_the_longest(size: int) -> None:
+def test_the_result_that_was_asked_for_longest_ago_makes_room(size: int) -> None:
     loads = []
 
     @cache_latest(size)
@@ -27,20 +24,20 @@ def test_it_keeps_as_many_as_it_says_and_lets_go_of_what_was_not_asked_for_the_l
         loads.append(name)
         return [name]
 
-    first = [load(name) for name in range(size)]
+    results = [load(name) for name in range(size)]
     for name in range(size):
-        assert load(name) is first[name]
+        assert load(name) is results[name]
     assert loads == list(range(size))
-    load(0)  # so that 1 is the one not asked for the longest; 0 where there is no other
+    load(0)  # now 1 was asked for longest ago, or 0 if it is the only one
     load(size)
     oldest = min(1, size - 1)
     for name in set(range(size)) - {oldest}:
-        assert load(name) is first[name]
-    assert load(oldest) is not first[oldest]
+        assert load(name) is results[name]
+    assert load(oldest) is not results[oldest]
     assert loads == [*range(size + 1), oldest]
 
 
-def test_one_is_let_go_before_another_is_made() -> None:
+def test_a_result_is_dropped_before_the_next_one_is_loaded() -> None:
     class Heavy:
         pass
 
@@ -49,9 +46,9 @@ def test_one_is_let_go_before_another_is_made() -> None:
     @cache_latest(2)
     def load(_: int) -> Heavy:
         assert len(alive) < 2
-        made = Heavy()
-        alive.add(made)
-        return made
+        heavy = Heavy()
+        alive.add(heavy)
+        return heavy
 
     for name in range(5):
         load(name)
@@ -64,19 +61,19 @@ def test_arguments_are_compared_as_values_and_need_no_hash() -> None:
         names: list[str]
 
     @cache_latest(2)
-    def load(config: Config, seed: int, extra: Any = None) -> object:  # noqa: ARG001
-        return object()
+    def load(config: Config, seed: int, extra: Any = None) -> list[Any]:
+        return [config, seed, extra]
 
-    first = load(Config(["a"]), 0)
-    assert load(Config(["a"]), 0) is first
-    assert load(Config(["a"]), 1) is not first
-    assert load(Config(["b"]), 0) is not first
-    other = load(Config(["a"]), 0, extra={"x": [1]})
-    assert load(Config(["a"]), 0, extra={"x": [1]}) is other
-    assert load(Config(["a"]), 0, extra={"x": [2]}) is not other
+    result = load(Config(["a"]), 0)
+    assert load(Config(["a"]), 0) is result
+    assert load(Config(["a"]), 1) is not result
+    assert load(Config(["b"]), 0) is not result
+    result = load(Config(["a"]), 0, extra={"x": [1]})
+    assert load(Config(["a"]), 0, extra={"x": [1]}) is result
+    assert load(Config(["a"]), 0, extra={"x": [2]}) is not result
 
 
-def test_what_could_not_be_loaded_is_tried_again() -> None:
+def test_a_failed_load_is_tried_again() -> None:
     tries = []
 
     @cache_latest(1)
@@ -92,33 +89,36 @@ def test_what_could_not_be_loaded_is_tried_again() -> None:
     assert tries == ["a", "a"]
 
 
-def test_runs_that_share_a_process_neither_disturb_each_other_nor_read_anything_twice(
+def test_runs_of_one_process_do_not_disturb_each_other_and_read_everything_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Whatever earlier tests of this process have left there makes room for something else.
-    digits(range(2))
-    load_backbone(validate(composed("model.pretrained=false")).model, 2, 0)
+    # Other loads take the place of what earlier tests left in the caches.
+    digits.load_digits(range(2))
+    load_backbone(configured("model.pretrained=false").model, 2, 0)
     reads = []
 
-    def counting(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
-        def reading(*args: Any, **kwargs: Any) -> Any:
-            reads.append(name)
-            return read(*args, **kwargs)
+    def count_reads(module: Any, function: str) -> None:
+        read = getattr(module, function)
 
-        return reading
+        def counted(*args: Any) -> Any:
+            reads.append(function)
+            return read(*args)
 
-    monkeypatch.setattr(timm_models, "_read_weights", counting("weights", timm_models._read_weights))
-    monkeypatch.setattr(images, "_uci_digits", counting("dataset", images._uci_digits))
+        monkeypatch.setattr(module, function, counted)
+
+    count_reads(timm_models, "_read_weights")
+    count_reads(digits, "_read_uci_digits")
 
     job = [*SHORT, "tensor_mode=qkv_depth", "adapter.dropout=0.2"]
     first = run(tmp_path / "first", *job)
-    run(tmp_path / "full", *SHORT, "tensor_mode=full", "optimizer.lr=0.01")  # changes every weight of its model
+    run(tmp_path / "full", *SHORT, "tensor_mode=full", "optimizer.lr=0.01")  # changes all weights of its model
     run(tmp_path / "flipped", *SHORT, "tensor_mode=lora", "dataset.transform.flip=true")
     seeds = {seed: run(tmp_path / f"seed{seed}", *job, f"seed={seed}") for seed in (1, 0)}
-    assert sorted(reads) == ["dataset", "weights"]
+    assert sorted(reads) == ["_read_uci_digits", "_read_weights"]
 
     assert seeds[0]["metrics"] == first["metrics"]
     assert seeds[1]["metrics"]["history"] != first["metrics"]["history"]
     for file in ("adapter.safetensors", "head.safetensors"):
-        assert (tmp_path / "seed0" / file).read_bytes() == (tmp_path / "first" / file).read_bytes()
-        assert (tmp_path / "seed1" / file).read_bytes() != (tmp_path / "first" / file).read_bytes()
+        weights = (tmp_path / "first" / file).read_bytes()
+        assert (tmp_path / "seed0" / file).read_bytes() == weights
+        assert (tmp_path / "seed1" / file).read_bytes() != weights

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tenslora.harness.backbones.head import Backbone, draw_head, logits_of
+from tenslora.harness.backbones.head import Backbone, draw_head
 from tenslora.harness.backbones.timm_models import EMBEDDED, load_timm
 from tenslora.harness.backbones.tokenizer import load_tokenizer
 from tenslora.harness.backbones.transformers_models import load_transformers
@@ -18,7 +18,7 @@ from tenslora.random_streams import stream_seed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED", "Backbone", "load_backbone", "load_tokenizer", "logits_of"]
+__all__ = ["EMBEDDED", "Backbone", "load_backbone", "load_tokenizer"]
 
 
 def load_backbone(

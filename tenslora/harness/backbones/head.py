@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tenslora.random_streams import stream_seed
 
@@ -44,19 +44,3 @@ def draw_head(head: Sequence[nn.Module], seed: int) -> None:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02, generator=generator)
                 nn.init.zeros_(layer.bias)
-
-
-def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits of a batch, from a model that returns them bare (timm) or in an output object (transformers).
-
-    Args:
-        model: a `Backbone`'s, or one that wraps it.
-        inputs: a batch, by keyword.
-
-    Returns:
-        (examples, classes).
-    """
-    output = model(**inputs)
-    logits = getattr(output, "logits", output)
-    assert isinstance(logits, Tensor)
-    return logits

@@ -1,4 +1,4 @@
-"""The order of examples: a function of the seed and the epoch alone, shared out over processes."""
+"""The batches of an epoch. Their order is a function of the seed and the epoch, and processes share each of them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from torch.utils.data import DataLoader
 from tenslora.harness.data.encoding import Collate, Encoded
 
 POOL_BATCHES = 50
+"""The largest number of batches among which examples are sorted by length."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's part of one forward pass.
+    """One process's share of one forward pass.
 
-    weight: by which the mean loss over `labels` enters the step's gradient, so that the mean over processes and
-    the sum over a step's batches is the mean over all examples of the step, however unevenly they fall.
-    closes_step: whether the optimizer steps after this batch.
+    Args:
+        inputs: what the model takes, by keyword.
+        labels: (examples,).
+        weight: multiplies the mean loss over `labels`. Summed over the batches of a step and averaged over the
+            processes, the weighted losses are the mean loss over all examples of the step, even if shares differ in
+            size.
+        closes_step: whether the optimizer steps after this batch.
     """
 
     inputs: dict[str, Tensor]
@@ -35,12 +40,16 @@ class TrainBatches:
     """The training batches of every epoch.
 
     Args:
-        data, collate: as `encode` gives them. Where the data has lengths, examples of like length share a batch, so
-            that little is padding.
-        batch_size: examples per forward pass over all processes. accumulation: forward passes per optimizer step.
-        seed: with the epoch it decides the order.
-        process, processes: which share of each batch is this process's.
-        workers: processes that prepare batches ahead. pin_memory: for a faster copy to a GPU.
+        data: the training examples. If they have lengths, examples of similar length share a batch, so that little of
+            it is padding.
+        collate: makes a batch of some examples.
+        batch_size: examples per forward pass, over all processes.
+        accumulation: forward passes per optimizer step.
+        seed: with the epoch, it decides the order.
+        process: which share of each batch is this process's, from 0.
+        processes: how many processes share each batch.
+        workers: how many processes read and encode examples ahead of the training.
+        pin_memory: whether batches are put where they can be copied to a GPU faster.
     """
 
     def __init__(
@@ -64,13 +73,13 @@ class TrainBatches:
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / accumulation)
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The examples of each batch of an epoch; all batches but the last are full."""
+        """The indices of the examples of each batch of an epoch, over all processes. Only the last may be smaller."""
         random = np.random.default_rng([self.seed, epoch, 0x0D3])
         order = random.permutation(len(self.data)).tolist()
         if self.data.lengths is None:
             return _cut(order, self.batch_size)
-        # As transformers groups by length: sorted within pools of batches drawn at random, few pools enough that
-        # an epoch mixes, many enough that batches differ from epoch to epoch. The batches come in random order.
+        # As transformers groups by length: examples are sorted within random pools of batches. Few enough pools that
+        # padding is rare, and many enough that the batches of two epochs differ. The batches come in random order.
         pool = self.batch_size * min(POOL_BATCHES, max(1, self.batches_per_epoch // 4))
         length = self.data.lengths.__getitem__
         by_length = [i for part in _cut(order, pool) for i in sorted(part, key=length, reverse=True)]
@@ -78,25 +87,26 @@ class TrainBatches:
         return [*(batches[i] for i in random.permutation(len(batches))), last]
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch, in order."""
+        """This process's shares of the batches of one epoch, in order."""
         batches = self.order(epoch)
         self.data.stream = (self.seed, epoch)
-        mine = [batch[self.process :: self.processes] for batch in batches]
+        shares = [batch[self.process :: self.processes] for batch in batches]
         loader = _loader(
             self.data,
-            # A process with no share of the last batch runs an example at weight 0: all must join the exchange.
-            [share or batch[:1] for share, batch in zip(mine, batches, strict=True)],
+            # All processes must take part in each exchange of gradients. A process without a share of the last batch
+            # runs one example, with a weight of 0.
+            [share or batch[:1] for share, batch in zip(shares, batches, strict=True)],
             self.collate,
             self.workers,
             self.pin_memory,
         )
         for index, (inputs, labels) in enumerate(loader):
             first = index - index % self.accumulation
-            total = sum(map(len, batches[first : first + self.accumulation]))
+            examples_of_step = sum(map(len, batches[first : first + self.accumulation]))
             yield Batch(
                 inputs,
                 labels,
-                weight=len(mine[index]) * self.processes / total,
+                weight=len(shares[index]) * self.processes / examples_of_step,
                 closes_step=(index + 1) % self.accumulation == 0 or index + 1 == len(batches),
             )
 
@@ -111,7 +121,23 @@ def test_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[dict[str, Tensor], Tensor]]:
-    """This process's share of the test examples, every `processes`-th, in order, or longest first."""
+    """The batches of this process's share of the test examples.
+
+    The examples come in their order. If they have lengths, the longest come first: little is padding then, and a batch
+    size that does not fit into memory shows at once.
+
+    Args:
+        data: the test examples.
+        collate: makes a batch of some examples.
+        batch_size: examples per batch.
+        process: which share is this process's, from 0.
+        processes: how many processes share the examples, one in `processes` each.
+        workers: how many processes read and encode examples ahead.
+        pin_memory: whether batches are put where they can be copied to a GPU faster.
+
+    Returns:
+        (inputs, labels) of each batch.
+    """
     order = list(range(len(data)))
     if data.lengths is not None:
         order.sort(key=data.lengths.__getitem__, reverse=True)
@@ -126,10 +152,6 @@ def _loader(
     data: Encoded, batches: list[list[int]], collate: Collate, workers: int, pin_memory: bool
 ) -> DataLoader[tuple[dict[str, Tensor], Tensor]]:
     loader: DataLoader[Any] = DataLoader(
-        data,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
+        data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory
     )
     return loader

@@ -1,4 +1,8 @@
-"""From raw examples to what a model takes: image transforms, tokenisation, collation."""
+"""From raw examples to what a model takes: image transforms, tokenization, collation.
+
+Everything that a loader's worker processes need is an instance of a class at module level, because a worker that is
+not forked is sent it by pickle, which cannot send closures.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import math
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,57 +19,78 @@ from torch.utils.data import Dataset as TorchDataset
 
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, ModelConfig, TextDatasetConfig, TransformConfig
-from tenslora.harness.data import Examples
+from tenslora.harness.data.examples import Examples
 from tenslora.random_streams import stream_seed
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Item = tuple[Any, int]
-KEEP_BYTES = 2**32  # how much of one split's images may be kept in memory
+"""An encoded example and its label."""
+
 Collate = Callable[[list[Item]], tuple[dict[str, Tensor], Tensor]]
+"""Makes (the inputs by keyword, the labels) of a batch."""
+
+CACHE_BYTES = 2**32
+"""How much memory the images of one split may take."""
 
 
-class Pixels(Sequence[Any]):
-    """Images decoded, resized and cut to one size, each of them once: arrays of bytes, (height, width, channels).
+class ResizedImages(Sequence[Any]):
+    """Images, each of them decoded, resized and cut only once: arrays of bytes of shape (height, width, channels).
 
-    They stay in memory that worker processes share where they are forked, so that the work of one epoch's workers
-    serves the next epoch's. Where all of them would take more than KEEP_BYTES, none is kept.
+    The results are kept in memory that forked worker processes share, so that the workers of one epoch spare those of
+    the next the work. If the results of all images would take more than `CACHE_BYTES`, none is kept.
+
+    Args:
+        images: PIL images.
+        prepare: gives all of them one size and the right channels.
+        size: height and width of the results.
+        channels: of the results.
     """
 
     def __init__(self, images: Sequence[Any], prepare: Callable[[Any], Any], size: int, channels: int) -> None:
         self.images, self.prepare, self.shape = images, prepare, (size, size, channels)
-        self.kept: Any = None
-        self._is_kept: Any = None
-        count, bytes_ = len(images), len(images) * math.prod(self.shape)
-        if 0 < bytes_ <= KEEP_BYTES:
-            # Shared, and no file; the system finds room for a page when it is first written to.
-            memory = np.frombuffer(mmap.mmap(-1, bytes_ + count), np.uint8)
-            self.kept, self._is_kept = memory[:bytes_].reshape(count, *self.shape), memory[bytes_:]
+        self._results: Any = None
+        self._has_result: Any = None
+        count, byte_count = len(images), len(images) * math.prod(self.shape)
+        if 0 < byte_count <= CACHE_BYTES:
+            # Anonymous shared memory. The system provides a page of it only when something is written there.
+            memory = np.frombuffer(mmap.mmap(-1, byte_count + count), np.uint8)
+            self._results, self._has_result = memory[:byte_count].reshape(count, *self.shape), memory[byte_count:]
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a process that is not forked starts with none
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A process that is not forked starts without results.
         return type(self), (self.images, self.prepare, self.shape[0], self.shape[2])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: Any) -> Any:
-        if self.kept is None:
-            return self._read(index)
-        if not self._is_kept[index]:
-            self.kept[index] = self._read(index)
-            self._is_kept[index] = 1  # last, for whoever looks at the same time
-        return self.kept[index]
+        if self._results is None:
+            return self._make(index)
+        if not self._has_result[index]:
+            self._results[index] = self._make(index)
+            self._has_result[index] = 1  # last, because another process may look at the same time
+        return self._results[index]
 
-    def _read(self, index: int) -> Any:
+    def _make(self, index: int) -> Any:
         return np.asarray(self.prepare(self.images[index])).reshape(self.shape)
 
 
 class Encoded(TorchDataset[Item]):
-    """Examples with an encoding applied when one is fetched.
+    """Examples that are encoded when they are asked for.
 
-    encode: what a model is given of an example; None: the example itself.
-    augmented: the encoding draws random numbers. Each example then has a random stream of its own, a function of
-    `stream` and its index, whichever process or worker it falls to.
-    lengths: of each example, where batches are to hold examples of like length.
+    Args:
+        inputs: of the examples, by index.
+        labels: of the examples.
+        encode: what makes of an input what `Collate` takes; None if the inputs are that already.
+        augmented: whether `encode` draws random numbers. Each example then has a random stream of its own, whose seed
+            is made of `stream` and the example's index, so that the process or worker that encodes it does not matter.
+        lengths: of each example, if batches should hold examples of similar length.
     """
+
+    stream: tuple[int, ...] = ()
+    """The seed and the epoch; set before each epoch."""
 
     def __init__(
         self,
@@ -77,7 +102,6 @@ class Encoded(TorchDataset[Item]):
     ) -> None:
         self.inputs, self.labels, self.encode, self.augmented = inputs, labels, encode, augmented
         self.lengths = lengths
-        self.stream: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,17 +113,18 @@ class Encoded(TorchDataset[Item]):
         if not self.augmented:
             return self.encode(example), label
         with torch.random.fork_rng(devices=[]):
-            # This generator alone: torch.manual_seed would set the GPUs' too, where dropout draws.
+            # Not torch.manual_seed, which would also seed the GPUs, where dropout draws.
             torch.default_generator.manual_seed(stream_seed("augmentation", *self.stream, index))
             return self.encode(example), label
 
 
-# Classes and not closures, so that a worker process can be handed one however it was started.
-
-
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes to an image, made by PIL: (height, width, channels) bytes to the same."""
+    """Random changes to an image: from bytes of shape (height, width, channels) to bytes of that shape.
+
+    Args:
+        transform: changes a PIL image.
+    """
 
     transform: Callable[[Any], Any]
 
@@ -112,9 +137,12 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class ImageCollate:
-    """A batch of images, (examples, channels, height, width) floats under the model's name for them, and the labels.
+    """Makes a batch of images: floats of shape (examples, channels, height, width), and the labels.
 
-    mean, std: of each channel, to normalise by; without them pixels stay in [0, 1].
+    Args:
+        input_name: the keyword by which the model takes images.
+        mean: of each channel, to subtract; None to leave pixels in [0, 1].
+        std: of each channel, to divide by; None likewise.
     """
 
     input_name: str
@@ -133,14 +161,19 @@ class ImageCollate:
 
 @dataclass(frozen=True)
 class TextCollate:
-    """A batch of token rows, padded to its longest or to `pad_to` tokens, and the labels."""
+    """Makes a batch of tokenized examples, padded to one length, and the labels.
 
-    tokenizer: Any
+    Args:
+        tokenizer: pads.
+        pad_to: this number of tokens; None for the longest example of the batch.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
     pad_to: int | None
 
     def __call__(self, items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
         batch = self.tokenizer.pad(
-            [row for row, _ in items],
+            [tokens for tokens, _ in items],
             padding=True if self.pad_to is None else "max_length",
             max_length=self.pad_to,
             return_tensors="pt",
@@ -149,8 +182,12 @@ class TextCollate:
 
 
 @dataclass(frozen=True)
-class TokenRow:
-    """One example's row of what the tokenizer gave for all."""
+class TokensOf:
+    """What the tokenizer gave for one example, by its index.
+
+    Args:
+        columns: what the tokenizer gave for all examples: token ids, attention mask, and perhaps segment ids.
+    """
 
     columns: dict[str, list[list[int]]]
 
@@ -158,82 +195,91 @@ class TokenRow:
         return {name: column[index] for name, column in self.columns.items()}
 
 
-def encode_images(
+def encode(
+    train: Examples,
+    test: Examples,
+    config: DatasetConfig,
+    model: ModelConfig,
+    input_name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[Encoded, Encoded, Collate]:
+    """Encode the examples of a dataset as a model takes them.
+
+    Images are resized, augmented if they are for training, and normalized. Sentences become token ids; two sentences
+    are encoded as a pair, with the model's own separators and, if it has them, segment ids.
+
+    Args:
+        train: the training examples.
+        test: the test examples.
+        config: of the dataset.
+        model: the config of the model.
+        input_name: the keyword by which an image model takes images.
+        tokenizer: of a text model.
+
+    Returns:
+        (train, test, collate).
+    """
+    if isinstance(config, TextDatasetConfig):
+        assert tokenizer is not None
+        return _encode_texts(train, test, config, tokenizer)
+    assert isinstance(config, ImageDatasetConfig)
+    return _encode_images(train, test, config, model, input_name)
+
+
+def _encode_images(
     train: Examples, test: Examples, config: ImageDatasetConfig, model: ModelConfig, input_name: str
 ) -> tuple[Encoded, Encoded, Collate]:
-    """(train, test, collate) for images: (channels, image_size, image_size) floats, normalised as the backbone was.
-
-    Training images are augmented as `config.transform` says, test images never.
-    """
-
-    def encoded(examples: Examples, augmented: bool) -> Encoded:
-        settings = config.transform
-        if not augmented:
-            settings = replace(settings, color_jitter=0.0, flip=False)
-        return _transformed(examples, settings, model)
-
+    for_tests = replace(config.transform, color_jitter=0.0, flip=False)
     mean, std = (model.mean, model.std) if config.transform.normalize else (None, None)
-    return encoded(train, True), encoded(test, False), ImageCollate(input_name, mean, std)
+    return (
+        _transformed(train, config.transform, model),
+        _transformed(test, for_tests, model),
+        ImageCollate(input_name, mean, std),
+    )
 
 
 @cache_latest(2)  # the two splits of a dataset
-def _transformed(examples: Examples, settings: TransformConfig, model: ModelConfig) -> Encoded:
+def _transformed(examples: Examples, transform: TransformConfig, model: ModelConfig) -> Encoded:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import v2 as T
 
-    size = round(model.image_size / settings.crop_ratio)
+    size = round(model.image_size / transform.crop_ratio)
+    interpolation = InterpolationMode(transform.interpolation)
     prepare = T.Compose(
         [
             T.Grayscale(num_output_channels=model.channels) if model.channels == 1 else T.RGB(),
-            T.Resize(
-                [size, size] if settings.squash else [size], InterpolationMode(settings.interpolation), antialias=True
-            ),
+            T.Resize([size, size] if transform.squash else [size], interpolation, antialias=True),
             T.CenterCrop(model.image_size),
         ]
     )
     augment: list[Any] = []
-    if settings.color_jitter:
-        jitter = [settings.color_jitter] * 4
-        augment.append(T.RandomApply([T.ColorJitter(*jitter[:3], hue=min(jitter[3], 0.5))], p=0.5))
-    if settings.flip:
+    if transform.color_jitter:
+        strength = transform.color_jitter
+        augment.append(T.RandomApply([T.ColorJitter(strength, strength, strength, hue=min(strength, 0.5))], p=0.5))
+    if transform.flip:
         augment.append(T.RandomHorizontalFlip())
     return Encoded(
-        Pixels(examples.inputs, prepare, model.image_size, model.channels),
+        ResizedImages(examples.inputs, prepare, model.image_size, model.channels),
         examples.labels,
         Augmentation(T.Compose(augment)) if augment else None,
         augmented=bool(augment),
     )
 
 
-def encode_texts(
-    train: Examples, test: Examples, config: TextDatasetConfig, tokenizer: Any
+def _encode_texts(
+    train: Examples, test: Examples, config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Encoded, Encoded, Collate]:
-    """(train, test, collate) for one or two sentences: token ids, padded per batch or to max_length.
-
-    Pairs are encoded as pairs, with the model's own separators and, where it has them, segment ids.
-    """
-    longest = min(config.max_length, tokenizer.model_max_length)
+    max_length = min(config.max_length, tokenizer.model_max_length)
 
     def encoded(examples: Examples) -> Encoded:
-        rows = _tokenize(examples, tokenizer, longest)
-        lengths = [len(row) for row in rows.columns["input_ids"]] if config.group_by_length else None
-        return Encoded(range(len(examples)), examples.labels, rows, lengths=lengths)
+        tokens = _tokenize(examples, tokenizer, max_length)
+        lengths = [len(ids) for ids in tokens.columns["input_ids"]] if config.group_by_length else None
+        return Encoded(range(len(examples)), examples.labels, tokens, lengths=lengths)
 
-    pad_to = None if config.padding == "longest" else longest
-    return encoded(train), encoded(test), TextCollate(tokenizer, pad_to)
+    return encoded(train), encoded(test), TextCollate(tokenizer, max_length if config.padding == "max_length" else None)
 
 
 @cache_latest(2)  # the two splits of a dataset
-def _tokenize(examples: Examples, tokenizer: Any, longest: int) -> TokenRow:
+def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokensOf:
     sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
-    return TokenRow(dict(tokenizer(*sentences, truncation=True, max_length=longest)))
-
-
-def encode(
-    train: Examples, test: Examples, config: DatasetConfig, model: ModelConfig, input_name: str, tokenizer: Any
-) -> tuple[Encoded, Encoded, Collate]:
-    """(train, test, collate) as the dataset's modality asks."""
-    if isinstance(config, TextDatasetConfig):
-        return encode_texts(train, test, config, tokenizer)
-    assert isinstance(config, ImageDatasetConfig)
-    return encode_images(train, test, config, model, input_name)
+    return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tenslora.harness.backbones import logits_of
+from tenslora.harness.training.tasks import outputs_of
 from tests.harness.backbones.tiny_models import (
     HEADS,
     RANDOM,
@@ -54,7 +54,7 @@ def test_a_random_model_runs_and_learns(kind: str) -> None:
         inputs = dict(trained_tokenizer()([first for first, _ in SENTENCES], padding=True, return_tensors="pt"))
     else:
         inputs = {backbone.input_name: torch.randn(3, RANDOM[kind].channels, 8, 8)}
-    logits = logits_of(backbone.model, inputs)
+    logits = outputs_of(backbone.model, inputs)
     assert logits.shape == (3, 3)
     torch.autograd.backward(F.cross_entropy(logits, torch.tensor([0, 1, 2])))
     for name, parameter in backbone.head_parameters().items():

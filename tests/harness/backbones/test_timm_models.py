@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from tenslora.harness.backbones import EMBEDDED, load_backbone, logits_of
+from tenslora.harness.backbones import EMBEDDED, load_backbone
+from tenslora.harness.training.tasks import outputs_of
 from tests.harness.backbones.tiny_models import (
     HEADS,
     VIT_DIGITS,
@@ -39,7 +40,7 @@ def test_vit_digits_computes_what_timm_does_with_the_file() -> None:
     with torch.no_grad():
         features = cast(Any, backbone.model).eval().forward_features(images)
         torch.testing.assert_close(features, plain.eval().forward_features(images))
-        assert logits_of(backbone.model, {backbone.input_name: images}).shape == (3, 5)
+        assert outputs_of(backbone.model, {backbone.input_name: images}).shape == (3, 5)
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])

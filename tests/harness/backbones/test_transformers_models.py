@@ -8,8 +8,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tenslora.harness.backbones import load_backbone, logits_of
+from tenslora.harness.backbones import load_backbone
 from tenslora.harness.config import ModelConfig
+from tenslora.harness.training.tasks import outputs_of
 from tests.harness.backbones.tiny_models import (
     HEADS,
     TEXT,
@@ -92,4 +93,4 @@ def test_padding_does_not_change_a_random_roberta() -> None:
     alone = dict(trained_tokenizer()(["Yes."], return_tensors="pt"))
     padded = dict(trained_tokenizer()(["Yes."], padding="max_length", max_length=20, return_tensors="pt"))
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(model, padded), logits_of(model, alone))
+        torch.testing.assert_close(outputs_of(model, padded), outputs_of(model, alone))

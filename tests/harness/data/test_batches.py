@@ -53,10 +53,10 @@ def labels(source: batches.TrainBatches, epoch: int = 1) -> list[list[int]]:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 23, 64])
 def test_an_epoch_has_every_example_once(batch_size: int) -> None:
-    found = labels(train_batches(batch_size))
-    assert sorted(flat(found)) == list(range(COUNT))
-    assert all(len(batch) == batch_size for batch in found[:-1])
-    assert 0 < len(found[-1]) <= batch_size
+    *full, last = labels(train_batches(batch_size))
+    assert sorted([*flat(full), *last]) == list(range(COUNT))
+    assert all(len(batch) == batch_size for batch in full)
+    assert 0 < len(last) <= batch_size
 
 
 def test_inputs_and_labels_stay_together() -> None:
@@ -64,7 +64,7 @@ def test_inputs_and_labels_stay_together() -> None:
         assert torch.equal(batch.inputs["x"], batch.labels + 100)
 
 
-def test_the_order_is_shuffled_anew_for_each_seed_and_epoch() -> None:
+def test_each_seed_and_epoch_has_an_order_of_its_own() -> None:
     orders = {tuple(flat(labels(train_batches(seed=seed), epoch))) for seed in range(4) for epoch in range(1, 5)}
     assert len(orders) == 16
     assert tuple(range(COUNT)) not in orders
@@ -83,10 +83,10 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("batch_size", [5, 6, 7])
 def test_processes_partition_each_batch(processes: int, batch_size: int) -> None:
-    whole = labels(train_batches(batch_size))
+    expected = labels(train_batches(batch_size))
     shares = [list(train_batches(batch_size, process=p, processes=processes).epoch(1)) for p in range(processes)]
-    assert {len(share) for share in shares} == {len(whole)}  # all take part in every exchange
-    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+    assert {len(share) for share in shares} == {len(expected)}  # all processes take part in every exchange
+    for batch, parts in zip(expected, zip(*shares, strict=True), strict=True):
         real = [label for part in parts if part.weight for label in part.labels.tolist()]
         assert sorted(real) == sorted(batch)
         assert all(len(part.labels) for part in parts)
@@ -105,8 +105,8 @@ def test_weighted_losses_add_up_to_the_mean_over_the_step(
     sources = [
         train_batches(batch_size, accumulation, process=p, processes=processes, count=count) for p in range(processes)
     ]
-    whole = labels(train_batches(batch_size, count=count))
-    expected = [flat(whole[i : i + accumulation]) for i in range(0, len(whole), accumulation)]
+    batches_of_epoch = labels(train_batches(batch_size, count=count))
+    expected = [flat(batches_of_epoch[i : i + accumulation]) for i in range(0, len(batches_of_epoch), accumulation)]
     steps: list[float] = []
     running = 0.0
     for parts in zip(*(source.epoch(1) for source in sources), strict=True):
@@ -119,7 +119,7 @@ def test_weighted_losses_add_up_to_the_mean_over_the_step(
     assert {source.steps_per_epoch for source in sources} == {len(expected)}
 
 
-def test_an_empty_share_weighs_nothing() -> None:
+def test_an_empty_share_has_no_weight() -> None:
     parts = [list(train_batches(7, process=p, processes=3, count=22).epoch(1))[-1] for p in range(3)]
     assert [part.weight for part in parts] == [3.0, 0.0, 0.0]
     assert [len(part.labels) for part in parts] == [1, 1, 1]
@@ -159,12 +159,12 @@ def grouped(count: int = 2000, batch_size: int = 16, process: int = 0, processes
 
 @pytest.mark.parametrize(("count", "batch_size"), [(2000, 16), (23, 5), (4, 5), (1, 1), (500, 1)])
 def test_grouped_by_length_an_epoch_has_every_example_once(count: int, batch_size: int) -> None:
-    found = labels(grouped(count, batch_size))
-    assert sorted(flat(found)) == list(range(count))
-    assert all(len(batch) == batch_size for batch in found[:-1])
+    *full, last = labels(grouped(count, batch_size))
+    assert sorted([*flat(full), *last]) == list(range(count))
+    assert all(len(batch) == batch_size for batch in full)
 
 
-def test_grouped_by_length_little_is_padding() -> None:
+def test_little_is_padding_if_grouped_by_length() -> None:
     def waste(source: batches.TrainBatches) -> float:
         widths = [batch.inputs["x"].tolist() for batch in source.epoch(1)]
         return 1 - sum(map(sum, widths)) / sum(max(row) * len(row) for row in widths)

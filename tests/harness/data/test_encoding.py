@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,40 @@ from transformers import AutoTokenizer
 
 from tenslora.harness.backbones import load_tokenizer
 from tenslora.harness.config import ImageDatasetConfig, ModelConfig, TextDatasetConfig, TransformConfig
-from tenslora.harness.data import Examples
 from tenslora.harness.data.batches import TrainBatches
-from tenslora.harness.data.encoding import Encoded, encode
-from tenslora.harness.data.images import ImageFiles
+from tenslora.harness.data.encoding import Collate, Encoded, encode
+from tenslora.harness.data.examples import Examples, ImageFiles
 
-MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
-def model_config(channels: int = 3, modality: str = "image", **changes: Any) -> ModelConfig:
-    settings: dict[str, Any] = {
-        "name": "tiny",
-        "library": "transformers",
-        "architecture": "tiny",
-        "options": {},
-        "checkpoint": None,
-        "pretrained": False,
-        "geometry": None,
-        **changes,
-    }
+def model_config(channels: int = 3, modality: str = "image") -> ModelConfig:
+    """Of a model that takes images of 8 x 8 pixels, or text."""
     return ModelConfig(
-        modality=modality, image_size=8, channels=channels, mean=MEAN[:channels], std=STD[:channels], **settings
+        name="tiny",
+        modality=modality,
+        library="transformers",
+        architecture="tiny",
+        options={},
+        checkpoint=None,
+        pretrained=False,
+        geometry=None,
+        image_size=8,
+        channels=channels,
+        mean=MEAN[:channels],
+        std=STD[:channels],
     )
+
+
+# What the examples of a dataset are has no part in how they are encoded.
+DATASET: dict[str, Any] = {
+    "name": "tiny",
+    "root": None,
+    "metrics": ("accuracy",),
+    "train_splits": None,
+    "test_split": None,
+    "train_size": None,
+}
 
 
 def pictures(count: int = 3, size: tuple[int, int] = (40, 20), mode: str = "RGB") -> Examples:
@@ -46,26 +59,16 @@ def pictures(count: int = 3, size: tuple[int, int] = (40, 20), mode: str = "RGB"
     return Examples([Image.fromarray(array) for array in pixels], list(range(count)))
 
 
-def encode_pictures(examples: Examples, model: ModelConfig, **transform: Any) -> tuple[Encoded, Encoded, Any]:
-    settings: dict[str, Any] = {
-        "crop_ratio": 1.0,
-        "squash": True,
-        "interpolation": "bilinear",
-        "color_jitter": 0.0,
-        "flip": False,
-        "normalize": True,
-        **transform,
-    }
-    config = ImageDatasetConfig(
-        "tiny", "image", None, ["accuracy"], None, None, None, None, transform=TransformConfig(**settings)
-    )
+def encode_pictures(examples: Examples, model: ModelConfig, **changes: Any) -> tuple[Encoded, Encoded, Collate]:
+    transform = replace(TransformConfig(1.0, True, "bilinear", 0.0, False, True), **changes)
+    config = ImageDatasetConfig(**DATASET, modality="image", train_fraction=None, transform=transform)
     return encode(examples, examples, config, model, "pixels", None)
 
 
-def pixels_of(data: Encoded, collate: Any, index: int) -> Tensor:
+def pixels_of(data: Encoded, collate: Collate, index: int) -> Tensor:
     """What the model is given of one example."""
-    batch: Tensor = collate([data[index]])[0]["pixels"]
-    return batch[0]
+    inputs, _ = collate([data[index]])
+    return inputs["pixels"][0]
 
 
 def scaled(image: Image.Image, mean: Sequence[float] | None = MEAN, std: Sequence[float] = STD) -> Tensor:
@@ -90,7 +93,7 @@ def scaled(image: Image.Image, mean: Sequence[float] | None = MEAN, std: Sequenc
         (0.5, False, (32, 16), (12, 4, 20, 12)),
     ],
 )
-def test_images_are_resized_cropped_and_normalised_as_pil_and_numpy_do(
+def test_images_are_resized_cropped_and_normalized_as_pil_and_numpy_do(
     interpolation: str,
     resample: Image.Resampling,
     crop_ratio: float,
@@ -116,14 +119,14 @@ def test_without_normalize_pixels_stay_between_0_and_1() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_channels_are_the_models_whatever_the_image_has(mode: str, channels: int) -> None:
+def test_an_image_gets_the_models_channels(mode: str, channels: int) -> None:
     examples = pictures(size=(8, 8), mode=mode)
     _, test, collate = encode_pictures(examples, model_config(channels))
     expected = scaled(examples.inputs[0].convert("L" if channels == 1 else "RGB"))
     torch.testing.assert_close(pixels_of(test, collate, 0), expected)
 
 
-def test_image_batches_go_by_the_models_input_name() -> None:
+def test_a_batch_of_images_has_the_models_name_for_them() -> None:
     train, _, collate = encode_pictures(pictures(), model_config())
     inputs, labels = collate([train[2], train[0]])
     assert inputs.keys() == {"pixels"}
@@ -131,7 +134,7 @@ def test_image_batches_go_by_the_models_input_name() -> None:
     assert (labels.tolist(), labels.dtype) == ([2, 0], torch.int64)
 
 
-def by_example(data: Encoded, collate: Any, epoch: int, seed: int = 0, **share: Any) -> dict[int, Tensor]:
+def by_example(data: Encoded, collate: Collate, epoch: int, seed: int = 0, **share: Any) -> dict[int, Tensor]:
     source = TrainBatches(data, collate, batch_size=4, seed=seed, **share)
     return {
         label: pixels
@@ -173,17 +176,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_example_alone() -> None:
         train, _, collate = encode_pictures(examples, model_config(), flip=True, color_jitter=0.4)
         return by_example(train, collate, epoch, seed, **share)
 
-    def same(one: dict[int, Tensor], two: dict[int, Tensor]) -> bool:
-        return all(torch.equal(one[index], two[index]) for index in two)
+    def same(images: dict[int, Tensor], others: dict[int, Tensor]) -> bool:
+        return all(torch.equal(images[index], others[index]) for index in others)
 
-    whole = draws(1)
+    drawn = draws(1)
     torch.manual_seed(5)
-    assert same(whole, draws(1))
-    assert same(whole, draws(1, workers=1))
+    assert same(drawn, draws(1))
+    assert same(drawn, draws(1, workers=1))
     for process in (0, 1):
-        assert same(whole, draws(1, process=process, processes=2))
-    assert not same(whole, draws(2))
-    assert not same(whole, draws(1, seed=1))
+        assert same(drawn, draws(1, process=process, processes=2))
+    assert not same(drawn, draws(2))
+    assert not same(drawn, draws(1, seed=1))
 
 
 def test_augmentation_leaves_the_global_random_state_alone() -> None:
@@ -193,14 +196,14 @@ def test_augmentation_leaves_the_global_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_equal_examples_are_augmented_each_in_its_own_way() -> None:
+def test_equal_examples_are_augmented_differently() -> None:
     image = pictures(1, (8, 8)).inputs[0]
     train, _, collate = encode_pictures(Examples([image] * 30, list(range(30))), model_config(), color_jitter=0.4)
     assert len({pixels.numpy().tobytes() for pixels in by_example(train, collate, 1).values()}) > 8
 
 
-class Counted(Sequence[Any]):
-    """Images that count how often each is read, in whatever process."""
+class CountedReads(Sequence[Any]):
+    """Images that count how often each of them is read, over all processes."""
 
     def __init__(self, images: Sequence[Any]) -> None:
         self.images = images
@@ -217,29 +220,29 @@ class Counted(Sequence[Any]):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("transform", [{}, {"flip": True, "color_jitter": 0.4}])
-def test_an_image_is_read_once_for_all_epochs_also_by_workers(transform: dict[str, Any], workers: int) -> None:
+def test_an_image_is_read_once_for_all_epochs_even_by_workers(transform: dict[str, Any], workers: int) -> None:
     plain = pictures(10)
-    counted = Counted(plain.inputs)
+    counted = CountedReads(plain.inputs)
     train, _, collate = encode_pictures(Examples(counted, plain.labels), model_config(), **transform)
     reference, _, _ = encode_pictures(plain, model_config(), **transform)
-    for epoch in (1, 2, 3):
-        found = by_example(train, collate, epoch, workers=workers)
+    for epoch in (1, 2):
+        encoded = by_example(train, collate, epoch, workers=workers)
         expected = by_example(reference, collate, epoch)
-        assert all(torch.equal(found[index], expected[index]) for index in range(10))
+        assert all(torch.equal(encoded[index], expected[index]) for index in range(10))
     assert counted.reads[:] == [1] * 10
 
 
-def test_images_that_would_fill_the_memory_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_would_fill_the_memory_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = pictures(4)
-    for most, reads in ((4 * 8 * 8 * 3, 1), (4 * 8 * 8 * 3 - 1, 2)):
-        monkeypatch.setattr("tenslora.harness.data.encoding.KEEP_BYTES", most)
-        counted = Counted(plain.inputs)
+    for limit, reads in ((4 * 8 * 8 * 3, 1), (4 * 8 * 8 * 3 - 1, 2)):
+        monkeypatch.setattr("tenslora.harness.data.encoding.CACHE_BYTES", limit)
+        counted = CountedReads(plain.inputs)
         train, _, collate = encode_pictures(Examples(counted, plain.labels), model_config())
         by_example(train, collate, 1), by_example(train, collate, 2)
         assert counted.reads[:] == [reads] * 4
 
 
-def test_images_travel_to_a_process_that_is_not_forked() -> None:
+def test_encoded_images_can_be_pickled() -> None:
     train, _, collate = encode_pictures(pictures(), model_config(), flip=True)
     train.stream = (0, 1)
     copied = pickle.loads(pickle.dumps(train))
@@ -270,8 +273,10 @@ def encode_sentences(
     max_length: int = 64,
     padding: str = "longest",
     grouped: bool = False,
-) -> tuple[Encoded, Encoded, Any]:
-    config = TextDatasetConfig("tiny", "text", None, ["accuracy"], None, None, None, max_length, padding, grouped)
+) -> tuple[Encoded, Encoded, Collate]:
+    config = TextDatasetConfig(
+        **DATASET, modality="text", max_length=max_length, padding=padding, group_by_length=grouped
+    )
     examples = Examples(rows, [i % 2 for i in range(len(rows))])
     return encode(examples, examples, config, model_config(modality="text"), "ids", tokenizer)
 
@@ -288,11 +293,12 @@ def test_pairs_are_encoded_as_the_tokenizer_encodes_a_pair(tokenizer: Any) -> No
 
 def test_bert_pairs_carry_segment_ids(request: pytest.FixtureRequest) -> None:
     train, _, collate = encode_sentences(PAIRS, tokenizer_of("bert", request))
-    segments = collate([train[0]])[0]["token_type_ids"][0]
-    assert segments.unique_consecutive().tolist() == [0, 1]
+    segments = collate([train[0]])[0]["token_type_ids"][0].tolist()
+    assert set(segments) == {0, 1}
+    assert segments == sorted(segments)
 
 
-def test_single_sentences_are_encoded_as_such(tokenizer: Any) -> None:
+def test_single_sentences_are_encoded_as_the_tokenizer_encodes_one(tokenizer: Any) -> None:
     rows = [(first,) for first, _ in PAIRS]
     train, _, collate = encode_sentences(rows, tokenizer)
     for index, (sentence,) in enumerate(rows):
@@ -312,33 +318,33 @@ def test_padding(padding: str, tokenizer: Any) -> None:
         assert (inputs["input_ids"][inputs["attention_mask"] == 0] == tokenizer.pad_token_id).all()
 
 
-def test_longer_texts_are_cut_and_keep_their_last_token(tokenizer: Any) -> None:
+def test_longer_texts_are_cut_and_keep_their_closing_token(tokenizer: Any) -> None:
     sentence = PAIRS[1][1]
-    whole = tokenizer(sentence)["input_ids"]
+    uncut = tokenizer(sentence)["input_ids"]
     train, _, collate = encode_sentences([(sentence,), PAIRS[2][:1]], tokenizer, max_length=8)
     inputs, _ = collate([train[0], train[1]])
-    assert inputs["input_ids"][0].tolist() == [*whole[:7], whole[-1]]
+    assert inputs["input_ids"][0].tolist() == [*uncut[:7], uncut[-1]]
     pair, _, collate = encode_sentences([PAIRS[1]], tokenizer, max_length=12)
     ids = collate([pair[0]])[0]["input_ids"][0].tolist()
     assert len(ids) == 12
     first = tokenizer(PAIRS[1][0])["input_ids"]
-    assert ids[: len(first)] == first  # the longer of the two is what is cut
+    assert ids[: len(first)] == first  # only the longer of the two is cut
 
 
-def test_max_length_stops_at_what_the_model_can_take(tokenizer: Any) -> None:
+def test_max_length_is_at_most_what_the_model_takes(tokenizer: Any) -> None:
     tokenizer.model_max_length = 10
     train, _, collate = encode_sentences([(PAIRS[1][1],)], tokenizer, max_length=512, padding="max_length")
     assert collate([train[0]])[0]["input_ids"].shape == (1, 10)
 
 
-def test_images_are_read_from_files_only_when_fetched(tmp_path: Path) -> None:
-    examples = Examples(ImageFiles([tmp_path / "absent.png"]), [0])
+def test_an_image_file_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
+    examples = Examples(ImageFiles([tmp_path / "later.png"]), [0])
     train, _, collate = encode_pictures(examples, model_config())
-    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "absent.png")
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "later.png")
     torch.testing.assert_close(pixels_of(train, collate, 0)[0], torch.full((8, 8), (1 - MEAN[0]) / STD[0]))
 
 
-def test_lengths_are_the_tokens_of_each_row_and_given_only_where_batches_group_by_them(tokenizer: Any) -> None:
+def test_lengths_count_tokens_and_are_given_only_for_grouping(tokenizer: Any) -> None:
     train, _, _ = encode_sentences(PAIRS, tokenizer, 40, grouped=True)
     assert train.lengths == [len(train[i][0]["input_ids"]) for i in range(len(train))]
     assert encode_sentences(PAIRS, tokenizer, 40)[0].lengths is None

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -12,11 +13,11 @@ from tenslora.harness.config import TextDatasetConfig
 from tenslora.harness.data import Dataset, load_dataset
 
 
-def load(name: str, root: Path, **changes: object) -> Dataset:
-    settings: dict[str, object] = {
-        "modality": "text",
-        "metrics": ["accuracy"],
-        "train_splits": ["train"],
+def load(name: str, root: Path, **changes: Any) -> Dataset:
+    """Load a task. It trains on its train split and is tested on its validation split, or as `changes` say."""
+    settings: dict[str, Any] = {
+        "metrics": ("accuracy",),
+        "train_splits": ("train",),
         "test_split": "validation",
         "train_size": None,
         "max_length": 32,
@@ -24,7 +25,7 @@ def load(name: str, root: Path, **changes: object) -> Dataset:
         "group_by_length": False,
         **changes,
     }
-    return load_dataset(TextDatasetConfig(name=name, root=str(root), **settings), seed=0)  # type: ignore[arg-type]
+    return load_dataset(TextDatasetConfig(name=name, modality="text", root=str(root), **settings), seed=0)
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
@@ -35,6 +36,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
+# Of each task: a published file, the sentences in it, and their labels.
 GLUE: dict[str, tuple[str, list[tuple[str, ...]], list[int]]] = {
     "cola": ("gj04\t1\t\tA cat sat.\ngj04\t0\t*\tSat cat a.\n", [("A cat sat.",), ("Sat cat a.",)], [1, 0]),
     "mrpc": (
@@ -59,7 +61,7 @@ GLUE: dict[str, tuple[str, list[tuple[str, ...]], list[int]]] = {
 
 
 @pytest.mark.parametrize("folder", ["cola_public", "cola_public/raw", ""], ids=["unpacked", "files", "beside"])
-def test_published_cola_is_read_whole_as_the_csv_module_reads_it(
+def test_published_cola_is_read_as_the_csv_module_reads_it(
     folder: str, shared: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -81,11 +83,11 @@ def test_published_cola_is_read_whole_as_the_csv_module_reads_it(
 
 
 @pytest.mark.parametrize("name", GLUE)
-@pytest.mark.parametrize("folder", ["", "{archive}"], ids=["files", "archive"])
-def test_glue_layout(name: str, folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unpacked", [False, True], ids=["files", "archive"])
+def test_the_files_that_glue_publishes(name: str, unpacked: bool, tmp_path: Path) -> None:
     archive = {"cola": "CoLA", "mrpc": "MRPC", "sst2": "SST-2", "qnli": "QNLI", "rte": "RTE"}[name]
     content, sentences, labels = GLUE[name]
-    write(tmp_path / folder.format(archive=archive), {"train.tsv": content, "dev.tsv": content})
+    write(tmp_path / (archive if unpacked else ""), {"train.tsv": content, "dev.tsv": content})
     dataset = load(name, tmp_path)
     for examples in (dataset.train, dataset.test):
         assert list(examples.inputs) == sentences
@@ -93,19 +95,19 @@ def test_glue_layout(name: str, folder: str, tmp_path: Path) -> None:
 
 
 def test_class_names_go_with_the_labels(tmp_path: Path) -> None:
+    class_of_the_first_example = {
+        "cola": "acceptable",
+        "mrpc": "equivalent",
+        "sst2": "positive",
+        "qnli": "entailment",
+        "rte": "entailment",
+    }
     for name, (content, _, labels) in GLUE.items():
         root = write(tmp_path / name, {"train.tsv": content, "dev.tsv": content})
-        good = {
-            "cola": "acceptable",
-            "mrpc": "equivalent",
-            "sst2": "positive",
-            "qnli": "entailment",
-            "rte": "entailment",
-        }
-        assert load(name, root).classes[labels[0]] == good[name]
+        assert load(name, root).classes[labels[0]] == class_of_the_first_example[name]
 
 
-def test_published_mrpc_falls_back_to_its_test_half(tmp_path: Path) -> None:
+def test_published_mrpc_is_tested_on_its_test_file(tmp_path: Path) -> None:
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
     train = header + '1\t702876\t702977\tHe said, "It rose.\tIt rose, he said.\r\n0\t1\t2\t"A"\t""B\r\n'
     test = header + "0\t3\t4\tNo.\tYes.\r\n"
@@ -116,22 +118,22 @@ def test_published_mrpc_falls_back_to_its_test_half(tmp_path: Path) -> None:
     assert list(dataset.test.inputs) == [("No.", "Yes.")]
 
 
-def test_published_mrpc_prefers_a_dev_file_where_there_is_one(tmp_path: Path) -> None:
+def test_published_mrpc_is_tested_on_a_dev_file_if_there_is_one(tmp_path: Path) -> None:
     content = GLUE["mrpc"][0]
     other = content.replace("rose", "sank")
     root = write(tmp_path, {"msr_paraphrase_train.txt": content, "msr_paraphrase_test.txt": content, "dev.tsv": other})
     assert load("mrpc", root).test.inputs[0] == ("It sank.", "It went up.")
 
 
-@pytest.mark.parametrize("odd", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\r"])
-def test_a_sentence_may_hold_line_separators_other_than_newline(odd: str, tmp_path: Path) -> None:
-    content = f"gj04\t1\t\tA{odd}cat.\ngj04\t0\t*\tSat.\n"
+@pytest.mark.parametrize("separator", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\r"])
+def test_a_sentence_may_hold_line_separators_other_than_newline(separator: str, tmp_path: Path) -> None:
+    content = f"gj04\t1\t\tA{separator}cat.\ngj04\t0\t*\tSat.\n"
     dataset = load("cola", write(tmp_path, {"train.tsv": content, "dev.tsv": content}))
-    assert list(dataset.train.inputs) == [(f"A{odd}cat.",), ("Sat.",)]
+    assert list(dataset.train.inputs) == [(f"A{separator}cat.",), ("Sat.",)]
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "message"),
     [
         ("gj04\t1\tno sentence", "3 .*columns .*4"),
         ("gj04\t1\t\tone\ttoo many", "5 .*columns .*4"),
@@ -139,10 +141,10 @@ def test_a_sentence_may_hold_line_separators_other_than_newline(odd: str, tmp_pa
         ("gj04\t\t\tNo class.", "label is ''.* 0, 1"),
     ],
 )
-def test_a_broken_line_is_named(line: str, complaint: str, tmp_path: Path) -> None:
+def test_a_broken_line_is_named(line: str, message: str, tmp_path: Path) -> None:
     good = GLUE["cola"][0]
     root = write(tmp_path, {"train.tsv": good + line + "\n" + good, "dev.tsv": good})
-    with pytest.raises(TensLoRAError, match=rf"train\.tsv:3: .*{complaint}"):
+    with pytest.raises(TensLoRAError, match=rf"train\.tsv:3: .*{message}"):
         load("cola", root)
 
 
@@ -161,24 +163,24 @@ def test_text_that_is_not_utf8_names_the_file(tmp_path: Path) -> None:
         load("cola", root)
 
 
-def test_missing_root_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TensLoRAError, match=r"dataset\.root=.*nowhere: no such folder"):
         load("cola", tmp_path / "nowhere")
 
 
-def test_missing_split_says_which_files_would_hold_it(tmp_path: Path) -> None:
+def test_a_missing_split_is_refused_with_the_files_that_would_hold_it(tmp_path: Path) -> None:
     root = write(tmp_path, {"train.tsv": GLUE["cola"][0]})
     with pytest.raises(TensLoRAError, match=r"no validation split of cola .*out_of_domain_dev\.tsv or dev\.tsv"):
         load("cola", root)
 
 
-def test_unknown_split_says_which_there_are(tmp_path: Path) -> None:
+def test_an_unknown_split_is_refused_with_the_splits_there_are(tmp_path: Path) -> None:
     root = write(tmp_path, {"train.tsv": GLUE["cola"][0], "dev.tsv": GLUE["cola"][0]})
     with pytest.raises(TensLoRAError, match=r"no evaluation split of cola.*train.*validation"):
         load("cola", root, test_split="evaluation")
 
 
-def test_unknown_task_names_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_task_is_refused_with_the_tasks_there_are(tmp_path: Path) -> None:
     with pytest.raises(TensLoRAError, match=r"dataset\.name=wnli: .*cola, mrpc, sst2, qnli, rte"):
         load("wnli", tmp_path)
 
@@ -192,9 +194,9 @@ def test_no_training_split_is_refused(tmp_path: Path) -> None:
 def test_training_splits_are_joined_and_train_size_draws_from_them(tmp_path: Path) -> None:
     lines = [f"x\t{i % 2}\t\tSentence {i}.\n" for i in range(20)]
     root = write(tmp_path, {"train.tsv": "".join(lines[:12]), "dev.tsv": "".join(lines[12:])})
-    joined = load("cola", root, train_splits=["train", "validation"]).train
+    joined = load("cola", root, train_splits=("train", "validation")).train
     assert [row for (row,) in joined.inputs] == [f"Sentence {i}." for i in range(20)]
-    drawn = load("cola", root, train_splits=["train", "validation"], train_size=7).train
+    drawn = load("cola", root, train_splits=("train", "validation"), train_size=7).train
     assert len(drawn) == len(drawn.inputs) == len(set(drawn.inputs)) == 7
     for (sentence,), label in zip(drawn.inputs, drawn.labels, strict=True):
         assert int(sentence.split()[1].rstrip(".")) % 2 == label
@@ -215,7 +217,7 @@ def quiet_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quiet_datasets")
 @pytest.mark.parametrize("form", ["datasets", "parquet", "parquet in a folder of the task"])
-def test_datasets_folder_and_parquet(form: str, tmp_path: Path) -> None:
+def test_a_datasets_folder_and_parquet_files(form: str, tmp_path: Path) -> None:
     splits = {"train": hub_rows([0, 1, 1]), "validation": hub_rows([1, 0]), "test": hub_rows([-1, -1])}
     root = tmp_path / "root"
     if form == "datasets":
@@ -236,7 +238,7 @@ def test_datasets_folder_and_parquet(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quiet_datasets")
-def test_datasets_folder_of_another_task_names_the_columns(tmp_path: Path) -> None:
+def test_a_datasets_folder_of_another_task_is_refused_with_its_columns(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": hub_rows([0]), "validation": hub_rows([1])}).save_to_disk(str(tmp_path / "root"))
     with pytest.raises(TensLoRAError, match="no column sentence1, sentence2; it has question, sentence, label"):
         load("rte", tmp_path / "root")
@@ -244,7 +246,7 @@ def test_datasets_folder_of_another_task_names_the_columns(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("quiet_datasets")
 @pytest.mark.parametrize("form", ["datasets", "parquet"])
-def test_a_damaged_datasets_folder_is_one_line(form: str, tmp_path: Path) -> None:
+def test_a_damaged_datasets_folder_is_refused_in_one_line(form: str, tmp_path: Path) -> None:
     root = tmp_path / "root"
     if form == "datasets":
         datasets.DatasetDict({"train": hub_rows([0]), "validation": hub_rows([1])}).save_to_disk(str(root))
@@ -258,7 +260,7 @@ def test_a_damaged_datasets_folder_is_one_line(form: str, tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
-def test_an_unusual_size_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_split_of_another_size_than_published_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     content = GLUE["cola"][0]
     load("cola", write(tmp_path, {"train.tsv": content, "dev.tsv": content}))
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == [

@@ -1,0 +1,141 @@
+"""Examples before they are encoded: sequences of images or sentences, with a label each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenslora.errors import TensLoRAError
+from tenslora.random_streams import stream_seed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs and their labels.
+
+    Args:
+        inputs: PIL images, or tuples of one or two sentences. A sequence that may read an input only when it is asked
+            for, by its index; it need not support slices.
+        labels: the class number of each input.
+    """
+
+    inputs: Any
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: Sequence[int]) -> Examples:
+        """Some of the examples, in the order of `indices`; nothing is read."""
+        return Examples(Selected(self.inputs, indices), [self.labels[i] for i in indices])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run trains on and is tested on.
+
+    Args:
+        train: the training examples.
+        test: the examples that the run is scored on.
+        classes: the names of the classes, by class number.
+    """
+
+    train: Examples
+    test: Examples
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Selected(Sequence[Any]):
+    """Some items of a sequence, each read when it is asked for."""
+
+    items: Any
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[self.indices[index]]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles(Sequence["Image"]):
+    """Images on disk, each decoded to RGB when it is asked for.
+
+    Raises:
+        TensLoRAError: on access to a file that cannot be read; the message names the file.
+    """
+
+    paths: Sequence[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        from PIL import Image
+
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            # Not all of PIL's messages name the file.
+            raise TensLoRAError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+@dataclass(frozen=True, eq=False)
+class ImageArrays(Sequence["Image"]):
+    """Images in one array of bytes, of shape (count, height, width) or (count, height, width, 3)."""
+
+    pixels: Any
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: Any) -> Any:
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index])
+
+
+def draw(count: int, size: int, seed: int) -> list[int]:
+    """Draw numbers without replacement, from a random stream that nothing else draws from.
+
+    Args:
+        count: the numbers are 0 to count - 1.
+        size: how many of them to draw.
+        seed: of the stream.
+
+    Returns:
+        The numbers, in rising order.
+    """
+    import numpy as np
+
+    return sorted(np.random.default_rng(stream_seed("split", seed)).permutation(count)[:size].tolist())
+
+
+def warn_of_another_size(name: str, split: str, size: int, published: int | None) -> None:
+    """Log a warning if a copy of a split has another size than the split that was published.
+
+    Args:
+        name: of the dataset.
+        split: of the dataset.
+        size: how many examples the copy has.
+        published: how many the split was published with; None if that is unknown.
+    """
+    if published is not None and size != published:
+        log.warning("%s: the %s split has %d examples here, %d as published", name, split, size, published)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type if there is no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,108 @@
+"""Image datasets that torchvision reads, and downloads if there is no local copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.cache import cache_latest
+from tenslora.harness.data.examples import Examples, ImageArrays, ImageFiles, first_line, warn_of_another_size
+
+DOWNLOADS = Path("data")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a dataset comes from.
+
+    Args:
+        open: gives torchvision's dataset for (root, split, whether to download). That has `classes`, and one of: `data`
+            with `targets`; `samples`; `_image_files` with `_labels`.
+        layout: what has to lie in a local copy, for a message.
+        sizes: how many examples each split was published with; the only key is None if there are no splits.
+    """
+
+    open: Callable[[Path, str | None, bool], Any]
+    layout: str
+    sizes: dict[str | None, int]
+
+    @property
+    def splits(self) -> str:
+        """The names of the splits, for a message."""
+        return ", ".join(map(str, self.sizes))
+
+
+def _dtd(root: Path, split: str | None, download: bool) -> Any:
+    from torchvision.datasets import DTD
+
+    return DTD(root, split=split or "", download=download)
+
+
+def _eurosat(root: Path, _: str | None, download: bool) -> Any:
+    from torchvision.datasets import EuroSAT
+
+    return EuroSAT(root, download=download)
+
+
+def _cifar10(root: Path, split: str | None, download: bool) -> Any:
+    from torchvision.datasets import CIFAR10
+
+    return CIFAR10(root, train=split == "train", download=download)
+
+
+def _fgvc_aircraft(root: Path, split: str | None, download: bool) -> Any:
+    from torchvision.datasets import FGVCAircraft
+
+    return FGVCAircraft(root, split=split or "", annotation_level="variant", download=download)
+
+
+SOURCES = {
+    "dtd": Source(_dtd, "dtd/dtd/images and dtd/dtd/labels", {"train": 1880, "val": 1880, "test": 1880}),
+    "eurosat": Source(_eurosat, "eurosat/2750/<class>", {None: 27000}),
+    "cifar10": Source(_cifar10, "cifar-10-batches-py", {"train": 50000, "test": 10000}),
+    "fgvc_aircraft": Source(
+        _fgvc_aircraft, "fgvc-aircraft-2013b/data", {"train": 3334, "val": 3333, "trainval": 6667, "test": 3333}
+    ),
+}
+"""All datasets of this kind, by name."""
+
+
+@cache_latest(4)
+def read_split(name: str, root: str | None, split: str | None) -> tuple[Examples, tuple[str, ...]]:
+    """The examples of one split, and the names of the classes.
+
+    Args:
+        name: one of `SOURCES`.
+        root: the folder of a local copy; None to download to `DOWNLOADS`.
+        split: one of the source's `sizes`.
+
+    Raises:
+        TensLoRAError: if the copy is missing or incomplete, or if it cannot be downloaded.
+    """
+    source = SOURCES[name]
+    if root is not None and not Path(root).is_dir():
+        raise TensLoRAError(f"dataset.root={root}: no such folder; it should hold {source.layout}")
+    try:
+        data = source.open(Path(root or DOWNLOADS), split, root is None)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        if root is None:
+            raise TensLoRAError(
+                f"dataset={name}: cannot be downloaded ({first_line(error)}); put a copy in torchvision's layout "
+                f"({source.layout}) into a folder and set dataset.root to it"
+            ) from error
+        raise TensLoRAError(
+            f"dataset.root={root}: no {name} in torchvision's layout there, which is {source.layout} "
+            f"({first_line(error)})"
+        ) from error
+    inputs: Sequence[Any]
+    if hasattr(data, "data"):  # one array of all images
+        inputs, labels = ImageArrays(data.data), list(data.targets)
+    elif hasattr(data, "samples"):  # a folder for each class
+        inputs, labels = ImageFiles([Path(path) for path, _ in data.samples]), [label for _, label in data.samples]
+    else:
+        inputs, labels = ImageFiles([Path(path) for path in data._image_files]), list(data._labels)
+    warn_of_another_size(name, split or "only", len(labels), source.sizes[split])
+    return Examples(inputs, labels), tuple(map(str, data.classes))

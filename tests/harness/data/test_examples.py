@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.data.examples import ImageFiles
+from tests.harness.data.image_folders import paint
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut"])
+def test_an_image_that_cannot_be_read_is_named(damage: str, tmp_path: Path) -> None:
+    paint(tmp_path / "good.jpg", 1)
+    path = tmp_path / "bad.jpg"
+    Image.effect_noise((64, 64), 50).save(path)
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"this is no image", "cut": content[: len(content) // 2]}[damage])
+    images = ImageFiles([tmp_path / "good.jpg", path])
+    assert images[0].size == (6, 4)
+    with pytest.raises(TensLoRAError, match=r"bad\.jpg: not a readable image") as caught:
+        images[1]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"nowhere\.jpg: not a readable image"):
+        ImageFiles([tmp_path / "nowhere.jpg"])[0]
