@@ -8,7 +8,6 @@ head.safetensors in outputs/<dataset>/<model>/<what was run>.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenslora.harness.app import run_app
 from tenslora.harness.config import RunConfig, validate
+from tenslora.harness.quick_start import pause_garbage_collection, resume_garbage_collection
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,7 +60,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     seconds = {"data": data_loaded - started, "backbone": time.perf_counter() - data_loaded}
 
     # Training. The record is the last file to be written: where it is, everything else is there too.
-    gc.enable()  # see main
+    resume_garbage_collection()
     facts = facts_of(run, dataset, adapted, processes)
     with start_tracker(run, path, facts, watch=processes.is_main) as tracker:
         failure = None
@@ -88,7 +88,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
 def main(composed: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    gc.disable()  # until training: looking for garbage in what is imported and built takes a second of the start
+    pause_garbage_collection()
     train(validate(composed), Path(HydraConfig.get().runtime.output_dir))
 
 

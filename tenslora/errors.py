@@ -12,6 +12,11 @@ class TensLoRAError(ValueError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:
     """Check a name against the names there are.
 

@@ -102,7 +102,8 @@ def explicit(
     wanted = ", ".join(f"{name} 1..{limit}" for name, limit in limits.items())
     given = None if ranks is None else list(ranks)
     if given is None or len(given) != len(limits):
-        raise TensLoRAError(f"ranks={given}: tensor_mode {construction} needs {len(limits)} integers ({wanted})")
+        integers = "1 integer" if len(limits) == 1 else f"{len(limits)} integers"
+        raise TensLoRAError(f"ranks={given}: tensor_mode {construction} needs {integers} ({wanted})")
     for (name, limit), rank in zip(limits.items(), given, strict=True):
         if not 1 <= rank <= limit:
             raise TensLoRAError(f"ranks={given}: the rank {rank} of {name} must be from 1 to {limit} ({wanted})")

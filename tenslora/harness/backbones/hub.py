@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,3 @@ def wrong_checkpoint(config: ModelConfig, path: Path | str, difference: str) -> 
     return TensLoRAError(
         f"model.checkpoint={path}: is not a checkpoint of {config.name} ({config.architecture}): {difference}"
     )
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type if there is no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

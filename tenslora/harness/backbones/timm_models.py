@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.backbones.head import Backbone
-from tenslora.harness.backbones.hub import building, fetching, first_line, wrong_checkpoint
+from tenslora.harness.backbones.hub import building, fetching, wrong_checkpoint
 from tenslora.harness.config import ModelConfig
+from tenslora.harness.quick_start import import_timm
 
 EMBEDDED = Path(__file__).parent / "vit_digits.safetensors"
 """The checkpoint in the package, which scripts/pretrain_vit_digits.py wrote."""
@@ -21,7 +20,7 @@ EMBEDDED = Path(__file__).parent / "vit_digits.safetensors"
 
 def load_timm(config: ModelConfig, classes: int) -> Backbone:
     """A model of timm, with the head that timm drew for it; see `tenslora.harness.backbones.load_backbone`."""
-    timm = _import_timm()
+    timm = import_timm()
     if not timm.is_model(config.architecture):
         raise TensLoRAError(f"model.architecture={config.architecture}: timm {timm.__version__} has no such model")
     options = {"num_classes": classes, "in_chans": config.channels, **config.options}
@@ -35,24 +34,6 @@ def load_timm(config: ModelConfig, classes: int) -> Backbone:
         path = EMBEDDED if config.checkpoint == "embedded" else _weights_file(Path(config.checkpoint))
         _load_weights(backbone, config, path)
     return backbone
-
-
-def _import_timm() -> Any:
-    """timm, without the wandb that timm imports for its training scripts.
-
-    Importing wandb takes 0.6 s of the processor (6.5 s with torch, torchvision and timm, 5.9 s without it; medians of
-    10), and a run that does not log to W&B has no use for it.
-    """
-    modules: dict[str, Any] = sys.modules
-    hide = "wandb" not in modules
-    if hide:
-        modules["wandb"] = None  # importing it then fails as if it were not installed
-    try:
-        import timm
-    finally:
-        if hide:
-            del modules["wandb"]
-    return timm
 
 
 def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:

@@ -134,8 +134,3 @@ def warn_of_another_size(name: str, split: str, size: int, published: int | None
     """
     if published is not None and size != published:
         log.warning("%s: the %s split has %d examples here, %d as published", name, split, size, published)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type if there is no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

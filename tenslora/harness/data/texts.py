@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
-from tenslora.harness.data.examples import Dataset, Examples, first_line, warn_of_another_size
+from tenslora.harness.data.examples import Dataset, Examples, warn_of_another_size
 from tenslora.harness.data.glue import FOLDERS, GLUE_TASKS, HUB, GlueTask
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.cache import cache_latest
-from tenslora.harness.data.examples import Examples, ImageArrays, ImageFiles, first_line, warn_of_another_size
+from tenslora.harness.data.examples import Examples, ImageArrays, ImageFiles, warn_of_another_size
 
 DOWNLOADS = Path("data")
 

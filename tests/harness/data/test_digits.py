@@ -7,7 +7,8 @@ import pytest
 import sklearn.datasets
 
 from tenslora.harness.data import Examples
-from tenslora.harness.data.digits import _read_uci_digits, load_digits
+from tenslora.harness.data.digits import load_digits
+from tenslora.harness.quick_start import read_uci_digits
 from tests.harness.data.image_folders import load
 
 
@@ -16,9 +17,9 @@ def images_and_digits(examples: Examples, classes: tuple[str, ...]) -> list[tupl
 
 
 def test_the_digits_are_read_as_scikit_learn_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from_file = _read_uci_digits()
+    from_file = read_uci_digits()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    from_scikit_learn = _read_uci_digits()
+    from_scikit_learn = read_uci_digits()
     for pixels, digits in (from_file, from_scikit_learn):
         expected_pixels, expected_digits = sklearn.datasets.load_digits(return_X_y=True)
         np.testing.assert_array_equal(pixels, expected_pixels)
