@@ -14,18 +14,21 @@ from tenslora.harness.data.examples import Examples, ImageArrays, ImageFiles, wa
 DOWNLOADS = Path("data")
 
 
+Split = tuple[Sequence[Any], Sequence[int], Sequence[str]]
+"""The images of a split, their labels and the names of the classes."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a dataset comes from.
 
     Args:
-        open: gives torchvision's dataset for (root, split, whether to download). That has `classes`, and one of: `data`
-            with `targets`; `samples`; `_image_files` with `_labels`.
+        open: gives the images, their labels and the names of the classes for (root, split, whether to download).
         layout: what has to lie in a local copy, for a message.
         sizes: how many examples each split was published with; the only key is None if there are no splits.
     """
 
-    open: Callable[[Path, str | None, bool], Any]
+    open: Callable[[Path, str | None, bool], Split]
     layout: str
     sizes: dict[str | None, int]
 
@@ -35,28 +38,32 @@ class Source:
         return ", ".join(map(str, self.sizes))
 
 
-def _dtd(root: Path, split: str | None, download: bool) -> Any:
+def _dtd(root: Path, split: str | None, download: bool) -> Split:
     from torchvision.datasets import DTD
 
-    return DTD(root, split=split or "", download=download)
+    data = DTD(root, split=split or "", download=download)
+    return ImageFiles(data._image_files), data._labels, data.classes
 
 
-def _eurosat(root: Path, _: str | None, download: bool) -> Any:
+def _eurosat(root: Path, _: str | None, download: bool) -> Split:
     from torchvision.datasets import EuroSAT
 
-    return EuroSAT(root, download=download)
+    data = EuroSAT(root, download=download)
+    return ImageFiles([Path(path) for path, _ in data.samples]), data.targets, data.classes
 
 
-def _cifar10(root: Path, split: str | None, download: bool) -> Any:
+def _cifar10(root: Path, split: str | None, download: bool) -> Split:
     from torchvision.datasets import CIFAR10
 
-    return CIFAR10(root, train=split == "train", download=download)
+    data = CIFAR10(root, train=split == "train", download=download)
+    return ImageArrays(data.data), data.targets, data.classes
 
 
-def _fgvc_aircraft(root: Path, split: str | None, download: bool) -> Any:
+def _fgvc_aircraft(root: Path, split: str | None, download: bool) -> Split:
     from torchvision.datasets import FGVCAircraft
 
-    return FGVCAircraft(root, split=split or "", annotation_level="variant", download=download)
+    data = FGVCAircraft(root, split=split or "", annotation_level="variant", download=download)
+    return ImageFiles([Path(path) for path in data._image_files]), data._labels, data.classes
 
 
 SOURCES = {
@@ -86,7 +93,7 @@ def read_split(name: str, root: str | None, split: str | None) -> tuple[Examples
     if root is not None and not Path(root).is_dir():
         raise TensLoRAError(f"dataset.root={root}: no such folder; it should hold {source.layout}")
     try:
-        data = source.open(Path(root or DOWNLOADS), split, root is None)
+        images, labels, classes = source.open(Path(root or DOWNLOADS), split, root is None)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         if root is None:
             raise TensLoRAError(
@@ -97,12 +104,5 @@ def read_split(name: str, root: str | None, split: str | None) -> tuple[Examples
             f"dataset.root={root}: no {name} in torchvision's layout there, which is {source.layout} "
             f"({first_line(error)})"
         ) from error
-    inputs: Sequence[Any]
-    if hasattr(data, "data"):  # one array of all images
-        inputs, labels = ImageArrays(data.data), list(data.targets)
-    elif hasattr(data, "samples"):  # a folder for each class
-        inputs, labels = ImageFiles([Path(path) for path, _ in data.samples]), [label for _, label in data.samples]
-    else:
-        inputs, labels = ImageFiles([Path(path) for path in data._image_files]), list(data._labels)
     warn_of_another_size(name, split or "only", len(labels), source.sizes[split])
-    return Examples(inputs, labels), tuple(map(str, data.classes))
+    return Examples(images, list(labels)), tuple(map(str, classes))
