@@ -14,70 +14,10 @@ from tenslora.projections import features
 from tenslora.thin_products import MatrixGroup
 
 
-class SharedInput:
-    """One layer's matrices of a group: ``h = x @ left`` is computed once for all matrices that read the same x.
-
-    Args:
-        group: the matrices.
-        layer: 0-based.
-    """
-
-    def __init__(self, group: MatrixGroup, layer: int) -> None:
-        self.group = group
-        self.layer = layer
-        # An input x, and (h, right) of each matrix that has not asked for its own yet. They are one attribute, so that
-        # forward passes in several threads cannot mix the input of one with the products of another.
-        self._pending: tuple[Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pending products belong to a forward pass, and perhaps to an autograd graph, which cannot be copied.
-        return {**vars(self), "_pending": None}
-
-    def of_matrix(self, x: Tensor, tokens: Tensor, matrix: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The thin product of one matrix, which adds ``h @ right`` to its output.
-
-        A Transformer calls query, key and value one after the other with the very same tensor. The first call computes
-        h for all three; the other two recognise the tensor by its identity and take their own h.
-
-        Args:
-            x: the input as the Linear received it, (..., inputs).
-            tokens: the same numbers as (tokens, inputs).
-            matrix: the index in the group.
-            dtype: of the output.
-
-        Returns:
-            h (tokens, r) and right (r, outputs).
-        """
-        pending = self._pending
-        product = None if pending is None or pending[0] is not x else pending[1].pop(matrix, None)
-        if pending is None or product is None:
-            hs, rights = self.of_all(tokens, dtype)
-            pending = x, {index: (hs[index % len(hs)], right) for index, right in enumerate(rights)}
-            product = pending[1].pop(matrix)
-        self._pending = pending if pending[1] else None
-        return product
-
-    def of_all(self, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """The thin products of all matrices.
-
-        Args:
-            tokens: (tokens, inputs).
-            dtype: of the output.
-
-        Returns:
-            The h (tokens, r) of each matrix, or a single one if they share it; and the right (r, outputs) of each, or a
-            single one as in `LayerProducts`.
-        """
-        adapter = self.group.adapter
-        left, rights, ranks = self.group.of_layer(self.layer, dtype)
-        h = F.linear(adapter.dropout(tokens.to(dtype)), left)
-        if adapter.training and adapter.config.rank_dropout > 0:
-            h = h * adapter.rank_dropout(h.new_ones(h.shape[1]))
-        return [h] if len(ranks) == 1 else list(torch.split(h, ranks, dim=1)), list(rights)
-
-
 class AdaptedLinear(nn.Linear):
     """A Linear layer with the updates of the matrices that it holds: ``y = x W^T + b + alpha x dW``.
+
+    W has shape (outputs, inputs), and dW, a product of two thin matrices, has shape (inputs, outputs).
 
     The layer calls the original module for the first two terms and shares the module's parameters. Once merged, or
     while disabled, it only calls the original module.
@@ -85,7 +25,7 @@ class AdaptedLinear(nn.Linear):
     Args:
         linear: the original module, a Linear or transformers' Conv1D.
         shared: this layer's matrices of the group that reads the same input.
-        columns: of each matrix that the module holds, the index in the group and the first output column.
+        columns: (index in the group, first output column) of each matrix that the module holds.
     """
 
     def __init__(self, linear: nn.Module, shared: SharedInput, columns: tuple[tuple[int, int], ...]) -> None:
@@ -118,14 +58,16 @@ class AdaptedLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _add_update(self, y: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
-        # y += h @ right, in place, in the columns of each matrix that this module holds.
+        # y += h @ right, in place, in the columns of each matrix that this module holds. The products contain alpha.
         if len(self.columns) == 1 and self.columns[0][1] == 0:
-            h, right = self.shared.of_matrix(x, tokens, self.columns[0][0], y.dtype)
+            # A Linear of a single matrix, such as BERT's query.
+            h, right = self.shared.product_of(x, tokens, self.columns[0][0], y.dtype)
             if right.shape[1] == y.shape[1]:
                 return y.addmm_(h, right)
             hs, rights = [h], [right]
         else:
-            hs, rights = self.shared.of_all(tokens, y.dtype)
+            # A Linear of several matrices, such as timm's qkv.
+            hs, rights = self.shared.all_products(tokens, y.dtype)
             if len(hs) == 1 and self.shared.group.fused:
                 return y.addmm_(hs[0], rights[0])
             rights = [rights[index] for index, _ in self.columns]
@@ -158,6 +100,67 @@ class AdaptedLinear(nn.Linear):
     def _replicate_for_data_parallel(self) -> NoReturn:
         # The matrices of a layer share tensors, which DataParallel's copies would share across devices.
         raise TensLoRAError("DataParallel: cannot copy an adapter; start one process per device instead (torchrun)")
+
+
+class SharedInput:
+    """One layer's matrices of a group: ``h = x @ left`` is computed once for all matrices that read the same x.
+
+    Args:
+        group: the matrices.
+        layer: 0-based.
+    """
+
+    def __init__(self, group: MatrixGroup, layer: int) -> None:
+        self.group = group
+        self.layer = layer
+        # The latest input x, and the (h, right) of each matrix that has not asked for them yet. Both are in one
+        # attribute, so that forward passes in several threads cannot mix one's input with another's products.
+        self._pending: tuple[Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pending products belong to a forward pass, and perhaps to an autograd graph, which cannot be copied.
+        return {**vars(self), "_pending": None}
+
+    def product_of(self, x: Tensor, tokens: Tensor, matrix: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The thin product of one matrix, which adds ``h @ right`` to its output.
+
+        A Transformer calls query, key and value one after the other with the very same tensor. The first call computes
+        h for all three; the other two recognise the tensor by its identity and take their own h.
+
+        Args:
+            x: the input as the Linear received it, (..., inputs).
+            tokens: the same numbers as (tokens, inputs).
+            matrix: the index in the group.
+            dtype: of the output.
+
+        Returns:
+            h (tokens, r) and right (r, outputs).
+        """
+        pending = self._pending
+        if pending is None or pending[0] is not x or matrix not in pending[1]:
+            hs, rights = self.all_products(tokens, dtype)
+            pending = x, {index: (hs[index % len(hs)], right) for index, right in enumerate(rights)}
+        product = pending[1].pop(matrix)
+        self._pending = pending if pending[1] else None
+        return product
+
+    def all_products(self, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """The thin products of all matrices.
+
+        Args:
+            tokens: (tokens, inputs).
+            dtype: of the output.
+
+        Returns:
+            hs: the h (tokens, r) of each matrix, or a single h if the matrices share left.
+            rights: as in `LayerProducts`.
+        """
+        adapter = self.group.adapter
+        left_t, rights, ranks = self.group.of_layer(self.layer, dtype)
+        h = F.linear(adapter.dropout(tokens.to(dtype)), left_t)
+        if adapter.training and adapter.config.rank_dropout > 0:  # one mask for all tokens
+            h = h * adapter.rank_dropout(h.new_ones(h.shape[1]))
+        return [h] if len(ranks) == 1 else list(torch.split(h, ranks, dim=1)), list(rights)
 
 
 class _AddToColumns(torch.autograd.Function):

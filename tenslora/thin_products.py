@@ -49,16 +49,17 @@ class ForwardPassCache:
 
 
 class LayerProducts(NamedTuple):
-    """The thin matrices of one layer's group, alpha included: matrix m adds ``x @ left[m].T @ right[m]`` to its output.
+    """The thin matrices of one layer's group, with alpha in them: a matrix adds ``x @ left @ right`` to its output.
 
     Args:
-        left: (r, inputs) if the matrices share it, otherwise each matrix's left, concatenated along r.
-        rights: (r, outputs) of each matrix. If one Linear holds them all and they share left, there is a single one,
-            (r, all outputs).
-        ranks: the r of each part of left; a single one if left is shared.
+        left_t: the transposed left, (r, inputs), if the matrices share it; otherwise the transposed left of each
+            matrix, one below the other.
+        rights: the right (r, outputs) of each matrix. If one Linear holds all the matrices and they share left, there
+            is a single right, (r, all outputs).
+        ranks: the r of each left in left_t.
     """
 
-    left: Tensor
+    left_t: Tensor
     rights: tuple[Tensor, ...]
     ranks: list[int]
 
@@ -68,7 +69,7 @@ class MatrixGroup:
 
     Args:
         adapter: holds their updates.
-        matrices: their indices in `Geometry.matrices`, which are neighbours.
+        matrices: their indices in `Geometry.matrices`, without gaps.
         writes_to_stream: whether they write to the residual stream instead of reading from it. The adapter then holds
             the transposes of their updates.
         fused: whether one Linear per layer holds them all, side by side, and nothing else.
@@ -94,8 +95,8 @@ class MatrixGroup:
             The left (layers, inputs, r) and the right (layers, r, outputs) of each matrix. There is a single left if
             the matrices share it.
         """
-        lefts, rights = self.adapter.products(layers, self.matrices, self.adapter.config.alpha)
-        if self.writes_to_stream:  # (left right)^T = right^T left^T
+        lefts, rights = self.adapter.products(layers, self.matrices, scale=self.adapter.config.alpha)
+        if self.writes_to_stream:  # the transpose is applied: (left right)^T = right^T left^T
             return [right.mT for right in rights], [left.mT for left in lefts]
         return lefts, rights
 
@@ -121,13 +122,13 @@ class MatrixGroup:
         with _without_autocast(next(self.adapter.parameters()).device):
             lefts, rights = self.products(layers)
             ranks = [left.shape[2] for left in lefts]
-            left = torch.cat([left.mT for left in lefts], dim=1)
+            left_t = torch.cat([left.mT for left in lefts], dim=1)
             if len(lefts) == 1 and self.fused:
                 rights = [torch.cat(rights, dim=2)]
-            # Stored row by row, as a Linear stores its weight: autograd then computes the gradient of left as
-            # grad.T @ x instead of x.T @ grad, which takes up to 3.7 times as long on a CPU.
-            sides = [side.contiguous().to(dtype).unbind() for side in (left, *rights)]
-            return [LayerProducts(own, tuple(others), ranks) for own, *others in zip(*sides, strict=True)]
+            # left_t is contiguous, as the weight of a Linear is: autograd then computes its gradient as grad.T @ x
+            # instead of x.T @ grad, which takes up to 3.7 times as long on a CPU.
+            sides = [side.contiguous().to(dtype).unbind() for side in (left_t, *rights)]
+            return [LayerProducts(first, tuple(others), ranks) for first, *others in zip(*sides, strict=True)]
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -171,13 +171,13 @@ def test_training_makes_no_matrix_as_large_as_a_weight(mode: str) -> None:
 @pytest.mark.parametrize("name", ["hf_bert", "timm_vit"])
 def test_query_key_and_value_share_one_product_with_the_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers: list[int] = []
-    of_all = SharedInput.of_all
+    all_products = SharedInput.all_products
 
     def recorded(shared: SharedInput, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         layers.append(shared.layer)
-        return of_all(shared, tokens, dtype)
+        return all_products(shared, tokens, dtype)
 
-    monkeypatch.setattr(SharedInput, "of_all", recorded)
+    monkeypatch.setattr(SharedInput, "all_products", recorded)
     model = build(name)
     attached(model, "qkv_depth")
     logits(model, inputs(name))

@@ -145,7 +145,7 @@ def test_under_autocast_the_products_are_rounded_once(mode: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         products = linear_at(model, "blocks.1.attention.query").shared.group.of_layer(1, torch.bfloat16)
     lefts, rights = adapter.layer_products(1)
-    assert torch.equal(products.left, torch.cat(lefts, dim=1).T.bfloat16())
+    assert torch.equal(products.left_t, torch.cat(lefts, dim=1).T.bfloat16())
     for actual, right in zip(products.rights, rights, strict=True):
         # Alpha is multiplied at another point, so the last bit may differ.
         torch.testing.assert_close(actual, (4.0 * right).bfloat16(), rtol=2**-7, atol=0)
@@ -159,8 +159,8 @@ def test_matrices_that_multiply_tokens_are_stored_row_by_row(mode: str, factoriz
     attached(model, mode, factorization=factorization, adapt="all")
     for linear in model.modules():
         if isinstance(linear, AdaptedLinear):
-            left, rights, _ = linear.shared.group.of_layer(1, torch.float64)
-            assert all(tensor.is_contiguous() for tensor in (left, *rights))
+            left_t, rights, _ = linear.shared.group.of_layer(1, torch.float64)
+            assert all(tensor.is_contiguous() for tensor in (left_t, *rights))
 
 
 def test_a_model_on_the_meta_device_gives_shapes() -> None:
