@@ -30,9 +30,9 @@ def test_a_forward_pass_computes_the_products_of_all_layers_once(
     computed: list[range] = []
     products = Adapter.products
 
-    def recorded(adapter: Adapter, layers: range, *rest: Any) -> tuple[list[Tensor], list[Tensor]]:
+    def recorded(adapter: Adapter, layers: range, *rest: Any, **settings: Any) -> tuple[list[Tensor], list[Tensor]]:
         computed.append(layers)
-        return products(adapter, layers, *rest)
+        return products(adapter, layers, *rest, **settings)
 
     monkeypatch.setattr(Adapter, "products", recorded)
     logits(model, inputs(name))
