@@ -23,8 +23,12 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-def job(composed: DictConfig) -> str | None:
-    """Carry out one run of the table, in whatever process the launcher starts for it."""
+def run_job(composed: DictConfig) -> str | None:
+    """Carry out one run of the table, in whatever process the launcher starts for it.
+
+    Returns:
+        What `carry_out` returns.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     from tenslora.harness.config import validate
@@ -32,12 +36,12 @@ def job(composed: DictConfig) -> str | None:
     from tenslora.harness.sweeping.jobs import carry_out
     from train import train
 
-    hydra = HydraConfig.get()
+    hydra_config = HydraConfig.get()
     # Progress bars of several processes would overwrite each other.
-    in_this_process = hydra.launcher._target_.endswith("BasicLauncher")
+    in_this_process = hydra_config.launcher._target_.endswith("BasicLauncher")
     return carry_out(
         validate(composed),
-        RunFolder(Path(hydra.runtime.output_dir)),
+        RunFolder(Path(hydra_config.runtime.output_dir)),
         composed.table.name,
         lambda run, path: train(run, path, show_progress=in_this_process),
     )
@@ -108,4 +112,4 @@ def sweep(
 
 
 if __name__ == "__main__":
-    run_app(job, config_name="sweep", sweep=sweep)
+    run_app(run_job, config_name="sweep", sweep=sweep)
