@@ -6,13 +6,15 @@
 | adapter.safetensors | train.py, of a run with an adapter | load_run, export, analyse |
 | head.safetensors | train.py, of a run that froze its backbone | load_run, export |
 | model.safetensors | train.py, of full fine-tuning: every weight | load_run, export |
-| checkpoint.safetensors | the training loop, after every epoch | the training loop with resume=true |
+| checkpoint.safetensors | the training loop, after every epoch | the training loop with resume=true; sweeps, whether it exists |
 | failure.json | a sweep, of a job that left no record | sweeps |
 | .lock | a sweep, held while it carries out the job | other sweeps |
 | train.log, .hydra/ | Hydra | people |
 | wandb/ | Weights & Biases | `wandb sync` |
+| peft/, merged/ | export | other libraries |
+| spectra.json, spectra.png, spectra.svg | analyse | people |
 
-Every file is complete or absent (`tenslora.files`). Nothing here needs torch.
+Every file that this project writes is complete or absent (`tenslora.files`). Nothing here needs torch.
 """
 
 from __future__ import annotations
