@@ -6,7 +6,7 @@ disabled, detach        leave the adapter out for a while, and take it off
 AdapterConfig           the settings of an adapter; RankStrategy says how its ranks are chosen
 Adapter                 the trained updates, with `save`
 Geometry                the dimensions of a backbone; `attach` finds them by itself
-TensLoRAError           what is raised for a mistake that the user can put right
+TensLoRAError           the error raised for a mistake that the user can put right
 """
 
 from __future__ import annotations

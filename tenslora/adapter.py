@@ -1,4 +1,4 @@
-"""All tensors of one model: the settings, the updates they make, and the file they are saved in."""
+"""The adapter of one model: its tensors, the updates that they give, and the file that it is saved in."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Adapter(nn.Module):
     Args:
         config: the settings.
         geometry: the backbone's dimensions.
-        ranks: the ranks if they are known already, as those of a saved adapter; otherwise the config's strategy chooses
+        ranks: the ranks, where they are known already, as in a saved adapter; None to let the config's strategy choose
             them.
 
     Raises:
@@ -46,12 +46,12 @@ class Adapter(nn.Module):
     def __init__(self, config: AdapterConfig, geometry: Geometry, ranks: Sequence[int] | None = None) -> None:
         super().__init__()
         if config.adapt != geometry.adapt:
-            raise TensLoRAError(f"adapt={config.adapt}: the geometry given is for {geometry.adapt}")
+            raise TensLoRAError(f"adapt={config.adapt}: must be {geometry.adapt}, as in the geometry")
         self.config = config
         self.geometry = geometry
         self.ranks = tuple(ranks or config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization))
         self.grid = tensor_grid(config.tensor_mode, geometry)
-        # Looked up here and not in every forward pass, because torch.compile cannot trace the look-up.
+        # This is looked up here and not in every forward pass, because torch.compile cannot trace the look-up.
         self._stacks_matrices = bool(stacked_axes(config.tensor_mode) & {PROJECTION, SITE})
         self.tensors = nn.ModuleList()
         for index in range(math.prod(self.grid)):
@@ -72,7 +72,7 @@ class Adapter(nn.Module):
 
     @property
     def zero_parameter(self) -> str:
-        """The name, in each tensor, of the parameter that started at zero."""
+        """The name of the parameter that starts at zero in every tensor."""
         return cast(FactorizedTensor, self.tensors[0]).zero_parameter
 
     def products(
@@ -100,12 +100,26 @@ class Adapter(nn.Module):
         return [left[:, 0] for left, _ in own], [right[:, 0] for _, right in own]
 
     def layer_products(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
-        """`products` of all matrices of one layer, without the dimension of layers."""
+        """The updates of all matrices of one layer as thin products, dW[m] = left[m] @ right[m].
+
+        Args:
+            layer: 0-based.
+
+        Returns:
+            The left (d_in, r) and the right (r, width) of each matrix. There is a single left if the matrices share it.
+        """
         lefts, rights = self.products(range(layer, layer + 1))
         return [left[0] for left in lefts], [right[0] for right in rights]
 
     def dense(self, layer: int) -> list[Tensor]:
-        """The update dW of each matrix of a layer, (d_in, width), without alpha: to look at, not to train with."""
+        """The updates of all matrices of one layer, without alpha. They are for inspection: training never builds dW.
+
+        Args:
+            layer: 0-based.
+
+        Returns:
+            dW of each matrix, (d_in, width).
+        """
         lefts, rights = self.layer_products(layer)
         return [lefts[m % len(lefts)] @ right for m, right in enumerate(rights)]
 
@@ -116,8 +130,8 @@ class Adapter(nn.Module):
         return [cast(FactorizedTensor, self.tensors[row * per_layer + column]) for column in columns]
 
     def _matrices_from_slices(self, left: Tensor, right: Tensor, matrices: range) -> tuple[list[Tensor], list[Tensor]]:
-        # From the slices (1 or P, d_in, r) and (P, r, d_out) of one layer to its matrices. A matrix wider than d_out
-        # consists of several slices side by side, the last one perhaps only in part.
+        # Turns one layer's slices, left (1 or P, d_in, r) and right (P, r, d_out), into the thin products of its
+        # matrices. A matrix wider than d_out consists of several slices side by side, of which the last may be cut off.
         counts, widths = self.geometry.slices_per_matrix, self.geometry.widths
         lefts, rights, start = [left[0]] if len(left) == 1 else [], [], 0
         for m in matrices:
@@ -135,10 +149,10 @@ class Adapter(nn.Module):
         return lefts, rights
 
     def save(self, path: Path | str) -> Path:
-        """Write the adapter to one safetensors file, atomically. Config, geometry and ranks are in its header.
+        """Write the adapter to one safetensors file, atomically. The header holds the config, geometry and ranks.
 
         Args:
-            path: of the file.
+            path: the file's path.
 
         Returns:
             The path.
@@ -159,7 +173,7 @@ def load_adapter(path: Path) -> Adapter:
     """Read an adapter that `Adapter.save` wrote.
 
     Args:
-        path: of the file.
+        path: the file's path.
 
     Returns:
         The adapter, on the CPU.

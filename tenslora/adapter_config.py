@@ -13,7 +13,7 @@ from tenslora.ranks import RankStrategy
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The settings of an adapter. They do not include the backbone's dimensions, so they go with any backbone.
+    """The settings of an adapter. They do not include the backbone's dimensions, so they suit any backbone.
 
     Args:
         tensor_mode: the construction, one of `constructions.CONSTRUCTIONS`.
@@ -21,14 +21,14 @@ class AdapterConfig:
         alpha: multiplies the update; unlike PEFT's lora_alpha, it is not divided by the rank.
         dropout: the probability that an entry of the adapter's input is zeroed in training. Query, key and value of a
             layer share one mask, because they share the input.
-        rank_dropout: the probability that a component of h = x @ left is zeroed in a training step, for all tokens
-            alike.
+        rank_dropout: the probability that a component of h = x @ left is zeroed in a training step, in all tokens at
+            once.
         init: how the factors start, see `tensor.FactorizedTensor`. It has no effect on lora, which starts as PEFT's
             LoRA does.
         head_layout: "aligned" or "interleaved", see `Factorization.slices`.
         tensor_seeds: "distinct" draws every tensor from a random stream of its own; "equal" starts all tensors of one
             shape alike, as the paper's released code does.
-        seed: the seed of these random streams, from which nothing else is drawn.
+        seed: the seed of the tensors' random streams. Nothing else is drawn from these streams.
         factorization: one of `factorizations.FACTORIZATIONS`. It has no effect on lora, whose tensors are matrices.
         adapt: which matrices of a layer are adapted, see `constructions.adapted_matrices`.
 

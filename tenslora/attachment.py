@@ -45,7 +45,7 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter) -> Adapter:
     Args:
         model: any Transformer in which `find_projections` finds the matrices to adapt. The model is changed in place,
             and all its parameters are frozen: unfreeze a classification head afterwards.
-        adapter: the settings of a new adapter, or an existing one, as from `load_adapter`.
+        adapter: the settings of a new adapter, or an existing adapter, such as `load_adapter` returns.
 
     Returns:
         The adapter, on the model's device; it is also ``model.tenslora``.
@@ -104,7 +104,7 @@ def load(model: nn.Module, path: Path | str) -> Adapter:
 def detach(model: nn.Module) -> Adapter:
     """Take the adapter off, so that the model has its own modules again.
 
-    A merged update stays in the weights. Frozen parameters stay frozen, trainable ones trainable.
+    A merged update stays in the weights. Frozen parameters stay frozen, and trainable ones stay trainable.
 
     Args:
         model: with an adapter; it is changed in place.
@@ -133,13 +133,13 @@ def merge(model: nn.Module) -> None:
         model: with an adapter; its weights are changed in place.
 
     Raises:
-        TensLoRAError: if there is no adapter, or if a weight is not a plain matrix of floats (quantised, packed).
+        TensLoRAError: if there is no adapter, or if a weight is not a plain matrix of floats, as when it is quantised.
     """
     _move_updates(model, into_weights=True)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Subtract the updates from the weights again, which are then as before, up to rounding.
+    """Subtract the updates from the weights again. The weights are then as before the merge, up to rounding.
 
     Args:
         model: with an adapter; its weights are changed in place.
@@ -158,7 +158,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         model: with an adapter.
 
     Raises:
-        TensLoRAError: if there is no adapter, or if it is merged: an update in the weights cannot be left out.
+        TensLoRAError: if there is no adapter, or if the adapter is merged: an update in the weights cannot be left out.
     """
     linears = list(adapted_linears(model).values())
     before = [linear.enabled for linear in linears]
@@ -177,8 +177,11 @@ def adapter_of(model: nn.Module) -> Adapter:
     Args:
         model: with an adapter.
 
+    Returns:
+        The adapter, which is also ``model.tenslora``.
+
     Raises:
-        TensLoRAError: if there is none.
+        TensLoRAError: if there is no adapter.
     """
     adapter = getattr(model, SUBMODULE, None)
     if not isinstance(adapter, Adapter):
@@ -196,7 +199,7 @@ def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
         The layers by their paths in the model.
 
     Raises:
-        TensLoRAError: if there is no adapter, or if it is merged.
+        TensLoRAError: if there is no adapter, or if the adapter is merged.
     """
     adapter_of(model)
     linears = _adapted_linears(model)

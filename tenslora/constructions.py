@@ -1,7 +1,7 @@
 """The constructions: which axes of the updates are stacked into one tensor (arXiv 2509.19391, section 2).
 
 A backbone has L layers, P projections per layer and H heads. The update of projection p in layer l is a matrix
-dW[p, l] of shape (d_in, d_out), with d_out = H * d_head. A construction stacks any of the axes head, projection and
+dW[p, l] of shape (d_in, d_out), with d_out = H * d_head. A construction stacks some of the axes head, projection and
 depth. d_in is always the side of the residual stream and d_out the side inside the block, so a matrix that writes to
 the stream is adapted by a transposed slice. Nothing here needs torch.
 """
@@ -36,8 +36,8 @@ CONSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
 PAPER_CONSTRUCTIONS = tuple(name for name, stacked in CONSTRUCTIONS.items() if SITE not in stacked)
 """The rows of the paper's tables."""
 
-# The names that settings may have. They stand here and not where they are used, because checking the settings must not
-# import torch.
+# The valid values of three settings. The lists stand here and not in the modules that use them, because checking the
+# settings must not import torch.
 INITS = ("orthogonal", "normal", "kaiming_uniform")
 HEAD_LAYOUTS = ("aligned", "interleaved")
 TENSOR_SEEDS = ("distinct", "equal")
@@ -60,7 +60,7 @@ def adapted_matrices(adapt: str, gated: bool = False) -> tuple[str, ...]:
         The names of the matrices.
 
     Raises:
-        TensLoRAError: for anything else.
+        TensLoRAError: if `adapt` is anything else.
     """
     feed_forward = ("gate", "up", "down") if gated else ("up", "down")
     if adapt == "mlp":
@@ -82,7 +82,7 @@ class Geometry:
         d_head: the width of a head.
         layers: the number of layers, L.
         adapt: which matrices are adapted, see `adapted_matrices`.
-        kv_heads: the number of key and value heads; fewer than H where groups of heads share them. None means H.
+        kv_heads: the number of key heads, and of value heads; below H in grouped-query attention. None means H.
         d_ff: the width inside the feed-forward block; needed only to adapt it.
         gated: whether the feed-forward block has a gate beside its first matrix.
 
@@ -126,7 +126,7 @@ class Geometry:
 
     @property
     def slices_per_matrix(self) -> tuple[int, ...]:
-        """The slices of width d_out that each matrix takes on the projection axis, the last one perhaps in part."""
+        """How many slices of width d_out each matrix takes on the projection axis: width / d_out, rounded up."""
         return tuple(-(-width // self.d_out) for width in self.widths)
 
     @property
@@ -138,6 +138,12 @@ class Geometry:
 def stacked_axes(construction: str) -> frozenset[str]:
     """The axes that a construction stacks.
 
+    Args:
+        construction: the construction's name.
+
+    Returns:
+        Some of head, projection and depth, or of head and site.
+
     Raises:
         TensLoRAError: for an unknown name.
     """
@@ -148,17 +154,17 @@ def stacked_axes(construction: str) -> frozenset[str]:
 
 
 def modes(construction: str, geometry: Geometry, matrix: int = 0) -> dict[str, int]:
-    """The modes of one tensor: d_in, then d_out or (d_head, head), then the stacked ones of projection, depth and site.
+    """The modes of one tensor: d_in, then d_out or (d_head, head), then projection, depth or site where stacked.
 
     >>> modes("att_qkv", Geometry(d_in=768, heads=12, d_head=64, layers=12))
     {'d_in': 768, 'd_head': 64, 'head': 12, 'projection': 3}
 
-    Where projections are stacked, every slice is d_out wide: a wider matrix takes several slices, a narrower one a part
-    of its slice (`Geometry.slices_per_matrix`). Otherwise each tensor is as wide as its own matrix.
+    Where projections are stacked, every slice is d_out wide. A wider matrix takes several slices, and a narrower matrix
+    takes a part of one slice (`Geometry.slices_per_matrix`). Otherwise each tensor is as wide as its own matrix.
 
     Args:
-        construction: its name.
-        geometry: of the backbone.
+        construction: the construction's name.
+        geometry: the backbone's dimensions.
         matrix: an index in `Geometry.matrices`, which matters only where projections are not stacked.
 
     Returns:
@@ -189,13 +195,18 @@ def modes(construction: str, geometry: Geometry, matrix: int = 0) -> dict[str, i
 
 
 def tensor_grid(construction: str, geometry: Geometry) -> tuple[int, int]:
-    """How many tensors a construction has.
+    """How many tensors a construction has, as the size of a grid of tensors.
 
     >>> tensor_grid("depth", Geometry(d_in=768, heads=12, d_head=64, layers=12))
     (3, 1)
 
+    Args:
+        construction: the construction's name.
+        geometry: the backbone's dimensions.
+
     Returns:
-        The number over matrices and the number over layers. Each is 1 where that axis is stacked.
+        (rows, columns). There is one row for each adapted matrix of a layer, or a single row if projections are
+        stacked; and one column for each layer, or a single column if layers are stacked.
     """
     stacked = stacked_axes(construction)
     return (

@@ -1,4 +1,4 @@
-"""Turns given updates into factorised tensors near to them, and shows how far each axis can be compressed."""
+"""Approximates given updates by factorised tensors, and shows how far each axis can be compressed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tenslora.factorizations import factorization_of
 from tenslora.factorizations.factorization import leading_vectors
 
 Updates = Sequence[Sequence[Tensor]]
-"""The update of each layer, and in it of each of `Geometry.matrices`: alpha dW, shape (d_in, width)."""
+"""``updates[layer][m]`` is alpha dW of the m-th of `Geometry.matrices` in that layer, with shape (d_in, width)."""
 
 
 @dataclass(frozen=True)
 class Approximation:
-    """How near a decomposition Y came to the updates X.
+    """How closely a decomposition Y approximates the updates X.
 
     Args:
         error: ||X - Y|| / ||X||, over all tensors.
-        energy: for each mode with a rank of its own (Tucker's), the share of ||X||^2 that is left if only that mode is
-            compressed to its rank.
+        energy: for each mode that has a rank of its own, as in Tucker, the share of ||X||^2 that is left if only that
+            mode is compressed to its rank.
     """
 
     error: float
@@ -36,9 +36,9 @@ def stack(updates: Updates, construction: str, geometry: Geometry, head_layout: 
     """Stack updates into the tensors of a construction.
 
     Args:
-        updates: of all layers.
-        construction: its name.
-        geometry: of the backbone.
+        updates: the updates of all layers.
+        construction: the construction's name.
+        geometry: the backbone's dimensions.
         head_layout: how d_out divides into d_head and head, see `Factorization.slices`.
 
     Returns:
@@ -69,7 +69,7 @@ def stack(updates: Updates, construction: str, geometry: Geometry, head_layout: 
 
 
 def _slices_of_layer(layer: Sequence[Tensor], geometry: Geometry) -> Tensor:
-    # (P, d_in, d_out). A wide matrix is cut into several slices, and a narrow one is filled up with zeros.
+    # Returns (P, d_in, d_out). A wide matrix is cut into several slices, and a narrow one is padded with zeros.
     parts: list[Tensor] = []
     for update, blocks in zip(layer, geometry.slices_per_matrix, strict=True):
         filled = torch.nn.functional.pad(update, (0, blocks * geometry.d_out - update.shape[1]))
@@ -86,21 +86,21 @@ def _energy(updates: Updates) -> float:
 
 @torch.no_grad()
 def approximate(adapter: Adapter, updates: Updates) -> Approximation:
-    """Set an adapter's parameters so that its updates are near to given ones, by `Factorization.decompose`.
+    """Set an adapter's parameters so that its updates approximate given ones, with `Factorization.decompose`.
 
     Args:
-        adapter: with the ranks to compress to; it is changed in place.
-        updates: in any precision. The computation takes place in float64, on the updates' device.
+        adapter: an adapter with the ranks to compress to; it is changed in place.
+        updates: the updates of all layers, in any precision. The computation takes place in float64, on their device.
 
     Returns:
-        How near the adapter's updates are.
+        How closely the adapter's updates approximate the given ones.
 
     Raises:
         TensLoRAError: if the factorization has no direct method (CP), if alpha is zero, or if all updates are zero.
     """
     config, geometry = adapter.config, adapter.geometry
     if config.alpha == 0:
-        raise TensLoRAError("alpha=0: must be another number, because an update times 0 is near to nothing")
+        raise TensLoRAError("alpha=0: must not be 0, because an adapter with alpha 0 can only give updates of zero")
     total = _energy(updates)
     factorization = factorization_of(config.tensor_mode, config.factorization)
     tensors = stack(
@@ -131,8 +131,8 @@ def spectra(updates: Updates, geometry: Geometry, head_layout: str = "aligned") 
     """How the energy of the updates is distributed along every axis: d_in, d_out, d_head, head, projection and depth.
 
     Args:
-        updates: of all layers.
-        geometry: of the backbone.
+        updates: the updates of all layers.
+        geometry: the backbone's dimensions.
         head_layout: how d_out divides into d_head and head, see `Factorization.slices`.
 
     Returns:

@@ -18,15 +18,15 @@ def first_line(error: BaseException) -> str:
 
 
 def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:
-    """Check a name against the names there are.
+    """Check that a setting has one of its valid values.
 
     Args:
-        setting: what the message calls it.
-        value: as given.
-        valid: all valid names.
+        setting: the setting's name, for the message.
+        value: the setting's value.
+        valid: all valid values.
 
     Raises:
-        TensLoRAError: if `value` is not among them.
+        TensLoRAError: if `value` is not a valid value.
     """
     names = list(valid)
     if value not in names:

@@ -20,11 +20,11 @@ _HEADER = "tenslora"
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically and durably.
 
-    If the process is killed or the disk is full, an old file of that name stays as it was.
+    If the process is killed or the disk is full, an existing file at that path stays as it was.
 
     Args:
-        path: of the file; missing folders are created.
-        content: of the file.
+        path: the file's path; missing folders are created.
+        content: the file's new content.
 
     Raises:
         TensLoRAError: if the file cannot be written.
@@ -41,7 +41,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise TensLoRAError(
-            f"{path}: cannot be written ({error.strerror}); the file before it, if any, is kept"
+            f"{path}: cannot be written ({error.strerror}); a file that existed before stays as it was"
         ) from error
 
 
@@ -49,11 +49,12 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file as `write_bytes` does.
 
     Args:
-        path: of the file.
-        value: anything that JSON can hold; NaN and infinity are refused with a ValueError.
+        path: the file's path.
+        value: anything that JSON can hold.
 
     Raises:
         TensLoRAError: if the file cannot be written.
+        ValueError: if `value` contains NaN or infinity.
     """
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
@@ -62,9 +63,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     """Write a safetensors file as `write_bytes` does. Equal tensors and headers give equal bytes.
 
     Args:
-        path: of the file.
-        tensors: by name.
-        header: what to keep beside the tensors; anything that JSON can hold.
+        path: the file's path.
+        tensors: the tensors by name.
+        header: data to store with the tensors; anything that JSON can hold.
 
     Returns:
         The path.
@@ -84,10 +85,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a safetensors file.
 
     Args:
-        path: of the file.
+        path: the file's path.
 
     Returns:
-        The header that `write_safetensors` wrote (empty for a file that something else wrote), and the tensors by name.
+        The header that `write_safetensors` wrote, and the tensors by name. The header of any other safetensors file is
+        empty.
 
     Raises:
         TensLoRAError: if the file is missing or damaged.

@@ -13,7 +13,7 @@ from tenslora.errors import TensLoRAError
 
 SEPARATE = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
 FUSED = ("qkv", "c_attn")
-"""What an attention block calls its Linear layers: one for each of query, key and value, or one for all three."""
+"""The names of an attention block's Linear layers: three for query, key and value, or a single one for all of them."""
 
 OUTPUT = ("proj", "o_proj", "out_proj", "out_lin", "c_proj", ".output.dense")
 FEED_FORWARD = (
@@ -23,8 +23,8 @@ FEED_FORWARD = (
     {"up": "..ffn.lin1", "down": "..ffn.lin2"},
     {"up": "..mlp.c_fc", "down": "..mlp.c_proj"},
 )
-"""Where the other matrices are, seen from the attention block. A path with one leading dot starts at the module around
-the block, and one with two dots at the layer."""
+"""Paths of the other matrices' Linear layers. A path without a leading dot starts at the attention block, a path with
+one dot at the module that contains the block, and a path with two dots at the layer."""
 
 _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 _SAME_INPUT = (("query", "key", "value"), ("output",), ("gate", "up"), ("down",))
@@ -35,11 +35,11 @@ class TargetLinear:
     """A Linear layer (or transformers' Conv1D) that holds adapted matrices.
 
     Args:
-        path: of the module in the model.
+        path: the module's path in the model.
         linear: the module.
         layer: the index of its layer, 0-based.
-        group: the matrices that read the same input, as neighbouring indices in `Geometry.matrices`.
-        columns: of each matrix that the module holds, the index in the group and the first output column.
+        group: the matrices that read the same input, as a range of indices in `Geometry.matrices`.
+        columns: (index in the group, first output column) of each matrix that the module holds.
         writes_to_stream: whether the module's output goes to the residual stream.
     """
 
@@ -63,8 +63,9 @@ def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, li
     """Find the matrices to adapt in every layer of a model.
 
     An attention block is a module with three Linear layers named query/key/value, q_proj/k_proj/v_proj or
-    q_lin/k_lin/v_lin, or with one named qkv or c_attn. Each such block is a layer, numbered in the order of the model's
-    modules. The attention's output and the feed-forward block are looked up by name (`OUTPUT`, `FEED_FORWARD`).
+    q_lin/k_lin/v_lin, or with one Linear layer named qkv or c_attn. Each such block counts as one layer, and layers are
+    numbered in the order of the model's modules. The attention's output and the feed-forward block are looked up by
+    name (`OUTPUT`, `FEED_FORWARD`).
 
     Args:
         model: any Transformer.
@@ -93,7 +94,7 @@ def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, li
 
 
 def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    # The path of each block, the block, and the names of its Linear layers.
+    # Yields the path of each block, the block, and the names of its Linear layers.
     for path, module in model.named_modules():
         for names in (*SEPARATE, *[(name,) for name in FUSED]):
             linears = [getattr(module, name, None) for name in names]
@@ -111,7 +112,7 @@ def _is_linear(module: object) -> bool:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What has to be the same in all layers."""
+    """The sizes that have to be the same in all layers."""
 
     heads: int
     d_in: int
@@ -167,16 +168,16 @@ def _inspect_layer(model: nn.Module, path: str, block: nn.Module, names: tuple[s
         for name, linear in zip(names, linears, strict=True):
             if features(linear)[0] != d_in:
                 raise TensLoRAError(
-                    f"{path_of(name)}: reads {features(linear)[0]} numbers and {path_of(names[0])} {d_in}; tensors "
-                    f"need the same d_in in every projection"
+                    f"{path_of(name)}: has {features(linear)[0]} inputs, but {path_of(names[0])} has {d_in}; the "
+                    f"projections of a layer must have the same number of inputs"
                 )
     query, key, value = widths
     if query % heads:
         raise TensLoRAError(f"{path}: the output width {query} does not divide into {heads} heads")
     if key != value or key > query or key % (query // heads):
         raise TensLoRAError(
-            f"{path}: query, key and value are {query}, {key} and {value} wide; key and value may be narrower "
-            f"together, by whole heads"
+            f"{path}: query, key and value are {query}, {key} and {value} wide; key and value must be equally wide, "
+            f"consist of whole heads, and be no wider than query"
         )
     wanted = adapted_matrices(adapt)
     d_ff, gated = None, False
@@ -190,7 +191,8 @@ def _inspect_layer(model: nn.Module, path: str, block: nn.Module, names: tuple[s
     for name, matrix in matrices.items():
         if name in expected and features(matrix.linear) != expected[name]:
             raise TensLoRAError(
-                f"{matrix.path}: maps {features(matrix.linear)}, where the {name} matrix should map {expected[name]}"
+                f"{matrix.path}: (inputs, outputs) is {features(matrix.linear)}, but must be {expected[name]} for the "
+                f"{name} matrix"
             )
     return _Layer(path, _Sizes(heads, d_in, query, key, value, d_ff, gated), matrices)
 
@@ -205,7 +207,7 @@ def _head_count(path: str, block: nn.Module, model: nn.Module) -> int:
 
 
 def _look_up(model: nn.Module, path: str, choices: Iterable[Mapping[str, str]], adapt: str) -> dict[str, _Matrix]:
-    # The first of the choices whose modules are all there. The layer's path ends at the last number in the block's.
+    # Returns the first choice whose modules all exist. A layer's path ends at the last number in its block's path.
     modules = dict(model.named_modules())
     steps = path.split(".")
     number = max((index for index, step in enumerate(steps) if step.isdigit()), default=-1)
@@ -236,7 +238,7 @@ def _require_same_sizes(model: nn.Module, layer: _Layer, first: _Layer) -> None:
 
 def _targets(index: int, layer: _Layer, geometry: Geometry) -> Iterator[TargetLinear]:
     names = geometry.matrices
-    columns: dict[str, dict[str, int]] = {}  # of each Linear, the matrices that it holds
+    columns: dict[str, dict[str, int]] = {}  # by the path of a Linear, the matrices that it holds
     for name in names:
         columns.setdefault(layer.matrices[name].path, {})[name] = layer.matrices[name].column
     for path, held in columns.items():

@@ -1,4 +1,4 @@
-"""Random streams that depend on their purpose, and not on what was drawn before."""
+"""Seeds of random streams: a stream depends on its purpose alone, and not on what was drawn before it."""
 
 from __future__ import annotations
 

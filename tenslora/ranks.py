@@ -1,7 +1,8 @@
 """Rank strategies and exact parameter counts. Nothing here needs torch.
 
-A count is the number of the adapter's parameters, summed over all tensors, without a head. LoRA at rank r has
-r (d_in + d_out) parameters per projection and layer; the others follow from `Factorization.shapes`.
+A count is the number of the adapter's parameters in all its tensors; the classification head is left out. LoRA at rank
+r has r (d_in + d_out) parameters per projection and layer. The counts of the other constructions follow from
+`Factorization.shapes`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ STRATEGIES = ("isorank", "isoparameters", "explicit")
 
 
 def rank_limits(construction: str, geometry: Geometry, factorization: str = "tucker") -> dict[str, int]:
-    """The ranks of a construction's tensors.
+    """The names of the ranks of a construction's tensors, and how large each rank can usefully be.
 
     >>> rank_limits("att_qkv", Geometry(d_in=768, heads=12, d_head=64, layers=12))
     {'d_in': 768, 'd_head': 64, 'head': 12, 'projection': 3}
+
+    Args:
+        construction: the construction's name.
+        geometry: the backbone's dimensions.
+        factorization: one of `factorizations.FACTORIZATIONS`.
 
     Returns:
         The name of each rank, in order, and the largest value that is of any use.
@@ -34,7 +40,7 @@ def rank_limits(construction: str, geometry: Geometry, factorization: str = "tuc
 
 
 def _modes_over_matrices(construction: str, geometry: Geometry) -> list[dict[str, int]]:
-    # The modes of every tensor of one layer (or of all layers, if they are stacked). They differ where widths do.
+    # The modes of every tensor of one layer, or of all layers if layers are stacked. A wider matrix has wider modes.
     return [modes(construction, geometry, matrix) for matrix in range(tensor_grid(construction, geometry)[0])]
 
 
@@ -46,10 +52,10 @@ def parameter_count(construction: str, geometry: Geometry, ranks: Sequence[int],
     (221184, 6460)
 
     Args:
-        construction: its name.
-        geometry: of the backbone.
-        ranks: in the order of `rank_limits`.
-        factorization: of the tensors.
+        construction: the construction's name.
+        geometry: the backbone's dimensions.
+        ranks: the ranks, in the order of `rank_limits`.
+        factorization: one of `factorizations.FACTORIZATIONS`.
     """
     chosen = factorization_of(construction, factorization)
     over_matrices = sum(chosen.count(sizes, ranks) for sizes in _modes_over_matrices(construction, geometry))
@@ -62,12 +68,12 @@ def isorank(
     """The same number for every rank.
 
     Args:
-        construction: its name.
-        geometry: of the backbone.
+        construction: the construction's name.
+        geometry: the backbone's dimensions.
         rank: the number.
-        cap: whether a rank stops at its limit, which allows the same updates with fewer parameters. The paper's counts
-            do not: they take rank 4 even on the projection mode, whose size is 3.
-        factorization: of the tensors.
+        cap: whether a rank stops at its limit, which allows the same updates with fewer parameters. The paper counts
+            without a cap: the projection mode has rank 4 although its size is 3.
+        factorization: one of `factorizations.FACTORIZATIONS`.
 
     Returns:
         The ranks, in the order of `rank_limits`.
@@ -87,10 +93,10 @@ def explicit(
     """The ranks as given, after checking that there is one for each name in `rank_limits`, from 1 to its limit.
 
     Args:
-        construction: its name. lora takes a single rank.
-        geometry: of the backbone.
-        ranks: in the order of `rank_limits`.
-        factorization: of the tensors.
+        construction: the construction's name. lora takes a single rank.
+        geometry: the backbone's dimensions.
+        ranks: the ranks, in the order of `rank_limits`.
+        factorization: one of `factorizations.FACTORIZATIONS`.
 
     Returns:
         The ranks.
@@ -119,7 +125,7 @@ def isoparameters(
     factorization: str = "tucker",
     scale: float = 1.0,
 ) -> tuple[int, ...]:
-    """Ranks that give as many parameters as LoRA has, as nearly as sensible integers allow.
+    """Ranks whose parameter count is as near to LoRA's as the rules below allow.
 
     >>> isoparameters("qkv_depth", Geometry(d_in=768, heads=12, d_head=64, layers=12))
     (60, 60, 3, 12)
@@ -132,19 +138,19 @@ def isoparameters(
     - uniform: every mode has rank t, up to its size.
     - proportional: every mode is compressed alike, r_i = t n_i / max n.
 
-    Then the ranks become integers. Ranks that are at their limits in r(t) stay there; the others may move by about a
-    third (a tensor train's by at most two). No rank exceeds what the others can use. (Tucker: no more than their
-    product, as the tensor's multilinear rank cannot be higher.) Of the integer ranks whose count is within `tolerance`
-    of the budget, the function takes the ones nearest to r(t), by the sum of squared log ratios. If there are none, it
-    takes the count nearest to the budget.
+    Then the ranks become integers. Ranks that are at their limits in r(t) stay there; the others may differ from r(t)
+    by about a third (a tensor train's by at most two). No rank exceeds what the other ranks can use. (For Tucker that
+    is the product of the other ranks, as the tensor's multilinear rank cannot be higher.) Of the integer ranks whose
+    count is within `tolerance` of the budget, the function takes those nearest to r(t), by the sum of squared log
+    ratios. If no count is within the tolerance, it takes the ranks whose count is nearest to the budget.
 
     Args:
-        construction: its name.
-        geometry: of the backbone.
+        construction: the construction's name.
+        geometry: the backbone's dimensions.
         rank: the LoRA rank whose parameter count is matched.
         rule: for Tucker, see above.
         tolerance: how far the count may be from the budget, as a share of the budget.
-        factorization: of the tensors.
+        factorization: one of `factorizations.FACTORIZATIONS`.
         scale: multiplies the budget.
 
     Returns:
@@ -161,7 +167,8 @@ def isoparameters(
     ideal = search.ideal(rule)
 
     def distances(ranks: tuple[int, ...]) -> tuple[float, float]:
-        # From the tolerated counts, rounded so that equal distances tie, and from the ideal ranks.
+        # Two distances: of the count from the tolerated interval (rounded, so that equal distances tie), and of the
+        # ranks from the ideal ones.
         excess = abs(search.count(ranks) / search.budget - 1) - tolerance
         return max(round(excess, 9), 0.0), sum(math.log(r / s) ** 2 for r, s in zip(ranks, ideal, strict=True))
 
@@ -169,7 +176,7 @@ def isoparameters(
 
 
 class _Search:
-    """The search of `isoparameters`; counts and budget are those of one layer, or of all where depth is stacked."""
+    """The search of `isoparameters`. Counts and the budget are of one layer, or of all layers if depth is stacked."""
 
     def __init__(self, construction: str, geometry: Geometry, factorization: str, budget: float) -> None:
         self.factorization = factorization_of(construction, factorization)
@@ -191,8 +198,8 @@ class _Search:
         return self.factorization.ideal(self.widest, rule, low)
 
     def candidates(self, ideal: Sequence[float], tolerance: float) -> Iterator[tuple[int, ...]]:
-        # All combinations of all ranks but the first. Given the others, the count is affine in the first rank, so that
-        # its best value follows from the bounds of the tolerated interval.
+        # Tries all combinations of all ranks but the first. Given the other ranks, the count is affine in the first
+        # rank, so the best first rank follows from the bounds of the tolerated interval.
         first, *others = (
             range(limit, limit + 1) if rank == limit else self.factorization.nearby(rank, limit)
             for rank, limit in zip(ideal, self.limits, strict=True)
@@ -207,7 +214,7 @@ class _Search:
             ranks = (min(max(inside, first[0]), first[-1]), *rest)
             if self.factorization.admits(self.widest, ranks):
                 yield ranks
-        # On a backbone of a few units, none of these may be admissible. Then the rounded ideal ranks are left.
+        # The rounded ideal ranks are always a candidate, because on a very narrow backbone no other may be admissible.
         yield tuple(min(n, max(1, round(r))) for n, r in zip(self.limits, ideal, strict=True))
 
 
@@ -250,9 +257,9 @@ class RankStrategy:
         """The ranks of the construction's tensors.
 
         Args:
-            construction: its name.
-            geometry: of the backbone.
-            factorization: of the tensors.
+            construction: the construction's name.
+            geometry: the backbone's dimensions.
+            factorization: one of `factorizations.FACTORIZATIONS`.
 
         Returns:
             One integer for each name in `rank_limits`.

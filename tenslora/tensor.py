@@ -20,10 +20,10 @@ class FactorizedTensor(nn.Module):
     `Factorization.zero_parameter` names starts at zero, so every update starts at zero; the others are drawn in order.
 
     Args:
-        factorization: how the tensor is written.
-        modes: name and size of each mode, as `constructions.modes` gives them.
-        ranks: in the order of `Factorization.rank_limits`.
-        layers: number of layers L of the backbone.
+        factorization: the formulas of the factorised form.
+        modes: the name and the size of each mode, as `constructions.modes` gives them.
+        ranks: the ranks, in the order of `Factorization.rank_limits`.
+        layers: the number of layers L of the backbone.
         generator: the random stream that the parameters are drawn from.
         init: "orthogonal" (orthonormal columns, or orthonormal rows where a factor has more columns than rows),
             "normal" (standard deviation 1 / sqrt(n), so that a column has length 1 on average) or "kaiming_uniform"
@@ -74,8 +74,8 @@ def thin_slices(
     """The thin slices of neighbouring layers, computed together.
 
     Args:
-        tensors: the one tensor that stacks the layers; otherwise one tensor for each of the layers, all of the same
-            shapes.
+        tensors: the one tensor that stacks the layers; or one tensor for each of `layers`, all with equal modes and
+            ranks.
         layers: which layers.
         positions: which positions of the projection axis, or of each layer's part of the site axis; None for all.
         scale: multiplies the updates.

@@ -109,14 +109,12 @@ def test_key_and_value_may_have_fewer_heads() -> None:
 
 @pytest.mark.parametrize("widths", [(16, 8, 4), (8, 16, 16), (16, 6, 6)])
 def test_odd_widths_of_query_key_and_value_are_refused(widths: tuple[int, int, int]) -> None:
-    with pytest.raises(
-        TensLoRAError, match=r"query, key and value are .* wide; key and value may be narrower together"
-    ):
+    with pytest.raises(TensLoRAError, match=r"query, key and value are .* wide; key and value must be equally wide"):
         find_projections(_Separate(*widths))
 
 
 def test_projections_of_inputs_of_different_widths_are_refused() -> None:
-    with pytest.raises(TensLoRAError, match=r"k_proj: reads 6 numbers and q_proj 8"):
+    with pytest.raises(TensLoRAError, match=r"k_proj: has 6 inputs, but q_proj has 8"):
         find_projections(_Separate(16, 16, 16, reads=6))
 
 

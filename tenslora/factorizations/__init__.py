@@ -25,8 +25,12 @@ def factorization_of(construction: str, name: str) -> Factorization:
     """The factorization of a construction's tensors.
 
     Args:
-        construction: its name. lora has matrices, and so a tensor train of two modes (LoRA's A B), whatever `name` is.
-        name: one of `FACTORIZATIONS`.
+        construction: the construction's name.
+        name: one of `FACTORIZATIONS`. It has no effect on lora, whose tensors are matrices and always have the tensor
+            train of two modes, which is LoRA's A B.
+
+    Returns:
+        The formulas of the factorization.
 
     Raises:
         TensLoRAError: for an unknown name.

@@ -21,9 +21,10 @@ STRUCTURE = (PROJECTION, DEPTH, SITE)
 
 
 class Factorization(ABC):
-    """A way to write a tensor with modes n_1, ..., n_N in few numbers, as formulas: it holds no numbers itself.
+    """The formulas by which a tensor with modes n_1, ..., n_N is written in few numbers.
 
-    In every method, `modes` is as `constructions.modes` gives it, and ranks are in the order of `rank_limits`.
+    A factorization holds no numbers itself. In every method, `modes` is as `constructions.modes` gives it, and ranks
+    are in the order of `rank_limits`.
     """
 
     structure_dim: ClassVar[int] = 0
@@ -31,7 +32,10 @@ class Factorization(ABC):
 
     @abstractmethod
     def rank_limits(self, modes: Modes) -> dict[str, int]:
-        """The ranks of a tensor.
+        """The names of a tensor's ranks, and how large each rank can usefully be.
+
+        Args:
+            modes: the tensor's modes.
 
         Returns:
             The name of each rank, in order, and the largest value that is of any use whatever the other ranks are.
@@ -39,10 +43,14 @@ class Factorization(ABC):
 
     @abstractmethod
     def shapes(self, modes: Modes, ranks: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """The parameters of a tensor.
+        """The names and the shapes of a tensor's parameters.
 
-        The count of parameters is computed from the shapes, also for ranks that are real numbers or 0. It must be
-        affine in the first rank, and it must not fall when any rank grows.
+        The count of parameters is computed from the shapes, also for ranks that are real numbers or 0. The count must
+        be affine in the first rank, and it must not fall when any rank grows.
+
+        Args:
+            modes: the tensor's modes.
+            ranks: the tensor's ranks.
 
         Returns:
             The name and the shape of each parameter, in the order in which they are drawn. A parameter that belongs to
@@ -52,25 +60,29 @@ class Factorization(ABC):
 
     @abstractmethod
     def zero_parameter(self, modes: Modes) -> str:
-        """The name of the parameter that starts at zero, so that dW = 0. Every update must be linear in it."""
+        """The name of the parameter that starts at zero, so that dW = 0. Every update must be linear in that parameter.
+
+        Args:
+            modes: the tensor's modes.
+        """
 
     @abstractmethod
     def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
         """The updates of one layer as thin products, dW[p] = left[p] @ right[p].
 
-        It is called once for all layers, through torch.vmap.
+        The method is called once for all layers, through torch.vmap.
 
         Args:
-            parameters: with the names and shapes that `shapes` gives, except that the parameter of projection or site
-                holds only the P positions that are wanted, and the parameter of depth only this layer's position,
-                without that dimension.
-            head_layout: how an index of d_out is made up of a head and an offset within d_head. "aligned" is
+            parameters: the parameters, with the names and shapes that `shapes` gives, with two exceptions. The
+                parameter of projection or site holds only the P positions that are wanted. The parameter of depth holds
+                only this layer's position, without that dimension.
+            head_layout: how a head and an offset within d_head give an index of d_out. "aligned" is
                 head * d_head + offset, which are the model's heads; "interleaved" is offset * heads + head, as in the
                 paper's released code.
 
         Returns:
             left, (P, d_in, r), or (1, d_in, r) if all slices share it; and right, (P, r, d_out). P is 1 where neither
-            projection nor site is stacked. r is whatever the product needs; it may be none of the ranks.
+            projection nor site is stacked. r is the inner size of the product and need not be one of the ranks.
         """
 
     @abstractmethod
@@ -78,33 +90,44 @@ class Factorization(ABC):
         """Real-valued ranks that `isoparameters` raises together, by raising t, until they meet its budget.
 
         Args:
-            modes: of the tensor.
-            rule: which ranks grow how, one of `tucker.RULES`. Only Tucker has a choice.
-            t: from 1 to the largest limit. No rank may fall when t grows.
+            modes: the tensor's modes.
+            rule: how the ranks grow with t, one of `tucker.RULES`. Only Tucker reads it.
+            t: a number from 1 to the largest limit. No rank may fall when t grows.
+
+        Returns:
+            The ranks, as real numbers.
         """
 
     def nearby(self, rank: float, limit: int) -> range:
         """The integers that `isoparameters` tries for one rank.
 
-        It tries all combinations of all ranks but the first, so they should be few.
+        `isoparameters` tries all combinations of all ranks but the first, so there should be few integers.
 
         Args:
-            rank: the ideal, real value.
-            limit: of this rank.
+            rank: the ideal value, a real number.
+            limit: the rank's limit.
         """
         return range(max(1, math.floor(rank) - 1), min(limit, math.ceil(rank) + 1) + 1)
 
     def admits(self, modes: Modes, ranks: Sequence[int]) -> bool:
-        """Whether every rank is of use, beside the others: whether no smaller one could hold the same tensors."""
+        """Whether every rank is of use, given the other ranks: a lower rank would exclude some tensors.
+
+        Args:
+            modes: the tensor's modes.
+            ranks: the tensor's ranks.
+        """
         return True
 
     def decompose(self, tensor: Tensor, modes: Modes, ranks: Sequence[int]) -> dict[str, Tensor]:
-        """Parameters of a tensor that is near to a given one.
+        """Parameters whose tensor approximates a given one.
 
         Args:
-            tensor: of the modes' sizes, in their order.
-            modes: of the tensor.
-            ranks: of the result.
+            tensor: the given tensor, whose dimensions are the modes.
+            modes: the tensor's modes.
+            ranks: the ranks of the result.
+
+        Returns:
+            The parameters, with the names and shapes that `shapes` gives.
 
         Raises:
             TensLoRAError: if the factorization has no direct method, which is the default.
@@ -114,7 +137,15 @@ class Factorization(ABC):
         )
 
     def count(self, modes: Modes, ranks: Sequence[float]) -> float:
-        """The number of parameters: an integer if the ranks are integers."""
+        """The number of a tensor's parameters.
+
+        Args:
+            modes: the tensor's modes.
+            ranks: the tensor's ranks, which may be real numbers here.
+
+        Returns:
+            The number, an integer if the ranks are integers.
+        """
         shapes = self.shapes(modes, ranks)  # type: ignore[arg-type]
         return sum(math.prod(shape) for shape in shapes.values())
 
@@ -126,7 +157,7 @@ def leading_vectors(matrix: Tensor, count: int) -> Tensor:
 
     Args:
         matrix: (m, n).
-        count: how many.
+        count: the number of vectors.
 
     Returns:
         (m, count), largest singular value first. Columns beyond the m-th are zero.

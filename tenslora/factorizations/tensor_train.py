@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 class TensorTrain(Factorization):
     """X[i_1, ..., i_N] = G_1[i_1] G_2[:, i_2] ... G_N[:, i_N], a product of matrices (Oseledets, 2011).
 
-    The train runs from d_in over the stacked ones of projection, depth, site and head to d_head or d_out. With the two
-    wide modes at the ends, their cores are matrices; over site alone it is LoTR (arXiv 2402.01376), and of two modes it
-    is LoRA's A B.
+    The train runs from d_in over the stacked axes (projection, depth, site, head) to d_head or d_out. The two wide
+    modes are at the ends, so their cores are matrices. A train over site alone is LoTR (arXiv 2402.01376), and a train
+    of two modes is LoRA's A B.
 
     N modes have N - 1 ranks, each named after the two modes that it joins. The cores are G_1 (d_in, r_1),
-    G_k (r_{k-1}, n_k, r_k) and G_N (r_{N-1}, n_N), under their modes' names. The last one starts at zero.
+    G_k (r_{k-1}, n_k, r_k) and G_N (r_{N-1}, n_N), under their modes' names. The last core starts at zero.
     """
 
     structure_dim = 1
@@ -63,7 +63,7 @@ class TensorTrain(Factorization):
         return parameters["d_in"].unsqueeze(0), right
 
     def decompose(self, tensor: Tensor, modes: Modes, ranks: Sequence[int]) -> dict[str, Tensor]:
-        """TT-SVD (Oseledets, 2011): each core holds the leading singular vectors of what the cores before it leave."""
+        """TT-SVD (Oseledets, 2011): a core holds the leading singular vectors of what the cores before it have left."""
         *names, last = _order(modes)
         rest = tensor.permute([list(modes).index(name) for name in (*names, last)])
         cores: dict[str, Tensor] = {}

@@ -18,7 +18,7 @@ class Tucker(Factorization):
     """X = G x_1 U_1 x_2 U_2 ... x_N U_N (arXiv 2509.19391, section 2).
 
     Each mode has a rank r_i and a factor U_i of shape (n_i, r_i) under its name. The core G has the shape
-    (r_1, ..., r_N) and starts at zero. That is sum n_i r_i + prod r_i numbers.
+    (r_1, ..., r_N) and starts at zero. The tensor has sum n_i r_i + prod r_i parameters.
     """
 
     def rank_limits(self, modes: Modes) -> dict[str, int]:
@@ -107,7 +107,7 @@ def _expand_output(rows: Tensor, parameters: Mapping[str, Tensor], head_layout: 
     return ((rows @ slow.T).mT @ fast.T).flatten(-2)
 
 
-# From a real number t >= 1 to the real-valued rank of each mode. No rank may fall when t grows.
+# A rule maps a real number t >= 1 to the real-valued rank of each mode. No rank may fall when t grows.
 Rule = Callable[[Modes, float], list[float]]
 
 

@@ -33,8 +33,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         The contents of its adapter_config.json.
 
     Raises:
-        TensLoRAError: if there are no settings, or if the adapter changes the model by more than a product of two
-            matrices per weight (DoRA, biases, an initialisation that changes the backbone's weights).
+        TensLoRAError: if there are no settings, or if the adapter does more than add a product of two matrices to each
+            weight, as DoRA, biases and some initialisations do.
     """
     path = folder / CONFIG
     try:
@@ -48,8 +48,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise TensLoRAError(f"{path}: lora_bias=true: must be false, because a tensor of updates cannot hold biases")
     if (init := config.get("init_lora_weights", True)) not in _INITS_OF_LORA_ALONE:
         raise TensLoRAError(
-            f"{path}: init_lora_weights={init}: it changes the backbone's weights too; save it with PEFT's "
-            f"path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+            f"{path}: init_lora_weights={init}: changes the backbone's weights too; save the adapter again with PEFT's "
+            f"path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
         )
     return config
 
@@ -59,12 +59,12 @@ def read_updates(folder: Path, geometry: Geometry, targets: list[TargetLinear]) 
 
     Args:
         folder: as PEFT's `save_pretrained` wrote it.
-        geometry: of the model that the LoRA is for, from `find_projections`.
+        geometry: the dimensions of the model that the LoRA is for, from `find_projections`.
         targets: that model's Linear layers, from `find_projections`.
 
     Returns:
-        dW of each layer, and in it of each of the geometry's matrices, shape (d_in, width). A matrix that the LoRA
-        does not adapt has zeros.
+        ``updates[layer][m]``, the update of the m-th of `Geometry.matrices` in that layer, with shape (d_in, width). It
+        is zero if the LoRA does not adapt that matrix.
 
     Raises:
         TensLoRAError: if the LoRA adapts anything beside the geometry's matrices, if its sizes are not the model's, or
@@ -77,7 +77,8 @@ def read_updates(folder: Path, geometry: Geometry, targets: list[TargetLinear]) 
     left_out: list[str] = []
     any_matches = False
     for target in targets:
-        # A model with a head has a prefix in front of the backbone's paths, on either side.
+        # A model with a head has a prefix in front of the backbone's paths. Either model may have a head: the LoRA's
+        # own model, or the one that is adapted.
         name = next((name for name in saved if _ends_with(name, target.path) or _ends_with(target.path, name)), None)
         if name is None:
             continue
@@ -87,7 +88,8 @@ def read_updates(folder: Path, geometry: Geometry, targets: list[TargetLinear]) 
         update = (b @ a).T * _scaling(config, name)  # (inputs, outputs)
         if update.shape != features(target.linear):
             raise TensLoRAError(
-                f"{folder}: its update of {name} is {tuple(update.shape)}, the model's Linear {features(target.linear)}"
+                f"{folder}: its update of {name} has the shape {tuple(update.shape)}, but the model's Linear has "
+                f"{features(target.linear)}"
             )
         remainder = update.clone()
         for index, start in target.columns:

@@ -17,18 +17,18 @@ from tenslora.errors import TensLoRAError
 
 @torch.no_grad()
 def lora_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """The update of each adapted Linear as a LoRA of scaling 1, ``W <- W + B A``; alpha is included.
+    """The update of each adapted Linear as a LoRA of scaling 1, ``W <- W + B A``. alpha is part of B A.
 
     Args:
         model: with an adapter.
 
     Returns:
-        By the Linear's path in `model`, PEFT's lora_A and lora_B weights: A (r, inputs) and B (outputs, r). r is that
-        of the thin products, see `Factorization.slices`. Where one Linear holds several matrices with a left of their
-        own, r is the sum of theirs and B is block diagonal.
+        By the Linear's path in `model`, PEFT's lora_A and lora_B weights: A (r, inputs) and B (outputs, r). r is the
+        inner size of the thin products, see `Factorization.slices`. Where one Linear holds several matrices that do not
+        share left, r is the sum over these matrices and B is block diagonal.
 
     Raises:
-        TensLoRAError: if there is no adapter, or if it is merged.
+        TensLoRAError: if there is no adapter, or if the adapter is merged.
     """
     products = {path: linear.as_lora() for path, linear in adapted_linears(model).items()}
     return {path: (left.T.contiguous(), right.T.contiguous()) for path, (left, right) in products.items()}
@@ -46,7 +46,7 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
         The `peft.PeftModel`.
 
     Raises:
-        TensLoRAError: if there is no adapter, if it is merged, or if PEFT is not installed.
+        TensLoRAError: if there is no adapter, if the adapter is merged, or if PEFT is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
