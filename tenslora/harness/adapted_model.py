@@ -1,4 +1,4 @@
-"""Puts on a backbone what a run trains: its adapter and its head, or every weight."""
+"""Prepares a backbone for training: attaches the run's adapter and chooses the parameters that are trained."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ class AdaptedModel:
     """A model that is ready to train.
 
     Args:
-        model: the backbone with its head, and with the adapter if there is one; what is trained requires gradients.
-        geometry: as found in the backbone.
-        adapter: None for a run without one.
-        warm_start: how near the adapter came to the LoRA that it starts from; None without a warm start.
+        model: the backbone with its head, and with the adapter if there is one. The parameters to train require
+            gradients.
+        geometry: the dimensions found in the backbone.
+        adapter: the attached adapter; None for a run without an adapter.
+        warm_start: how closely the adapter approximates the LoRA that it starts from; None without a warm start.
         head: the parameters of the head, under their names in the model.
     """
 
@@ -41,17 +42,27 @@ class AdaptedModel:
     head: dict[str, nn.Parameter]
 
     def trained_weights(self, tensor_mode: str) -> dict[str, nn.Parameter]:
-        """What a run leaves beside its adapter: the head, or after full fine-tuning every parameter."""
+        """The trained weights other than the adapter: the head's, or every parameter after full fine-tuning.
+
+        Args:
+            tensor_mode: the run's tensor_mode.
+
+        Returns:
+            The parameters by their names in the model.
+        """
         return dict(self.model.named_parameters()) if tensor_mode == "full" else self.head
 
 
 def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> AdaptedModel:
-    """Move a backbone to its device and make trainable what the run trains; everything else is frozen.
+    """Move a backbone to its device, attach the run's adapter, and freeze every parameter that the run does not train.
 
     Args:
         run: the settings.
-        backbone: with a fresh head. Its model is changed in place.
-        device: to train on.
+        backbone: a backbone with a fresh head. Its model is changed in place.
+        device: the device to train on.
+
+    Returns:
+        The model, ready to train.
 
     Raises:
         TensLoRAError: if the backbone has other dimensions than its config file declares, if the matrices to adapt are
@@ -78,17 +89,17 @@ def check_geometry(declared: Geometry | None, actual: Geometry) -> None:
     """Check that a backbone has the dimensions that its config file declares.
 
     Args:
-        declared: what the config file says; None if it says nothing.
-        actual: what the backbone has.
+        declared: the dimensions in the config file; None if the file does not declare them.
+        actual: the backbone's dimensions.
 
     Raises:
-        TensLoRAError: names the first dimension that differs.
+        TensLoRAError: if a dimension differs; the message names the first one.
     """
     for name, value in vars(declared).items() if declared else ():
         if name in ("d_ff", "gated") and actual.d_ff is None:  # the feed-forward block is not adapted
             continue
         if value != getattr(actual, name):
             raise TensLoRAError(
-                f"model.geometry.{name}={value}: the backbone that was loaded has {getattr(actual, name)}; is "
-                f"model.checkpoint another model's? If it is meant, set model.geometry=null"
+                f"model.geometry.{name}={value}: the backbone that was loaded has {getattr(actual, name)}; check that "
+                f"model.checkpoint belongs to this model, or set model.geometry=null"
             )

@@ -2,8 +2,9 @@
 
     python -m tenslora.harness.analyse <run or PEFT folder>
 
-prints, for d_in, d_out, d_head, head, projection and depth, the rank that keeps 90 and 99 per cent of the updates'
-energy when that axis alone is cut, and writes the whole spectrum as spectra.json and as a figure.
+For each of the axes d_in, d_out, d_head, head, projection and depth, the command prints the rank that keeps 90 and 99
+per cent of the updates' energy when only that axis is compressed. It writes all spectra to spectra.json and draws them
+in a figure.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> tu
     """The updates that a run's adapter, or a LoRA saved by PEFT, adds to its backbone.
 
     Args:
-        folder: of the run or of the LoRA.
-        model: the LoRA's backbone, a local folder or a name on the hub; None for the one that the LoRA names. Only the
-            sizes in its configuration are used.
-        adapt: which matrices of the LoRA to look at, see `constructions.adapted_matrices`.
+        folder: the folder of the run or of the LoRA.
+        model: the LoRA's backbone, a local folder or a name on the hub; None for the backbone that the LoRA names. Only
+            the sizes in the backbone's configuration are used.
+        adapt: which matrices of the LoRA to analyse, see `constructions.adapted_matrices`.
+
+    Returns:
+        The backbone's dimensions, and the updates of all layers with alpha, see `decomposition.Updates`.
 
     Raises:
-        TensLoRAError: if there is no such adapter, or no such backbone.
+        TensLoRAError: if there is no adapter in the folder, or if the backbone cannot be found.
     """
     if not (folder / CONFIG).is_file():
         adapter = load_adapter(RunFolder(folder).adapter)
@@ -64,14 +68,14 @@ def rank_for(shares: Sequence[float], energy: float) -> int:
     2
 
     Args:
-        shares: of each singular value in the energy, largest first.
-        energy: the share to keep.
+        shares: the share of each singular value in the energy, largest first.
+        energy: the share to keep, from 0 to 1.
     """
     return next((rank for rank, kept in enumerate(accumulate(shares), start=1) if kept >= energy), len(shares))
 
 
 def energy_by_rank(shares: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw how much energy the updates keep when one axis alone is cut to a rank: a line per axis.
+    """Draw how much energy the updates keep when only one axis is compressed to a rank. Each axis has a line.
 
     The rank is in per cent of the axis's size. An axis whose line is the dotted diagonal cannot be compressed.
 
@@ -99,12 +103,12 @@ def energy_by_rank(shares: Mapping[str, Sequence[float]]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends it with status 1 and one line."""
+    """The command line. A user's mistake ends the process with status 1 and one line."""
     parser = command_parser("tenslora.harness.analyse", __doc__)
-    parser.add_argument("folder", type=Path, help="of a finished run, or of a LoRA that PEFT saved")
-    parser.add_argument("--model", help="a LoRA's backbone, a folder or a name on the hub, if not the one it names")
+    parser.add_argument("folder", type=Path, help="the folder of a finished run, or of a LoRA that PEFT saved")
+    parser.add_argument("--model", help="a LoRA's backbone, a folder or a name on the hub; default: as in the LoRA")
     parser.add_argument("--adapt", default="qkv", help="which of a LoRA's matrices: letters of qkvo, mlp, or all")
-    parser.add_argument("--out", type=Path, help="where to write; default: the folder itself")
+    parser.add_argument("--out", type=Path, help="the folder to write to; default: the folder that is analysed")
     given = parser.parse_args(arguments)
     out = given.out or given.folder
     with mistakes_in_one_line():

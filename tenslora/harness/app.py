@@ -36,8 +36,9 @@ def run_app(
 
     Args:
         task: carries out one job.
-        config_name: the file in conf/ to begin with.
-        sweep: decides which jobs of a multirun are carried out; see `hydra_plugins.tenslora_sweeps.TableSweeper`.
+        config_name: the name of the main config file in conf/.
+        sweep: decides which jobs of a multirun are carried out; see `hydra_plugins.tenslora_sweeps.TableSweeper`. None
+            for an application without a table.
     """
     guarded = _Task(task, sweep, wants_traceback=os.environ.get(_FULL_ERROR) == "1")
     # With this setting Hydra raises its own errors instead of printing them over several lines.
@@ -60,7 +61,7 @@ def run_app(
 
 
 class _Task:
-    """What Hydra calls for each job, in this process or in a launcher's, and what `TableSweeper` calls for a sweep."""
+    """The function that Hydra calls for each job, in this process or a launcher's. `TableSweeper` calls its `sweep`."""
 
     def __init__(
         self, task: Callable[[DictConfig], Any], sweep: Callable[..., None] | None, wants_traceback: bool
@@ -89,7 +90,7 @@ class _Task:
         self._sweep(config, jobs, launch)
 
 
-# On import, so that it also happens in the process where a launcher unpickles a task.
+# Resolvers are registered on import, so that a process in which a launcher unpickles a task has them too.
 register_resolvers()
 
 

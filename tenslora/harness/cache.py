@@ -1,4 +1,4 @@
-"""A cache of what was loaded last, so that the runs of one process load a backbone and a dataset once."""
+"""A cache of the most recently loaded objects, so that the runs of one process load a backbone and a dataset once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ R = TypeVar("R")
 def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that keeps the results of a function's latest calls, for further calls with equal arguments.
 
-    It differs from functools.lru_cache in two ways. Arguments need no hash: they are compared by ==. And a result that
-    has to make room is dropped before the function is called, so that two backbones are never in memory at once.
+    The decorator differs from functools.lru_cache in two ways. Arguments need no hash, because they are compared by ==.
+    If the cache is full, the oldest result is dropped before the function is called and not after it, so that two
+    backbones are never in memory at once.
 
     A result is shared by all callers, who must not change it.
 
     Args:
-        size: how many results are kept.
+        size: the number of results that are kept.
+
+    Returns:
+        The decorator.
     """
 
     def decorate(load: Callable[P, R]) -> Callable[P, R]:

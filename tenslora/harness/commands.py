@@ -1,4 +1,4 @@
-"""What the commands ``python -m tenslora.harness.<name>`` have in common."""
+"""The code that the commands ``python -m tenslora.harness.<name>`` share."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def command_parser(module: str, description: str | None) -> argparse.ArgumentPar
     """A parser for the command line of a module.
 
     Args:
-        module: its name, as in ``python -m <module>``.
-        description: its docstring, shown as it stands.
+        module: the module's name, as in ``python -m <module>``.
+        description: the module's docstring, which ``--help`` shows without changing its line breaks.
     """
     return argparse.ArgumentParser(
         prog=f"python -m {module}",

@@ -3,7 +3,7 @@
     python -m tenslora.harness.export <run> --format peft      # a PEFT LoRA adapter, for PeftModel.from_pretrained
     python -m tenslora.harness.export <run> --format merged    # the backbone with the update in its weights
 
-Nothing is lost in either: every update is a product of two thin matrices, and so is a LoRA.
+Neither form loses anything: every update is a product of two thin matrices, and so is the update of a LoRA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def export_peft(loaded: LoadedRun, folder: Path) -> None:
     """Write a run's adapter and head as a PEFT adapter.
 
     Args:
-        loaded: the run; its model is changed.
+        loaded: the finished run; its model is changed in place.
         folder: an existing, empty folder.
 
     Raises:
@@ -45,13 +45,13 @@ def export_peft(loaded: LoadedRun, folder: Path) -> None:
 
 
 def export_merged(loaded: LoadedRun, folder: Path) -> None:
-    """Write the backbone with the update in its weights, and the head, as its own library saves models.
+    """Write the backbone with its head and with the update in its weights, in the form of the backbone's own library.
 
-    A transformers model is for from_pretrained, with its tokenizer. A timm model is for
+    A transformers model is written with its tokenizer and loaded by from_pretrained. A timm model is loaded by
     timm.create_model("local-dir:<folder>", pretrained=True).
 
     Args:
-        loaded: the run; its model is changed.
+        loaded: the finished run; its model is changed in place.
         folder: an existing, empty folder.
     """
     model, settings = loaded.backbone.model, loaded.run.model
@@ -93,10 +93,10 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
         run: the folder of the run.
         form: a name in `FORMATS`.
         out: the folder to write, which must not exist.
-        checkpoint: where the backbone's weights are now, if they have moved since.
+        checkpoint: the backbone's weights, a file or folder, if they have moved since the run.
 
     Raises:
-        TensLoRAError: if the folder exists already, if there is no completed run, or if there is no room.
+        TensLoRAError: if `out` exists already, if `run` holds no completed run, or if `out` cannot be written.
     """
     if out.exists():
         raise TensLoRAError(f"--out {out}: exists already")
@@ -114,11 +114,11 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a mistake ends it with status 1 and one line."""
+    """The command line. A user's mistake ends the process with status 1 and one line."""
     parser = command_parser("tenslora.harness.export", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run, with its result.json")
     parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--out", type=Path, help="a folder that does not exist yet; <run>/<format> unless given")
+    parser.add_argument("--out", type=Path, help="the folder to write, which must not exist; default: <run>/<format>")
     parser.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved since the run")
     given = parser.parse_args(arguments)
     out = given.out or given.run / given.format

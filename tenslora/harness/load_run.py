@@ -1,4 +1,4 @@
-"""Loads a finished run: the backbone with everything on it that the run trained."""
+"""Loads a finished run: its backbone with the weights that the run trained."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class LoadedRun:
     """A finished run, ready to use.
 
     Args:
-        run: its settings.
-        record: its result.json.
-        backbone: with the trained head, and with the adapter attached if the run had one.
-        tokenizer: of a text model, otherwise None.
+        run: the run's settings.
+        record: the run's result.json.
+        backbone: the backbone with the trained head, and with the adapter attached if the run had one.
+        tokenizer: the tokenizer of a text model; None for an image model.
     """
 
     run: RunConfig
@@ -33,11 +33,14 @@ class LoadedRun:
 
 
 def load_run(folder: Path, checkpoint: str | None = None) -> LoadedRun:
-    """Load the backbone as the run did, and put the trained weights on it.
+    """Load the backbone as the run did, and then the weights that the run trained.
 
     Args:
-        folder: of the run.
-        checkpoint: where the backbone's weights are now, if they have moved since.
+        folder: the run's folder.
+        checkpoint: the backbone's weights, a file or folder, if they have moved since the run.
+
+    Returns:
+        The run, ready to use.
 
     Raises:
         TensLoRAError: if there is no completed run in the folder, or if its backbone cannot be loaded.
@@ -51,7 +54,7 @@ def load_run(folder: Path, checkpoint: str | None = None) -> LoadedRun:
         run = replace(run, model=replace(run.model, checkpoint=checkpoint))
     tokenizer = None
     if run.model.modality == "text":
-        # A run with random weights trained a tokenizer on its own sentences, which has to be trained again.
+        # A run with random weights trained a tokenizer on its own sentences. That tokenizer has to be trained again.
         sentences = [] if run.model.pretrained else load_dataset(run.dataset, run.seed).train.inputs
         tokenizer = load_tokenizer(run.model, sentences)
     backbone = load_backbone(run.model, len(record["classes"]), run.seed, tokenizer)

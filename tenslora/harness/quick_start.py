@@ -1,6 +1,7 @@
-"""The tricks that let train.py reach its first step sooner, with what each of them saves.
+"""The tricks that let train.py reach its first step sooner, with the time that each of them saves.
 
-Seconds are of the processor, measured on 2 cores of a virtual machine with the versions of requirements.lock.
+The figures are seconds of processor time, measured on 2 cores of a virtual machine with the versions of
+requirements.lock.
 
 | trick | without it | with it |
 |---|---|---|
@@ -22,19 +23,22 @@ if TYPE_CHECKING:
 
 
 def pause_garbage_collection() -> None:
-    """Look for no garbage while libraries are imported and models are loaded: everything that they create stays."""
+    """Turn garbage collection off. Importing libraries and loading models creates hardly any garbage."""
     gc.disable()
 
 
 def resume_garbage_collection() -> None:
-    """Look for garbage again, as training does."""
+    """Turn garbage collection on again, for training."""
     gc.enable()
 
 
 def import_timm() -> Any:
-    """timm, without the wandb that it imports for its training scripts.
+    """Import timm without wandb, which timm imports for its own training scripts.
 
     A run that does not log to W&B has no use for wandb.
+
+    Returns:
+        The module timm.
     """
     modules: dict[str, Any] = sys.modules
     hide = "wandb" not in modules
@@ -51,7 +55,7 @@ def import_timm() -> Any:
 def read_uci_digits() -> tuple[NDArray[Any], NDArray[Any]]:
     """The UCI digits as `sklearn.datasets.load_digits` returns them, read from its file without importing scikit-learn.
 
-    scikit-learn reads the file itself if it is not where this version of scikit-learn keeps it.
+    If the file is not where scikit-learn keeps it today, scikit-learn is imported and reads the digits.
 
     Returns:
         (pixels, digits): 1,797 rows of 64 values from 0 to 16, and the digit of each row.

@@ -6,7 +6,7 @@
 | adapter.safetensors | train.py, of a run with an adapter | load_run, export, analyse |
 | head.safetensors | train.py, of a run that froze its backbone | load_run, export |
 | model.safetensors | train.py, of full fine-tuning: every weight | load_run, export |
-| checkpoint.safetensors | the training loop, after every epoch | the training loop with resume=true; sweeps, whether it exists |
+| checkpoint.safetensors | the training loop, after every epoch | the loop with resume=true; sweeps, if it exists |
 | failure.json | a sweep, of a job that left no record | sweeps |
 | .lock | a sweep, held while it carries out the job | other sweeps |
 | train.log, .hydra/ | Hydra | people |
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = 1
-"""The form of result.json that this version reads and writes."""
+"""The version of result.json's layout that this code reads and writes."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,22 @@ class RunFolder:
         return self.path / ".lock"
 
     def weights(self, tensor_mode: str) -> Path:
-        """The trained weights beside the adapter: the head's, or after full fine-tuning all of the model's.
+        """The file of the trained weights other than the adapter: the head's, or all weights after full fine-tuning.
 
         Args:
-            tensor_mode: the run's.
+            tensor_mode: the run's tensor_mode.
         """
         return self.path / ("model.safetensors" if tensor_mode == "full" else "head.safetensors")
 
     def write_weights(self, tensor_mode: str, weights: Mapping[str, Tensor]) -> Path:
-        """Write the trained weights beside the adapter and return the file.
+        """Write the trained weights other than the adapter.
 
         Args:
-            tensor_mode: the run's.
-            weights: by their names in the model.
+            tensor_mode: the run's tensor_mode.
+            weights: the weights by their names in the model.
+
+        Returns:
+            The file.
 
         Raises:
             TensLoRAError: if the file cannot be written.
@@ -94,22 +97,28 @@ class RunFolder:
         return write_safetensors(self.weights(tensor_mode), weights, {})
 
     def write_record(self, record: Mapping[str, Any]) -> Path:
-        """Write result.json and return its path.
+        """Write result.json.
 
         Args:
-            record: everything but the number of its form, which is added.
+            record: the record without its schema number, which is added.
+
+        Returns:
+            The file.
 
         Raises:
-            TensLoRAError: if it cannot be written.
+            TensLoRAError: if the file cannot be written.
         """
         write_json(self.result, {"schema": SCHEMA, **record})
         return self.result
 
     def read_record(self) -> dict[str, Any]:
-        """The record.
+        """Read result.json.
+
+        Returns:
+            The record.
 
         Raises:
-            TensLoRAError: if there is none, or one that this version cannot read.
+            TensLoRAError: if there is no record, or if this version cannot read it.
         """
         try:
             record: dict[str, Any] = dict(json.loads(self.result.read_text()))
@@ -120,12 +129,12 @@ class RunFolder:
         return record
 
     def write_failure(self, error: BaseException) -> None:
-        """Leave the reason why the run has no record, for the table and the next sweep.
+        """Write the reason why the run has no record, for the table and the next sweep.
 
-        A disk that is full raises nothing here: the reason is also in the log.
+        A full disk raises no error here, because the reason is also in the log.
 
         Args:
-            error: what ended the run.
+            error: the error that ended the run.
         """
         reason = " ".join(str(error).split())
         if not isinstance(error, TensLoRAError):
@@ -153,7 +162,7 @@ class RunFolder:
         (NFS from version 4, Lustre, GPFS).
 
         Yields:
-            Whether the claim succeeded. False: another process has the run.
+            True if the claim succeeded, False if another process carries out the run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock)

@@ -1,4 +1,4 @@
-"""What a run writes down: the facts known before it trains, its record once it has trained, and a summary in words."""
+"""The record of a run: the facts known before training, the record after it, and a description for people."""
 
 from __future__ import annotations
 
@@ -41,13 +41,16 @@ _PACKAGES = (
 
 
 def facts_of(run: RunConfig, dataset: Dataset, adapted: AdaptedModel, processes: Processes) -> dict[str, Any]:
-    """What is known of a run before it trains: names, ranks, exact parameter counts, sizes of the data, the device.
+    """The facts known before a run trains: names, ranks, exact parameter counts, sizes of the data, the device.
 
     Args:
-        run: its settings.
-        dataset: as loaded.
+        run: the run's settings.
+        dataset: the dataset that was loaded.
         adapted: the model, ready to train.
-        processes: that train.
+        processes: the processes that train.
+
+    Returns:
+        The facts, under the names that they have in the record.
     """
     model, adapter, warm_start = adapted.model, adapted.adapter, adapted.warm_start
     factorization = None
@@ -88,12 +91,15 @@ def record_of(
     """The record of a run that has trained, for result.json.
 
     Args:
-        run: its settings.
-        facts: as `facts_of` gave them.
-        state: how far it came, with every epoch's scores.
-        failure: where it diverged; None for a completed run.
-        seconds: spent before training, by what on.
-        processes: that trained.
+        run: the run's settings.
+        facts: the result of `facts_of`.
+        state: how far the run came, with every epoch's scores.
+        failure: the error by which the run diverged; None for a completed run.
+        seconds: the seconds spent before training, by activity.
+        processes: the processes that trained.
+
+    Returns:
+        The record, for `RunFolder.write_record`.
     """
     return {
         "status": "diverged" if failure else "completed",
@@ -117,7 +123,8 @@ def summarize_history(history: list[dict[str, Any]], metrics: list[str]) -> dict
         metrics: the names of the metrics, the headline metric first.
 
     Returns:
-        name: of the headline metric; last, best, best_epoch: its scores; others_last: of the other metrics; history.
+        A dict with the headline metric's name ("name"), its last and its best score ("last", "best"), the epoch of the
+        best score ("best_epoch"), the last scores of the other metrics ("others_last") and the history ("history").
         Without a finished epoch the scores are None.
     """
     headline = metrics[0]
@@ -134,9 +141,11 @@ def summarize_history(history: list[dict[str, Any]], metrics: list[str]) -> dict
 
 
 def describe_environment() -> dict[str, Any]:
-    """What this process runs on: versions, platform, command line, and the code's commit.
+    """What this process runs on.
 
-    git: the commit, and whether the code has been changed since; None outside a clone.
+    Returns:
+        "versions" of packages, "platform", "argv" and "git". The latter holds the code's commit and whether the code
+        has been changed since; it is None outside a clone.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -148,7 +157,11 @@ def describe_environment() -> dict[str, Any]:
 
 
 def describe_run(record: dict[str, Any]) -> str:
-    """A run in a few lines for people: construction, ranks, parameters, scores."""
+    """Describe a run in a few lines: construction, ranks, parameters, scores.
+
+    Args:
+        record: the run's record.
+    """
     mode, metrics = record["tensor_mode"], record["metrics"]
     lines = [f"{mode} on {record['dataset']} with {record['model']}, seed {record['seed']}: {record['status']}"]
     if record["ranks"]:

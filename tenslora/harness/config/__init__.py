@@ -55,8 +55,9 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
         The settings of the run.
 
     Raises:
-        TensLoRAError: names the first setting at fault, its value and what would be valid. That includes a model and a
-            dataset that do not go together, and ranks that do not fit the declared geometry.
+        TensLoRAError: for an invalid setting, for a model and a dataset that do not fit each other, and for ranks that
+            do not fit the declared geometry. The message names the first setting at fault, its value and what would be
+            valid.
     """
     try:
         plain = _resolved(composed) if isinstance(composed, DictConfig) else composed
@@ -80,9 +81,9 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
 
 
 def register_resolvers() -> None:
-    """Make ``${run_folder:}`` known to the config files: the folder of the run that they describe.
+    """Define the resolver ``${run_folder:}`` for the config files: the folder of the run that they describe.
 
-    ``${run_folder:NAME}`` is NAME where the settings are not valid. Hydra asks for the folders of a multirun before it
+    ``${run_folder:NAME}`` gives NAME if the settings are not valid. Hydra asks for the folders of a multirun before it
     starts the jobs, and one job's mistake must not end the others.
     """
 
@@ -103,7 +104,8 @@ def _schema() -> TypeAdapter[RunConfig]:
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
-    # Key by key: OmegaConf's own masked copy takes thirty times as long, and a sweep validates many configs.
+    # The config is converted key by key, because OmegaConf's own masked copy takes thirty times as long and a sweep
+    # validates many configs.
     return {
         str(key): OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         if OmegaConf.is_config(node := config[key])
@@ -126,7 +128,7 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
     if isinstance(adapter, dict):
         adapter = {
             **adapter,
-            # A run without an adapter ignores these settings. They are checked all the same, as those of LoRA.
+            # A run without an adapter ignores these settings. They are checked nevertheless, as if the run were LoRA.
             "tensor_mode": "lora" if tensor_mode in REFERENCES else tensor_mode,
             "factorization": name_of("factorization", "tucker"),
             "rank_strategy": plain.get("rank_strategy"),

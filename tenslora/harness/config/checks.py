@@ -1,4 +1,4 @@
-"""The ranges of settings, as types, and the one line that tells a user what is wrong with a setting."""
+"""Types for the ranges of settings, and the line that tells a user what is wrong with a setting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def within(
     below: bool = False,
     or_null: bool = False,
 ) -> AfterValidator:
-    """The finite numbers from `low` to `high`.
+    """A validator that accepts the finite numbers from `low` to `high`.
 
     Args:
         low: the smallest valid number.
@@ -49,10 +49,10 @@ def within(
 
 
 def one_of(valid: Collection[str]) -> AfterValidator:
-    """A name, or a list of names, of those given.
+    """A validator that accepts a valid name, or a list of valid names.
 
     Args:
-        valid: the names.
+        valid: the valid names.
     """
 
     def check(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
@@ -66,10 +66,10 @@ def one_of(valid: Collection[str]) -> AfterValidator:
 
 
 def at_least_one(valid: Collection[str]) -> AfterValidator:
-    """A list that is not empty.
+    """A validator that accepts a list that is not empty.
 
     Args:
-        valid: what the message names as possible items.
+        valid: the possible items, for the message.
     """
 
     def check(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -95,15 +95,18 @@ _TYPES = {
     "dict": "must be a group of settings",
     "dataclass": "must be a group of settings",
 }
-"""What a value has to be, by the first word of pydantic's name for the error."""
+"""The message for a value of a wrong type, by the first word of pydantic's name for the error."""
 
 
 def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
-    """The first thing that pydantic found, as one line that names the setting, its value and what would be valid.
+    """Turn pydantic's first complaint into one line that names the setting, its value and what would be valid.
 
     Args:
-        error: what pydantic raised.
-        schema: the dataclass that was validated against.
+        error: pydantic's error.
+        schema: the dataclass that pydantic was to create.
+
+    Returns:
+        The error to raise.
     """
     first = error.errors()[0]
     kind, value, details = str(first["type"]), first["input"], first.get("ctx", {})
@@ -130,16 +133,16 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
 
 
 def as_typed(line: str) -> str:
-    """A message with the names that its setting and value have on the command line.
+    """Write the setting and the value at the beginning of a message as on the command line.
 
-    There, some settings of the library's AdapterConfig are groups of their own, the option of a group is chosen by the
-    group's name, and None is null.
+    On the command line, some settings of the library's AdapterConfig are groups of their own, the option of a group is
+    chosen by the group's name, and None is null.
 
     >>> as_typed("adapter.rank_strategy.ranks=None: must be ..."), as_typed("optimizer.name=sgd: must be ...")
     ('rank_strategy.ranks=null: must be ...', 'optimizer=sgd: must be ...')
 
     Args:
-        line: begins with the setting, as the types name it.
+        line: a message that begins with the setting, as the types name it.
     """
     line = re.sub(r"^adapter\.(?=(tensor_mode|factorization|rank_strategy|seed)\b)", "", line)
     line = re.sub(r"^(rank_strategy|optimizer|logger|preset)\.name\b", r"\1", line)
@@ -154,7 +157,7 @@ def _similar(setting: str, settings: Sequence[str]) -> str:
 
 
 def _settings_of(schema: Any, prefix: str = "") -> Iterator[str]:
-    # The names of all settings, with the groups that they are in.
+    # Yields the names of all settings, with the groups that they are in.
     hints = get_type_hints(schema)
     for field in fields(schema):
         groups = [kind for kind in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(kind)]
@@ -166,7 +169,7 @@ def _settings_of(schema: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    # As it is written on the command line.
+    # The value as it is written on the command line.
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (list, tuple)):

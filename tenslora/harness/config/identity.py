@@ -31,10 +31,10 @@ _TRAINER_WITHOUT_EFFECT = ("compile", "device", "threads", "workers", "eval_batc
 def settings(run: RunConfig) -> dict[str, Any]:
     """All settings of a run as plain values, nested as in conf/.
 
-    `config.validate` turns them into the same run again.
+    `config.validate` turns these values into the same `RunConfig` again.
 
     Args:
-        run: its typed settings.
+        run: the typed settings of the run.
     """
     strategy = run.rank_strategy
     nested: dict[str, Any] = {
@@ -72,10 +72,10 @@ def settings(run: RunConfig) -> dict[str, Any]:
 
 
 def identity(run: RunConfig) -> dict[str, Any]:
-    """The settings that can change the run's result: all except the device, the speed, and who watches the run.
+    """The settings that can change the run's result: all except the device, the speed, and the logger.
 
     Args:
-        run: its typed settings.
+        run: the typed settings of the run.
     """
     relevant = {key: value for key, value in settings(run).items() if key not in _WITHOUT_EFFECT}
     for name in _TRAINER_WITHOUT_EFFECT:
@@ -95,7 +95,7 @@ def digest(run: RunConfig) -> str:
     """Twelve hexadecimal digits that are equal for equal identities.
 
     Args:
-        run: its typed settings.
+        run: the typed settings of the run.
     """
     return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()[:12]
 
@@ -106,21 +106,21 @@ def folder(run: RunConfig) -> str:
     The factorization and the strategy are left out where they do not tell runs apart.
 
     Args:
-        run: its typed settings.
+        run: the typed settings of the run.
     """
     row = "-".join(filter(None, (run.tensor_mode, run.row_factorization, run.row_strategy)))
     return f"{run.dataset.name}/{run.model.name}/{row}-seed{run.seed}-{digest(run)}"
 
 
 def _plain(value: Any) -> Any:
-    # Lists for tuples, as JSON and YAML have them.
+    # Turns tuples into lists, as JSON and YAML have only lists.
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _with_whole_numbers(value: Any) -> Any:
-    # 4 and 4.0 are one setting, however it was written.
+    # Turns 4.0 into 4, because both are the same setting.
     if isinstance(value, dict):
         return {key: _with_whole_numbers(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""The settings of a run as types. Their values live in conf/, which says what each of them means.
+"""The settings of a run as types. The values are in conf/, whose files say what each setting means.
 
-A field's annotation is its range. What several settings have to agree on is checked by the class that holds them all.
+A field's annotation is its range. A condition on several settings is checked by the class that holds all of them.
 The settings of the adapter, of its rank strategy and of the backbone's geometry are the library's own types, with the
 library's own checks. Nothing here needs torch.
 """
@@ -70,7 +70,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """How an image becomes what the backbone takes."""
+    """How an image is turned into the backbone's input."""
 
     crop_ratio: Annotated[float, within(0.01, 1)]
     squash: bool
@@ -82,7 +82,7 @@ class TransformConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """What image and text datasets have in common."""
+    """The settings that image and text datasets share."""
 
     name: str
     root: str | None
@@ -137,7 +137,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long and with what means a run trains."""
+    """How long a run trains, in which batches and precision, and on which device."""
 
     epochs: Count
     batch_size: Count
@@ -154,7 +154,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """What watches a run."""
+    """The logger of a run."""
 
     name: Annotated[str, one_of(("none", "wandb"))]
     mode: Annotated[str, one_of(("auto", "online", "offline", "disabled"))] = "disabled"
@@ -166,25 +166,25 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of one run, checked: what travels through the harness instead of Hydra's config.
+    """The checked settings of one run, which the harness uses instead of Hydra's config.
 
     Args:
-        seed: of everything in the run that is random.
+        seed: the seed of all random numbers in the run.
         resume: whether to go on from the run's checkpoint, if there is one.
-        warm_start: the folder of a LoRA that PEFT saved, to start from.
+        warm_start: the folder of a LoRA that PEFT saved, from which the adapter starts; None for no warm start.
         model: the backbone.
-        dataset: what the run trains on and is tested on.
+        dataset: the dataset for training and testing.
         tensor_mode: a construction, or one of `REFERENCES`.
-        rank_strategy: the adapter's. A run without an adapter has one too: its record holds the number of parameters
-            of LoRA at this rank.
-        adapter: the library's settings of the adapter; None for a run without one.
+        rank_strategy: how the adapter's ranks are chosen. A run without an adapter has a rank strategy too, because its
+            record holds the number of parameters of LoRA at this strategy's rank.
+        adapter: the library's settings of the adapter; None for a run without an adapter.
         optimizer: AdamW and its schedule.
-        trainer: how long and with what means the run trains.
-        logger: what watches the run.
+        trainer: how long the run trains, in which batches and precision, and on which device.
+        logger: the logger of the run.
         preset: the name of the published method that the settings follow, or "none".
 
     Raises:
-        TensLoRAError: for settings that are valid by themselves and do not go together.
+        TensLoRAError: for settings that are each valid but do not fit each other.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
@@ -212,7 +212,17 @@ class RunConfig:
             raise TensLoRAError(f"adapter=null: tensor_mode={self.tensor_mode} needs the settings of an adapter")
 
     def with_seed(self, seed: int) -> RunConfig:
-        """The same run from another seed, which is the adapter's too."""
+        """The same run with another seed, also for its adapter.
+
+        Args:
+            seed: a whole number, at least 0.
+
+        Returns:
+            The settings with that seed.
+
+        Raises:
+            TensLoRAError: for a seed that is not such a number.
+        """
         if not isinstance(seed, int) or seed < 0:
             raise TensLoRAError(f"seed={seed}: must be a whole number, at least 0")
         return replace(self, seed=seed, adapter=self.adapter and replace(self.adapter, seed=seed))
@@ -230,7 +240,7 @@ class RunConfig:
     def row_strategy(self) -> str:
         """The rank strategy where it tells runs of one tensor_mode apart, otherwise "".
 
-        LoRA at a rank is one run under isorank and isoparameters; a run without an adapter has no ranks.
+        LoRA of one rank is the same run under isorank and isoparameters, and a run without an adapter has no ranks.
         """
         if self.adapter is None or (self.tensor_mode == "lora" and self.rank_strategy.name != "explicit"):
             return ""
@@ -238,13 +248,13 @@ class RunConfig:
 
     @property
     def row_factorization(self) -> str:
-        """The factorization where it tells runs apart, otherwise "": for the paper's Tucker, and without tensors."""
+        """The factorization where it tells runs apart; "" for Tucker, LoRA and runs without an adapter."""
         if self.adapter is None or self.tensor_mode == "lora" or self.adapter.factorization == "tucker":
             return ""
         return self.adapter.factorization
 
     def settings(self) -> dict[str, Any]:
-        """All settings, nested as in conf/: what the record and the logger keep."""
+        """All settings, nested as in conf/, for the record and the logger."""
         return identity.settings(self)
 
     def identity(self) -> dict[str, Any]:
