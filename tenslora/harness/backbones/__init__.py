@@ -27,17 +27,21 @@ def load_backbone(
     """Load a model in float32 and give it a new head.
 
     The weights come from `config.checkpoint`, which is a local file or folder or "embedded", or else from the hub,
-    where they have the name `config.architecture`. With `config.pretrained` false they are random and nothing is
-    downloaded. A process reads the weights of one model once; each caller gets a copy of its own.
+    where their name is `config.architecture`. If `config.pretrained` is false, the weights are random and nothing is
+    downloaded. A process reads the weights of one model once; each caller gets a copy.
 
     Args:
-        config: of the model.
+        config: the model's settings.
         classes: the number of classes, which is the width of the logits.
-        seed: of the head, and of random weights.
-        tokenizer: of a text model with random weights, whose padding id it sets; no other model needs it.
+        seed: the seed of the head, and of random weights.
+        tokenizer: the tokenizer of a text model with random weights, from which the model takes its padding id. Other
+            models need none.
+
+    Returns:
+        The backbone, on the CPU.
 
     Raises:
-        TensLoRAError: if the weights are missing, damaged or another model's, or if the hub cannot be reached.
+        TensLoRAError: if the weights are missing, damaged or those of another model, or if the hub cannot be reached.
     """
     # The weights of a pretrained model do not depend on the seed, so that runs with different seeds can share them.
     backbone = copy.deepcopy(_load(config, classes, 0 if config.pretrained else seed, tokenizer))

@@ -16,7 +16,7 @@ class Backbone:
     """A model that maps a batch to logits, with its classification head.
 
     Args:
-        model: the Transformer; call it with keyword inputs.
+        model: the Transformer, which is called with keyword inputs.
         head: the modules of `model` that are trained together with the adapter.
         input_name: the keyword by which `model` takes images.
     """
@@ -32,11 +32,11 @@ class Backbone:
 
 
 def draw_head(head: Sequence[nn.Module], seed: int) -> None:
-    """Start a head anew: normal weights with standard deviation 0.02, and biases of zero.
+    """Initialise a head anew: normal weights with standard deviation 0.02, and biases of zero.
 
     Args:
-        head: its modules; all Linear layers in them are drawn, in place.
-        seed: of a random stream that nothing else draws from, so that the head does not depend on the backbone.
+        head: the head's modules. All Linear layers in them are initialised, in place.
+        seed: the seed of the random stream, from which nothing else is drawn: the head does not depend on the backbone.
     """
     generator = torch.Generator().manual_seed(stream_seed("head", seed))
     for module in head:

@@ -1,4 +1,4 @@
-"""What can go wrong between the name of a model and the model in memory, as errors of one line."""
+"""One-line errors for everything that can go wrong while a model is loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ log = logging.getLogger(__name__)
 
 
 def folder_or_repository(config: ModelConfig) -> str:
-    """What transformers is to load: the folder `config.checkpoint`, or else the repository `config.architecture`.
+    """The source that transformers loads: the folder `config.checkpoint`, or else the repository `config.architecture`.
+
+    Args:
+        config: the model's settings.
 
     Raises:
         TensLoRAError: if there is no such folder. The libraries would take its path for the name of a repository.
@@ -28,9 +31,12 @@ def folder_or_repository(config: ModelConfig) -> str:
 def fetching(config: ModelConfig) -> Iterator[None]:
     """A context for loading a model's files, from the hub or from `config.checkpoint`.
 
+    Args:
+        config: the model's settings.
+
     Raises:
-        TensLoRAError: in place of whatever is raised in the context; the message says what to do. A TypeError of timm
-            is left to `building`: it is about the options.
+        TensLoRAError: in place of any error in the context; the message says what to do. A TypeError of timm is about
+            the options, and is left to `building`.
     """
     client_log = logging.getLogger("huggingface_hub")
     level = client_log.level
@@ -64,8 +70,11 @@ def fetching(config: ModelConfig) -> Iterator[None]:
 def building(config: ModelConfig) -> Iterator[None]:
     """A context for building a model from `config.options`.
 
+    Args:
+        config: the model's settings.
+
     Raises:
-        TensLoRAError: in place of what the libraries raise for options that do not make a model.
+        TensLoRAError: in place of the libraries' errors for invalid options.
     """
     try:
         yield
@@ -78,12 +87,15 @@ def building(config: ModelConfig) -> Iterator[None]:
 
 
 def wrong_checkpoint(config: ModelConfig, path: Path | str, difference: str) -> TensLoRAError:
-    """The error for a checkpoint that can be read and is another model's.
+    """The error for a checkpoint that can be read but belongs to another model.
 
     Args:
-        config: of the model that was asked for.
-        path: of the checkpoint.
-        difference: one thing that differs.
+        config: the settings of the model that was asked for.
+        path: the checkpoint's path.
+        difference: one difference between the checkpoint and the model.
+
+    Returns:
+        The error, which the caller raises.
     """
     return TensLoRAError(
         f"model.checkpoint={path}: is not a checkpoint of {config.name} ({config.architecture}): {difference}"

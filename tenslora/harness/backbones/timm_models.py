@@ -19,7 +19,7 @@ EMBEDDED = Path(__file__).parent / "vit_digits.safetensors"
 
 
 def load_timm(config: ModelConfig, classes: int) -> Backbone:
-    """A model of timm, with the head that timm drew for it; see `tenslora.harness.backbones.load_backbone`."""
+    """Load a model of timm, with the head that timm initialises; see `tenslora.harness.backbones.load_backbone`."""
     timm = import_timm()
     if not timm.is_model(config.architecture):
         raise TensLoRAError(f"model.architecture={config.architecture}: timm {timm.__version__} has no such model")
@@ -37,11 +37,11 @@ def load_timm(config: ModelConfig, classes: int) -> Backbone:
 
 
 def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:
-    """Give a model the weights of a file that has all of them but the head's, which stays as it is."""
+    """Load a file's weights into a model, without the head's. The file must have all other weights."""
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     model, of_head = backbone.model, backbone.head_parameters().keys()
-    # In float32, because what is resampled below would be rounded to the precision of the file.
+    # Converted to float32, because the positions resampled below would be rounded to the precision of the file.
     weights = {name: tensor.float() for name, tensor in _read_weights(path).items()}
     if isinstance(model, VisionTransformer):
         try:

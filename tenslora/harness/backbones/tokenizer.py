@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) -> PreTrainedTokenizerBase:
     """The tokenizer that a text model was pretrained with.
 
-    A model with random weights was pretrained with none: for it a byte-level BPE is trained on the given sentences,
-    deterministically, so that an architecture of full size can be run without a hub.
+    A model with random weights has no tokenizer yet. For such a model, a byte-level BPE is trained on the given
+    sentences, deterministically, so that an architecture of full size can be run without a hub.
 
     Args:
-        config: of the model.
+        config: the model's settings.
         sentences: the training examples, each of one or two sentences; read only if `config.pretrained` is false.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         TensLoRAError: if the tokenizer is missing or damaged, or if the hub cannot be reached.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None) -> Backbone:
-    """A model of transformers, with the head that transformers drew for it.
+    """Load a model of transformers, with the head that transformers initialises.
 
     See `tenslora.harness.backbones.load_backbone`.
     """
@@ -36,7 +36,7 @@ def _load_pretrained(config: ModelConfig, classes: int) -> PreTrainedModel:
     source = folder_or_repository(config)
     if config.checkpoint is not None:
         transformers.utils.logging.disable_progress_bar()  # a download should show one, reading a folder need not
-    transformers.utils.logging.set_verbosity_error()  # it would warn of the new head and of the one left out
+    transformers.utils.logging.set_verbosity_error()  # transformers would warn that the head is new
     with fetching(config):
         model, info = _auto_class(config).from_pretrained(
             source,
