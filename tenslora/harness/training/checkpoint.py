@@ -23,14 +23,15 @@ class TrainingState:
     """How far a run has come.
 
     The order of the examples and every random draw of an epoch are functions of the seed and the epoch's number, and
-    the learning rate is a function of the step, so nothing else has to be stored to go on.
+    the learning rate is a function of the step. To go on, a run needs nothing else but its parameters and the
+    optimizer's moments.
 
     Args:
-        epochs: complete ones.
-        steps: optimizer steps made.
-        history: one entry per epoch, see `loop.fit`.
-        seconds: spent in training ("train"), as a part of these in waiting for training batches ("wait"), and in
-            evaluation ("evaluate").
+        epochs: the number of complete epochs.
+        steps: the number of optimizer steps taken.
+        history: one entry per complete epoch, see `loop.fit`.
+        seconds: the seconds spent in training ("train") and in evaluation ("evaluate"). Those spent in waiting for
+            training batches ("wait") are a part of "train".
     """
 
     epochs: int = 0
@@ -40,7 +41,11 @@ class TrainingState:
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
-        """A context whose time is added to the seconds of an activity."""
+        """A context whose time is added to the seconds of an activity.
+
+        Args:
+            activity: a key of `seconds`.
+        """
         started = time.perf_counter()
         try:
             yield
@@ -59,10 +64,10 @@ def save_checkpoint(
 
     Args:
         path: the file.
-        digest: of the run's settings.
+        digest: the digest of the run's settings.
         state: how far the run has come.
-        parameters: the trained ones, by name.
-        optimizer: of these parameters.
+        parameters: the trained parameters, by name.
+        optimizer: the optimizer of these parameters.
 
     Raises:
         TensLoRAError: if the file cannot be written.
@@ -80,9 +85,9 @@ def load_checkpoint(
 
     Args:
         path: a file that `save_checkpoint` wrote.
-        digest: of the settings of the run that is to go on.
-        parameters: the ones to train, by name. Their values are replaced.
-        optimizer: of these parameters. Its moments are replaced.
+        digest: the digest of the settings of the run that is to go on.
+        parameters: the parameters to train, by name. Their values are replaced.
+        optimizer: the optimizer of these parameters. Its moments are replaced.
 
     Returns:
         How far the run had come.

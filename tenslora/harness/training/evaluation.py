@@ -37,16 +37,16 @@ def evaluate(
 ) -> tuple[float, dict[str, float]]:
     """Score a model on the whole test split, each process taking its share of the examples.
 
-    If a batch does not fit into memory, smaller ones are tried; the scores do not depend on their size.
+    If a batch does not fit into memory, smaller batches are tried. The scores do not depend on the batch size.
 
     Args:
-        model: on the processes' device. It is left in evaluation mode.
+        model: a model on the processes' device. It is left in evaluation mode.
         test: the examples.
-        collate: makes a batch of them.
-        metrics: names of `METRICS`.
-        task: whose loss is computed.
-        trainer: batch size, precision and number of workers.
-        processes: that share the work.
+        collate: makes a batch of some examples.
+        metrics: the names of the metrics, which are keys of `METRICS`.
+        task: the task, whose loss is computed.
+        trainer: the settings that hold the batch size, the precision and the number of workers.
+        processes: the processes that share the work.
 
     Returns:
         (the mean loss, the score of each metric), the same on every process.
@@ -97,6 +97,6 @@ def _evaluate_share(
     except torch.OutOfMemoryError:
         if batch_size == 1:
             raise
-        # The exception holds on to the tensors in memory; they are freed by the return, which ends the exception.
+        # The exception keeps the tensors in memory. Returning ends the exception and frees them.
         return None
     return results

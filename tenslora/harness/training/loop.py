@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 
 class Diverged(TensLoRAError):
-    """A loss is no longer a finite number.
+    """The error for a loss that is no longer a finite number.
 
     Args:
         state: how far the run came.
-        step: where it happened, from 1.
-        rate: the learning rate there.
+        step: the number of the optimizer step, from 1.
+        rate: the learning rate of that step.
         which: "training" or "test".
-        loss: its value.
+        loss: the value of the loss.
     """
 
     def __init__(self, state: TrainingState, step: int, rate: float, which: str, loss: float) -> None:
@@ -69,18 +69,19 @@ def fit(
     and resumed.
 
     Args:
-        model: on the processes' device, already adapted. In bf16 its frozen weights become bf16.
+        model: the adapted model, on the processes' device. In bf16 its frozen weights become bf16.
         data: (training examples, test examples, collate), as `data.encoding.encode` gives them.
-        run: the settings. The first of `run.dataset.metrics` is the one that the progress shows.
-        task: whose loss is minimised.
-        processes: that share the work.
-        checkpoint: the file that is written after every epoch, and read if `run.resume` is set and it exists.
-        show_progress: whether to draw a bar, or without a terminal to log a line now and then.
-        on_epoch: called on the main process with each new entry of the history, and on resuming with the checkpoint's.
+        run: the settings. The progress bar shows the first of `run.dataset.metrics`.
+        task: the task, whose loss is minimised.
+        processes: the processes that share the work.
+        checkpoint: the file that is written after every epoch. A run with `run.resume` starts from it if it exists.
+        show_progress: whether to draw a progress bar, or to log a line now and then if there is no terminal.
+        on_epoch: called on the main process with each new entry of the history. A run that is resumed first calls it
+            with the entries in the checkpoint.
 
     Returns:
-        How the run went. Each entry of the history holds epoch, step, lr, train_loss, test_loss and the metrics, which
-        are computed on the whole test split after the epoch.
+        How far the run has come. Each entry of its history holds epoch, step, lr, train_loss, test_loss and the
+        metrics, which are computed on the whole test split after the epoch.
 
     Raises:
         Diverged: when a loss is not finite. The checkpoint still holds the last epoch that was completed.
@@ -140,7 +141,7 @@ def fit(
 
 
 class _Optimization:
-    """Makes the optimizer steps of a run; the arguments are those of `fit`."""
+    """Takes the optimizer steps of a run. The arguments are those of `fit`."""
 
     def __init__(self, model: nn.Module, task: Task, run: RunConfig, processes: Processes) -> None:
         self.model, self.task, self.run, self.processes = model, task, run, processes
@@ -160,16 +161,16 @@ class _Optimization:
     def epoch(
         self, batches: Iterable[Batch], steps: int, state: TrainingState, bar: ProgressBar
     ) -> tuple[float, float]:
-        """Make the steps of an epoch, or as many as are left of the run's.
+        """Take the steps of an epoch, or as many as the run has left.
 
         Args:
-            batches: of the epoch.
-            steps: of the whole run.
-            state: how far the run has come; its steps are counted up.
-            bar: shows each step.
+            batches: the batches of the epoch.
+            steps: the number of steps of the whole run.
+            state: how far the run has come; its number of steps is counted up.
+            bar: the progress bar, which shows each step.
 
         Returns:
-            (the mean loss of the steps, the learning rate of the last one).
+            (the mean loss of the steps, the learning rate of the last step).
 
         Raises:
             Diverged: when a loss is not finite.
@@ -198,7 +199,7 @@ class _Optimization:
         return math.fsum(losses) / len(losses), rate
 
     def _backward(self, batch: Batch, is_first_step: bool) -> Tensor:
-        """Add a batch's part to the gradients of its step, and return its part of the loss."""
+        """Add a batch's part to the gradients of its step, and return the batch's part of the loss."""
         device = self.processes.device
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
         labels = batch.labels.to(device, non_blocking=True)
@@ -228,13 +229,13 @@ class _Optimization:
 def _compiled(model: nn.Module) -> nn.Module:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        raise TensLoRAError(f"trainer.compile=true: needs a C++ compiler, and {compiler} (or CXX) is not there")
+        raise TensLoRAError(f"trainer.compile=true: needs a C++ compiler, but {compiler} is not installed; set CXX")
     return cast(nn.Module, torch.compile(model))
 
 
 def _mark_sizes(inputs: dict[str, Tensor]) -> None:
-    # The last batch of an epoch is shorter than the others, and texts have all lengths. Unless it is told so,
-    # torch.compile compiles anew for each size that it meets.
+    # The last batch of an epoch is smaller than the others, and texts differ in length. Unless torch.compile is told
+    # that these dimensions vary, it compiles anew for each size that it meets.
     for tensor in inputs.values():
         for dimension in range(1 if tensor.is_floating_point() else tensor.dim()):
             torch._dynamo.maybe_mark_dynamic(tensor, dimension)
@@ -264,6 +265,6 @@ def _memory_error_explained(run: RunConfig, processes: Processes) -> Iterator[No
         yield
     except torch.OutOfMemoryError as error:
         raise TensLoRAError(
-            f"trainer.batch_size={run.trainer.batch_size}: does not fit into the memory of {processes.name}; a smaller "
-            f"one with trainer.accumulation in proportion trains the same"
+            f"trainer.batch_size={run.trainer.batch_size}: does not fit into the memory of {processes.name}; lower it "
+            f"and raise trainer.accumulation in proportion, which keeps the examples per optimizer step"
         ) from error

@@ -1,4 +1,4 @@
-"""The registry of metrics: each is one entry of `METRICS`. Nothing here needs torch, and scikit-learn only to score."""
+"""The metrics, in the registry `METRICS`. Nothing here needs torch; scikit-learn is imported to compute a score."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Metric:
     """A score of a whole test split.
 
     Args:
-        name: as in `dataset.metrics` and in a run's record.
+        name: the metric's name in `dataset.metrics` and in a run's record.
         function: computes the score from (labels, outputs). In a classification, labels are class numbers of shape
             (examples,) and outputs are logits of shape (examples, classes). In a regression, labels are values of shape
             (examples,) and outputs are values of shape (examples, 1). Outputs are float32.

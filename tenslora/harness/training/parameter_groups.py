@@ -21,12 +21,12 @@ def parameter_groups(
     """The parameter groups for torch's AdamW.
 
     `core_lr_ratio` multiplies the learning rate of the parameter that starts at zero in each tensor of the adapter:
-    Tucker's core, LoRA's B (LoRA+, arXiv 2402.12354), the last factor of the other factorizations.
+    Tucker's core, LoRA's B (as in LoRA+, arXiv 2402.12354), or the factor of d_out or d_head in CP and tensor trains.
     `factor_weight_decay` replaces the weight decay of the adapter's parameters that it names.
 
     Args:
-        parameters: those to train, by their names in the model.
-        adapter: the model's; None for a run without one.
+        parameters: the parameters to train, by their names in the model.
+        adapter: the model's adapter; None for a run without an adapter.
         optimizer: the settings.
 
     Returns:

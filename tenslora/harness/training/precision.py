@@ -11,7 +11,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
     Args:
         precision: "fp32" or "bf16".
-        device: that the model is on.
+        device: the device that the model is on.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
@@ -19,11 +19,16 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def round_frozen_weights(model: nn.Module) -> None:
     """Round the frozen float32 parameters of Linear layers to bf16, in place.
 
-    Autocast would round them anew in every forward pass and keep the rounded copies for the backward pass. Rounded
-    once, they give the same results under autocast to the last bit, and a step saves the time of the rounding, the
-    memory of the copies, and half the memory of the weights. Outside of autocast such a layer takes only bf16 inputs.
+    Autocast would round the parameters anew in every forward pass and keep the rounded copies for the backward pass.
+    Parameters that are rounded once give the same results under autocast to the last bit. They save the time of the
+    rounding, the memory of the copies, and half the memory of the weights. Outside of autocast such a layer takes only
+    bf16 inputs.
 
-    A parameter that a module of another kind shares stays in float32: an embedding, for example, reads it unrounded.
+    A parameter that is shared with a module other than a Linear, such as an embedding, stays in float32, because that
+    module reads it unrounded.
+
+    Args:
+        model: the model, changed in place.
     """
     modules = list(model.modules())
     linears = [module for module in modules if isinstance(module, nn.Linear)]

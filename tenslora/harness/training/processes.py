@@ -22,9 +22,9 @@ class Processes:
     """The processes that train one model together, and the device of this one.
 
     Args:
-        device: auto (cuda if there is one, otherwise cpu), cpu, cuda or cuda:<index>. Of several processes on GPUs
-            each takes the GPU of its local rank.
-        threads: how many CPU threads compute; None for as many as torch chooses.
+        device: auto (cuda if there is a GPU, otherwise cpu), cpu, cuda or cuda:<index>. If there are several processes
+            on GPUs, each takes the GPU of its local rank.
+        threads: the number of CPU threads; None to let torch choose.
 
     Raises:
         TensLoRAError: for a device that this machine does not have.
@@ -60,7 +60,7 @@ class Processes:
         return platform.machine()
 
     def peak_memory_bytes(self) -> int:
-        """The most memory held at once: what the run allocated on the GPU, or what the process held on a CPU."""
+        """The peak memory in bytes: of the run's tensors on a GPU, or of the whole process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         import resource
@@ -74,9 +74,9 @@ class Processes:
         return self.index == 0
 
     def main_first(self) -> contextlib.AbstractContextManager[Any]:
-        """A context that the main process of each machine leaves before the others enter.
+        """A context that the main process of each machine leaves before the machine's other processes enter it.
 
-        The main process downloads and prepares files, and the others read them.
+        The main process downloads and prepares files, and the other processes read them.
         """
         return contextlib.nullcontext() if self._accelerator is None else self._accelerator.local_main_process_first()
 

@@ -15,15 +15,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 log = logging.getLogger(__name__)
 
 LINE_SECONDS = 30.0
-"""Without a terminal, the least time from one line within an epoch to the next."""
+"""The least number of seconds between two lines of one epoch, where there is no terminal."""
 
 
 class ProgressBar:
-    """A bar over the optimizer steps of a run, or without a terminal a line in the log now and then.
+    """A progress bar over the optimizer steps of a run. Without a terminal it logs a line now and then.
 
     Args:
-        steps: of the whole run.
-        done: how many of them were made before.
+        steps: the number of steps of the whole run.
+        done: the number of steps taken before the run was resumed.
         shown: whether to show anything.
     """
 
@@ -36,8 +36,8 @@ class ProgressBar:
         self._bar: tqdm[Any] | None = None
         if has_terminal:
             self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
-        # What is logged to the console has to go above the bar. If nothing is logged to the console, as in a sweep,
-        # redirecting would send it there.
+        # Lines that are logged to the console have to go above the bar. If the console has no handler, as in a sweep,
+        # they must not be redirected, because redirecting would send them to the console.
         to_console = any(type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers)
         self._redirect = logging_redirect_tqdm() if to_console and self._bar is not None else contextlib.nullcontext()
 
@@ -51,7 +51,11 @@ class ProgressBar:
             self._bar.close()
 
     def step(self, loss: float) -> None:
-        """Count one more optimizer step, and show its loss."""
+        """Count one more optimizer step, and show its loss.
+
+        Args:
+            loss: the step's loss.
+        """
         self._done += 1
         self._latest["loss"] = f"{loss:.4f}"
         if self._bar is not None:
@@ -64,8 +68,8 @@ class ProgressBar:
         """Show an epoch's mean loss and its score.
 
         Args:
-            entry: of the history, see `loop.fit`.
-            metric: which score to show.
+            entry: the epoch's entry in the history, see `loop.fit`.
+            metric: the name of the score to show.
         """
         self._latest = {
             "epoch": str(entry["epoch"]),

@@ -1,4 +1,4 @@
-"""What a model's outputs stand for: the loss that trains them, and the metrics that may score them."""
+"""The tasks: what a model's outputs stand for, the loss that trains them, and the metrics that may score them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Task:
     """A kind of prediction.
 
     Args:
-        name: as in the `task` of a metric.
+        name: the task's name, as in `Metric.task`.
         loss: computes the loss from (outputs, labels, reduction). Outputs are float32, of shape (examples, outputs);
             labels have shape (examples,). The reduction is "mean" for one number, or "none" for one per example.
     """
@@ -29,8 +29,8 @@ class Task:
         """Check that metrics can score this task.
 
         Args:
-            names: of the metrics.
-            outputs: how many outputs the model has for an example.
+            names: the names of the metrics.
+            outputs: the number of outputs that the model has for an example.
 
         Raises:
             TensLoRAError: for a metric that is for another task or for another number of classes.
@@ -63,8 +63,12 @@ def outputs_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """A model's outputs for a batch, of shape (examples, outputs).
 
     Args:
-        model: returns them bare, as timm's do, or as the `logits` of an output object, as transformers' do.
+        model: a model that returns the outputs as a tensor, as timm's models do, or as the `logits` of an object, as
+            transformers' models do.
         inputs: the batch, by the names of the model's arguments.
+
+    Returns:
+        The outputs, of the model's dtype.
     """
     output = model(**inputs)
     outputs = getattr(output, "logits", output)
