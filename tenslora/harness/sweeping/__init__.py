@@ -1,1 +1,1 @@
-"""The jobs of a table: planned, claimed, carried out, watched."""
+"""Plans the jobs of a table, carries them out, and shows how far they have come."""

@@ -1,4 +1,4 @@
-"""One job of a sweep: what it is, what its folder says about it, and who may carry it out."""
+"""The jobs of a sweep: their settings, the state of their folders, and how one of them is carried out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tenslora.ranks import parameter_count
 log = logging.getLogger(__name__)
 
 ELSEWHERE = "carried out elsewhere"
-"""What `carry_out` returns for a job that another sweep has in hand."""
+"""What `carry_out` returns for a job that another process is carrying out."""
 
 _COLUMNS_AND_SEED = ("dataset", "model", "seed")
 _ROW = ("tensor_mode", "rank_strategy")
@@ -39,12 +39,12 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Look:
-    """What a job's folder says at one moment.
+    """The state of a job's folder at one moment.
 
     Args:
         state: how far the job has come.
-        record: the run's, if there is one that can be read and that has the run's digest.
-        problem: why the last attempt left no score, if it failed.
+        record: the run's record; None if there is no readable record with the run's digest.
+        problem: the reason why the last attempt left no score; None if it did not fail.
     """
 
     state: State
@@ -57,12 +57,12 @@ class Job:
     """One run of a table.
 
     Args:
-        overrides: what sets the run apart, for the launcher.
-        run: its settings.
-        row: its row in the table.
-        column: its column in the table.
-        digest: of its settings.
-        folder: its folder.
+        overrides: the overrides that the launcher gives the run.
+        run: the run's settings.
+        row: the run's row in the table.
+        column: the run's column in the table.
+        digest: the digest of the run's settings.
+        folder: the run's folder.
     """
 
     overrides: tuple[str, ...]
@@ -97,7 +97,10 @@ class Job:
         """The job as the table shows it.
 
         Args:
-            look: what its folder says.
+            look: the state of the job's folder.
+
+        Returns:
+            The run of the table.
         """
         run, record = self.run, look.record
         ranks = parameters = lora = None
@@ -119,13 +122,16 @@ class Job:
 def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: Path) -> list[Job]:
     """The jobs of a sweep, in the order in which they were composed, each run once.
 
-    Overrides that make the same run, such as those of LoRA under both strategies, are one job. Dataset and model make
-    the column, construction and strategy the row. Any other setting that varies becomes part of the row, unless it
-    leaves the run the same.
+    Overrides that give the same run, such as those of LoRA under both strategies, are one job. Dataset and model are
+    the column; construction and strategy are the row. Any other setting that varies becomes part of the row, unless it
+    does not change the run.
 
     Args:
-        composed: pairs of overrides and the config that they make.
+        composed: (overrides, the config composed from them) of each job.
         outputs: the folder of all runs.
+
+    Returns:
+        The jobs.
 
     Raises:
         TensLoRAError: for the first job whose settings are at fault, or if a setting of the whole sweep has several
@@ -176,18 +182,19 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
 
 
 def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[RunConfig, Path], Any]) -> str | None:
-    """Carry out one job, unless it is done or another process holds it.
+    """Carry out one job, unless it is done or another process is carrying it out.
 
-    The job goes on from its checkpoint if there is one. An error of `train` is left in failure.json and raised again.
+    The job goes on from its checkpoint if there is one. An error of `train` is written to failure.json and raised
+    again.
 
     Args:
         run: the job's settings.
         folder: the job's folder.
         table: the name of the table, which groups its runs in the logger.
-        train: carries out a run in a folder.
+        train: a function that carries out a run in a folder.
 
     Returns:
-        `ELSEWHERE` if another process holds the job, otherwise None.
+        `ELSEWHERE` if another process is carrying out the job, otherwise None.
     """
     with folder.claim() as ours:
         if not ours:

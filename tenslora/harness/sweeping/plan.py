@@ -1,4 +1,4 @@
-"""What a sweep is about to do, in words."""
+"""Describes what a sweep is about to do."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _WORDS = {
 
 
 def plan(table: Table, looks: Mapping[Job, Look]) -> str:
-    """The rows with their ranks, their exact parameter counts, the percentage of LoRA's, and how far each has come.
+    """The plan as text: each row's ranks, parameter count, percentage of LoRA's count, and how far its seeds have come.
 
     Args:
-        table: of the jobs.
-        looks: what each job's folder says.
+        table: the table of the jobs.
+        looks: the state of each job's folder.
     """
     states = {job.digest: look.state for job, look in looks.items()}
     lines = [table.title]
@@ -50,7 +50,7 @@ def announcements(looks: Mapping[Job, Look]) -> list[str]:
     """A line for each job that does not simply start, because it is skipped, continued, run again or waited for.
 
     Args:
-        looks: what each job's folder says.
+        looks: the state of each job's folder.
     """
     lines = []
     for job, look in looks.items():

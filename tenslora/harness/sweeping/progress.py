@@ -19,18 +19,19 @@ PLAIN_LINE_SECONDS = 60.0  # without a terminal: how often a line says that the 
 
 
 class Progress:
-    """A bar over the jobs, with how many run and have failed and the time left; plain lines without a terminal.
+    """A progress bar over the jobs, with the numbers of running and of failed jobs. Without a terminal it prints lines.
 
-    It reads the jobs' folders, and so works alike for every launcher, and for jobs that another sweep carries out.
+    The bar reads the jobs' folders. It therefore works with every launcher, and it sees jobs that another sweep carries
+    out.
 
     Args:
-        jobs: of the sweep.
-        looks: what each job's folder says before anything is started.
+        jobs: the jobs of the sweep.
+        looks: the state of each job's folder before anything is started.
     """
 
     def __init__(self, jobs: Sequence[Job], looks: Mapping[Job, Look]) -> None:
         self.jobs = list(jobs)
-        # A job that failed before is about to be run again, and ends only when it has failed anew.
+        # A job that failed before is about to run again. It has ended only when it is done or has failed anew.
         self.settled = {job for job in jobs if looks[job].state is State.DONE}
         self.failures = {job: _failed_at(job) for job in jobs}
         self.first, self.failed = len(self.settled), 0
@@ -96,7 +97,8 @@ class Progress:
 
 
 def _failed_at(job: Job) -> list[int]:
-    # When the files that tell of a failure were written. A job may fail anew before it was seen running.
+    # The times at which the files that report a failure were written. Their state alone does not show a new failure,
+    # because a job may fail again before it was seen running.
     times = []
     for file in (job.folder.failure, job.folder.result):
         with contextlib.suppress(FileNotFoundError):
