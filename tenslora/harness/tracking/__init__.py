@@ -15,9 +15,12 @@ def start_tracker(run: RunConfig, folder: Path, facts: dict[str, Any], watch: bo
 
     Args:
         run: the settings.
-        folder: the run's.
-        facts: what is known of the run before it trains: names, ranks and parameter counts.
-        watch: false on all but one of the processes that share a run.
+        folder: the run's folder.
+        facts: the facts known before the run trains: names, ranks and parameter counts.
+        watch: whether this process reports; true on one of the processes that share a run.
+
+    Returns:
+        The tracker. It reports nothing if the run has no logger.
 
     Raises:
         TensLoRAError: if the logger refuses the run.
@@ -34,9 +37,9 @@ def track_table(config: LoggerConfig, folder: Path, table: Table, files: list[Pa
 
     Args:
         config: the logger's settings.
-        folder: where the logger keeps its own files.
+        folder: the folder for the logger's own files.
         table: the table.
-        files: what `write_results` wrote.
+        files: the files that `write_results` wrote.
 
     Raises:
         TensLoRAError: if the logger refuses the table.

@@ -2,8 +2,8 @@
 
     python -m tenslora.harness.tracking.dashboard --project tenslora
 
-shows scores over steps, last scores and parameters, by dataset and grouped by construction and strategy, and the
-finished tables. The report shows runs as they come in: build it once, not once per run.
+The report shows scores over steps, last scores and parameters, by dataset and grouped by construction and strategy, and
+the finished tables. It also shows runs that finish later, so it has to be built only once.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def build_report(
     """Build the comparison without contacting W&B.
 
     Args:
-        project: of the runs.
-        entity: the user or team that owns the project; empty for the key's own.
-        groups: of the runs to compare; all of the project's runs if empty.
-        datasets: each gets a section.
-        by: settings that tell runs apart beside construction and strategy, such as adapter.alpha.
+        project: the W&B project of the runs.
+        entity: the user or team that owns the project; empty for the owner of the API key.
+        groups: the W&B groups of the runs to compare; empty for all runs of the project.
+        datasets: the names of the datasets, each of which gets a section.
+        by: settings that tell rows apart beside construction and strategy, such as adapter.alpha.
 
     Returns:
         A `wandb_workspaces.reports.v2.Report` that is not saved yet.
@@ -53,8 +53,8 @@ def build_report(
         return ws.And(ws.Metric("JobType") == job_type, *of_groups, *further)
 
     def trained_on(dataset: str, groupby: list[str]) -> Any:
-        # An attempt that broke off would count beside the run that took its place. W&B keeps a setting's value under
-        # "value", which a filter has to spell out.
+        # A failed attempt is left out, because the run that repeats it counts already. W&B stores a setting's value
+        # under "value", which a filter has to spell out.
         not_failed = ws.Metric("State").isin(["finished", "running"])
         return wr.Runset(
             name=dataset,
@@ -126,7 +126,14 @@ def build_report(
 
 
 def specification(part: Any) -> Any:
-    """A report, or a part of one, as plain data: the name of its class as "type", and every attribute that is set."""
+    """Turn a report, or a part of a report, into plain data for ``--dry-run``.
+
+    Args:
+        part: a report, a part of a report, a list of parts, or a value.
+
+    Returns:
+        For a part, the name of its class as "type", and every attribute that is set.
+    """
     if dataclasses.is_dataclass(part):
         names = [field.name for field in dataclasses.fields(part) if not field.name.startswith("_")]
         values = {name: value for name in names if (value := getattr(part, name)) not in _UNSET}
@@ -137,10 +144,10 @@ def specification(part: Any) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; a mistake, or a service out of reach, ends it with status 1 and one line."""
+    """The command line. A user's mistake, or an error of W&B, ends the process with status 1 and one line."""
     parser = command_parser("tenslora.harness.tracking.dashboard", __doc__)
     parser.add_argument("--project", required=True, help="the runs' W&B project (logger.project)")
-    parser.add_argument("--entity", help="the user or team that owns it; default: the key's own")
+    parser.add_argument("--entity", help="the user or team that owns the project; default: the API key's")
     parser.add_argument("--group", nargs="+", default=[], help="groups to compare; a sweep's is its table's name")
     parser.add_argument("--dataset", nargs="+", default=paper()["datasets"], help="default: the paper's four")
     parser.add_argument("--by", nargs="+", default=[], help="settings that tell rows apart, such as adapter.alpha")

@@ -1,4 +1,4 @@
-"""What a logger does with a run."""
+"""The interface between a run and a logger."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, Self
 
 
 class Tracker:
-    """Reports a run to a logger. This one reports nothing; a logger's own tracker extends it.
+    """Reports a run to a logger. This base class reports nothing; each logger's tracker extends it.
 
-    It is a context: a run that breaks off within it is abandoned.
+    A tracker is a context: if an exception leaves the context, the tracker abandons the run.
     """
 
     def __enter__(self) -> Self:
@@ -23,16 +23,16 @@ class Tracker:
         """Report one epoch.
 
         Args:
-            entry: of the record's history: epoch, step, losses, learning rate and every metric.
+            entry: the epoch's entry in the history: epoch, step, losses, learning rate and every metric.
         """
 
     def finish(self, record: dict[str, Any], files: list[Path]) -> None:
         """Report the end of the run.
 
         Args:
-            record: of the run, completed or diverged.
-            files: the trained weights.
+            record: the record of the run, which is completed or diverged.
+            files: the files of the trained weights.
         """
 
     def abandon(self) -> None:
-        """Report that the run broke off and will leave no record."""
+        """Report that the run was interrupted or failed, and will leave no record."""

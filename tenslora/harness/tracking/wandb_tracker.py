@@ -19,22 +19,22 @@ from tenslora.harness.results.table import Row, Run, Table, percent_of_lora
 from tenslora.harness.tracking.tracker import Tracker
 
 SCORE = "score"
-"""The name under which the headline metric is logged beside its own, so that one chart holds every dataset."""
+"""A second name under which the headline metric is logged, so that one chart can show all datasets."""
 
 TRAIN, TABLE = "train", "table"
-"""The job types of the W&B runs in a sweep's group: one of its runs, or its finished table."""
+"""The job types of the W&B runs in a sweep's group: one run of the sweep, or the finished table."""
 
 
 class WandbTracker(Tracker):
     """Reports a run as one W&B run of job type train.
 
-    Its config holds the settings and the facts of the run, `row` (construction and strategy as one word) and
-    `percent_of_lora`. It logs every metric of every epoch under its own name, and the headline metric as `score` too,
-    with the optimizer step as the x axis. The trained weights become one artifact of type model.
+    The W&B run's config holds the settings and the facts of the run, `row` (construction and strategy as one word) and
+    `percent_of_lora`. Every metric of every epoch is logged under its own name, and the headline metric also as
+    `score`, with the optimizer step as the x axis. The trained weights become one artifact of type model.
 
     Args:
         run: the settings.
-        folder: the run's; W&B's files lie in it.
+        folder: the run's folder, in which W&B writes its files.
         facts: names, ranks and parameter counts of the run.
 
     Raises:
@@ -73,14 +73,14 @@ class WandbTracker(Tracker):
 def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[Path]) -> None:
     """Report a finished table as one W&B run of job type table.
 
-    It is in the group of the table's runs: the table's name, unless the settings name another. `results` is a W&B
-    Table with a line per row and column, `runs` one with a line per run. Scores in both are fractions, as runs log
-    them. PNG files become the images `figures`, an HTML file becomes `report`, and all files together become one
-    artifact of type table.
+    The W&B run is in the group of the table's runs, which is the table's name unless the settings name another group.
+    It logs a W&B Table `results` with a line for each row and column, and a W&B Table `runs` with a line for each run.
+    Scores in both are fractions, as runs log them. PNG files become the images `figures`, an HTML file becomes
+    `report`, and all files together become one artifact of type table.
 
     Args:
         config: the logger's settings.
-        folder: where W&B keeps its files.
+        folder: the folder in which W&B writes its files.
         table: the table.
         files: the table's files.
 
@@ -188,7 +188,7 @@ def _run_lines(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _place(run: Run) -> dict[str, Any]:
-    """The run's row and column, under the names that runs have in their own configs."""
+    """The run's row, column and size, under the names that they have in the configs of W&B runs."""
     return {
         "row": _one_word(run.row),
         "tensor_mode": run.row.tensor_mode,
