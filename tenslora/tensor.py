@@ -94,7 +94,7 @@ def thin_slices(
             axis = SITE if SITE in parameters else PROJECTION
             parameters[axis] = parameters[axis].narrow(dim, positions.start, len(positions))
 
-    stacked_axis = next((axis for axis in (DEPTH, SITE) if axis in each[0]), None)
+    stacked_axis = DEPTH if DEPTH in each[0] else SITE if SITE in each[0] else None
     if stacked_axis is None:
         batch = {name: torch.stack([parameters[name] for parameters in each]) for name in each[0]}
         batch_dims: dict[str, int | None] = dict.fromkeys(batch, 0)

@@ -81,6 +81,7 @@ class MatrixGroup:
     ) -> None:
         self.adapter = adapter
         self.matrices = None if len(matrices) == len(adapter.geometry.matrices) else matrices
+        self.first_matrix = matrices.start  # tells the groups of a model apart in its cache
         self.writes_to_stream = writes_to_stream
         self.fused = fused
         self.cache = cache
@@ -113,7 +114,7 @@ class MatrixGroup:
         cached = self.cache.products
         if cached is None or _saved_tensors_have_hooks():
             return self._compute(range(layer, layer + 1), dtype)[0]
-        key = self, dtype, torch.is_grad_enabled()
+        key = self.first_matrix, dtype, torch.is_grad_enabled()
         if key not in cached:
             cached[key] = self._compute(range(self.adapter.geometry.layers), dtype)
         return cached[key][layer]
@@ -133,8 +134,8 @@ class MatrixGroup:
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     # The products are computed in full precision and rounded once at the end.
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    # The meta device has no autocast; to ask torch which devices have one would break a compiled graph in torch 2.6.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _saved_tensors_have_hooks() -> bool:

@@ -164,11 +164,11 @@ def test_matrices_that_multiply_tokens_are_stored_row_by_row(mode: str, factoriz
 
 
 def test_a_model_on_the_meta_device_gives_shapes() -> None:
-    model = build("hf_bert").to("meta")
+    model = build("separate").to("meta")
     attached(model, "qkv_depth")
-    output = logits(model, {key: value.to("meta") for key, value in inputs("hf_bert").items()})
+    output = logits(model, {key: value.to("meta") for key, value in inputs("separate").items()})
     assert output.is_meta
-    assert output.shape == logits(build("hf_bert"), inputs("hf_bert")).shape
+    assert output.shape == logits(build("separate"), inputs("separate")).shape
 
 
 def test_a_copy_of_the_model_has_a_cache_of_its_own() -> None:

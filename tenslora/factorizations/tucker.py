@@ -41,7 +41,7 @@ class Tucker(Factorization):
         core = parameters["core"]
         if DEPTH in parameters:
             core = core @ parameters[DEPTH]
-        matrix_axis = next((axis for axis in (PROJECTION, SITE) if axis in parameters), None)
+        matrix_axis = PROJECTION if PROJECTION in parameters else SITE if SITE in parameters else None
         core = core.unsqueeze(-1) if matrix_axis is None else core @ parameters[matrix_axis].T
         core = core.movedim(-1, 0)
         u_in = parameters["d_in"].unsqueeze(0)
