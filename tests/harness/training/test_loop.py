@@ -156,7 +156,7 @@ def test_a_compiled_model_trains_the_same_and_is_compiled_once(tmp_path: Path, m
 
 def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(TensLoRAError, match=r"trainer\.compile=true: needs a C\+\+ compiler, and no-such-compiler"):
+    with pytest.raises(TensLoRAError, match=r"trainer\.compile=true: needs a C\+\+ compiler, but no-such-compiler"):
         fit_toy(tmp_path, "trainer.compile=true")
 
 
