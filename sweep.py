@@ -1,9 +1,9 @@
-"""One table: every run that it needs, then the table, its figures and a report.
+"""One table: carries out every run of the table, then writes the table, its figures and a report.
 
     python sweep.py table=isoparameters
     python sweep.py table=isorank dataset=dtd,cola seed=0,1 hydra/launcher=submitit_slurm
 
-Started again, it goes on where it stopped. Results are left in outputs/tables/<table>.
+A sweep that is started again goes on where it stopped. Its results are in outputs/tables/<table>.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 
 
 def run_job(composed: DictConfig) -> str | None:
-    """Carry out one run of the table, in whatever process the launcher starts for it.
+    """Carry out one run of the table, in the process that the launcher starts for it.
+
+    Args:
+        composed: the config of the job.
 
     Returns:
-        What `carry_out` returns.
+        The result of `carry_out`.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -55,9 +58,13 @@ def sweep(
     """Carry out a sweep: plan it, run the jobs that are not done, collect the results.
 
     Args:
-        config: as composed, without the swept values.
-        composed: the overrides and the config of each job.
-        launch: runs lists of overrides through Hydra's launcher and returns when all of them have ended.
+        config: the composed config, without the swept values.
+        composed: (overrides, composed config) of each job.
+        launch: a function that runs jobs, each given by its overrides, through Hydra's launcher, and returns when all
+            of them have ended.
+
+    Raises:
+        TensLoRAError: if jobs have failed; the results are written first.
     """
     from hydra.core.utils import JobStatus
 
@@ -91,11 +98,11 @@ def sweep(
                 elsewhere = []
                 for job, outcome in zip(todo, launch([job.overrides for job in todo]), strict=True):
                     if outcome.status is JobStatus.FAILED:
-                        if job.look().problem is None:  # it was killed before it could leave a reason
+                        if job.look().problem is None:  # the job was killed before it could write a reason
                             job.folder.write_failure(outcome._return_value)
                     elif outcome.return_value == ELSEWHERE:
                         elsewhere.append(job)
-                # Another sweep carries these out. If it breaks off, this sweep takes them over.
+                # Another sweep carries out these jobs. If that sweep stops, this sweep takes them over.
                 while any(job.look().state is State.RUNNING for job in elsewhere):
                     time.sleep(1)
                 todo = [job for job in elsewhere if job.look().state is not State.DONE]

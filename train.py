@@ -2,8 +2,8 @@
 
     python train.py tensor_mode=qkv_depth dataset=dtd
 
-composes the settings from conf/ and the command line, trains, and leaves result.json, adapter.safetensors and
-head.safetensors in outputs/<dataset>/<model>/<what was run>.
+The settings come from conf/ and the command line. The run writes result.json, adapter.safetensors and head.safetensors
+to outputs/<dataset>/<model>/<run>.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ log = logging.getLogger("train")
 
 
 def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, Any]:
-    """Carry out one run and return its record.
+    """Carry out one run.
 
     Args:
         run: the settings.
         path: the run's folder.
-        show_progress: whether to draw a progress bar, or without a terminal to log a line now and then.
+        show_progress: whether to draw a progress bar, or to log a line now and then if there is no terminal.
+
+    Returns:
+        The run's record.
 
     Raises:
-        TensLoRAError: for whatever the user can put right. A run that diverged leaves its record first.
+        TensLoRAError: for a mistake that the user can put right, or once a diverged run has written its record.
     """
-    from tenslora.harness.adapted_model import adapted_model  # a mistake in the settings shows before these imports
+    from tenslora.harness.adapted_model import adapted_model  # imported here: wrong settings are reported sooner
     from tenslora.harness.backbones import load_backbone, load_tokenizer
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
@@ -59,7 +62,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     adapted = adapted_model(run, backbone, processes.device)
     seconds = {"data": data_loaded - started, "backbone": time.perf_counter() - data_loaded}
 
-    # Training. The record is the last file to be written: where it is, everything else is there too.
+    # Training. The record is written last: where there is a record, all other files are complete.
     resume_garbage_collection()
     facts = facts_of(run, dataset, adapted, processes)
     with start_tracker(run, path, facts, watch=processes.is_main) as tracker:

@@ -1,11 +1,11 @@
-"""What an epoch of training costs a user: the steps, the padding in them, and the waiting for data.
+"""Measures an epoch of training: the time of the steps, the share of padding, and the time spent waiting for data.
 
     python benchmarks/epoch_time.py                       # all cases, with the data in ../shared
     python benchmarks/epoch_time.py --cases cola/grouped cola/random --steps 12
 
 Every case is `train.py` with other settings and random weights, stopped after some steps and scaled to an epoch. Each
-case runs twice in a process of its own: first cold, then warm, with the data that the first run has prepared, as in all
-epochs but the first. Wasted is the share of padding among the tokens of a whole epoch.
+case runs twice in a process of its own: first cold, then warm. The warm run uses the data that the cold run has
+prepared, as every epoch but the first does. "wasted" is the share of padding among the tokens of an epoch.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         run = validate(compose("config", overrides))
     logging.disable(logging.INFO)
-    # The score after a few steps says nothing, and takes longer than the steps.
+    # The score after a few steps says nothing, and an evaluation takes longer than the steps.
     no_score = (0.0, dict.fromkeys(run.dataset.metrics, 0.0))
     records = []
     with patch("tenslora.harness.training.loop.evaluate", return_value=no_score):

@@ -1,20 +1,20 @@
-"""What an adapter costs one layer, for its query, key and value alone, in each form that the update could take.
+"""Measures what an adapter costs one layer's query, key and value, in each form that the update could take.
 
     python benchmarks/layer_time.py                                  # ViT-B/16's layer, 8 images
     python benchmarks/layer_time.py --tokens 512 --separate          # RoBERTa-base's layer, 32 sentences
 
-A figure is the time of a forward and a backward pass over that of the Linear layer alone, whose weights are frozen. The
-gradient of the input is computed too. The forms are
+A figure is the time of a forward and a backward pass, divided by that of the frozen Linear layers alone. The gradient
+of the input is computed too. The forms are
 
-- in use: what training does, except that the layer computes its own thin matrices, which a model computes for all
-  layers at once;
+- in use: the form that training uses, except that the layer computes its own thin matrices, which a model computes for
+  all layers at once;
 - input, output: the two groupings of a Tucker slice, in which the core joins right, or left (see
   `factorizations.tucker.Tucker.slices`);
 - merged: dW is added to the weight for the forward pass, and the backward pass stays low-rank;
-- dense: dW is built and multiplied by.
+- dense: dW is built, and the input is multiplied by dW.
 
-The forms take turns. The times that are compared are those at the fastest fifth, which a busy machine changes less than
-the median.
+The forms take turns. The benchmark compares the 20th percentiles of their times, which a busy machine changes less than
+the medians.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ADAPTERS = {
         for mode in PAPER_CONSTRUCTIONS
         if mode != "lora"
     },
-    # The choice of grouping is for ranks that are lower for the output than for the input.
+    # The choice of grouping matters if the rank of the output is lower than that of the input.
     **{
         f"{mode}/{r_in}x{r_out}": (mode, RankStrategy("explicit", ranks=(r_in, r_out, *others)))
         for mode, others in (("depth", (12,)), ("qkv_depth", (3, 12)))
@@ -87,8 +87,8 @@ def forms(adapter: Adapter, linears: list[nn.Linear]) -> dict[str, Callable[[Ten
     """Each form as a function from the layer's input to the outputs of its Linear layers.
 
     Args:
-        adapter: holds the updates.
-        linears: one that is fused, or three.
+        adapter: the adapter that holds the updates.
+        linears: one fused Linear layer, or three separate ones.
     """
     layer = 3
     group = MatrixGroup(
@@ -134,9 +134,9 @@ def measure(name: str, tokens: int, separate: bool, repeats: int) -> dict[str, f
     """Time one adapter.
 
     Args:
-        name: of `ADAPTERS`.
-        tokens: per step, a multiple of 8.
-        separate: whether there are three Linear layers instead of one that is fused.
+        name: a key of `ADAPTERS`.
+        tokens: the number of tokens per step, a multiple of 8.
+        separate: whether there are three Linear layers instead of a fused one.
         repeats: how many times each form is timed.
 
     Returns:
@@ -174,8 +174,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, metavar="ADAPTER", default=list(ADAPTERS))
-    parser.add_argument("--tokens", type=int, default=1576, help="per step, a multiple of 8")
-    parser.add_argument("--separate", action="store_true", help="three Linear layers instead of one that is fused")
+    parser.add_argument("--tokens", type=int, default=1576, help="tokens per step, a multiple of 8")
+    parser.add_argument("--separate", action="store_true", help="three Linear layers instead of a fused one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/layer_time.json"))

@@ -1,4 +1,4 @@
-"""What an adapter costs per training step, over the frozen backbone's own step.
+"""Measures what an adapter costs per training step, compared with a step of the frozen backbone.
 
     python benchmarks/step_time.py                                   # everything, on this machine
     python benchmarks/step_time.py --backbones roberta --variants floor peft_lora qkv_depth/isoparameters
@@ -6,13 +6,13 @@
 
 The floor is the same model with two trainable parts, the head and the smallest parameter of its input embedding, so
 that the gradient travels through all layers. Weights and inputs are random, which does not change the time. Each
-variant runs in a process of its own. The processes take turns, so that whatever slows the machine for a while slows all
-of them. A turn's ratio is its time over the floor's just before and after it; a variant's ratio is the median over the
-rounds. If the hypervisor gave the processors to others during a turn (the "steal" of /proc/stat), the turn is repeated,
-up to a few times.
+variant runs in a process of its own. The processes take turns, so that anything that slows the machine for a while
+slows all of them. A turn's ratio is the turn's time divided by the floor's time just before and after the turn. A
+variant's ratio is the median over the rounds. If the hypervisor gave the processors to others during a turn (the
+"steal" of /proc/stat), the turn is repeated, up to a few times.
 
-With --against each adapter takes its turns next to the same adapter of the other checkout, whose own copy of this
-script builds the model and makes the steps. The ratio of the two is printed at the end.
+With --against, each adapter takes its turns next to the same adapter of the other checkout, whose own copy of this
+script builds the model and takes the steps. The ratio of the two times is printed at the end.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ VARIANTS = (
     *(f"{mode}/{strategy}" for strategy in STRATEGIES for mode in TENSORS),
 )
 BATCHES = {"vit_hf": {"cpu": 8, "cuda": 64}, "vit_timm": {"cpu": 8, "cuda": 64}, "roberta": {"cpu": 32, "cuda": 32}}
-TOKENS = 16  # of a sentence: those of CoLA have 11 on average
+TOKENS = 16  # per sentence; CoLA's sentences have 11 on average
 CLASSES = 47
 QUIET = 0.02  # the largest share of the processors' time that may be stolen during a turn
-TRIES = 4  # at a quiet turn
+TRIES = 4  # the largest number of attempts at a quiet turn
 GROUP = 3  # how many variants take a turn between two turns of the floor
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants of a measurement have in common.
+    """The settings that all variants of a measurement share.
 
     Args:
         backbone: a key of `BATCHES`.
         device: "cpu" or "cuda".
         precision: "fp32", or "bf16" by autocast.
-        batch: examples per step.
-        threads: of the CPU, for each process.
+        batch: the number of examples per step.
+        threads: the number of CPU threads of each process.
         compiled: whether the models run through torch.compile.
     """
 
@@ -81,7 +81,15 @@ class Setting:
 
 
 def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
-    """The model in training mode, on the device, and its trainable parameters."""
+    """Build a variant.
+
+    Args:
+        setting: the settings of the measurement.
+        variant: one of `VARIANTS`.
+
+    Returns:
+        The model in training mode, on the device, and its trainable parameters.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -142,7 +150,7 @@ def _names(model: Any) -> list[str]:
 
 
 def _build_updates(model: Any) -> None:
-    """Have every projection build its own dW and multiply by it."""
+    """Let every adapted Linear build its own dW and multiply its input by dW."""
     from tenslora.adapted_linear import AdaptedLinear
 
     for module in model.modules():
@@ -156,7 +164,13 @@ def _build_updates(model: Any) -> None:
 
 
 def stepper(setting: Setting, model: Any, parameters: Sequence[Any]) -> Callable[[], Any]:
-    """The function that makes one training step."""
+    """The function that takes one training step.
+
+    Args:
+        setting: the settings of the measurement.
+        model: the model.
+        parameters: the model's trainable parameters.
+    """
     import torch
     from torch.nn import functional as F
 
@@ -184,7 +198,11 @@ def stepper(setting: Setting, model: Any, parameters: Sequence[Any]) -> Callable
 
 
 def operations(step: Callable[[], Any]) -> int:
-    """How many operations of a step compute or copy something. On a GPU each of them is at least one kernel."""
+    """The number of operations of a step that compute or copy something. On a GPU each is at least one kernel.
+
+    Args:
+        step: the function that takes one step.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -201,7 +219,12 @@ def operations(step: Callable[[], Any]) -> int:
 
 
 def saved_bytes(model: Any, step: Callable[[], Any]) -> int:
-    """How many bytes a step keeps for its backward pass, without the model's own parameters and buffers."""
+    """The number of bytes that a step saves for its backward pass, without the model's parameters and buffers.
+
+    Args:
+        model: the model.
+        step: the function that takes one step.
+    """
     import torch
 
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -213,7 +236,8 @@ def saved_bytes(model: Any, step: Callable[[], Any]) -> int:
             storages[storage.data_ptr()] = storage
         return tensor
 
-    # Where a layer finds such hooks, it takes them for activation checkpointing and computes its own thin products.
+    # A layer that finds such hooks takes them for activation checkpointing and does not use the cache; the patch hides
+    # them.
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         patch("tenslora.thin_products._saved_tensors_have_hooks", return_value=False),
@@ -225,8 +249,13 @@ def saved_bytes(model: Any, step: Callable[[], Any]) -> int:
 def worker(setting: Setting, variant: str, connection: Connection) -> None:
     """Measure one variant, in a process of its own.
 
-    It sends the facts about the variant. Then it receives numbers of steps: it makes as many and sends (the seconds of
-    each, the peak memory in bytes), until the number is zero.
+    The worker sends the facts about the variant. Then it repeatedly receives a number of steps, takes these steps, and
+    sends (the seconds of each step, the peak memory in bytes). It ends when the number is zero.
+
+    Args:
+        setting: the settings of the measurement.
+        variant: one of `VARIANTS`.
+        connection: the connection to the process that compares the variants.
     """
     import torch
 
@@ -234,8 +263,8 @@ def worker(setting: Setting, variant: str, connection: Connection) -> None:
     model, parameters = build(setting, variant)
     step = stepper(setting, model, parameters)
     before = _memory(setting)
-    step()  # the first one creates the optimizer's state
-    # Hooks would have a compiled model compiled again, and would not see what it keeps.
+    step()  # the first step creates the optimizer's state
+    # Hooks would make torch.compile compile the model again, and would not see the tensors that it saves.
     saved, count = (0, 0) if setting.compiled else (saved_bytes(model, step), operations(step))
     connection.send({"trained": sum(p.numel() for p in parameters), "saved_bytes": saved, "operations": count})
     _reset_peak(setting)
@@ -250,7 +279,14 @@ def worker(setting: Setting, variant: str, connection: Connection) -> None:
 
 
 def worker_of(checkout: str, setting: dict[str, Any], variant: str, connection: Connection) -> None:
-    """Measure one variant with another checkout's package and its own copy of this script."""
+    """Measure one variant with another checkout's package and that checkout's copy of this script.
+
+    Args:
+        checkout: the root of the other checkout.
+        setting: the settings of the measurement, as a dict.
+        variant: one of `VARIANTS`.
+        connection: the connection to the process that compares the variants.
+    """
     for name in [name for name in sys.modules if name.partition(".")[0] == "tenslora"]:
         del sys.modules[name]
     sys.path.insert(0, checkout)
@@ -304,9 +340,9 @@ class Process:
     """A process that measures one variant, and the times of its turns.
 
     Args:
-        setting: of the measurement.
+        setting: the settings of the measurement.
         variant: one of `VARIANTS`.
-        checkout: the root of another checkout, whose code is to be measured; None for this one.
+        checkout: the root of another checkout whose code is measured; None for this checkout.
     """
 
     def __init__(self, setting: Setting, variant: str, checkout: Path | None = None) -> None:
@@ -328,12 +364,19 @@ class Process:
         theirs.close()
 
     def wait(self) -> None:
-        """Wait until the variant is ready and has made a step."""
+        """Wait until the variant is ready and has taken a step."""
         self.facts = self.connection.recv()
         self.run(1)
 
     def run(self, steps: int) -> Turn:
-        """Make a turn of so many steps."""
+        """Take a turn.
+
+        Args:
+            steps: the number of steps.
+
+        Returns:
+            The times of the turn.
+        """
         stolen_before, started = _stolen(), time.perf_counter()
         self.connection.send(steps)
         seconds, self.peak = self.connection.recv()
@@ -346,7 +389,7 @@ class Process:
         self.process.join()
 
     def row(self) -> dict[str, Any]:
-        """What was measured."""
+        """The measurements of the variant, for the results file."""
         return {
             "variant": self.name,
             **self.facts,
@@ -363,11 +406,11 @@ def measure(
     """Measure variants.
 
     Args:
-        setting: what they have in common.
-        variants: of `VARIANTS`; the floor is measured in any case.
-        rounds: how many turns each variant takes.
-        steps: of a turn.
-        at_once: how many variants are in memory at once, beside the floor.
+        setting: the settings of the measurement.
+        variants: some of `VARIANTS`. The floor is always measured.
+        rounds: the number of turns that each variant takes.
+        steps: the number of steps of a turn.
+        at_once: the number of variants that are in memory at once, beside the floor.
         against: the root of another checkout, whose adapters are measured too.
 
     Returns:
@@ -378,7 +421,7 @@ def measure(
     rows = []
     others = [variant for variant in variants if variant != "floor"]
     for start in range(0, len(others), at_once):
-        # An adapter and its double of the other checkout stay together.
+        # An adapter and the same adapter of the other checkout take neighbouring turns.
         sets = [
             [Process(setting, variant)]
             + ([Process(setting, variant, against)] if against and variant not in REFERENCES else [])
@@ -401,7 +444,7 @@ def measure(
 
 
 def _groups(sets: list[list[Process]], number: int) -> list[list[Process]]:
-    """Which processes take their turns between two turns of the floor, in a round; every round in another order."""
+    """The groups of processes that take their turns between two turns of the floor. Every round has another order."""
     start = number % len(sets)
     rotated = [members[:: -1 if number % 2 else 1] for members in sets[start:] + sets[:start]]
     if any(len(members) > 1 for members in sets):
@@ -414,10 +457,10 @@ def _take_turns(floor: Process, group: Sequence[Process], before: Turn, steps: i
     """Let a group of processes and then the floor take a turn.
 
     Args:
-        floor: of the measurement.
-        group: takes the turns.
+        floor: the floor's process.
+        group: the processes that take the turns.
         before: the floor's latest turn.
-        steps: of a turn.
+        steps: the number of steps of a turn.
 
     Returns:
         The floor's turn.
@@ -431,7 +474,7 @@ def _take_turns(floor: Process, group: Sequence[Process], before: Turn, steps: i
     floor.seconds.append(end.seconds)
     floor.stolen.append(stolen)
     for position, (process, turn) in enumerate(zip(group, turns, strict=True), start=1):
-        # The floor's time at this turn, if it changes evenly from one of its turns to the next.
+        # The floor's time at this turn, interpolated linearly between the floor's turns before and after it.
         expected = start.seconds + (end.seconds - start.seconds) * position / (len(group) + 1)
         process.seconds.append(turn.seconds)
         process.ratios.append(turn.seconds / expected)
@@ -454,7 +497,12 @@ def _quartiles(ratios: Sequence[float]) -> str:
 
 
 def comparison(rows: Sequence[dict[str, Any]], against: Path) -> dict[str, list[float]]:
-    """The ratios of this checkout's times to the other's, in neighbouring turns, for each adapter and for all."""
+    """The ratios of this checkout's times to the other checkout's in neighbouring turns, by adapter and for all.
+
+    Args:
+        rows: the rows that `measure` returns.
+        against: the root of the other checkout.
+    """
     seconds = {row["variant"]: row["seconds"] for row in rows}
     ratios = {
         name: [here / there for here, there in zip(times, seconds[f"{name} @ {against.name}"], strict=True)]
@@ -501,7 +549,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, help="per turn; the default is 1 on a CPU, 10 on a GPU")
     parser.add_argument("--at-once", type=int, default=6, help="variants in memory at once, beside the floor")
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="measure another checkout's adapters beside")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, to measure beside")
     parser.add_argument("--compile", action="store_true", help="run the models through torch.compile")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/step_time.json"))
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The sweeper of sweep.py, which asks the app what to run, and launchers that survive the loss of a job.
+"""The sweeper of sweep.py, which lets the app decide what to run, and launchers that survive the loss of a job.
 
 Hydra looks for plugins in the package `hydra_plugins` only.
 """
@@ -26,9 +26,9 @@ LOOK_SECONDS = 5.0
 class TableSweeper(BasicSweeper):
     """Hydra's basic sweeper, except that the app decides what is run.
 
-    It composes every job and calls ``task.sweep(config, jobs, launch)``: config is composed without the swept values,
-    jobs are pairs of (overrides, composed config), and ``launch`` runs lists of overrides through the launcher, at most
-    `max_batch_size` at a time.
+    The sweeper composes the config of every job and calls ``task.sweep(config, jobs, launch)``. ``config`` is composed
+    without the swept values, and ``jobs`` are pairs of (overrides, composed config). ``launch`` runs jobs, each given
+    by its overrides, through the launcher, at most `max_batch_size` at a time.
     """
 
     task: Any
@@ -52,7 +52,7 @@ class TableSweeper(BasicSweeper):
         base: dict[tuple[str, ...], DictConfig] = {}
         jobs = []
         for words in overrides:
-            # Hydra composes for a tenth of a second; runs that differ in the seed alone share one composition.
+            # Hydra takes a tenth of a second to compose a config, so jobs that differ only in the seed share one.
             seeds = [word for word in words if word.startswith("seed=")]
             others = tuple(word for word in words if word not in seeds)
             if others not in base:
@@ -81,11 +81,11 @@ class TableSweeper(BasicSweeper):
 
 
 class _Patient(submitit_launcher.BaseSubmititLauncher):
-    """submitit's launcher, except that it waits for the other jobs when one is cancelled or crashes.
+    """submitit's launcher, except that it waits for the other jobs when one job is cancelled or crashes.
 
-    Hydra's plugin asks for the results in order and raises at the first job without one, while the rest still run.
-    Here every job is waited for, and a job that ended without a result counts as failed. submitit itself requeues a job
-    that was preempted or ran out of time.
+    Hydra's plugin asks for the results in order and raises at the first job without a result, while other jobs still
+    run. This launcher waits for every job, and a job that ended without a result counts as failed. submitit itself
+    requeues a job that was preempted or ran out of time.
     """
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -141,13 +141,14 @@ class _Patient(submitit_launcher.BaseSubmititLauncher):
 
 
 class PatientLocalLauncher(_Patient, submitit_launcher.LocalLauncher):
-    """What hydra/launcher=submitit_local starts."""
+    """The launcher of hydra/launcher=submitit_local."""
 
 
 class PatientSlurmLauncher(_Patient, submitit_launcher.SlurmLauncher):
-    """What hydra/launcher=submitit_slurm starts.
+    """The launcher of hydra/launcher=submitit_slurm.
 
-    It asks squeue which jobs are left. submitit asks sacct, which does not answer on a cluster without accounting.
+    The launcher asks squeue which jobs are left. submitit asks sacct, which does not answer on a cluster without
+    accounting.
     """
 
     def _are_under_way(self, jobs: Sequence[Any]) -> list[bool]:

@@ -1,9 +1,9 @@
-"""Makes the weights of `vit_digits`: pretrains a small ViT on the digits 0 to 4 of scikit-learn's UCI digits.
+"""Pretrains `vit_digits`, a small ViT, on the digits 0 to 4 of scikit-learn's UCI digits.
 
     python -m scripts.pretrain_vit_digits [path]
 
-All weights are trained, for 80 seconds on one core, and the file has 407,696 bytes. The model never sees the digits
-5 to 9, to which `dataset=digits` adapts it.
+The script trains all weights, which takes 80 seconds on one core, and writes a file of 407,696 bytes. The model never
+sees the digits 5 to 9, to which `dataset=digits` adapts it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def pretrain(path: Path) -> float:
     """Pretrain the backbone and write it in half precision, without its head.
 
     Args:
-        path: of the file to write.
+        path: the path of the file to write.
 
     Returns:
         The accuracy on the held-out images of the digits 0 to 4.

@@ -42,7 +42,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["optimizer.lr=-0.001"], "optimizer.lr=-0.001: must be at least 0"),
         (["rank_strategy=explicit"], "rank_strategy.ranks=null: tensor_mode qkv_depth needs 4 integers"),
         # those of the data, the backbone, the device
-        (["dataset=dtd", "dataset.root=missing"], "dataset.root=missing: no such folder; it should hold dtd"),
+        (["dataset=dtd", "dataset.root=missing"], "dataset.root=missing: no such folder; the folder should hold dtd"),
         (["model.checkpoint=missing"], "model.checkpoint=missing: no such file"),
         (["model.geometry.layers=6", "rank_strategy=isorank"], "layers=6: the backbone that was loaded has 4"),
         (["trainer.device=cuda:77"], "trainer.device=cuda:77: this machine has"),

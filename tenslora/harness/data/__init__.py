@@ -22,12 +22,15 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
     """Load the training and test examples that a config asks for.
 
     Args:
-        config: of the dataset.
-        seed: of the random choice of `config.train_size` examples, and of a random split.
+        config: the dataset's settings.
+        seed: the seed of the random choice of `config.train_size` examples, and of a random split.
+
+    Returns:
+        The dataset.
 
     Raises:
-        TensLoRAError: if the data is missing or damaged, or if it cannot be downloaded; the message says where it was
-            looked for.
+        TensLoRAError: if the data is missing or damaged, or if it cannot be downloaded; the message says where the data
+            was looked for.
     """
     if isinstance(config, TextDatasetConfig):
         dataset = load_texts(config)

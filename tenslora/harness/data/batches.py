@@ -1,4 +1,4 @@
-"""The batches of an epoch. Their order is a function of the seed and the epoch, and processes share each of them."""
+"""The batches of an epoch. Their order is a function of the seed and the epoch, and all processes share each batch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Batch:
     """One process's share of one forward pass.
 
     Args:
-        inputs: what the model takes, by keyword.
-        labels: (examples,).
+        inputs: the model's inputs, by keyword.
+        labels: the labels, of shape (examples,).
         weight: multiplies the mean loss over `labels`. Summed over the batches of a step and averaged over the
             processes, the weighted losses are the mean loss over all examples of the step, even if shares differ in
             size.
@@ -40,16 +40,16 @@ class TrainBatches:
     """The training batches of every epoch.
 
     Args:
-        data: the training examples. If they have lengths, examples of similar length share a batch, so that little of
-            it is padding.
+        data: the training examples. If they have lengths, examples of similar length share a batch, so that the batch
+            has little padding.
         collate: makes a batch of some examples.
-        batch_size: examples per forward pass, over all processes.
-        accumulation: forward passes per optimizer step.
-        seed: with the epoch, it decides the order.
-        process: which share of each batch is this process's, from 0.
-        processes: how many processes share each batch.
-        workers: how many processes read and encode examples ahead of the training.
-        pin_memory: whether batches are put where they can be copied to a GPU faster.
+        batch_size: the number of examples per forward pass, over all processes.
+        accumulation: the number of forward passes per optimizer step.
+        seed: the seed. The order depends on the seed and the epoch.
+        process: the index of this process, from 0.
+        processes: the number of processes that share each batch.
+        workers: the number of worker processes that read and encode examples ahead of the training.
+        pin_memory: whether batches are in page-locked memory, from which a copy to a GPU is faster.
     """
 
     def __init__(
@@ -73,13 +73,21 @@ class TrainBatches:
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / accumulation)
 
     def order(self, epoch: int) -> list[list[int]]:
-        """The indices of the examples of each batch of an epoch, over all processes. Only the last may be smaller."""
+        """The batches of an epoch, over all processes. Only the last batch may be smaller than the others.
+
+        Args:
+            epoch: the number of the epoch.
+
+        Returns:
+            The indices of the examples of each batch.
+        """
         random = np.random.default_rng([self.seed, epoch, 0x0D3])
         order = random.permutation(len(self.data)).tolist()
         if self.data.lengths is None:
             return _cut(order, self.batch_size)
-        # As transformers groups by length: examples are sorted within random pools of batches. Few enough pools that
-        # padding is rare, and many enough that the batches of two epochs differ. The batches come in random order.
+        # Examples are grouped by length as in transformers: they are sorted within random pools of batches. There are
+        # few enough pools to make padding rare, and enough to make the batches of two epochs differ. The batches are
+        # then put in random order.
         pool = self.batch_size * min(POOL_BATCHES, max(1, self.batches_per_epoch // 4))
         length = self.data.lengths.__getitem__
         by_length = [i for part in _cut(order, pool) for i in sorted(part, key=length, reverse=True)]
@@ -87,7 +95,11 @@ class TrainBatches:
         return [*(batches[i] for i in random.permutation(len(batches))), last]
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """This process's shares of the batches of one epoch, in order."""
+        """This process's shares of the batches of one epoch, in order.
+
+        Args:
+            epoch: the number of the epoch.
+        """
         batches = self.order(epoch)
         self.data.stream = (self.seed, epoch)
         shares = [batch[self.process :: self.processes] for batch in batches]
@@ -123,17 +135,17 @@ def test_batches(
 ) -> DataLoader[tuple[dict[str, Tensor], Tensor]]:
     """The batches of this process's share of the test examples.
 
-    The examples come in their order. If they have lengths, the longest come first: little is padding then, and a batch
-    size that does not fit into memory shows at once.
+    The examples come in the order of `data`. If they have lengths, the longest examples come first: there is then
+    little padding, and a batch size that does not fit into memory fails at once.
 
     Args:
         data: the test examples.
         collate: makes a batch of some examples.
-        batch_size: examples per batch.
-        process: which share is this process's, from 0.
-        processes: how many processes share the examples, one in `processes` each.
-        workers: how many processes read and encode examples ahead.
-        pin_memory: whether batches are put where they can be copied to a GPU faster.
+        batch_size: the number of examples per batch.
+        process: the index of this process, from 0.
+        processes: the number of processes that share the examples. Each takes every `processes`-th example.
+        workers: the number of worker processes that read and encode examples ahead of the evaluation.
+        pin_memory: whether batches are in page-locked memory, from which a copy to a GPU is faster.
 
     Returns:
         (inputs, labels) of each batch.

@@ -11,10 +11,13 @@ from tenslora.harness.quick_start import read_uci_digits
 
 @cache_latest(1)
 def load_digits(wanted: Sequence[int]) -> Dataset:
-    """Grey images of 8 x 8 pixels; of each class, every third one is for testing.
+    """Load grey images of 8 x 8 pixels. Every third image of each class is for testing.
 
     Args:
-        wanted: the digits that are the classes, in this order. `vit_digits` was pretrained on 0 to 4.
+        wanted: the digits to load, which are the classes in this order. `vit_digits` was pretrained on 0 to 4.
+
+    Returns:
+        The dataset.
     """
     import numpy as np
 

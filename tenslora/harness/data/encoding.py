@@ -1,7 +1,7 @@
-"""From raw examples to what a model takes: image transforms, tokenization, collation.
+"""Turns raw examples into a model's inputs: image transforms, tokenization, collation.
 
-Everything that a loader's worker processes need is an instance of a class at module level, because a worker that is
-not forked is sent it by pickle, which cannot send closures.
+Everything that a loader's worker processes need is an instance of a class at module level. A worker that is not forked
+receives these objects by pickle, which cannot send closures.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ Item = tuple[Any, int]
 """An encoded example and its label."""
 
 Collate = Callable[[list[Item]], tuple[dict[str, Tensor], Tensor]]
-"""Makes (the inputs by keyword, the labels) of a batch."""
+"""Turns the items of a batch into (the model's inputs by keyword, the labels)."""
 
 CACHE_BYTES = 2**32
-"""How much memory the images of one split may take."""
+"""The largest number of bytes that the cached images of one split may take."""
 
 
 class ResizedImages(Sequence[Any]):
-    """Images, each of them decoded, resized and cut only once: arrays of bytes of shape (height, width, channels).
+    """Images that are decoded, resized and cropped only once: arrays of bytes of shape (height, width, channels).
 
-    The results are kept in memory that forked worker processes share, so that the workers of one epoch spare those of
-    the next the work. If the results of all images would take more than `CACHE_BYTES`, none is kept.
+    The results are cached in memory that forked worker processes share, so that the workers of later epochs find them
+    there. If the results of all images would take more than `CACHE_BYTES`, nothing is cached.
 
     Args:
         images: PIL images.
-        prepare: gives all of them one size and the right channels.
-        size: height and width of the results.
-        channels: of the results.
+        prepare: a function that gives a PIL image the size and the channels of the results.
+        size: the height and the width of the results, in pixels.
+        channels: the number of channels of the results.
     """
 
     def __init__(self, images: Sequence[Any], prepare: Callable[[Any], Any], size: int, channels: int) -> None:
@@ -70,7 +70,7 @@ class ResizedImages(Sequence[Any]):
             return self._make(index)
         if not self._has_result[index]:
             self._results[index] = self._make(index)
-            self._has_result[index] = 1  # last, because another process may look at the same time
+            self._has_result[index] = 1  # set last, because another process may read the result at the same time
         return self._results[index]
 
     def _make(self, index: int) -> Any:
@@ -81,12 +81,13 @@ class Encoded(TorchDataset[Item]):
     """Examples that are encoded when they are asked for.
 
     Args:
-        inputs: of the examples, by index.
-        labels: of the examples.
-        encode: what makes of an input what `Collate` takes; None if the inputs are that already.
+        inputs: the inputs of the examples, by index.
+        labels: the labels of the examples.
+        encode: a function from an input to the form that `Collate` takes; None if the inputs have that form already.
         augmented: whether `encode` draws random numbers. Each example then has a random stream of its own, whose seed
-            is made of `stream` and the example's index, so that the process or worker that encodes it does not matter.
-        lengths: of each example, if batches should hold examples of similar length.
+            depends on `stream` and the example's index alone, and not on the process that encodes the example.
+        lengths: the length of each example, in tokens, if batches should hold examples of similar length; otherwise
+            None.
     """
 
     stream: tuple[int, ...] = ()
@@ -113,17 +114,17 @@ class Encoded(TorchDataset[Item]):
         if not self.augmented:
             return self.encode(example), label
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would also seed the GPUs, where dropout draws.
+            # torch.manual_seed would also seed the GPUs, where dropout draws its numbers.
             torch.default_generator.manual_seed(stream_seed("augmentation", *self.stream, index))
             return self.encode(example), label
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes to an image: from bytes of shape (height, width, channels) to bytes of that shape.
+    """Random changes to an image, which is an array of bytes of shape (height, width, channels) before and after.
 
     Args:
-        transform: changes a PIL image.
+        transform: a function that changes a PIL image.
     """
 
     transform: Callable[[Any], Any]
@@ -141,8 +142,8 @@ class ImageCollate:
 
     Args:
         input_name: the keyword by which the model takes images.
-        mean: of each channel, to subtract; None to leave pixels in [0, 1].
-        std: of each channel, to divide by; None likewise.
+        mean: the mean of each channel, which is subtracted; None to leave pixels in [0, 1].
+        std: the standard deviation of each channel, by which pixels are divided; None likewise.
     """
 
     input_name: str
@@ -164,8 +165,8 @@ class TextCollate:
     """Makes a batch of tokenized examples, padded to one length, and the labels.
 
     Args:
-        tokenizer: pads.
-        pad_to: this number of tokens; None for the longest example of the batch.
+        tokenizer: the tokenizer, which pads the examples.
+        pad_to: the number of tokens to pad to; None for that of the longest example of the batch.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -183,10 +184,10 @@ class TextCollate:
 
 @dataclass(frozen=True)
 class TokensOf:
-    """What the tokenizer gave for one example, by its index.
+    """A function from an example's index to the example's tokens.
 
     Args:
-        columns: what the tokenizer gave for all examples: token ids, attention mask, and perhaps segment ids.
+        columns: the tokenizer's output for all examples: token ids, attention mask, and perhaps segment ids.
     """
 
     columns: dict[str, list[list[int]]]
@@ -203,21 +204,21 @@ def encode(
     input_name: str,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[Encoded, Encoded, Collate]:
-    """Encode the examples of a dataset as a model takes them.
+    """Encode the examples of a dataset for a model.
 
-    Images are resized, augmented if they are for training, and normalized. Sentences become token ids; two sentences
-    are encoded as a pair, with the model's own separators and, if it has them, segment ids.
+    Images are resized, augmented if they are for training, and normalized. Sentences become token ids. Two sentences
+    are encoded as a pair, with the model's own separators and, if the model has them, segment ids.
 
     Args:
         train: the training examples.
         test: the test examples.
-        config: of the dataset.
-        model: the config of the model.
+        config: the dataset's settings.
+        model: the model's settings.
         input_name: the keyword by which an image model takes images.
-        tokenizer: of a text model.
+        tokenizer: the tokenizer of a text model; None for an image model.
 
     Returns:
-        (train, test, collate).
+        (training examples, test examples, collate), where collate makes a batch of some examples.
     """
     if isinstance(config, TextDatasetConfig):
         assert tokenizer is not None

@@ -22,8 +22,8 @@ class Examples:
     """Inputs and their labels.
 
     Args:
-        inputs: PIL images, or tuples of one or two sentences. A sequence that may read an input only when it is asked
-            for, by its index; it need not support slices.
+        inputs: PIL images, or tuples of one or two sentences. They are a sequence that needs no slices and may read an
+            input only when it is indexed.
         labels: the class number of each input.
     """
 
@@ -34,13 +34,20 @@ class Examples:
         return len(self.labels)
 
     def select(self, indices: Sequence[int]) -> Examples:
-        """Some of the examples, in the order of `indices`; nothing is read."""
+        """Some of the examples, in the order of `indices`. No input is read yet.
+
+        Args:
+            indices: the indices of the wanted examples.
+
+        Returns:
+            The examples.
+        """
         return Examples(Selected(self.inputs, indices), [self.labels[i] for i in indices])
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run trains on and is tested on.
+    """The examples that a run trains on and is tested on.
 
     Args:
         train: the training examples.
@@ -55,7 +62,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Selected(Sequence[Any]):
-    """Some items of a sequence, each read when it is asked for."""
+    """Some items of a sequence. Each item is read when it is indexed."""
 
     items: Any
     indices: Sequence[int]
@@ -69,7 +76,7 @@ class Selected(Sequence[Any]):
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Sequence["Image"]):
-    """Images on disk, each decoded to RGB when it is asked for.
+    """Images on disk. Each image is decoded to RGB when it is indexed.
 
     Raises:
         TensLoRAError: on access to a file that cannot be read; the message names the file.
@@ -111,9 +118,9 @@ def draw(count: int, size: int, seed: int) -> list[int]:
     """Draw numbers without replacement, from a random stream that nothing else draws from.
 
     Args:
-        count: the numbers are 0 to count - 1.
-        size: how many of them to draw.
-        seed: of the stream.
+        count: the numbers to draw from are 0 to count - 1.
+        size: how many numbers to draw.
+        seed: the seed of the stream.
 
     Returns:
         The numbers, in rising order.
@@ -127,10 +134,10 @@ def warn_of_another_size(name: str, split: str, size: int, published: int | None
     """Log a warning if a copy of a split has another size than the split that was published.
 
     Args:
-        name: of the dataset.
-        split: of the dataset.
-        size: how many examples the copy has.
-        published: how many the split was published with; None if that is unknown.
+        name: the dataset's name.
+        split: the split's name.
+        size: the number of examples in the copy.
+        published: the number of examples in the published split; None if that is unknown.
     """
     if published is not None and size != published:
         log.warning("%s: the %s split has %d examples here, %d as published", name, split, size, published)

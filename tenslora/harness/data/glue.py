@@ -1,4 +1,4 @@
-"""The tasks of GLUE: how their files are laid out, on the hub and as published."""
+"""The tasks of GLUE, and the layout of their files on the hub and as published."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task: a class for each sentence or pair of sentences.
+    """One task, which assigns a class to each sentence or pair of sentences.
 
     Args:
         sentences: the hub's names for the columns of the one or two sentences.
         classes: the names of the classes, in the order of the hub's labels.
-        column_count: how many columns a line of a published file has.
-        sentence_columns: which of them hold the sentences.
-        label_column: which of them holds the label.
-        labels: what a published file has in the label column, by class number.
+        column_count: the number of columns of a published file.
+        sentence_columns: the indices of the columns that hold the sentences.
+        label_column: the index of the column that holds the label.
+        labels: the entries of the label column of a published file, by class number.
         header: whether the first line of a published file names the columns.
-        files: for each split, alternatives; each is a list of published files that make up the split together.
-        sizes: for each split, how many examples it was published with. A split may have several versions.
+        files: for each split, alternatives. Each alternative is a list of published files that together are the split.
+        sizes: for each split, the published numbers of examples, one for each published version of the split.
     """
 
     sentences: tuple[str, ...]
@@ -36,7 +36,7 @@ HUB = "nyu-mll/glue"
 """The repository on the Hugging Face hub."""
 
 FOLDERS = ("", "raw", "cola_public/raw", "CoLA", "MRPC", "SST-2", "QNLI", "RTE")
-"""Where the published archives have their files, below the folder that they are unpacked in."""
+"""The folders in which the published archives have their files, relative to where an archive is unpacked."""
 
 _FILES = {"train": [["train.tsv"]], "validation": [["dev.tsv"]]}
 

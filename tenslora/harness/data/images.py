@@ -1,4 +1,4 @@
-"""Image datasets: which examples train and which test."""
+"""Image datasets, divided into training and test examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tenslora.harness.data.torchvision_sources import SOURCES, read_split
 
 
 def load_images(config: ImageDatasetConfig, seed: int) -> Dataset:
-    """The examples of an image dataset; see `tenslora.harness.data.load_dataset`."""
+    """Load the examples of an image dataset; see `tenslora.harness.data.load_dataset`."""
     if config.name == "digits":
         return _embedded_digits(config)
     if config.name not in SOURCES:
@@ -65,7 +65,7 @@ def _published_splits(config: ImageDatasetConfig) -> Dataset:
     read = [read_split(config.name, config.root, split) for split in config.train_splits]
     test, classes = read_split(config.name, config.root, config.test_split)
     for split, (_, own_classes) in zip(config.train_splits, read, strict=True):
-        if own_classes != classes:  # torchvision numbers the classes of each split by themselves
+        if own_classes != classes:  # torchvision numbers the classes of each split separately
             raise TensLoRAError(
                 f"dataset={config.name}: the splits {split} and {config.test_split} do not have the same classes"
             )

@@ -19,12 +19,12 @@ Labelled = tuple[tuple[str, ...], int]
 """One or two sentences, and the number of their class."""
 
 Reader = Callable[[str], list[Labelled] | None]
-"""Reads the split of a name; gives None if there is no such split."""
+"""A function that reads the split with a given name, or returns None if there is no such split."""
 
 
 @cache_latest(1)
 def load_texts(config: TextDatasetConfig) -> Dataset:
-    """The examples of a GLUE task; see `tenslora.harness.data.load_dataset`."""
+    """Load the examples of a GLUE task; see `tenslora.harness.data.load_dataset`."""
     if config.name not in GLUE_TASKS:
         raise TensLoRAError(f"dataset.name={config.name}: must be one of {', '.join(GLUE_TASKS)}")
     task = GLUE_TASKS[config.name]
@@ -41,7 +41,7 @@ def _examples(labelled: list[Labelled]) -> Examples:
 def _read_split(config: TextDatasetConfig, task: GlueTask, read: Reader, split: str) -> list[Labelled]:
     labelled = read(split)
     if labelled is None and split == "validation" and "test" in task.files:
-        # MRPC as its authors published it has no validation split, and the labels of its test split.
+        # MRPC as published by its authors has no validation split, but a test split with labels.
         split, labelled = "test", read("test")
     if labelled is None:
         if split not in task.files:
@@ -49,7 +49,7 @@ def _read_split(config: TextDatasetConfig, task: GlueTask, read: Reader, split: 
                 f"dataset={config.name}: there is no {split} split of {config.name}; there are {', '.join(task.files)}"
             )
         raise TensLoRAError(
-            f"dataset.root={config.root}: no {split} split of {config.name} there; it should hold "
+            f"dataset.root={config.root}: no {split} split of {config.name} there; the folder should hold "
             f"{' or '.join(' + '.join(files) for files in task.files[split])}, or a folder of the datasets library"
         )
     for _, label in labelled:
@@ -77,7 +77,7 @@ def _hub_reader(config: TextDatasetConfig, task: GlueTask) -> Reader:
 
 
 def _folder_reader(config: TextDatasetConfig, task: GlueTask, root: Path) -> Reader:
-    """A reader of whichever form of a local copy lies in `root`."""
+    """A reader for the local copy in `root`, which may be of the datasets library, of the hub, or as published."""
     if not root.is_dir():
         raise TensLoRAError(f"dataset.root={root}: no such folder")
     parquet = {
@@ -128,8 +128,8 @@ def _read_published(task: GlueTask, root: Path, split: str) -> list[Labelled] | 
 
 def _lines(task: GlueTask, file: Path) -> Iterator[Labelled]:
     """The examples of a published file."""
-    # Cut by hand: the files do not quote, and splitlines would also cut at characters that a sentence may hold.
-    # MRPC's files begin with a byte-order mark.
+    # The lines are not split by the csv module, because the files do not quote, and not by splitlines, which would also
+    # split at characters that a sentence may hold. MRPC's files begin with a byte-order mark.
     try:
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

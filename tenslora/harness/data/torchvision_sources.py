@@ -23,9 +23,10 @@ class Source:
     """Where a dataset comes from.
 
     Args:
-        open: gives the images, their labels and the names of the classes for (root, split, whether to download).
-        layout: what has to lie in a local copy, for a message.
-        sizes: how many examples each split was published with; the only key is None if there are no splits.
+        open: a function from (root, split, whether to download) to the images, their labels and the names of the
+            classes.
+        layout: the files and folders of a local copy, for messages.
+        sizes: the published number of examples of each split. The only key is None if there are no splits.
     """
 
     open: Callable[[Path, str | None, bool], Split]
@@ -34,7 +35,7 @@ class Source:
 
     @property
     def splits(self) -> str:
-        """The names of the splits, for a message."""
+        """The names of the splits, for messages."""
         return ", ".join(map(str, self.sizes))
 
 
@@ -79,19 +80,22 @@ SOURCES = {
 
 @cache_latest(4)
 def read_split(name: str, root: str | None, split: str | None) -> tuple[Examples, tuple[str, ...]]:
-    """The examples of one split, and the names of the classes.
+    """Read one split.
 
     Args:
         name: one of `SOURCES`.
         root: the folder of a local copy; None to download to `DOWNLOADS`.
-        split: one of the source's `sizes`.
+        split: a key of the source's `sizes`.
+
+    Returns:
+        The examples of the split, and the names of the classes.
 
     Raises:
         TensLoRAError: if the copy is missing or incomplete, or if it cannot be downloaded.
     """
     source = SOURCES[name]
     if root is not None and not Path(root).is_dir():
-        raise TensLoRAError(f"dataset.root={root}: no such folder; it should hold {source.layout}")
+        raise TensLoRAError(f"dataset.root={root}: no such folder; the folder should hold {source.layout}")
     try:
         images, labels, classes = source.open(Path(root or DOWNLOADS), split, root is None)
     except (OSError, RuntimeError, ValueError, KeyError) as error:

@@ -8,22 +8,23 @@ from tenslora.harness.results.table import Table
 
 
 def write_results(table: Table, folder: Path) -> list[Path]:
-    """Write a table in every form it has.
+    """Write a table as Markdown, LaTeX, CSV, figures and a report.
 
-    These are table.md, table.tex, table.csv, figures/ with each figure as PNG and SVG once a run has a score, and
-    report.html, which holds all of it in one page. Each file is complete or as it was before.
+    The files are table.md, table.tex, table.csv, report.html and, once a run has a score, figures/*.png and
+    figures/*.svg. The report shows the whole table and the figures on one page. If a file cannot be written, its
+    earlier version stays.
 
     Args:
-        table: finished or not.
-        folder: where to write.
+        table: the table, finished or not.
+        folder: the folder to write to.
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
         TensLoRAError: if a file cannot be written.
     """
-    # Here, because matplotlib and jinja2 take seconds to import and every command reads this package.
+    # Imported here, because matplotlib and jinja2 take seconds to import and every command imports this package.
     from tenslora.files import write_bytes
     from tenslora.harness.results.csv import to_csv
     from tenslora.harness.results.figures import write_figures

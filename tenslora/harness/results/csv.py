@@ -11,10 +11,13 @@ from tenslora.harness.results.table import Run
 
 
 def to_csv(summary: Summary) -> str:
-    """One line per run, those without a score too, by column, row and seed.
+    """The table as CSV: one line per run, also for runs without a score, sorted by column, row and seed.
 
-    Nothing in it depends on when or where the runs were carried out. Scores are fractions, as recorded, at full
-    precision, and empty for a run that is not completed.
+    The content does not depend on when or where the runs were carried out. Scores are fractions at full precision, as
+    in the record, and empty for a run that is not completed.
+
+    Args:
+        summary: the summary of the table.
     """
     metrics = {column.column: column.metric for column in summary.columns}
     lines = [_line(run, metrics[run.column]) for run in summary.runs]

@@ -17,10 +17,14 @@ from tenslora.harness.results.summary import (
 
 
 def to_latex(summary: Summary) -> str:
-    """The table as LaTeX: the scores, and if there are any, the scores by the swept setting and the rows against LoRA.
+    """The table as LaTeX: the scores, the scores by the swept setting, and the comparison of each row with LoRA.
 
-    Each is a complete `table` environment with a caption. Their labels are tab:<name>, tab:<name>-by-setting (with -1,
-    -2, ... if there are several columns) and tab:<name>-against-lora. They need the package booktabs.
+    The last two are left out if they would be empty. Each is a `table` environment with a caption, for the package
+    booktabs. The labels are tab:<name>, tab:<name>-by-setting (with -1, -2, ... if there are several columns) and
+    tab:<name>-against-lora.
+
+    Args:
+        summary: the summary of the table.
     """
     parts = ["% Needs \\usepackage{booktabs}.", _main_table(summary)]
     for run in summary.failures:

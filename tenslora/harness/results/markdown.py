@@ -16,7 +16,11 @@ from tenslora.harness.results.summary import (
 
 
 def to_markdown(summary: Summary) -> str:
-    """The table as GitHub-flavoured Markdown, with the rows against LoRA, the paper's claims and what failed."""
+    """The table as GitHub-flavoured Markdown, with failed runs, the comparison with LoRA and the paper's claims.
+
+    Args:
+        summary: the summary of the table.
+    """
     blocks = [f"# {_escaped(summary.table.title)}", *map(_escaped, summary.table.notes), summary.caption]
     blocks.append(_main_table(summary))
     for grid in summary.grids:

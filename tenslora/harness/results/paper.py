@@ -1,4 +1,4 @@
-"""What the paper reports, where we hold a source for it, and what our runs say to its claims."""
+"""The paper's scores and claims, as far as we have a source for them, and our runs' verdicts on the claims."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tenslora.harness.results.table import Column, Row, Table, percent_of_lora
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim of the paper and what the runs of a table say to it.
+    """The verdict of a table's runs on one claim of the paper.
 
     Args:
-        claim: in the words of paper.yaml.
-        table: the paper's table that it is about: isorank, isoparameters or both.
+        claim: the claim, in the words of paper.yaml.
+        table: the table of the paper that the claim is about: isorank, isoparameters or both.
         verdict: "holds", "does not hold" or "not decided by these runs".
         because: the numbers behind the verdict, in a sentence.
     """
@@ -32,7 +32,7 @@ class Verdict:
 
 @cache
 def paper() -> dict[str, Any]:
-    """paper.yaml: scores, claims and settings of arXiv 2509.19391. A cell that is absent there is unknown."""
+    """The content of paper.yaml: scores, claims and settings of arXiv 2509.19391. A score that is absent is unknown."""
     import yaml
 
     content: dict[str, Any] = yaml.safe_load((files("tenslora.harness.results") / "paper.yaml").read_text())
@@ -45,11 +45,11 @@ def is_of_paper(column: Column) -> bool:
 
 
 def paper_value(row: Row, column: Column) -> float | None:
-    """The paper's score for a cell, in per cent; None if the cell is not the paper's or we hold no source for it."""
+    """The paper's score for a cell, in per cent; None if the paper has no such cell or we have no source for it."""
     if not is_of_paper(column) or row.variant:
         return None
     for entry in paper()["scores"]:
-        # LoRA is the same run under both strategies, and stands in both of the paper's tables.
+        # LoRA is the same run under both strategies, and is a row of both of the paper's tables.
         strategy = "" if entry["tensor_mode"] == "lora" else entry["table"]
         if (row.tensor_mode, row.strategy, column.dataset) == (entry["tensor_mode"], strategy, entry["dataset"]):
             return float(entry["value"])
@@ -57,19 +57,19 @@ def paper_value(row: Row, column: Column) -> float | None:
 
 
 def stand_in(table: Table) -> str | None:
-    """A sentence for tables without any of the paper's own experiments, which says so; None for other tables."""
+    """A note for a table that has none of the paper's own experiments; None for other tables."""
     if any(map(is_of_paper, table.columns)):
         return None
     return "A stand-in for the paper's experiments: the backbone and the data are smaller, or others, than the paper's."
 
 
 def verdicts(table: Table) -> list[Verdict]:
-    """What the runs of a table say to the paper's claims about the table's rank strategies.
+    """The verdicts of a table's runs on the paper's claims about the table's rank strategies.
 
-    A row beats another on a dataset if the 95 % interval of their paired difference lies above 0. It does not beat
-    the other if no part of the interval does, and is undecided in between (`Difference.above`). A claim about several
-    rows or datasets holds if it holds for each, does not hold if it fails for one, and is not decided otherwise.
-    Claims about numbers of parameters need no runs.
+    A row beats another on a dataset if the whole 95 % interval of their paired difference lies above 0. It does not
+    beat the other row if no part of the interval lies above 0. Otherwise the comparison is undecided
+    (`Difference.above`). A claim about several rows or datasets holds if it holds for each, does not hold if it fails
+    for one, and is not decided otherwise. Claims about numbers of parameters need no runs.
     """
     strategies = [s for s in ("isorank", "isoparameters") if any(row.strategy == s for row in _paper_rows(table))]
     answers = []
@@ -88,7 +88,7 @@ def _paper_rows(table: Table) -> list[Row]:
     return [row for row in rows if row.tensor_mode in PAPER_CONSTRUCTIONS]
 
 
-# A rule returns whether its claim holds (None if undecided), and the numbers behind that.
+# A rule returns whether its claim holds (None if undecided), and the numbers behind that answer.
 _Answer = tuple[bool | None, str]
 
 
@@ -147,7 +147,7 @@ _RULES = {
 
 
 def _compare(table: Table, pairs: Sequence[tuple[Row, Row | None]]) -> dict[str, bool | None]:
-    """Whether the first of each pair beats the second on each dataset, by a name for the comparison."""
+    """Whether the first row of each pair beats the second row on each dataset, by a name for the comparison."""
     beats: dict[str, bool | None] = {}
     for row, other in pairs:
         for column in table.columns:

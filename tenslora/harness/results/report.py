@@ -1,4 +1,4 @@
-"""A table as one HTML page: scores, claims, figures, runs and how they were made. It loads nothing from outside."""
+"""A table as one HTML page: scores, claims, figures, runs and their environment. The page loads no other files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from tenslora.harness.results.table import ROW_ORDER, Run
 
 
 def to_html(summary: Summary) -> str:
-    """The report on a table as a self-contained HTML document."""
+    """The report on a table as a self-contained HTML document.
+
+    Args:
+        summary: the summary of the table.
+    """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -39,7 +43,7 @@ def to_html(summary: Summary) -> str:
 
 
 def _reach(comparisons: Iterable[Comparison]) -> float:
-    """The largest end of an interval, in points; without the reference rows, which are often far off."""
+    """The largest absolute value in any interval, in points. Reference rows are left out, as they are often far off."""
     ends = [
         abs(end)
         for against in comparisons
@@ -51,11 +55,11 @@ def _reach(comparisons: Iterable[Comparison]) -> float:
 
 
 def _interval(difference: Difference | None, reach: float, larger_is_better: bool) -> dict[str, Any] | None:
-    """Where mean and interval lie on a scale from -100 to 100; None if the mean lies outside it or is unknown.
+    """Where mean and interval lie on a scale from -100 to 100; None if the mean is off the scale or unknown.
 
     Args:
-        difference: in points.
-        reach: what lies at 100, in points.
+        difference: the difference, in points.
+        reach: the difference that is at 100 on the scale, in points.
         larger_is_better: whether a positive difference is good.
     """
     if difference is None or abs(difference.mean) > reach:
@@ -74,7 +78,7 @@ def _interval(difference: Difference | None, reach: float, larger_is_better: boo
 
 
 def _provenance(runs: Iterable[Run]) -> dict[str, list[str]]:
-    """What the runs were carried out with and on: for each kind of thing, every distinct value once."""
+    """The devices, platforms, commits and package versions of the runs: for each name, every distinct value once."""
     values: dict[str, dict[str, None]] = {}
     for run in runs:
         for name, value in _circumstances(run.record or {}):

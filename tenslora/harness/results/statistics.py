@@ -1,4 +1,4 @@
-"""The difference of two rows over the seeds that both have."""
+"""The paired difference of two rows' scores over their common seeds."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ TEST = "two-sided paired t-test"
 
 @dataclass(frozen=True)
 class Difference:
-    """The paired difference of two rows' scores over the seeds that both have.
+    """The paired difference of two rows' scores over their common seeds.
 
-    With one seed, or if all differences are equal, there is no spread to judge by: interval and p-value are None.
+    Interval and p-value are None if there is one seed, or if all differences are equal, because there is no spread.
 
     Args:
-        mean: of the differences.
-        low: lower end of the mean's 95 % confidence interval, by Student's t with seeds - 1 degrees of freedom.
-        high: its upper end.
-        p: p-value of the two-sided paired t-test that the mean is zero, not corrected for the number of comparisons.
-        seeds: how many seeds both have.
+        mean: the mean of the differences.
+        low: the lower end of the mean's 95 % confidence interval, by Student's t with seeds - 1 degrees of freedom.
+        high: the upper end of that interval.
+        p: the p-value of the two-sided paired t-test of a mean of zero, not corrected for the number of comparisons.
+        seeds: the number of common seeds.
     """
 
     mean: float
@@ -38,7 +38,7 @@ class Difference:
 
     @property
     def in_points(self) -> Difference:
-        """The difference of scores in per cent, where this one is of scores as fractions."""
+        """This difference, which is one of fractions, in points (per cent of the metric)."""
         low, high = (None if end is None else 100 * end for end in (self.low, self.high))
         return replace(self, mean=100 * self.mean, low=low, high=high)
 
@@ -47,11 +47,11 @@ def paired_difference(scores: Mapping[int, float], reference: Mapping[int, float
     """How much higher the scores of one row are than those of another.
 
     Args:
-        scores: of the one row, by seed.
-        reference: of the other row, by seed.
+        scores: the scores of the one row, by seed.
+        reference: the scores of the other row, by seed.
 
     Returns:
-        `scores` minus `reference`; None if they have no seed in common.
+        `scores` minus `reference`; None if the two rows have no common seed.
     """
     seeds = sorted(scores.keys() & reference.keys())
     if not seeds:
@@ -60,7 +60,7 @@ def paired_difference(scores: Mapping[int, float], reference: Mapping[int, float
     mean = math.fsum(differences) / len(seeds)
     if len(seeds) == 1:
         return Difference(mean, None, None, None, 1)
-    from scipy import stats  # here, because it takes a second to import and every command reads this module
+    from scipy import stats  # imported here, because scipy takes a second and every command imports this module
 
     standard_error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (len(seeds) - 1) / len(seeds))
     if standard_error <= 1e-12 * max(map(abs, differences)):  # all differences are equal but for rounding

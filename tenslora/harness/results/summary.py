@@ -1,6 +1,6 @@
-"""What a table says: every number and sentence that its files, its figures and Weights & Biases show.
+"""The summary of a table: every number and sentence that its files, its figures and Weights & Biases show.
 
-`summarize` works it out once; the formats lay it out.
+`summarize` computes the summary once, and each format only lays it out.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ COMPARISON_NOTE = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A row's runs in one column. There are none if the table does not have this row in this column.
+    """A row's runs in one column. There are no runs if the table does not combine this row with this column.
 
     Args:
-        runs: by rising seed.
-        scores: of the completed runs by seed, as fractions.
-        mean: of the scores, in per cent; None without a score.
+        runs: the runs by rising seed.
+        scores: the scores of the completed runs by seed, as fractions.
+        mean: the mean of the scores, in per cent; None without a score.
         deviation: the scores' standard deviation in per cent; None with fewer than two scores.
         best: whether no other row with an adapter shows a better mean in this column.
-        paper: the paper's score in per cent; None where we hold no source for it.
-        difference: from LoRA, in points (per cent of the metric); None for LoRA, or if no seed is finished for both.
+        paper: the paper's score in per cent; None where we have no source for it.
+        difference: the difference from LoRA, in points (per cent of the metric); None for LoRA itself, or if no seed is
+            finished for both.
     """
 
     runs: tuple[Run, ...]
@@ -82,7 +83,7 @@ class Cell:
 
     @property
     def remark(self) -> str:
-        """What else there is to say: "missing", "failed", "(3 of 5 seeds, 1 failed)" or nothing."""
+        """A remark on runs without a score: "missing", "failed", "(3 of 5 seeds, 1 failed)" or nothing."""
         if not self.scores:
             return "failed" if self.failed else "missing" if self.runs else ""
         if len(self.scores) == len(self.runs):
@@ -94,7 +95,7 @@ class Cell:
         """Mean, standard deviation and remark.
 
         Args:
-            bold: how a best mean is marked, with braces in its place.
+            bold: a format string that marks the best mean; {} stands for the mean.
             plus_minus: the sign between mean and deviation.
         """
         number = bold.format(self.number) if self.best else self.number
@@ -106,10 +107,10 @@ class SummaryRow:
     """A row of the main table.
 
     Args:
-        row: what sets it apart.
-        sizes: of the row's adapter on each backbone.
-        cells: one per column of the table.
-        starts_group: whether a rule sets it off from the row above.
+        row: the row of the table.
+        sizes: the sizes of the row's adapters, one per backbone.
+        cells: the cells, one per column of the table.
+        starts_group: whether a rule separates this row from the row above.
     """
 
     row: Row
@@ -119,17 +120,17 @@ class SummaryRow:
 
     @property
     def ranks(self) -> str:
-        """The ranks as text. Those of several backbones are joined by " / " if they differ; a dash is unknown."""
+        """The ranks as text; a dash if unknown. If backbones differ, their ranks are joined by " / "."""
         return _joined([", ".join(map(str, size.ranks)) if size.ranks else "-" for size in self.sizes])
 
     @property
     def parameters(self) -> str:
-        """The adapter's parameters as text, joined likewise."""
+        """The adapter's number of parameters as text, joined as in `ranks`."""
         return _joined([f"{size.parameters:,}" if size.parameters is not None else "-" for size in self.sizes])
 
     @property
     def percent_of_lora(self) -> str:
-        """The parameters in per cent of LoRA's as text, joined likewise."""
+        """The number of parameters in per cent of LoRA's as text, joined as in `ranks`."""
         percents = [size.percent_of_lora for size in self.sizes]
         return _joined([f"{percent:.1f}" if percent is not None else "-" for percent in percents])
 
@@ -142,7 +143,7 @@ class SummaryColumn:
         column: dataset and backbone.
         metric: the name of the headline metric; None before the first record.
         larger_is_better: whether a larger score of this metric is a better one.
-        has_paper: whether we hold any score of the paper for it.
+        has_paper: whether we have any score of the paper for this column.
     """
 
     column: Column
@@ -153,13 +154,13 @@ class SummaryColumn:
 
 @dataclass(frozen=True)
 class Grid:
-    """One column of the main table, spread out over the values of the setting that is swept.
+    """One column of the main table, with a column of its own for each value of the setting that is swept.
 
     Args:
         column: dataset and backbone.
         setting: the setting that is swept.
-        values: of the setting.
-        rows: each row without the setting, with a cell per value; None where the table has no such run.
+        values: the values of the setting.
+        rows: each row without the setting, with a cell per value; a cell is None where the table has no run.
     """
 
     column: Column
@@ -170,12 +171,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row against LoRA in one column.
+    """The comparison of a row with LoRA in one column.
 
     Args:
         row: the row that is compared.
         column: dataset and backbone.
-        difference: from LoRA, in points; None if no seed is finished for both.
+        difference: the difference from LoRA, in points; None if no seed is finished for both.
     """
 
     row: Row
@@ -195,14 +196,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a table says.
+    """The summary of a table.
 
     Args:
         table: the table, with its name, title and notes.
-        columns: of the main table.
-        rows: of the main table.
-        comparisons: each row but LoRA's against LoRA, by column; empty if there is no difference to show.
-        verdicts: what the runs say to the paper's claims.
+        columns: the columns of the main table.
+        rows: the rows of the main table.
+        comparisons: the comparison of each other row with LoRA, by column; empty if there is no difference to show.
+        verdicts: the runs' verdicts on the paper's claims.
     """
 
     table: Table
@@ -218,7 +219,7 @@ class Summary:
 
     @property
     def failures(self) -> list[Run]:
-        """The runs that have failed, in the order of `runs`; those that are only missing are not among them."""
+        """The runs that have failed, in the order of `runs`. A missing run has not failed."""
         return [run for run in self.runs if run.status == "failed"]
 
     @property
@@ -228,7 +229,7 @@ class Summary:
 
     @property
     def caption(self) -> str:
-        """What the numbers of the main table are, in a few sentences."""
+        """A few sentences that explain the numbers of the main table."""
         counts = sorted({len(cell.runs) for row in self.rows for cell in row.cells if cell.runs})
         seeds = f"{counts[0]} to {counts[-1]} seeds" if len(counts) > 1 else f"{counts[0]} seeds"
         numbers = "one seed" if counts == [1] else f"mean ± standard deviation over {seeds}"
@@ -244,7 +245,7 @@ class Summary:
 
     @cached_property
     def grids(self) -> list[Grid]:
-        """The scores of each column by the setting that is swept; empty if no single setting is."""
+        """The scores of each column by the setting that is swept; empty unless exactly one setting is swept."""
         setting = self.table.swept_setting
         if setting is None:
             return []
@@ -262,7 +263,11 @@ class Summary:
 
 
 def summarize(table: Table) -> Summary:
-    """Work out what a table says."""
+    """Compute the summary of a table.
+
+    Args:
+        table: the table, finished or not.
+    """
     differences = _differences(table)
     means = {
         (row, column): mean_and_deviation(100 * score for score in scores.values())
@@ -283,7 +288,7 @@ def summarize(table: Table) -> Summary:
             scores=table.scores(row, column),
             mean=mean,
             deviation=deviation,
-            # Compared as shown: two rows that both say 84.5 are both best.
+            # The rounded means are compared: two rows that both show 84.5 are both best.
             best=mean is not None and row.has_adapter and f"{mean:.1f}" == f"{best[column]:.1f}",
             paper=paper_value(row, column),
             difference=differences.get((row, column)),
@@ -325,7 +330,7 @@ def one_line(text: str) -> str:
 
 
 def _differences(table: Table) -> dict[tuple[Row, Column], Difference | None]:
-    """Each row's difference from its LoRA row in points, by column; without rows that have no LoRA row."""
+    """The difference of each row from its LoRA row in points, by column. Rows without a LoRA row are left out."""
     differences = {}
     for column in table.columns:
         for row in table.rows:

@@ -1,4 +1,4 @@
-"""A table of runs: rows are what was varied, columns are where it was tried, a cell holds one run per seed."""
+"""A table of runs. A row is a choice of adapter, a column is a dataset and a backbone, a cell has one run per seed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from tenslora.constructions import CONSTRUCTIONS
 
 ROW_ORDER = (*CONSTRUCTIONS, "head_only", "full")
-"""The order of the rows: the paper's, with LoRA first, then the reference rows."""
+"""The order of the rows: LoRA, the paper's constructions in the paper's order, the others, and the reference rows."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What sets one row apart: the construction, the rank strategy, and whatever else was swept.
+    """A row of a table: a construction, a rank strategy, and any further setting that is swept.
 
     Args:
         tensor_mode: the construction, "head_only" or "full".
@@ -45,17 +45,17 @@ class Row:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether its runs train an adapter; head_only and full do not."""
+        """Whether the row's runs train an adapter; those of head_only and full do not."""
         return self.tensor_mode in CONSTRUCTIONS
 
     @property
     def is_lora(self) -> bool:
-        """Whether its adapter is LoRA."""
+        """Whether the row's adapter is LoRA."""
         return self.tensor_mode == "lora"
 
     @property
     def is_construction(self) -> bool:
-        """Whether its adapter stacks updates into tensors."""
+        """Whether the row's adapter stacks updates into tensors."""
         return self.has_adapter and not self.is_lora
 
 
@@ -72,9 +72,9 @@ class AdapterSize:
     """The size of an adapter, beside LoRA's on the same matrices.
 
     Args:
-        ranks: of each tensor; None without an adapter or where they are unknown.
-        parameters: the adapter's; None likewise.
-        lora_parameters: of LoRA at the run's rank; None where unknown.
+        ranks: the ranks of each tensor; None without an adapter or where they are unknown.
+        parameters: the adapter's number of parameters; None without an adapter or where it is unknown.
+        lora_parameters: the number of parameters of LoRA at the run's rank; None where it is unknown.
     """
 
     ranks: tuple[int, ...] | None
@@ -92,14 +92,14 @@ class Run:
     """One run of a table, finished or not.
 
     Args:
-        row: its row.
-        column: its column.
-        seed: its seed.
-        digest: of its settings.
-        ranks: as planned from the backbone's declared geometry; None without an adapter or a declared geometry.
-        parameters: the adapter's, as planned; None likewise.
-        lora_parameters: LoRA's, as planned; None without a declared geometry.
-        record: its result.json, once it is there.
+        row: the run's row.
+        column: the run's column.
+        seed: the run's seed.
+        digest: the digest of the run's settings.
+        ranks: the ranks, from the backbone's declared geometry; None without an adapter or a declared geometry.
+        parameters: the adapter's number of parameters, from the same; None likewise.
+        lora_parameters: LoRA's number of parameters, from the same; None without a declared geometry.
+        record: the run's result.json; None if there is none yet.
         problem: why there is no score: "missing", or what went wrong; empty for a completed run.
     """
 
@@ -126,7 +126,7 @@ class Run:
 
     @property
     def size(self) -> AdapterSize:
-        """The adapter's size as recorded, or as planned where there is no record."""
+        """The adapter's size from the record, or from the declared geometry if there is no record."""
         if self.record is None:
             return AdapterSize(self.ranks, self.parameters, self.lora_parameters)
         lora_parameters = self.record["lora_parameters"]
@@ -149,11 +149,12 @@ class Table:
     """Runs by row, column and seed.
 
     Args:
-        name: as in conf/table.
-        title: for people.
-        runs: in any order; rows and columns stand in the order of their first runs where nothing else orders them.
-        score: the number that it shows, "last" or "best", see `Run.score`.
-        notes: sentences that stand below the title.
+        name: the table's name in conf/table.
+        title: the table's title.
+        runs: the runs, in any order. Where nothing else orders them, rows and columns are in the order of their first
+            runs.
+        score: the score that the table shows, "last" or "best", see `Run.score`.
+        notes: sentences below the title.
     """
 
     name: str
@@ -164,7 +165,7 @@ class Table:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """LoRA first, then the constructions by variant and strategy in the paper's order, then the reference rows."""
+        """The rows: LoRA, then the constructions by variant, strategy and paper's order, then the reference rows."""
         rows = dict.fromkeys(run.row for run in self.runs)
         strategies = list(dict.fromkeys(row.strategy for row in rows))
         variants = list(dict.fromkeys(row.variant for row in rows))
@@ -188,12 +189,12 @@ class Table:
 
     @cached_property
     def swept_setting(self) -> str | None:
-        """The one setting that is swept beside construction, strategy and seed; None if there is none, or several."""
+        """The setting that is swept beside construction, strategy and seed; None if there is none, or several."""
         settings = {assignment.partition("=")[0] for row in self.rows for assignment in row.variant}
         return settings.pop() if len(settings) == 1 else None
 
     def cell(self, row: Row, column: Column) -> list[Run]:
-        """The runs of a cell by rising seed; empty if the table has none there."""
+        """The runs of a cell by rising seed; empty if the table has no runs there."""
         return self._cells.get((row, column), [])
 
     @cached_property
@@ -209,7 +210,7 @@ class Table:
         return {seed: score for seed, score in scores.items() if score is not None}
 
     def reference(self, row: Row) -> Row | None:
-        """The LoRA row that a row is compared with: the one of the same variant, otherwise the only one there is."""
+        """The LoRA row that a row is compared with: that of the same variant, or else the table's only LoRA row."""
         lora_rows = [other for other in self.rows if other.is_lora and other != row]
         candidates = [other for other in lora_rows if other.variant == row.variant] or lora_rows
         return candidates[0] if len(candidates) == 1 else None
@@ -224,7 +225,7 @@ class Table:
 
 
 def percent_of_lora(parameters: int | None, lora_parameters: int | None) -> float | None:
-    """How many parameters an adapter has, in per cent of LoRA's; None where either count is unknown or LoRA's is 0.
+    """An adapter's number of parameters in per cent of LoRA's; None where a count is unknown or LoRA's is 0.
 
     >>> percent_of_lora(1536, 6144)
     25.0

@@ -22,7 +22,7 @@ FIGURE_NAMES = ("score_by_setting", "score_vs_parameters", "learning_curves")
 """The names of all figures that a table can have, and of their files."""
 
 _MOST_ROWS = 16
-"""The names of more rows in one panel would lie over each other and over the points."""
+"""The largest number of rows in a panel. The names of more rows would cover each other and the points."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class TableFigure:
     """A figure of a table.
 
     Args:
-        name: of its files.
-        title: for people.
-        remark: a sentence that stands beside it.
-        draw: draws the panels given.
+        name: the name of the figure's files, without a suffix.
+        title: the figure's title in the report.
+        remark: a sentence that the report prints beside the figure.
+        draw: a function that draws the panels that it is given.
     """
 
     name: str
@@ -43,7 +43,11 @@ class TableFigure:
 
 
 def figures_of(summary: Summary) -> list[TableFigure]:
-    """The figures that show something of a table and can be read."""
+    """The figures that suit a table. Figures with too many rows to be read are left out.
+
+    Args:
+        summary: the summary of the table.
+    """
     setting = summary.table.swept_setting
     by_setting = TableFigure(
         "score_by_setting",
@@ -68,11 +72,11 @@ def figures_of(summary: Summary) -> list[TableFigure]:
 
 
 def write_figures(summary: Summary, folder: Path) -> list[Path]:
-    """Write the table's figures as PNG and SVG, and remove those of an earlier table that this one does not have.
+    """Write the table's figures as PNG and SVG, and remove an earlier table's figures that this table does not have.
 
     Args:
-        summary: of the table.
-        folder: where to write.
+        summary: the summary of the table.
+        folder: the folder to write to.
 
     Returns:
         The files written; none if no run has a score.
@@ -92,12 +96,15 @@ def write_figures(summary: Summary, folder: Path) -> list[Path]:
 def inline_svgs(summary: Summary, figure: TableFigure) -> list[str]:
     """A figure as <svg> elements for an HTML page, one for each panel that has a score.
 
-    They fill the width that the page gives them. Their ids begin with the figure's name, so that several figures can
-    stand in one page. A label says to those who do not see it what is drawn.
+    The elements fill the width that the page gives them. Their ids begin with the figure's name, so that several
+    figures can be on one page. Each element has a label for screen readers.
 
     Args:
-        summary: of the table.
+        summary: the summary of the table.
         figure: one of `figures_of(summary)`.
+
+    Returns:
+        The elements, as HTML.
     """
     elements = []
     for number, panel in enumerate(panels_of(summary)):

@@ -28,13 +28,13 @@ _EQUAL = 1.10  # counts within this ratio are shown as equal: on a logarithmic a
 
 
 def score_by_parameters(panels: Sequence[Panel]) -> Figure:
-    """Score over adapter parameters: mean over seeds with its standard deviation; LoRA's also as a line with a band.
+    """Draw scores over the number of adapter parameters: means over seeds with their standard deviations.
 
-    If all counts of a panel are equal within 10 %, its rows are listed one below the other instead, with every seed as
-    a dot.
+    LoRA's mean is also a line with a band. If all counts of a panel are equal within 10 %, the panel lists its rows one
+    below the other instead, with every seed as a dot.
 
     Args:
-        panels: of one table.
+        panels: the panels of one table.
     """
     return figure_of(
         panels, lambda place, panel: (_draw_list if _has_equal_counts(panel) else _draw_scatter)(place, panel)
@@ -108,7 +108,7 @@ def _draw_scatter(place: SubFigure, panel: Panel) -> None:
         x = math.log(parameters / left) / math.log(right / left)
         return x * width, (score - low) / (high - low) * height
 
-    lines: list[Box] = []  # that a label may lie on, but had better not
+    lines: list[Box] = []  # boxes that a label should avoid, but may cover
     if lora:
         _add_percent_axis(axes, lora.parameters)
         axes.axhspan(lora.mean - lora.deviation, lora.mean + lora.deviation, color=INK, alpha=0.08, linewidth=0)
@@ -144,7 +144,7 @@ def _draw_scatter(place: SubFigure, panel: Panel) -> None:
 
 
 def _draw_reference(axes: Axes, point: Point, y: float, occupied: Sequence[Box]) -> Box:
-    """Draw a reference row as a dotted line, or say where it is if it lies beyond the axis; return its name's box."""
+    """Draw a reference row as a dotted line, or write its score if that lies beyond the axis; return its name's box."""
     (width, height), line = size_in_points(axes), FONT_SIZE * 1.25
     text = point.name
     if 0 <= y <= height:

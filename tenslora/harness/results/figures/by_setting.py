@@ -21,13 +21,13 @@ from tenslora.harness.results.figures.style import FONT_SIZE, INK, shortened, te
 
 
 def score_by_setting(panels: Sequence[Panel]) -> Figure:
-    """Score over the values of the setting that is swept: mean over seeds with its standard deviation.
+    """Draw scores over the values of the setting that is swept: means over seeds with their standard deviations.
 
     A construction's means are connected if the values are numbers. A row that the setting does not change is a line
     across all values.
 
     Args:
-        panels: of one table.
+        panels: the panels of one table.
     """
     return figure_of(panels, _draw, lines=lambda panel: len(panel.constructions))
 
@@ -45,13 +45,13 @@ def _draw(place: SubFigure, panel: Panel) -> None:
     axes.set_xlim(-0.5, len(values) - 0.5)
     axes.set_ylim(low, high)
     width, height = size_in_points(axes)
-    characters = int(width / 72 / len(values) / text_width(1))  # that there is room for below a value
+    characters = int(width / 72 / len(values) / text_width(1))  # the number of characters that fit below a value
     axes.set_xticks(range(len(values)), [shortened(value, max(3, characters - 1)) for value in values])
     axes.set_xlabel(panel.setting or "")
     axes.set_ylabel(panel.axis_label)
     axes.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
 
-    ends: list[tuple[float, float]] = []  # (x, score) at which each row ends, and the line to its name begins
+    ends: list[tuple[float, float]] = []  # (x, score) where each row ends and the line to the row's name begins
     for number, row in enumerate(rows):
         own = [point for point in points if point.row.without_variant == row]
         if not own[0].row.variant:

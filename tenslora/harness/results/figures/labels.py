@@ -1,4 +1,4 @@
-"""Places the labels of a figure: each near its mark and clear of everything else. Lengths are in points.
+"""Places each label of a figure near its mark and clear of everything else. Lengths are in points (1/72 inch).
 
 adjustText 1.4 and textalloc 1.2 leave labels on error bars and on other text, and measure them in the fonts of the
 machine, so that an SVG would differ from machine to machine; matplotlib places no labels.
@@ -33,7 +33,7 @@ def spread(wanted: Sequence[float], distance: float, bounds: tuple[float, float]
     if len(wanted) > 1:
         distance = min(distance, (bounds[1] - bounds[0]) / (len(wanted) - 1))
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    # Without the distances below it, each position must be at least the one before it.
+    # Less the sum of the distances below it, each position must be at least the position before it.
     pools: list[tuple[float, int]] = []
     for place, i in enumerate(order):
         pools.append((wanted[i] - place * distance, 1))
@@ -57,15 +57,15 @@ def place_labels(
 ) -> list[Box]:
     """Place a label near each error bar.
 
-    There are some candidates around the middle of each bar. Each label takes the cheapest of its candidates, given the
-    places of the others, until none moves.
+    Each label has some candidate boxes around the middle of its bar. In turn, each label takes the cheapest of its
+    candidates, given the boxes of the other labels, until no label moves.
 
     Args:
         bars: the error bars, whose middles are the marks.
         sizes: width and height of each bar's label.
-        room: width and height of the figure.
-        occupied: what a label must not cover.
-        lines: what a label may cover if need be.
+        room: width and height of the axes.
+        occupied: boxes that a label must not cover.
+        lines: boxes that a label may cover if it has to.
 
     Returns:
         The labels' boxes.

@@ -30,10 +30,10 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5
 
 
 def learning_curves(panels: Sequence[Panel]) -> Figure:
-    """Score over epochs: mean over the completed runs' seeds, with a band of one standard deviation to either side.
+    """Draw scores over epochs: means over the completed runs, with a band of one standard deviation to either side.
 
     Args:
-        panels: of one table.
+        panels: the panels of one table.
     """
     return figure_of(panels, _draw)
 

@@ -23,7 +23,7 @@ from tenslora.harness.results.figures.style import (
 from tenslora.harness.results.summary import Cell, Summary
 from tenslora.harness.results.table import Column, Row
 
-_LONGEST_NAME = 34  # in characters; a longer name would leave a panel no room for what it shows
+_LONGEST_NAME = 34  # in characters; a longer name would leave too little room for the axes
 _MARKERS = {"": "o", "isorank": "o", "isoparameters": "s", "explicit": "D"}
 
 
@@ -37,7 +37,8 @@ class Panel:
         metric: the name of the headline metric; None before the first record.
         score: the number that the table shows, "last" or "best".
         setting: the setting that is swept beside construction, strategy and seed; None if there is none, or several.
-        cells: by row, in the order of the table's rows. Rows without a strategy are in the panels of all strategies.
+        cells: the cells by row, in the order of the table's rows. Rows without a strategy are in the panels of all
+            strategies.
         constructions: the rows without their variants, each once.
     """
 
@@ -51,7 +52,7 @@ class Panel:
 
     @property
     def title(self) -> str:
-        """What stands above the panel."""
+        """The title above the panel."""
         return " · ".join(filter(None, (self.column.dataset, self.column.model, self.strategy)))
 
     @property
@@ -81,7 +82,7 @@ class Panel:
         ]
 
     def note(self, text: str) -> str:
-        """`text`, which explains the deviation over seeds; empty if every row has a single seed."""
+        """The note `text`, which explains the deviation over seeds; empty if every row has a single seed."""
         return text if any(len(cell.runs) > 1 for cell in self.cells.values()) else ""
 
 
@@ -91,10 +92,10 @@ class Point:
 
     Args:
         row: the row.
-        parameters: its adapter's; 0 without an adapter.
-        scores: of its runs by seed, in per cent.
-        mean: of the scores.
-        deviation: the scores' standard deviation; 0 for a single seed.
+        parameters: the number of parameters of the row's adapter; 0 without an adapter.
+        scores: the scores of the row's runs by seed, in per cent.
+        mean: the mean of the scores, in per cent.
+        deviation: the scores' standard deviation, in per cent; 0 for a single seed.
     """
 
     row: Row
@@ -147,9 +148,12 @@ def figure_of(
     """A figure of all panels.
 
     Args:
-        panels: of one table.
-        draw: draws one panel.
-        lines: how many lines of text a panel must have room for, one below the other.
+        panels: the panels of one table.
+        draw: a function that draws one panel.
+        lines: a function from a panel to the number of lines of text that it must have room for, one below the other.
+
+    Returns:
+        The figure.
     """
     columns = len({panel.column for panel in panels})
     across = 1 if len(panels) == 1 else 3 if columns == 3 else 2
@@ -172,9 +176,14 @@ def axes_in(place: SubFigure, panel: Panel, left: float, right: float, top: floa
 
     Args:
         place: the part of the figure for this panel.
-        panel: what is drawn there.
-        left: margin in inches; `right` and `top` likewise.
-        note: what the marks mean.
+        panel: the panel that is drawn there.
+        left: the left margin in inches.
+        right: the right margin in inches.
+        top: the top margin in inches.
+        note: a note that explains the marks.
+
+    Returns:
+        The axes.
     """
     bottom = 0.62 if note else 0.5
     width, height = place.bbox.width / place.figure.dpi, place.bbox.height / place.figure.dpi
@@ -192,7 +201,7 @@ def score_limits(spans: Sequence[tuple[Row, float, float]]) -> tuple[float, floa
     Reference rows that are far off do not stretch the axis, because they would flatten all other differences.
 
     Args:
-        spans: of each row: the row, its lowest and its highest score.
+        spans: for each row, the row, its lowest and its highest score in per cent.
     """
     main = [(low, high) for row, low, high in spans if row.has_adapter] or [(low, high) for _, low, high in spans]
     low, high = min(low for low, _ in main), max(high for _, high in main)
@@ -212,7 +221,7 @@ def limits_of(points: Sequence[Point]) -> tuple[float, float]:
 
 
 def lora_of(points: Sequence[Point]) -> Point | None:
-    """LoRA's point, with which the others are compared; None if there is none, or several."""
+    """LoRA's point, with which the other points are compared; None if there is none, or several."""
     lora = [point for point in points if point.row.is_lora]
     return lora[0] if len(lora) == 1 else None
 
@@ -237,10 +246,10 @@ def draw_leader(axes: Axes, start: tuple[float, float], end: tuple[float, float]
     """Draw a thin line from a mark to its label.
 
     Args:
-        axes: where to draw.
-        start: of the line, in points from the axes' lower left corner.
-        end: likewise.
-        colour: of the line.
+        axes: the axes to draw in.
+        start: the start of the line, in typographic points from the axes' lower left corner.
+        end: the end of the line, likewise.
+        colour: the line's colour.
     """
     arrow: dict[str, Any] = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
     axes.annotate(

@@ -1,4 +1,4 @@
-"""What all figures have in common: colours, fonts, and the files that they are written to."""
+"""The style that all figures share: colours, fonts, and the files that figures are written to."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ COLOURS = {
 """The colour of each construction."""
 
 INK = "#010203"
-"""A black that nothing else has: an SVG has the colour of the text around it instead."""
+"""A black that nothing else has, so that an SVG can replace it by the colour of the text around the figure."""
 
 GREY = "#767676"
-"""The lightest grey that can be read on white. A page puts its own muted colour instead."""
+"""The lightest grey that can be read on white. An HTML page replaces it by the page's own muted colour."""
 
 FONT_SIZE = 8.5
-"""Of text, in points."""
+"""The size of text, in points."""
 
 WIDTH, HEIGHT = 4.4, 3.3
-"""Of a panel, in inches."""
+"""The size of a panel, in inches."""
 
 _FONTS = ("Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 _PAGE_FONTS = "system-ui, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
@@ -80,15 +80,23 @@ def styled() -> Iterator[None]:
 
 
 def text_width(characters: int) -> float:
-    """The width of a text in inches, estimated from its length: an SVG is set in whatever font its reader has."""
+    """The width of a text in inches, estimated from its length, because an SVG is shown in its reader's font.
+
+    Args:
+        characters: the length of the text.
+    """
     return characters * 0.55 * FONT_SIZE / 72
 
 
 def shortened(text: str, longest: int) -> str:
-    """A text of at most `longest` characters; a longer one keeps its beginning and its end, which tell most.
+    """Shorten a text to at most `longest` characters. Its beginning and its end stay, because they tell most.
 
     >>> shortened("optimizer.betas", 9)
     'opti…etas'
+
+    Args:
+        text: the text.
+        longest: the largest number of characters.
     """
     return text if len(text) <= longest else f"{text[: (longest - 1) // 2]}…{text[-(longest // 2) :]}"
 
@@ -99,8 +107,8 @@ def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     Equal figures give equal SVGs.
 
     Args:
-        figure: drawn within `styled`.
-        folder: where to write.
+        figure: a figure that was drawn within `styled`.
+        folder: the folder to write to.
         name: of the files, without suffix.
 
     Returns:
@@ -116,7 +124,11 @@ def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def svg(figure: Figure) -> str:
-    """A figure as an SVG document in the colour and the font of the page that it is put into."""
+    """A figure as an SVG document in the colour and the font of the page that contains it.
+
+    Args:
+        figure: a figure that was drawn within `styled`.
+    """
     content = io.BytesIO()
     without_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with styled():
