@@ -29,7 +29,7 @@ class AdaptedLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Module, shared: SharedInput, columns: tuple[tuple[int, int], ...]) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate and draw a weight only to throw it away
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate and draw a weight that is not needed
         self.in_features, self.out_features = features(linear)
         self.base = (linear,)  # in a tuple, so that it is no submodule and the parameters keep their names
         self._parameters = linear._parameters  # the same dict, so that a weight replaced here is replaced there
@@ -106,8 +106,8 @@ class SharedInput:
     """One layer's matrices of a group: ``h = x @ left`` is computed once for all matrices that read the same x.
 
     Args:
-        group: the matrices.
-        layer: 0-based.
+        group: the matrices, in all layers.
+        layer: the index of this layer, 0-based.
     """
 
     def __init__(self, group: MatrixGroup, layer: int) -> None:
@@ -130,8 +130,8 @@ class SharedInput:
         Args:
             x: the input as the Linear received it, (..., inputs).
             tokens: the same numbers as (tokens, inputs).
-            matrix: the index in the group.
-            dtype: of the output.
+            matrix: the matrix's index in the group.
+            dtype: the output's dtype.
 
         Returns:
             h (tokens, r) and right (r, outputs).
@@ -148,8 +148,8 @@ class SharedInput:
         """The thin products of all matrices.
 
         Args:
-            tokens: (tokens, inputs).
-            dtype: of the output.
+            tokens: the input as (tokens, inputs).
+            dtype: the output's dtype.
 
         Returns:
             hs: the h (tokens, r) of each matrix, or a single h if the matrices share left.

@@ -34,7 +34,7 @@ class ForwardPassCache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "products": None}  # products may belong to an autograd graph, which cannot be copied
+        return {**vars(self), "products": None}  # they may belong to an autograd graph, which cannot be copied
 
     def _begin(self, *_: Any) -> None:
         self.products = {}
@@ -68,12 +68,12 @@ class MatrixGroup:
     """The matrices that read the same input, such as query, key and value, in all layers.
 
     Args:
-        adapter: holds their updates.
-        matrices: their indices in `Geometry.matrices`, without gaps.
-        writes_to_stream: whether they write to the residual stream instead of reading from it. The adapter then holds
-            the transposes of their updates.
-        fused: whether one Linear per layer holds them all, side by side, and nothing else.
-        cache: of the model's forward pass.
+        adapter: the adapter that holds the matrices' updates.
+        matrices: the matrices, as a range of indices in `Geometry.matrices`.
+        writes_to_stream: whether the matrices write to the residual stream instead of reading from it. The adapter then
+            holds the transposes of their updates.
+        fused: whether one Linear per layer holds all the matrices, side by side, and nothing else.
+        cache: the cache of the model's forward pass.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MatrixGroup:
     ) -> None:
         self.adapter = adapter
         self.matrices = None if len(matrices) == len(adapter.geometry.matrices) else matrices
-        self.first_matrix = matrices.start  # tells the groups of a model apart in its cache
+        self.first_matrix = matrices.start  # identifies the group in the cache
         self.writes_to_stream = writes_to_stream
         self.fused = fused
         self.cache = cache
@@ -106,7 +106,7 @@ class MatrixGroup:
 
         Args:
             layer: 0-based.
-            dtype: of the tokens.
+            dtype: the tokens' dtype.
 
         Returns:
             The layer's products, in this dtype.
@@ -133,8 +133,8 @@ class MatrixGroup:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    # The products are computed in full precision and rounded once at the end.
-    # The meta device has no autocast; to ask torch which devices have one would break a compiled graph in torch 2.6.
+    # The products are computed in full precision and rounded once at the end. The meta device has no autocast, and is
+    # named here because torch.compile of torch 2.6 cannot trace the question whether a device has autocast.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
