@@ -153,7 +153,7 @@ class SharedInput:
 
         Returns:
             hs: the h (tokens, r) of each matrix, or a single h if the matrices share left.
-            rights: as in `LayerProducts`.
+            rights: the right of each matrix, or a single right, as in `LayerProducts`.
         """
         adapter = self.group.adapter
         left_t, rights, ranks = self.group.of_layer(self.layer, dtype)

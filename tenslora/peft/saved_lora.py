@@ -27,7 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read the settings of a saved LoRA.
 
     Args:
-        folder: as PEFT's `save_pretrained` wrote it.
+        folder: a folder that PEFT's `save_pretrained` wrote.
 
     Returns:
         The contents of its adapter_config.json.
@@ -58,7 +58,7 @@ def read_updates(folder: Path, geometry: Geometry, targets: list[TargetLinear]) 
     """Read the updates that a saved LoRA makes, PEFT's scaling included.
 
     Args:
-        folder: as PEFT's `save_pretrained` wrote it.
+        folder: a folder that PEFT's `save_pretrained` wrote.
         geometry: the dimensions of the model that the LoRA is for, from `find_projections`.
         targets: that model's Linear layers, from `find_projections`.
 

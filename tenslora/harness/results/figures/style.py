@@ -109,7 +109,7 @@ def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     Args:
         figure: a figure that was drawn within `styled`.
         folder: the folder to write to.
-        name: of the files, without suffix.
+        name: the name of the files, without suffix.
 
     Returns:
         The files.
