@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from tenslora.constructions import CONSTRUCTIONS
+from tenslora.harness.config.schema import TENSOR_MODES
 
-ROW_ORDER = (*CONSTRUCTIONS, "head_only", "full")
+ROW_ORDER = TENSOR_MODES
 """The order of the rows: LoRA, the paper's constructions in the paper's order, the others, and the reference rows."""
 
 
