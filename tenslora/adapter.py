@@ -18,7 +18,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.factorizations import factorization_of
 from tenslora.files import read_safetensors, write_safetensors
 from tenslora.random_streams import stream_seed
-from tenslora.ranks import RankStrategy
+from tenslora.ranks import RankStrategy, rank_limits
 from tenslora.tensor import FactorizedTensor, thin_slices
 
 FORMAT = "tenslora-1"
@@ -29,9 +29,8 @@ _Products = tuple[list[Tensor], list[Tensor]]
 class Adapter(nn.Module):
     """The trainable updates of all adapted matrices of one backbone.
 
-    >>> adapter = Adapter(AdapterConfig("qkv_depth"), Geometry(d_in=768, heads=12, d_head=64, layers=12))
-    >>> adapter.ranks, sum(p.numel() for p in adapter.parameters())
-    ((4, 4, 4, 4), 6460)
+    >>> Adapter(AdapterConfig("qkv_depth"), Geometry(d_in=768, heads=12, d_head=64, layers=12))
+    Adapter(qkv_depth, tucker, ranks d_in=60, d_out=60, projection=3, depth=12; 221,913 parameters in 1 tensor)
 
     Args:
         config: the settings.
@@ -69,6 +68,17 @@ class Adapter(nn.Module):
             self.tensors.append(tensor)
         self.dropout = nn.Dropout(config.dropout)
         self.rank_dropout = nn.Dropout(config.rank_dropout)
+
+    def __repr__(self) -> str:
+        # One line, also where the adapter is printed as a part of its model.
+        mode, factorization = self.config.tensor_mode, self.config.factorization
+        kind = mode if mode == "lora" else f"{mode}, {factorization}"
+        names = rank_limits(mode, self.geometry, factorization)
+        named = ", ".join(f"{name}={rank}" for name, rank in zip(names, self.ranks, strict=True))
+        ranks = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {named}"
+        count, tensors = sum(parameter.numel() for parameter in self.parameters()), len(self.tensors)
+        plural = "s" * (tensors > 1)
+        return f"Adapter({kind}, {ranks}; {count:,} parameters in {tensors} tensor{plural})"
 
     @property
     def zero_parameter(self) -> str:

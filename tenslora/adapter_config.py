@@ -17,7 +17,8 @@ class AdapterConfig:
 
     Args:
         tensor_mode: the construction, one of `constructions.CONSTRUCTIONS`.
-        rank_strategy: how the ranks are chosen.
+        rank_strategy: how the ranks are chosen; by default so that there are about as many parameters as LoRA has at
+            rank 4.
         alpha: multiplies the update; unlike PEFT's lora_alpha, it is not divided by the rank.
         dropout: the probability that an entry of the adapter's input is zeroed in training. Query, key and value of a
             layer share one mask, because they share the input.

@@ -40,7 +40,7 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter) -> Adapter:
     >>> model = nn.ModuleList([Attention(), Attention()])
     >>> adapter = attach(model, AdapterConfig("qkv_depth"))
     >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
-    788
+    3093
 
     Args:
         model: any Transformer in which `find_projections` finds the matrices to adapt. The model is changed in place,

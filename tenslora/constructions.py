@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_one_of
 
 HEAD, PROJECTION, DEPTH = "head", "projection", "depth"
 SITE = "site"  # projection and depth as one axis of P * L positions: index = projection * L + layer
@@ -147,10 +147,8 @@ def stacked_axes(construction: str) -> frozenset[str]:
     Raises:
         TensLoRAError: for an unknown name.
     """
-    try:
-        return CONSTRUCTIONS[construction]
-    except KeyError:
-        raise TensLoRAError(f"tensor_mode={construction}: must be one of {', '.join(CONSTRUCTIONS)}") from None
+    require_one_of("tensor_mode", construction, CONSTRUCTIONS)
+    return CONSTRUCTIONS[construction]
 
 
 def modes(construction: str, geometry: Geometry, matrix: int = 0) -> dict[str, int]:

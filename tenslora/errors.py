@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -18,7 +19,7 @@ def first_line(error: BaseException) -> str:
 
 
 def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:
-    """Check that a setting has one of its valid values.
+    """Check that a setting has one of its valid values. The message lists them, those that look like `value` first.
 
     Args:
         setting: the setting's name, for the message.
@@ -30,4 +31,6 @@ def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:
     """
     names = list(valid)
     if value not in names:
-        raise TensLoRAError(f"{setting}={value}: must be one of {', '.join(names)}")
+        alike = difflib.get_close_matches(str(value), names, n=len(names))
+        ordered = dict.fromkeys([*alike, *names])
+        raise TensLoRAError(f"{setting}={value}: must be one of {', '.join(ordered)}")

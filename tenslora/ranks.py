@@ -235,7 +235,7 @@ class RankStrategy:
         TensLoRAError: for a value that is out of range; the message names the field, its value and what is valid.
     """
 
-    name: str = "isorank"
+    name: str = "isoparameters"
     rank: int = 4
     ranks: tuple[int, ...] | None = None
     cap: bool = False

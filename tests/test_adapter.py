@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tenslora.adapter import Adapter, load_adapter
@@ -12,6 +13,7 @@ from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import CONSTRUCTIONS, Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.ranks import RankStrategy
+from tests.conftest import ROOT
 
 GEOMETRY = Geometry(d_in=12, heads=3, d_head=4, layers=4)
 
@@ -81,6 +83,29 @@ def test_a_saved_adapter_keeps_its_ranks_whatever_its_strategy_would_choose(tmp_
     assert load_adapter(tmp_path / "a.safetensors").ranks == (3, 2, 4)
 
 
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        (AdapterConfig("lora"), "lora, rank 4; 1,152 parameters in 12 tensors"),
+        (AdapterConfig("qkv", RankStrategy("isorank"), factorization="cp"), "qkv, cp, rank 4; 432 parameters in 4"),
+        (
+            AdapterConfig("depth", RankStrategy("explicit", ranks=(3, 2, 4))),
+            "depth, tucker, ranks d_in=3, d_out=2, depth=4; 300 parameters in 3 tensors",
+        ),
+    ],
+)
+def test_an_adapter_is_printed_in_one_line(config: AdapterConfig, shown: str) -> None:
+    # lora: 12 * 4 * (12 + 12); CP: 4 * 4 * (12 + 12 + 3); Tucker: 3 * (3 * 12 + 2 * 12 + 4 * 4 + 3 * 2 * 4)
+    assert repr(Adapter(config, GEOMETRY)).startswith(f"Adapter({shown}")
+
+
+def test_python_and_conf_choose_the_same_ranks_by_default() -> None:
+    conf = yaml.safe_load((ROOT / "conf" / "rank_strategy" / "isoparameters.yaml").read_text())
+    defaults = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text())["defaults"]
+    assert {"rank_strategy": conf["name"]} in defaults
+    assert AdapterConfig().rank_strategy == RankStrategy(**conf)
+
+
 def test_equal_adapters_are_saved_as_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         build("att_qkv_depth").save(tmp_path / name)
@@ -113,6 +138,8 @@ def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
         ({"tensor_seeds": "some"}, r"^tensor_seeds=some: must be one of distinct, equal$"),
         ({"factorization": "hosvd"}, r"^factorization=hosvd: must be one of tucker, cp, tensor_train$"),
         ({"tensor_mode": "nope"}, r"^tensor_mode=nope: must be one of lora, att"),
+        ({"tensor_mode": "qkvdepth"}, r"^tensor_mode=qkvdepth: must be one of qkv_depth, depth, att_qkv_depth, lora"),
+        ({"tensor_mode": None}, r"^tensor_mode=None: must be one of lora, att"),
         ({"adapt": "vq"}, r"^adapt=vq: must be letters of qkvo in that order"),
         ({"rank_strategy": "isorank"}, r"rank_strategy='isorank': must be a RankStrategy"),
     ],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tenslora import Adapter, detach, merge
+from tenslora import Adapter, RankStrategy, detach, merge
 from tenslora.adapted_linear import AdaptedLinear
 from tenslora.attachment import adapter_of
 from tenslora.factorizations import FACTORIZATIONS
@@ -141,7 +141,8 @@ def test_some_activations_may_be_recomputed_and_others_saved(
 @pytest.mark.parametrize("mode", ["lora", "depth", "att_qkv_depth"])
 def test_under_autocast_the_products_are_rounded_once(mode: str) -> None:
     model = build("separate").float()
-    adapter = attached(model, mode).float()
+    # With other ranks the sums over a rank are rounded differently for one layer and for all layers at once.
+    adapter = attached(model, mode, rank_strategy=RankStrategy("isorank")).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         products = linear_at(model, "blocks.1.attention.query").shared.group.of_layer(1, torch.bfloat16)
     lefts, rights = adapter.layer_products(1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import require_one_of
 from tenslora.factorizations.cp import CP
 from tenslora.factorizations.factorization import Factorization
 from tenslora.factorizations.tensor_train import TensorTrain
@@ -35,6 +35,5 @@ def factorization_of(construction: str, name: str) -> Factorization:
     Raises:
         TensLoRAError: for an unknown name.
     """
-    if name not in FACTORIZATIONS:
-        raise TensLoRAError(f"factorization={name}: must be one of {', '.join(FACTORIZATIONS)}")
+    require_one_of("factorization", name, FACTORIZATIONS)
     return FACTORIZATIONS["tensor_train" if construction == "lora" else name]

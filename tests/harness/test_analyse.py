@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tenslora import AdapterConfig, Geometry
+from tenslora import AdapterConfig, Geometry, RankStrategy
 from tenslora.adapter import Adapter
 from tenslora.harness.analyse import energy_by_rank, main, rank_for
 from tests.drawn import xy
@@ -18,7 +18,8 @@ from tests.peft.test_saved_lora import save_random_lora
 
 
 def test_a_run_is_analysed_from_its_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    adapter = Adapter(AdapterConfig("qkv_depth"), Geometry(d_in=64, heads=4, d_head=16, layers=4))
+    config = AdapterConfig("qkv_depth", RankStrategy("isorank"))
+    adapter = Adapter(config, Geometry(d_in=64, heads=4, d_head=16, layers=4))
     with torch.no_grad():
         for parameter in adapter.parameters():
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
