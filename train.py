@@ -55,8 +55,8 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
         dataset = load_dataset(run.dataset, run.seed)
         tokenizer = load_tokenizer(run.model, dataset.train.inputs) if run.model.modality == "text" else None
         data_loaded = time.perf_counter()
-        backbone = load_backbone(run.model, len(dataset.classes), run.seed, tokenizer)
-    data = encode(dataset.train, dataset.test, run.dataset, run.model, backbone.input_name, tokenizer)
+        backbone = load_backbone(run.model, dataset.outputs, run.seed, tokenizer)
+    data = encode(dataset, run.dataset, run.model, backbone.input_name, tokenizer)
 
     # The adapted model.
     adapted = adapted_model(run, backbone, processes.device)

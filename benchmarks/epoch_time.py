@@ -98,10 +98,10 @@ def padding_share(run: RunConfig) -> float:
 
     dataset = load_dataset(run.dataset, run.seed)
     tokenizer = load_tokenizer(run.model, dataset.train.inputs)
-    train, _, collate = encode(dataset.train, dataset.test, run.dataset, run.model, "", tokenizer)
+    data = encode(dataset, run.dataset, run.model, "", tokenizer)
     masks = [
         batch.inputs["attention_mask"]
-        for batch in TrainBatches(train, collate, batch_size=run.trainer.batch_size, seed=run.seed).epoch(1)
+        for batch in TrainBatches(data.train, data.collate, batch_size=run.trainer.batch_size, seed=run.seed).epoch(1)
     ]
     return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 

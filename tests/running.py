@@ -64,10 +64,8 @@ def accuracy_of(loaded: LoadedRun) -> float:
     """The share of its test split that a loaded run gets right."""
     run, backbone = loaded.run, loaded.backbone
     dataset = load_dataset(run.dataset, run.seed)
-    _, test, collate = encode(
-        dataset.train, dataset.test, run.dataset, run.model, backbone.input_name, loaded.tokenizer
-    )
-    inputs, labels = collate([test[index] for index in range(len(test))])
+    data = encode(dataset, run.dataset, run.model, backbone.input_name, loaded.tokenizer)
+    inputs, labels = data.collate([data.test[index] for index in range(len(data.test))])
     with torch.no_grad():
         predicted = outputs_of(backbone.model.eval(), inputs).argmax(dim=1)
     return float((predicted == labels).double().mean())

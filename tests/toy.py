@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenslora.harness.data.encoding import Collate, Encoded
+from tenslora.harness.data.encoding import Encoded, EncodedDataset
 from tenslora.harness.training.checkpoint import TrainingState
 from tenslora.harness.training.loop import fit
 from tenslora.harness.training.processes import Processes
-from tenslora.harness.training.tasks import CLASSIFICATION, Task
+from tenslora.harness.training.tasks import CLASSIFICATION, REGRESSION, Task
 from tests.running import SHORT, configured
 
 FEATURES, CLASSES = 8, 3
@@ -59,9 +59,11 @@ def collate(items: list[Any]) -> tuple[dict[str, Tensor], Tensor]:
     return {"x": torch.stack([features for features, _ in items])}, torch.tensor([label for _, label in items])
 
 
-def toy_data(values: bool = False) -> tuple[Encoded, Encoded, Collate]:
-    """(training examples, test examples, collate)."""
-    return examples(1, values), examples(2, values), collate
+def toy_data(task: Task = CLASSIFICATION, more_tests: Sequence[str] = ()) -> EncodedDataset:
+    """The toy dataset, with a further test split for each name."""
+    values = task is REGRESSION
+    further = {name: examples(number, values) for number, name in enumerate(more_tests, start=3)}
+    return EncodedDataset(examples(1, values), examples(2, values), further, collate, task.name)
 
 
 def fit_toy(
@@ -70,6 +72,7 @@ def fit_toy(
     model: nn.Module | None = None,
     task: Task = CLASSIFICATION,
     metrics: tuple[str, ...] = ("accuracy",),
+    more_tests: Sequence[str] = (),
     on_epoch: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> TrainingState:
     """Train a model on the toy dataset; the checkpoint goes to the folder.
@@ -80,14 +83,14 @@ def fit_toy(
         model: a new LinearModel unless given.
         task: the dataset's labels are its labels.
         metrics: to compute.
+        more_tests: the names of further test splits.
         on_epoch: as for `fit`.
     """
     run = configured(*SHORT, *overrides)
     return fit(
         model or LinearModel(),
-        toy_data(values=task.name == "regression"),
+        toy_data(task, more_tests),
         replace(run, dataset=replace(run.dataset, metrics=metrics)),
-        task=task,
         processes=Processes("cpu", 1),
         checkpoint=folder / "checkpoint.safetensors",
         show_progress=False,

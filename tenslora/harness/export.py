@@ -63,8 +63,11 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
         from transformers import PreTrainedModel
 
         assert isinstance(model, PreTrainedModel)
-        model.config.id2label = dict(enumerate(classes))
-        model.config.label2id = {name: index for index, name in enumerate(classes)}
+        if classes:
+            model.config.id2label = dict(enumerate(classes))
+            model.config.label2id = {name: index for index, name in enumerate(classes)}
+        else:
+            model.config.problem_type = "regression"
         model.save_pretrained(str(folder))
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(str(folder))

@@ -57,7 +57,7 @@ def load_run(folder: Path, checkpoint: str | None = None) -> LoadedRun:
         # A run with random weights trained a tokenizer on its own sentences. That tokenizer has to be trained again.
         sentences = [] if run.model.pretrained else load_dataset(run.dataset, run.seed).train.inputs
         tokenizer = load_tokenizer(run.model, sentences)
-    backbone = load_backbone(run.model, len(record["classes"]), run.seed, tokenizer)
+    backbone = load_backbone(run.model, len(record["classes"]) or 1, run.seed, tokenizer)
     if run.adapter:
         load(backbone.model, files.adapter)
     _, weights = read_safetensors(files.weights(run.tensor_mode))

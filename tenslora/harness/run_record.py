@@ -74,6 +74,8 @@ def facts_of(run: RunConfig, dataset: Dataset, adapted: AdaptedModel, processes:
         "total_parameters": _count(model.parameters()),
         "train_examples": len(dataset.train),
         "test_examples": len(dataset.test),
+        "more_test_examples": {split: len(examples) for split, examples in dataset.more_tests.items()},
+        "task": dataset.task,
         "classes": list(dataset.classes),
         "processes": processes.count,
         "device": processes.name,
@@ -105,7 +107,7 @@ def record_of(
         "status": "diverged" if failure else "completed",
         "failure": {"message": str(failure), "step": failure.step, "lr": failure.rate} if failure else None,
         **facts,
-        "metrics": summarize_history(state.history, list(run.dataset.metrics)),
+        "metrics": summarize_history(state.history, list(run.dataset.metrics), facts["more_test_examples"]),
         "seconds": {**seconds, **state.seconds},
         "steps_per_second": state.steps / state.seconds["train"] if state.steps else None,
         "peak_memory_bytes": processes.peak_memory_bytes(),
@@ -115,19 +117,22 @@ def record_of(
     }
 
 
-def summarize_history(history: list[dict[str, Any]], metrics: list[str]) -> dict[str, Any]:
+def summarize_history(
+    history: list[dict[str, Any]], metrics: list[str], more_tests: Iterable[str] = ()
+) -> dict[str, Any]:
     """The scores of a run, as its record holds them under "metrics".
 
     Args:
         history: one entry per finished epoch, with every metric's score.
         metrics: the names of the metrics, the headline metric first.
+        more_tests: the names of the further test splits; see `loop.fit` for the names of their scores.
 
     Returns:
         A dict with the headline metric's name ("name"), its last and its best score ("last", "best"), the epoch of the
-        best score ("best_epoch"), the last scores of the other metrics ("others_last") and the history ("history").
+        best score ("best_epoch"), the other last scores ("others_last") and the history ("history").
         Without a finished epoch the scores are None.
     """
-    headline = metrics[0]
+    headline, *others = [*metrics, *(f"{metric}_{split}" for split in more_tests for metric in metrics)]
     better = max if METRICS[headline].larger_is_better else min
     best = better(history, key=lambda entry: entry[headline], default=None)
     return {
@@ -135,7 +140,7 @@ def summarize_history(history: list[dict[str, Any]], metrics: list[str]) -> dict
         "last": history[-1][headline] if history else None,
         "best": best and best[headline],
         "best_epoch": best and best["epoch"],
-        "others_last": {name: history[-1][name] for name in metrics[1:]} if history else {},
+        "others_last": {name: history[-1][name] for name in others} if history else {},
         "history": history,
     }
 

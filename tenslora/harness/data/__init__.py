@@ -40,11 +40,12 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
     available = len(dataset.train)
     if config.train_size is not None and config.train_size < available:
         dataset = replace(dataset, train=dataset.train.select(draw(available, config.train_size, seed)))
-    for split, examples in (("training", dataset.train), ("test", dataset.test)):
+    for split, examples in (("training", dataset.train), ("test", dataset.test), *dataset.more_tests.items()):
         if not len(examples):
             raise TensLoRAError(f"dataset={config.name}: it has no {split} examples")
     log.info(
-        "%s: %d of %d training examples, %d test examples, %d classes",
-        config.name, len(dataset.train), available, len(dataset.test), len(dataset.classes),
+        "%s: %d of %d training examples, %d test examples, %s",
+        config.name, len(dataset.train), available, len(dataset.test) + sum(map(len, dataset.more_tests.values())),
+        dataset.task if dataset.task == "regression" else f"{len(dataset.classes)} classes",
     )  # fmt: skip
     return dataset

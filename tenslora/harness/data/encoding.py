@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,13 @@ from torch.utils.data import Dataset as TorchDataset
 
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, ModelConfig, TextDatasetConfig, TransformConfig
-from tenslora.harness.data.examples import Examples
+from tenslora.harness.data.examples import Dataset, Examples
 from tenslora.random_streams import stream_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Item = tuple[Any, int]
+Item = tuple[Any, float]
 """An encoded example and its label."""
 
 Collate = Callable[[list[Item]], tuple[dict[str, Tensor], Tensor]]
@@ -96,7 +96,7 @@ class Encoded(TorchDataset[Item]):
     def __init__(
         self,
         inputs: Any,
-        labels: Sequence[int],
+        labels: Sequence[float],
         encode: Callable[[Any], Any] | None = None,
         augmented: bool = False,
         lengths: Sequence[int] | None = None,
@@ -196,46 +196,63 @@ class TokensOf:
         return {name: column[index] for name, column in self.columns.items()}
 
 
+@dataclass(frozen=True)
+class EncodedDataset:
+    """A dataset that is encoded for a model.
+
+    Args:
+        train: the training examples.
+        test: the examples that the run is scored on.
+        more_tests: further examples that the run is scored on, by name.
+        collate: makes a batch of some examples.
+        task: the name of the task, see `training.tasks.TASKS`.
+    """
+
+    train: Encoded
+    test: Encoded
+    more_tests: Mapping[str, Encoded]
+    collate: Collate
+    task: str
+
+
 def encode(
-    train: Examples,
-    test: Examples,
+    dataset: Dataset,
     config: DatasetConfig,
     model: ModelConfig,
     input_name: str,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[Encoded, Encoded, Collate]:
+) -> EncodedDataset:
     """Encode the examples of a dataset for a model.
 
     Images are resized, augmented if they are for training, and normalized. Sentences become token ids. Two sentences
     are encoded as a pair, with the model's own separators and, if the model has them, segment ids.
 
     Args:
-        train: the training examples.
-        test: the test examples.
+        dataset: the dataset.
         config: the dataset's settings.
         model: the model's settings.
         input_name: the keyword by which an image model takes images.
         tokenizer: the tokenizer of a text model; None for an image model.
 
     Returns:
-        (training examples, test examples, collate), where collate makes a batch of some examples.
+        The encoded dataset.
     """
     if isinstance(config, TextDatasetConfig):
         assert tokenizer is not None
-        return _encode_texts(train, test, config, tokenizer)
+        return _encode_texts(dataset, config, tokenizer)
     assert isinstance(config, ImageDatasetConfig)
-    return _encode_images(train, test, config, model, input_name)
+    return _encode_images(dataset, config, model, input_name)
 
 
-def _encode_images(
-    train: Examples, test: Examples, config: ImageDatasetConfig, model: ModelConfig, input_name: str
-) -> tuple[Encoded, Encoded, Collate]:
+def _encode_images(dataset: Dataset, config: ImageDatasetConfig, model: ModelConfig, input_name: str) -> EncodedDataset:
     for_tests = replace(config.transform, color_jitter=0.0, flip=False)
     mean, std = (model.mean, model.std) if config.transform.normalize else (None, None)
-    return (
-        _transformed(train, config.transform, model),
-        _transformed(test, for_tests, model),
+    return EncodedDataset(
+        _transformed(dataset.train, config.transform, model),
+        _transformed(dataset.test, for_tests, model),
+        {name: _transformed(examples, for_tests, model) for name, examples in dataset.more_tests.items()},
         ImageCollate(input_name, mean, std),
+        dataset.task,
     )
 
 
@@ -267,9 +284,7 @@ def _transformed(examples: Examples, transform: TransformConfig, model: ModelCon
     )
 
 
-def _encode_texts(
-    train: Examples, test: Examples, config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Encoded, Encoded, Collate]:
+def _encode_texts(dataset: Dataset, config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedDataset:
     max_length = min(config.max_length, tokenizer.model_max_length)
 
     def encoded(examples: Examples) -> Encoded:
@@ -277,10 +292,16 @@ def _encode_texts(
         lengths = [len(ids) for ids in tokens.columns["input_ids"]] if config.group_by_length else None
         return Encoded(range(len(examples)), examples.labels, tokens, lengths=lengths)
 
-    return encoded(train), encoded(test), TextCollate(tokenizer, max_length if config.padding == "max_length" else None)
+    return EncodedDataset(
+        encoded(dataset.train),
+        encoded(dataset.test),
+        {name: encoded(examples) for name, examples in dataset.more_tests.items()},
+        TextCollate(tokenizer, max_length if config.padding == "max_length" else None),
+        dataset.task,
+    )
 
 
-@cache_latest(2)  # the two splits of a dataset
+@cache_latest(4)  # the splits of a dataset
 def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokensOf:
     sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
     return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,11 @@ class Examples:
     Args:
         inputs: PIL images, or tuples of one or two sentences. They are a sequence that needs no slices and may read an
             input only when it is indexed.
-        labels: the class number of each input.
+        labels: the class number of each input, or in a regression its value, a float.
     """
 
     inputs: Any
-    labels: Sequence[int]
+    labels: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,12 +52,21 @@ class Dataset:
     Args:
         train: the training examples.
         test: the examples that the run is scored on.
-        classes: the names of the classes, by class number.
+        classes: the names of the classes, by class number; () for a regression.
+        task: "classification" or "regression", a name in `training.tasks.TASKS`.
+        more_tests: further examples that the run is scored on, by the name that is appended to their metrics' names.
     """
 
     train: Examples
     test: Examples
     classes: tuple[str, ...]
+    task: str = "classification"
+    more_tests: Mapping[str, Examples] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs of a model for this dataset: one for each class, or one value in a regression."""
+        return 1 if self.task == "regression" else len(self.classes)
 
 
 @dataclass(frozen=True)

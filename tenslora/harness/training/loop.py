@@ -19,7 +19,7 @@ from tenslora.attachment import SUBMODULE
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RunConfig
 from tenslora.harness.data.batches import Batch, TrainBatches
-from tenslora.harness.data.encoding import Collate, Encoded
+from tenslora.harness.data.encoding import Encoded, EncodedDataset
 from tenslora.harness.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from tenslora.harness.training.evaluation import evaluate
 from tenslora.harness.training.parameter_groups import RATE_RATIO, parameter_groups
@@ -27,7 +27,7 @@ from tenslora.harness.training.precision import autocast, round_frozen_weights
 from tenslora.harness.training.processes import Processes
 from tenslora.harness.training.progress import ProgressBar
 from tenslora.harness.training.schedule import cosine_rate
-from tenslora.harness.training.tasks import CLASSIFICATION, Task, outputs_of
+from tenslora.harness.training.tasks import TASKS, Task, outputs_of
 from tenslora.random_streams import stream_seed
 
 log = logging.getLogger(__name__)
@@ -54,10 +54,9 @@ class Diverged(TensLoRAError):
 
 def fit(
     model: nn.Module,
-    data: tuple[Encoded, Encoded, Collate],
+    data: EncodedDataset,
     run: RunConfig,
     *,
-    task: Task = CLASSIFICATION,
     processes: Processes,
     checkpoint: Path,
     show_progress: bool,
@@ -70,9 +69,8 @@ def fit(
 
     Args:
         model: the adapted model, on the processes' device. In bf16 its frozen weights become bf16.
-        data: (training examples, test examples, collate), as `data.encoding.encode` gives them.
+        data: the encoded examples. The loss is that of their task.
         run: the settings. The progress bar shows the first of `run.dataset.metrics`.
-        task: the task, whose loss is minimised.
         processes: the processes that share the work.
         checkpoint: the file that is written after every epoch. A run with `run.resume` starts from it if it exists.
         show_progress: whether to draw a progress bar, or to log a line now and then if there is no terminal.
@@ -81,13 +79,15 @@ def fit(
 
     Returns:
         How far the run has come. Each entry of its history holds epoch, step, lr, train_loss, test_loss and the
-        metrics, which are computed on the whole test split after the epoch.
+        metrics, which are computed on the whole test split after the epoch. The scores of a further test split, such
+        as "mismatched", are named accuracy_mismatched and the like.
 
     Raises:
         Diverged: when a loss is not finite. The checkpoint still holds the last epoch that was completed.
         TensLoRAError: if a metric does not apply to the task, if training does not fit into memory, or if a checkpoint
             cannot be read or written.
     """
+    task = TASKS[data.task]
     optimization = _Optimization(model, task, run, processes)
     state = TrainingState()
     if run.resume and checkpoint.is_file():
@@ -97,10 +97,9 @@ def fit(
             for entry in state.history:
                 on_epoch(entry)
 
-    train, test, collate = data
     batches = TrainBatches(
-        train,
-        collate,
+        data.train,
+        data.collate,
         batch_size=run.trainer.batch_size,
         accumulation=run.trainer.accumulation,
         seed=run.seed,
@@ -111,6 +110,18 @@ def fit(
     )
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
     metrics = run.dataset.metrics
+
+    def scored(examples: Encoded) -> tuple[float, dict[str, float]]:
+        return evaluate(
+            optimization.wrapped,
+            examples,
+            data.collate,
+            metrics,
+            task=task,
+            trainer=run.trainer,
+            processes=processes,
+        )
+
     with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
         while state.steps < steps:
             epoch = state.epochs + 1
@@ -118,9 +129,9 @@ def fit(
             with state.timed("train"):
                 train_loss, rate = optimization.epoch(batches.epoch(epoch), steps, state, bar)
             with state.timed("evaluate"):
-                test_loss, scores = evaluate(
-                    optimization.wrapped, test, collate, metrics, task=task, trainer=run.trainer, processes=processes
-                )
+                test_loss, scores = scored(data.test)
+                for split, examples in data.more_tests.items():
+                    scores |= {f"{metric}_{split}": score for metric, score in scored(examples)[1].items()}
             if not math.isfinite(test_loss):
                 raise Diverged(state, state.steps, rate, "test", test_loss)
             state.epochs = epoch

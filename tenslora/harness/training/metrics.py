@@ -1,4 +1,7 @@
-"""The metrics, in the registry `METRICS`. Nothing here needs torch; scikit-learn is imported to compute a score."""
+"""The metrics, in the registry `METRICS`.
+
+Nothing here needs torch; scikit-learn or SciPy is imported to compute a score.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +56,31 @@ def _f1(labels: NDArray[Any], logits: NDArray[Any]) -> float:
     return float(f1_score(labels, logits.argmax(-1), zero_division=0))
 
 
+def _pearson(labels: NDArray[Any], outputs: NDArray[Any]) -> float:
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(labels, outputs[:, 0]).statistic) if _vary(labels, outputs) else 0.0
+
+
+def _spearman(labels: NDArray[Any], outputs: NDArray[Any]) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(labels, outputs[:, 0]).statistic) if _vary(labels, outputs) else 0.0
+
+
+def _vary(labels: NDArray[Any], outputs: NDArray[Any]) -> bool:
+    # A correlation with a constant is undefined. It counts as 0, as scikit-learn has it for the Matthews correlation.
+    return bool(labels.min() < labels.max() and outputs.min() < outputs.max())
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("accuracy", _accuracy),
         Metric("matthews", _matthews, lowest=-1.0),  # the Matthews correlation, as GLUE scores CoLA
-        Metric("f1", _f1, classes=2),  # of class 1, as GLUE scores MRPC
+        Metric("f1", _f1, classes=2),  # of class 1, as GLUE scores MRPC and QQP
+        Metric("pearson", _pearson, lowest=-1.0, task="regression"),  # as GLUE scores STS-B, with the next
+        Metric("spearman", _spearman, lowest=-1.0, task="regression"),
     )
 }
 """All metrics, by name."""

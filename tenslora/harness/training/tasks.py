@@ -58,6 +58,9 @@ CLASSIFICATION = Task("classification", _cross_entropy)
 REGRESSION = Task("regression", _squared_error)
 """Each example has a value: the model has one output, and the labels are numbers."""
 
+TASKS = {task.name: task for task in (CLASSIFICATION, REGRESSION)}
+"""All tasks, by name."""
+
 
 def outputs_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """A model's outputs for a batch, of shape (examples, outputs).

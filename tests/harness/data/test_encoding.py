@@ -18,7 +18,7 @@ from tenslora.harness.backbones import load_tokenizer
 from tenslora.harness.config import ImageDatasetConfig, ModelConfig, TextDatasetConfig, TransformConfig
 from tenslora.harness.data.batches import TrainBatches
 from tenslora.harness.data.encoding import Collate, Encoded, encode
-from tenslora.harness.data.examples import Examples, ImageFiles
+from tenslora.harness.data.examples import Dataset, Examples, ImageFiles
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -62,7 +62,8 @@ def pictures(count: int = 3, size: tuple[int, int] = (40, 20), mode: str = "RGB"
 def encode_pictures(examples: Examples, model: ModelConfig, **changes: Any) -> tuple[Encoded, Encoded, Collate]:
     transform = replace(TransformConfig(1.0, True, "bilinear", 0.0, False, True), **changes)
     config = ImageDatasetConfig(**DATASET, modality="image", train_fraction=None, transform=transform)
-    return encode(examples, examples, config, model, "pixels", None)
+    data = encode(Dataset(examples, examples, ()), config, model, "pixels", None)
+    return data.train, data.test, data.collate
 
 
 def pixels_of(data: Encoded, collate: Collate, index: int) -> Tensor:
@@ -278,7 +279,8 @@ def encode_sentences(
         **DATASET, modality="text", max_length=max_length, padding=padding, group_by_length=grouped
     )
     examples = Examples(rows, [i % 2 for i in range(len(rows))])
-    return encode(examples, examples, config, model_config(modality="text"), "ids", tokenizer)
+    data = encode(Dataset(examples, examples, ()), config, model_config(modality="text"), "ids", tokenizer)
+    return data.train, data.test, data.collate
 
 
 def test_pairs_are_encoded_as_the_tokenizer_encodes_a_pair(tokenizer: Any) -> None:

@@ -54,10 +54,10 @@ def test_the_loop_is_adamw_on_the_mean_loss(tmp_path: Path, core_ratio: float, f
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: floor + (1 - floor) * (1 + math.cos(math.pi * step / 3)) / 2
     )
-    train, _, collate = encode(dataset.train, dataset.test, settings.dataset, settings.model, "x", None)
+    data = encode(dataset, settings.dataset, settings.model, "x", None)
     losses = []
-    for batch in TrainBatches(train, collate, batch_size=20, seed=0).order(1):
-        inputs, labels = collate([train[i] for i in batch])
+    for batch in TrainBatches(data.train, data.collate, batch_size=20, seed=0).order(1):
+        inputs, labels = data.collate([data.train[i] for i in batch])
         weights = {
             f"blocks.{layer}.attn.qkv.weight": model.get_parameter(f"blocks.{layer}.attn.qkv.weight")
             + 4.0 * torch.cat([update.T for update in adapter.dense(layer)])

@@ -27,7 +27,10 @@ def test_scores_are_those_of_the_confusion_matrix() -> None:
     assert score("matthews", GUESSES) == pytest.approx(matthews)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+CORRELATIONS = ("pearson", "spearman")
+
+
+@pytest.mark.parametrize("metric", [name for name in METRICS if name not in CORRELATIONS])
 def test_scores_span_the_range_of_their_metric(metric: str) -> None:
     assert METRICS[metric].larger_is_better
     assert score(metric, LABELS) == METRICS[metric].highest
@@ -37,6 +40,24 @@ def test_scores_span_the_range_of_their_metric(metric: str) -> None:
 def test_a_constant_guess_scores_zero() -> None:
     assert score("matthews", np.ones(8, int)) == 0
     assert score("f1", np.zeros(8, int)) == 0
+
+
+def test_correlations_are_those_of_numpy_on_values_and_on_ranks() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.normal(size=30)
+    outputs = (np.exp(labels) + rng.normal(size=30)).astype(np.float32)
+    assert METRICS["pearson"].function(labels, outputs[:, None]) == pytest.approx(np.corrcoef(labels, outputs)[0, 1])
+    ranks = np.corrcoef(labels.argsort().argsort(), outputs.argsort().argsort())
+    assert METRICS["spearman"].function(labels, outputs[:, None]) == pytest.approx(ranks[0, 1])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("metric", CORRELATIONS)
+def test_correlations_span_their_range_and_a_constant_scores_zero(metric: str) -> None:
+    labels, function = np.arange(5.0), METRICS[metric].function
+    assert function(labels, labels[:, None]) == pytest.approx(METRICS[metric].highest)
+    assert function(labels, -labels[:, None]) == pytest.approx(METRICS[metric].lowest)
+    assert function(labels, np.ones((5, 1))) == function(np.ones(5), labels[:, None]) == 0
 
 
 def test_a_metric_of_probabilities_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.training.metrics import METRICS, Metric
+from tenslora.harness.run_record import summarize_history
 from tenslora.harness.training.tasks import CLASSIFICATION, REGRESSION
 from tests.toy import LinearModel, collate, examples, fit_toy
 
@@ -45,13 +45,7 @@ def test_a_metric_that_does_not_apply_is_refused_before_a_step_is_made(tmp_path:
     assert torch.equal(model.linear.weight, LinearModel().linear.weight)
 
 
-def test_a_regression_is_trained_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pearson(labels: np.ndarray, outputs: np.ndarray) -> float:
-        from scipy.stats import pearsonr
-
-        return float(pearsonr(labels, outputs[:, 0]).statistic)
-
-    monkeypatch.setitem(METRICS, "pearson", Metric("pearson", pearson, lowest=-1.0, task="regression"))
+def test_a_regression_is_trained_and_scored(tmp_path: Path) -> None:
     model = LinearModel(outputs=1)
     words = ["trainer.epochs=40", "optimizer.lr=0.1"]
     history = fit_toy(tmp_path, *words, model=model, task=REGRESSION, metrics=("pearson",)).history
@@ -60,3 +54,16 @@ def test_a_regression_is_trained_and_scored(tmp_path: Path, monkeypatch: pytest.
     assert history[-1]["test_loss"] == pytest.approx(((values - labels) ** 2).mean().item(), rel=1e-5)
     assert history[-1]["pearson"] == pytest.approx(np.corrcoef(values, labels)[0, 1], rel=1e-5)
     assert history[-1]["pearson"] > 0.99 > history[0]["pearson"]
+
+
+def test_further_test_splits_are_scored_under_names_of_their_own(tmp_path: Path) -> None:
+    model = LinearModel()
+    (*_, last) = fit_toy(tmp_path, model=model, metrics=("accuracy", "matthews"), more_tests=["other"]).history
+    for number, suffix in ((2, ""), (3, "_other")):
+        inputs, labels = collate([examples(number)[i] for i in range(50)])
+        predicted = model(**inputs).argmax(dim=1)
+        assert last[f"accuracy{suffix}"] == pytest.approx((predicted == labels).double().mean().item())
+    assert list(last)[5:] == ["accuracy", "matthews", "accuracy_other", "matthews_other"]
+    summary = summarize_history([last], ["accuracy", "matthews"], ["other"])
+    assert summary["last"] == last["accuracy"]
+    assert list(summary["others_last"]) == ["matthews", "accuracy_other", "matthews_other"]
