@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -123,6 +125,9 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
         return chosen.get("name") if isinstance(chosen, dict) else chosen
 
     arranged = {key: value for key, value in plain.items() if key not in ("tensor_mode", "factorization", "preset")}
+    dataset = plain.get("dataset")
+    if isinstance(dataset, dict) and dataset.get("name") is None and dataset.get("source") is not None:
+        arranged["dataset"] = {**dataset, "name": _name_after(str(dataset.get("root") or dataset["source"]))}
     tensor_mode = name_of("tensor_mode", "")
     adapter = plain.get("adapter", {})
     if isinstance(adapter, dict):
@@ -135,3 +140,8 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
             "seed": plain.get("seed"),
         }
     return {**arranged, "tensor_mode": tensor_mode, "preset": name_of("preset", "none"), "adapter": adapter}
+
+
+def _name_after(path: str) -> str:
+    """The last part of a path as a name for folders, records and tables: "my/Pet photos" gives "Pet-photos"."""
+    return re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(path)), flags=re.ASCII).strip("-.")

@@ -49,15 +49,15 @@ def within(
 
 
 def one_of(valid: Collection[str]) -> AfterValidator:
-    """A validator that accepts a valid name, or a list of valid names.
+    """A validator that accepts a valid name, or a list of valid names. It accepts None where the field's type does.
 
     Args:
         valid: the valid names.
     """
 
-    def check(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        for name in [value] if isinstance(value, str) else value:
-            if name not in valid:
+    def check(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for name in value if isinstance(value, tuple) else [value]:
+            if name is not None and name not in valid:
                 subject = "" if name == value else f"{name} "
                 raise ValueError(f"{subject}must be one of {', '.join(valid)}")
         return value

@@ -64,6 +64,12 @@ def settings(run: RunConfig) -> dict[str, Any]:
             for field in fields(declared)
             if field.name != "adapt" and (value := getattr(declared, field.name)) != field.default
         }
+    # The files in conf/dataset have these settings only where they mean something.
+    if run.dataset.source is None:
+        del nested["dataset"]["source"]
+    if run.dataset.source != "image_folder":
+        for name in ("train_list", "test_list"):
+            nested["dataset"].pop(name, None)
     if run.model.modality == "text":
         for name in ("image_size", "channels", "mean", "std"):
             del nested["model"][name]

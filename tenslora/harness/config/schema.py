@@ -7,8 +7,10 @@ library's own checks. Nothing here needs torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import permutations
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -37,6 +39,9 @@ FACTORS = ("core", "d_in", "d_out", "d_head", "head", "projection", "depth", "si
 """The names that the parameters of a tensor can have: the core, and the modes."""
 
 TENSOR_MODES = (*CONSTRUCTIONS, *REFERENCES)
+
+SOURCES = ("image_folder", "vtab", "text_files")
+"""What a dataset's `source` may be."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,10 @@ class TransformConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """The settings that image and text datasets share."""
+    """The settings that image and text datasets share.
+
+    `source` is the kind of files that the dataset is read from; None if the dataset's name says it.
+    """
 
     name: str
     root: str | None
@@ -90,6 +98,13 @@ class DatasetConfig:
     train_splits: tuple[str, ...] | None
     test_split: str | None
     train_size: CountOrNull
+    source: Annotated[str | None, one_of(SOURCES)] = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-][\w.-]*", self.name, re.ASCII) or self.name == "tables":  # it names a folder
+            raise TensLoRAError(
+                f"name={self.name}: must be a name of letters, digits, '.', '_' and '-', and must not be tables"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,41 @@ class ImageDatasetConfig(DatasetConfig):
     modality: Literal["image"]
     train_fraction: Annotated[float | None, within(0.001, 0.999, or_null=True)]
     transform: TransformConfig
+    train_list: str | None = None
+    test_list: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source == "image_folder":
+            self._check_image_folder()
+            return
+        for setting in ("train_list", "test_list"):
+            if value := getattr(self, setting):
+                raise TensLoRAError(f"{setting}={value}: must be null, because only dataset=image_folder reads lists")
+
+    def _check_image_folder(self) -> None:
+        if self.root is None:
+            raise TensLoRAError("root=null: must be the folder of the images")
+        lists = {"train_list": self.train_list, "test_list": self.test_list}
+        for (setting, file), (other, other_file) in permutations(lists.items()):
+            if file is None and other_file is not None:
+                raise TensLoRAError(f"{setting}=null: must be a file, because {other} is {other_file}")
+        if self.test_split is not None and self.test_split in (self.train_splits or ()):
+            raise TensLoRAError(f"test_split={self.test_split}: must not be one of train_splits")
+        chosen = [
+            (setting, value)
+            for setting, value in (
+                ("train_list", self.train_list),
+                ("train_fraction", self.train_fraction),
+                ("train_splits", list(self.train_splits) if self.train_splits else None),
+                ("test_split", self.test_split),
+            )
+            if value is not None
+        ]
+        # Only the last two go together.
+        if len(chosen) > 1 and chosen[0][0] in ("train_list", "train_fraction"):
+            (first, given), (second, value) = chosen[:2]
+            raise TensLoRAError(f"{second}={value}: must be null, because {first} is {given}")
 
 
 @dataclass(frozen=True)

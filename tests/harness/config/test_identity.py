@@ -26,6 +26,11 @@ def every_option() -> list[str]:
             words = [f"{group}={option}"]
             if option == "explicit":
                 words.append("rank_strategy.ranks=[8,8,3,4]")
+            if (
+                group == "dataset"
+                and yaml.safe_load((CONF / group / f"{option}.yaml").read_text())[group]["name"] is None
+            ):
+                words += ["dataset.root=my/pets", "dataset.name=pets"]
             if group == "model":
                 modality = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())["modality"]
                 words.insert(0, f"dataset={'cola' if modality == 'text' else 'dtd'}")

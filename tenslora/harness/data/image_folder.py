@@ -1,0 +1,171 @@
+"""A user's own images: folders named after the classes, or lists of paths with labels."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.cache import cache_latest
+from tenslora.harness.config import ImageDatasetConfig
+from tenslora.harness.data.examples import Dataset, Examples, ImageFiles, draw
+from tenslora.harness.data.image_lists import ImageList, read_image_list
+
+log = logging.getLogger(__name__)
+
+TEST_FOLDERS = ("test", "val", "validation", "valid")
+"""Where test images are looked for, in this order."""
+
+LAYOUT = (
+    "it must hold train/<class>/ and test/<class>/ (or val/<class>/); for class folders without such a split, set "
+    "dataset.train_fraction"
+)
+
+
+def load_image_folder(config: ImageDatasetConfig, seed: int) -> Dataset:
+    """Load the images below `dataset.root`; docs/data.md describes the layouts.
+
+    Args:
+        config: the dataset's settings.
+        seed: the seed of the split that `dataset.train_fraction` asks for.
+
+    Returns:
+        The dataset. Its classes are the folders' names in the order of `sorted`, or the labels of the lists.
+
+    Raises:
+        TensLoRAError: if images, folders or lists are missing or contradict each other.
+    """
+    assert config.root is not None
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise TensLoRAError(f"dataset.root={config.root}: no such folder")
+    if config.train_list is not None and config.test_list is not None:
+        dataset = _listed(root, config.train_list, config.test_list)
+    elif config.train_fraction is not None:
+        dataset = _divided(root, config.train_fraction, seed)
+    else:
+        dataset = _in_split_folders(root, config)
+    if len(dataset.classes) < 2:
+        raise TensLoRAError(f"dataset.root={root}: must have at least two classes, but has only {dataset.classes[0]}")
+    return dataset
+
+
+def _in_split_folders(root: Path, config: ImageDatasetConfig) -> Dataset:
+    present = _subfolders(root)
+    found = [name for name in TEST_FOLDERS if name in present]
+    train_splits = config.train_splits or ("train",)
+    test_split = config.test_split or (found[0] if found else "test")
+    for setting, split in [*(("train_splits", split) for split in train_splits), ("test_split", test_split)]:
+        if split not in present:
+            listed = _shortened(present) or "nothing"
+            cause = "root" if getattr(config, setting) is None else setting
+            value = root if cause == "root" else split
+            raise TensLoRAError(
+                f"dataset.{cause}={value}: there is no folder {root / split}; {LAYOUT}. Folders there: {listed}"
+            )
+    if config.test_split is None and found[1:]:
+        log.info("%s: tested on %s/; %s/ is not used", config.name, test_split, "/, ".join(found[1:]))
+    train = [_read_classes(root, root / split) for split in train_splits]
+    test, classes = _read_classes(root, root / test_split)
+    for split, (_, own_classes) in zip(train_splits, train, strict=True):
+        _check_same_classes(f"dataset.root={root}", (split, own_classes), (test_split, classes))
+    paths = [path for examples, _ in train for path in examples.inputs.paths]
+    labels = [label for examples, _ in train for label in examples.labels]
+    return Dataset(Examples(ImageFiles(paths), labels), test, classes)
+
+
+def _divided(root: Path, train_fraction: float, seed: int) -> Dataset:
+    present = _subfolders(root)
+    if "train" in present and set(present) <= {"train", *TEST_FOLDERS}:
+        raise TensLoRAError(
+            f"dataset.train_fraction={train_fraction}: must be null, because {root} is divided into "
+            f"{', '.join(present)}; to divide one of these folders, set dataset.root to it"
+        )
+    examples, classes = _read_classes(root, root)
+    chosen = draw(len(examples), int(train_fraction * len(examples)), seed)
+    others = sorted(set(range(len(examples))).difference(chosen))
+    train, test = examples.select(chosen), examples.select(others)
+    trained = set(train.labels)
+    if train.labels and len(trained) < len(classes):
+        left_out = _shortened(name for number, name in enumerate(classes) if number not in trained)
+        raise TensLoRAError(
+            f"dataset.train_fraction={train_fraction}: with this seed, no image of {left_out} is for training; give a "
+            f"larger fraction"
+        )
+    return Dataset(train, test, classes)
+
+
+@cache_latest(4)
+def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
+    """Read a folder of class folders: the images, by class and path, and the names of the classes."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    classes = _subfolders(folder)
+    if not classes:
+        raise TensLoRAError(f"dataset.root={root}: {folder} has no folders, but must have one for each class")
+    skipped: Counter[str] = Counter()
+
+    def is_image(path: str) -> bool:
+        if any(part.startswith(".") for part in Path(path).relative_to(folder).parts):
+            return False
+        suffix = Path(path).suffix.lower()
+        if suffix not in IMG_EXTENSIONS:
+            skipped[suffix or "no suffix"] += 1
+        return suffix in IMG_EXTENSIONS
+
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples: list[tuple[str, int]] = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
+    labels = [label for _, label in samples]
+    if empty := set(range(len(classes))).difference(labels):
+        names = _shortened(classes[number] for number in sorted(empty))
+        raise TensLoRAError(
+            f"dataset.root={root}: each folder in {folder} must have images ({', '.join(IMG_EXTENSIONS)}), but there "
+            f"are none in {names}"
+        )
+    if skipped:
+        suffixes = ", ".join(sorted(skipped))
+        log.warning("%s: %d files that are no images are left out (%s)", folder, skipped.total(), suffixes)
+    return Examples(ImageFiles([Path(path) for path, _ in samples]), labels), tuple(classes)
+
+
+@cache_latest(1)
+def _listed(root: Path, train_list: str, test_list: str) -> Dataset:
+    train = read_image_list(root / train_list, root, f"dataset.train_list={train_list}")
+    test = read_image_list(root / test_list, root, f"dataset.test_list={test_list}")
+    _check_same_classes(f"dataset.train_list={train_list}", (train_list, train.labels), (test_list, test.labels))
+    if both := set(train.paths) & set(test.paths):
+        log.warning("%d images are in both %s and %s", len(both), train_list, test_list)
+    are_numbers = all(label.isdecimal() for label in train.labels)
+    classes = sorted(set(train.labels), key=(lambda label: (int(label), label)) if are_numbers else None)
+    number = {name: index for index, name in enumerate(classes)}
+
+    def examples(images: ImageList) -> Examples:
+        return Examples(ImageFiles(images.paths), [number[label] for label in images.labels])
+
+    return Dataset(examples(train), examples(test), tuple(classes))
+
+
+def _check_same_classes(setting: str, one: tuple[str, Iterable[str]], other: tuple[str, Iterable[str]]) -> None:
+    """Check that two parts of a dataset, each given by its name and its classes, have the same classes."""
+    differences = [
+        f"{_shortened(sorted(only))} only in {name}"
+        for (name, classes), (_, others) in ((one, other), (other, one))
+        if (only := set(classes).difference(others))
+    ]
+    if differences:
+        raise TensLoRAError(f"{setting}: {one[0]} and {other[0]} must have the same classes; {'; '.join(differences)}")
+
+
+def _subfolders(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise TensLoRAError(f"dataset.root: {folder} cannot be read ({error})") from error
+
+
+def _shortened(names: Iterable[str], most: int = 8) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

@@ -1,0 +1,67 @@
+"""Files that list images with their labels: a line is "path label"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tenslora.errors import TensLoRAError
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The content of a list.
+
+    Args:
+        file: the list.
+        lines: the number of the line of each image, from 1.
+        paths: the images.
+        labels: the label of each image, as it is written.
+    """
+
+    file: Path
+    lines: Sequence[int]
+    paths: Sequence[Path]
+    labels: Sequence[str]
+
+
+def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
+    """Read a list of images.
+
+    The label is the last word of a line, so that a path may contain spaces. Empty lines are skipped.
+
+    Args:
+        file: the list.
+        root: the folder that paths are relative to. An image that is not there is looked for in its folder `images`.
+        setting: the setting that names the list, with its value, for messages: "dataset.train_list=train.txt".
+
+    Returns:
+        The list.
+
+    Raises:
+        TensLoRAError: if the file cannot be read or is empty, or for a line that is not a path and a label, or whose
+            image does not exist.
+    """
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"not a readable text file ({error})"
+        raise TensLoRAError(f"{setting}: {file}: {reason}") from error
+    lines, paths, labels = [], [], []
+    for number, line in enumerate(content.splitlines(), start=1):
+        words = line.strip().rsplit(maxsplit=1)
+        if not words:
+            continue
+        if len(words) < 2:
+            raise TensLoRAError(f"{setting}: line {number} of {file} must be 'path label', but is {line.strip()!r}")
+        places = [root / words[0], root / "images" / words[0]]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise TensLoRAError(f"{setting}: line {number} of {file}: neither {places[0]} nor {places[1]} exists")
+        lines.append(number)
+        paths.append(path)
+        labels.append(words[1])
+    if not lines:
+        raise TensLoRAError(f"{setting}: {file} is empty")
+    return ImageList(file, lines, paths, labels)

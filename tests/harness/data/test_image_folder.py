@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.config import ImageDatasetConfig
+from tenslora.harness.data import Dataset
+from tests.harness.data.image_folders import load, paint, reds
+from tests.running import configured
+
+
+def load_own(root: Path, seed: int = 0, **changes: Any) -> Dataset:
+    return load("own", root, seed, **{"source": "image_folder", "train_splits": None, "test_split": None, **changes})
+
+
+def write_split(folder: Path, classes: dict[str, list[int]]) -> Path:
+    """Write the images of each class, which are as red as given."""
+    for name, colours in classes.items():
+        for red in colours:
+            paint(folder / name / f"{red:03d}.png", red)
+    return folder
+
+
+def write_train_and_test(root: Path, test: str = "test") -> Path:
+    write_split(root / "train", {"cat": [1, 2], "ant": [3]})
+    write_split(root / test, {"cat": [4], "ant": [5, 6]})
+    return root
+
+
+@pytest.mark.parametrize("test", ["test", "val", "validation", "valid"])
+def test_folders_of_classes(test: str, tmp_path: Path) -> None:
+    dataset = load_own(write_train_and_test(tmp_path, test))
+    assert dataset.classes == ("ant", "cat")
+    assert (reds(dataset.train), list(dataset.train.labels)) == ([3, 1, 2], [0, 1, 1])
+    assert (reds(dataset.test), list(dataset.test.labels)) == ([5, 6, 4], [0, 0, 1])
+    reference = ImageFolder(str(tmp_path / "train"))
+    assert [
+        (str(path), label) for path, label in zip(dataset.train.inputs.paths, dataset.train.labels, strict=True)
+    ] == (reference.samples)
+
+
+def test_the_test_folder_is_preferred_to_val(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_split(write_train_and_test(tmp_path) / "val", {"cat": [7], "ant": [8]})
+    with caplog.at_level(logging.INFO):
+        assert reds(load_own(tmp_path).test) == [5, 6, 4]
+    assert "tested on test/; val/ is not used" in caplog.text
+    joined = load_own(tmp_path, train_splits=("train", "val"), test_split="test")
+    assert reds(joined.train) == [3, 1, 2, 8, 7]
+    assert reds(load_own(tmp_path, test_split="val").test) == [8, 7]
+
+
+def test_a_fraction_divides_one_tree_by_the_seed(tmp_path: Path) -> None:
+    write_split(tmp_path, {"b": list(range(20)), "a": list(range(100, 120))})
+
+    def divided(seed: int) -> Dataset:
+        return load_own(tmp_path, seed, train_fraction=0.75)
+
+    dataset = divided(0)
+    assert (len(dataset.train), len(dataset.test), dataset.classes) == (30, 10, ("a", "b"))
+    assert sorted(reds(dataset.train) + reds(dataset.test)) == [*range(20), *range(100, 120)]
+    for examples in (dataset.train, dataset.test):
+        assert [int(red < 100) for red in reds(examples)] == list(examples.labels)
+    assert reds(divided(0).test) == reds(dataset.test) != reds(divided(1).test)
+
+
+def test_hidden_files_and_files_of_other_kinds_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_train_and_test(tmp_path)
+    paint(tmp_path / "train" / ".ipynb_checkpoints" / "1.png", 9)
+    paint(tmp_path / "train" / "ant" / ".cache" / "1.png", 9)
+    (tmp_path / "train" / "ant" / "._003.png").write_bytes(b"a resource fork")
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
+    dataset = load_own(tmp_path)
+    assert (reds(dataset.train), dataset.classes) == ([3, 1, 2], ("ant", "cat"))
+    assert "1 files that are no images are left out (.txt)" in caplog.text
+
+
+def write_lists(root: Path, train: str, test: str) -> Path:
+    for red in (1, 2, 3):
+        paint(root / f"{red}.png", red)
+    for red in (4, 5):
+        paint(root / "images" / f"of {red}.png", red)
+    (root / "train.txt").write_text(train)
+    (root / "test.txt").write_text(test)
+    return root
+
+
+LISTS: dict[str, Any] = {"train_list": "train.txt", "test_list": "test.txt"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(("dog", "cat"), ("cat", "dog")), (("10", "9"), ("9", "10")), (("1", "0"), ("0", "1")), (("x", "1"), ("1", "x"))],
+)
+def test_lists(labels: tuple[str, str], classes: tuple[str, ...], tmp_path: Path) -> None:
+    first, second = labels
+    write_lists(tmp_path, f"1.png {first}\n\n3.png\t{second}\n", f"of 4.png  {first}\nof 5.png {second}\n")
+    dataset = load_own(tmp_path, **LISTS)
+    assert dataset.classes == classes
+    assert (reds(dataset.train), reds(dataset.test)) == ([1, 3], [4, 5])
+    assert list(dataset.train.labels) == list(dataset.test.labels) == [1, 0]
+
+
+def test_an_image_in_both_lists_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_own(write_lists(tmp_path, "1.png a\n2.png b\n", "3.png a\n1.png b\n"), **LISTS)
+    assert "1 images are in both train.txt and test.txt" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (
+            "1.png a\nalone\n",
+            "2.png a\n",
+            r"dataset\.train_list=train\.txt: line 2 of .* must be 'path label', .*alone",
+        ),
+        ("1.png a\n2.png b\n", "\n\n", r"dataset\.test_list=test\.txt: .*test\.txt is empty"),
+        ("1.png a\n9.png b\n", "2.png a\n", r"line 2 of .*train\.txt: neither \S*9\.png nor \S*images/9\.png exists"),
+        ("1.png a\n2.png b\n", "3.png a\n3.png c\n", "same classes; b only in train.txt; c only in test.txt"),
+        ("1.png a\n", "2.png a\n", "at least two classes, but has only a"),
+        ("\x80", "2.png a\n", r"dataset\.train_list=train\.txt: .*not a readable text file"),
+    ],
+)
+def test_lists_that_are_wrong_are_refused(train: str, test: str, message: str, tmp_path: Path) -> None:
+    write_lists(tmp_path, "", test)
+    (tmp_path / "train.txt").write_bytes(train.encode("latin-1"))
+    with pytest.raises(TensLoRAError, match=message):
+        load_own(tmp_path, **LISTS)
+
+
+def test_a_list_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"dataset\.train_list=train\.txt: \S*train\.txt: no such file"):
+        load_own(tmp_path, **LISTS)
+
+
+@pytest.mark.parametrize(
+    ("folders", "changes", "message"),
+    [
+        ({"a": [1], "b": [2]}, {}, r"dataset\.root=\S+: there is no folder \S+/train; .*train_fraction.* there: a, b"),
+        ({"train/a": [1]}, {}, r"dataset\.root=\S+: there is no folder \S+/test; "),
+        ({"train/a": [1]}, {"train_splits": ("more",)}, r"dataset\.train_splits=more: there is no folder \S+/more"),
+        ({"train": [1], "test/a": [1]}, {}, r"\S+/train has no folders, but must have one for each class"),
+        ({"train/a": [1], "train/b": [], "test/a": [1]}, {}, r"dataset\.root=.*\(\.jpg.*but there are none in b"),
+        ({"train/a": [1], "test/a": [2]}, {}, "at least two classes, but has only a"),
+        (
+            {"train/a": [1], "train/b": [1], "test/a": [2]},
+            {},
+            "train and test must have the same classes; b only in tra",
+        ),
+        ({"train/a": [1], "test/a": [2]}, {"train_fraction": 0.5}, r"train_fraction=0\.5: must be null, .*test, train"),
+        (
+            {"a": [1, 2, 3], "b": [4]},
+            {"train_fraction": 0.25},
+            r"train_fraction=0\.25: .* no image of (a|b) is for train",
+        ),
+        ({"a": [1], "b": [4]}, {"train_fraction": 0.1}, "no training examples"),
+    ],
+)
+def test_folders_that_are_wrong_are_refused(
+    folders: dict[str, list[int]], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    for name, colours in folders.items():
+        (tmp_path / name).mkdir(parents=True)
+        write_split(tmp_path, {name: colours})
+    with pytest.raises(TensLoRAError, match=message) as error:
+        load_own(tmp_path, **changes)
+    assert "\n" not in str(error.value)
+
+
+def test_a_root_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"dataset\.root=\S*nothing: no such folder"):
+        load_own(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], r"dataset\.root=null: must be the folder of the images"),
+        (
+            ["dataset.root=x", "dataset.train_list=a"],
+            r"dataset\.test_list=null: must be a file, because train_list is a",
+        ),
+        (["dataset.root=x", "dataset.test_list=a"], r"dataset\.train_list=null: must be a file"),
+        (
+            ["dataset.root=x", "dataset.train_list=a", "dataset.test_list=b", "dataset.train_fraction=0.5"],
+            r"dataset\.train_fraction=0\.5: must be null, because train_list is a",
+        ),
+        (
+            ["dataset.root=x", "dataset.train_fraction=0.5", "dataset.test_split=test"],
+            r"dataset\.test_split=test: must be null, because train_fraction is 0\.5",
+        ),
+        (["dataset.root=x", "dataset.train_splits=[a]", "dataset.test_split=a"], r"dataset\.test_split=a: must not be"),
+        (["dataset.root=x", "dataset.name=a/b"], r"dataset\.name=a/b: must be a name of letters"),
+        (["dataset.root=x/tables"], r"dataset\.name=tables: .* must not be tables"),
+        (["dataset.root=/"], r"dataset\.name=: must be a name"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(TensLoRAError, match=message):
+        configured("dataset=image_folder", *words)
+
+
+def test_another_dataset_has_no_lists() -> None:
+    with pytest.raises(TensLoRAError, match=r"dataset\.train_list=a: must be null, because only dataset=image_folder"):
+        configured("dataset=dtd", "+dataset.train_list=a")
+
+
+def test_the_folders_name_is_the_datasets() -> None:
+    run = configured("dataset=image_folder", "dataset.root=my/Pet photos/")
+    assert isinstance(run.dataset, ImageDatasetConfig)
+    assert (run.dataset.name, run.model.name) == ("Pet-photos", "vit_base")
+    assert run.folder().startswith("Pet-photos/vit_base/")
+    assert configured("dataset=image_folder", "dataset.root=my/pets", "dataset.name=ours").dataset.name == "ours"
+
+
+def test_grey_and_transparent_images_become_rgb(tmp_path: Path) -> None:
+    write_train_and_test(tmp_path)
+    for mode, colour in (("L", 7), ("RGBA", (7, 7, 7, 0)), ("P", 7), ("1", 1), ("CMYK", (0, 0, 0, 0)), ("LA", (7, 9))):
+        Image.new(mode, (5, 4), colour).save(tmp_path / "test" / "ant" / f"{mode}.tif")
+    images = load_own(tmp_path).test.inputs
+    assert Counter(images[index].mode for index in range(len(images))) == {"RGB": 9}
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [(np.full((4, 4), 40000, np.uint16), "more than 8 bits"), (np.ones((4, 4), np.float32), "more than 8 bits")],
+)
+def test_pixels_that_would_be_clipped_are_refused(pixels: Any, message: str, tmp_path: Path) -> None:
+    write_train_and_test(tmp_path)
+    Image.fromarray(pixels).save(tmp_path / "test" / "ant" / "deep.tif")
+    with pytest.raises(TensLoRAError, match=rf"deep\.tif: .*{message}"):
+        reds(load_own(tmp_path).test)
+
+
+def test_an_enormous_image_is_refused_in_one_line(tmp_path: Path) -> None:
+    write_train_and_test(tmp_path)
+    (tmp_path / "train" / "cat" / "huge.pgm").write_bytes(b"P5 30000 30000 255\n")
+    with pytest.raises(TensLoRAError, match=r"huge\.pgm: the image is too large") as error:
+        reds(load_own(tmp_path).train)
+    assert "\n" not in str(error.value)
