@@ -15,8 +15,8 @@ from tenslora.harness.data.glue import FOLDERS, GLUE_TASKS, HUB, GlueTask
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-Labelled = tuple[tuple[str, ...], int]
-"""One or two sentences, and the number of their class."""
+Labelled = tuple[tuple[str, ...], float]
+"""One or two sentences, and the number of their class or, in a regression, their value."""
 
 Reader = Callable[[str], list[Labelled] | None]
 """A function that reads the split with a given name, or returns None if there is no such split."""
@@ -31,7 +31,13 @@ def load_texts(config: TextDatasetConfig) -> Dataset:
     read = _hub_reader(config, task) if config.root is None else _folder_reader(config, task, Path(config.root))
     train = [example for split in config.train_splits or () for example in _read_split(config, task, read, split)]
     test = _read_split(config, task, read, config.test_split or "validation")
-    return Dataset(_examples(train), _examples(test), task.classes)
+    more_tests = {
+        name: _examples(_read_split(config, task, read, split))
+        for name, split in task.more_tests.items()
+        if split != config.test_split
+    }
+    kind = "classification" if task.classes else "regression"
+    return Dataset(_examples(train), _examples(test), task.classes, kind, more_tests)
 
 
 def _examples(labelled: list[Labelled]) -> Examples:
@@ -53,7 +59,7 @@ def _read_split(config: TextDatasetConfig, task: GlueTask, read: Reader, split: 
             f"{' or '.join(' + '.join(files) for files in task.files[split])}, or a folder of the datasets library"
         )
     for _, label in labelled:
-        if not 0 <= label < len(task.classes):
+        if not (0 <= label < len(task.classes) if task.classes else 0 <= label <= 5):
             raise TensLoRAError(
                 f"dataset={config.name}: the {split} split has an unlabelled example (label {label}); choose another "
                 f"split"
@@ -84,7 +90,7 @@ def _folder_reader(config: TextDatasetConfig, task: GlueTask, root: Path) -> Rea
         split: [
             str(file) for folder in (root / config.name, root) for file in sorted(folder.glob(f"{split}-*.parquet"))
         ]
-        for split in ("train", "validation", "test")
+        for split in {**task.files, "test": []}
     }
     if not (root / "dataset_dict.json").is_file() and not any(parquet.values()):
         return lambda split: _read_published(task, root, split)
@@ -112,14 +118,15 @@ def _datasets_reader(config: TextDatasetConfig, task: GlueTask, splits: DatasetD
                 f"{', '.join(rows.column_names)}"
             )
         sentences = zip(*(rows[name] for name in task.sentences), strict=True)
-        return list(zip(sentences, rows["label"], strict=True))
+        labels = rows["label"] if task.classes else map(float, rows["label"])
+        return list(zip(sentences, labels, strict=True))
 
     return read
 
 
 def _read_published(task: GlueTask, root: Path, split: str) -> list[Labelled] | None:
     for names in task.files.get(split, []):
-        for folder in FOLDERS:
+        for folder in (*FOLDERS, task.folder):
             files = [root / folder / name for name in names]
             if all(file.is_file() for file in files):
                 return [example for file in files for example in _lines(task, file)]
@@ -138,11 +145,22 @@ def _lines(task: GlueTask, file: Path) -> Iterator[Labelled]:
         cells = line.rstrip("\r").split("\t")
         if (number == 1 and task.header) or cells == [""]:
             continue
-        if len(cells) != task.column_count:
+        if len(cells) not in task.column_counts:
+            if task.has_broken_lines and len(cells) < min(task.column_counts):
+                continue
             raise TensLoRAError(
-                f"{file}:{number}: {len(cells)} tab-separated columns where there should be {task.column_count}"
+                f"{file}:{number}: {len(cells)} tab-separated columns where there should be "
+                f"{' or '.join(map(str, task.column_counts))}"
             )
-        label = cells[task.label_column]
-        if label not in task.labels:
-            raise TensLoRAError(f"{file}:{number}: the label is {label!r}; it must be one of {', '.join(task.labels)}")
-        yield tuple(cells[column] for column in task.sentence_columns), task.labels.index(label)
+        sentences, label = tuple(cells[column] for column in task.sentence_columns), cells[task.label_column]
+        if task.labels:
+            if label not in task.labels:
+                raise TensLoRAError(
+                    f"{file}:{number}: the label is {label!r}; it must be one of {', '.join(task.labels)}"
+                )
+            yield sentences, task.labels.index(label)
+            continue
+        try:
+            yield sentences, float(label)
+        except ValueError as error:
+            raise TensLoRAError(f"{file}:{number}: the score is {label!r}; it must be a number") from error

@@ -37,7 +37,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 
 # Of each task: a published file, the sentences in it, and their labels.
-GLUE: dict[str, tuple[str, list[tuple[str, ...]], list[int]]] = {
+GLUE: dict[str, tuple[str, list[tuple[str, ...]], list[float]]] = {
     "cola": ("gj04\t1\t\tA cat sat.\ngj04\t0\t*\tSat cat a.\n", [("A cat sat.",), ("Sat cat a.",)], [1, 0]),
     "mrpc": (
         "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
@@ -57,7 +57,51 @@ GLUE: dict[str, tuple[str, list[tuple[str, ...]], list[int]]] = {
         [("Ann ran.", "Ann moved."), ("Ann ran.", "Bob ran.")],
         [0, 1],
     ),
+    "mnli": (
+        "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
+        "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label\n"
+        "0\t3\t3n\tfiction\t(\t(\t(\t(\tAnn ran.\tBob saw Ann run.\tentailment\tneutral\n"
+        "1\t4\t4c\ttravel\t(\t(\t(\t(\tAnn ran.\tAnn sat.\tcontradiction\tcontradiction\n",
+        [("Ann ran.", "Bob saw Ann run."), ("Ann ran.", "Ann sat.")],
+        [1, 2],
+    ),
+    "qqp": (
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+        "7\t1\t2\tHow old is it?\tWhat is its age?\t1\n8\t3\t4\tWhy\n9\t5\t6\tWho?\tWhen?\t0\n",
+        [("How old is it?", "What is its age?"), ("Who?", "When?")],
+        [1, 0],
+    ),
+    "stsb": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+        "0\tmain-captions\tMSRvid\t2012test\t1\tnone\tnone\tA plane.\tAn air plane.\t5.000\n"
+        "1\tmain-captions\tMSRvid\t2012test\t4\tnone\tnone\tA man.\tA flute.\t0.75\n",
+        [("A plane.", "An air plane."), ("A man.", "A flute.")],
+        [5.0, 0.75],
+    ),
+    "wnli": (
+        "index\tsentence1\tsentence2\tlabel\n"
+        "0\tThe pin made a hole. I pulled it out.\tI pulled the pin out.\t1\n1\tAnn saw Eve. She ran.\tAnn ran.\t0\n",
+        [("The pin made a hole. I pulled it out.", "I pulled the pin out."), ("Ann saw Eve. She ran.", "Ann ran.")],
+        [1, 0],
+    ),
 }
+
+ARCHIVES = dict(zip(GLUE, ("CoLA", "MRPC", "SST-2", "QNLI", "RTE", "MNLI", "QQP", "STS-B", "WNLI"), strict=True))
+"""The folders in which GLUE publishes its tasks."""
+
+
+def write_glue(name: str, root: Path, unpacked: bool = False) -> dict[str, str]:
+    """Write a task's files as GLUE publishes them, and return the split to test on."""
+    content = GLUE[name][0]
+    tests = ["dev.tsv"]
+    if name == "mnli":  # the files for tests have the labels of five annotators
+        tests = ["dev_matched.tsv", "dev_mismatched.tsv"]
+    wide = content.replace("label1", "label1\tlabel2\tlabel3\tlabel4\tlabel5")
+    for label in ("entailment", "contradiction"):
+        wide = wide.replace(f"\t{label}\t", f"\t{label}" * 5 + "\t")
+    folder = ARCHIVES[name] if unpacked else ""
+    write(root / folder, {"train.tsv": content, **dict.fromkeys(tests, wide if name == "mnli" else content)})
+    return {"test_split": "validation_matched" if name == "mnli" else "validation"}
 
 
 @pytest.mark.parametrize("folder", ["cola_public", "cola_public/raw", ""], ids=["unpacked", "files", "beside"])
@@ -85,11 +129,13 @@ def test_published_cola_is_read_as_the_csv_module_reads_it(
 @pytest.mark.parametrize("name", GLUE)
 @pytest.mark.parametrize("unpacked", [False, True], ids=["files", "archive"])
 def test_the_files_that_glue_publishes(name: str, unpacked: bool, tmp_path: Path) -> None:
-    archive = {"cola": "CoLA", "mrpc": "MRPC", "sst2": "SST-2", "qnli": "QNLI", "rte": "RTE"}[name]
-    content, sentences, labels = GLUE[name]
-    write(tmp_path / (archive if unpacked else ""), {"train.tsv": content, "dev.tsv": content})
-    dataset = load(name, tmp_path)
-    for examples in (dataset.train, dataset.test):
+    _, sentences, labels = GLUE[name]
+    dataset = load(name, tmp_path, **write_glue(name, tmp_path, unpacked))
+    assert list(dataset.more_tests) == (["mismatched"] if name == "mnli" else [])
+    assert (dataset.task, dataset.outputs) == {
+        "mnli": ("classification", 3), "stsb": ("regression", 1)
+    }.get(name, ("classification", 2))  # fmt: skip
+    for examples in (dataset.train, dataset.test, *dataset.more_tests.values()):
         assert list(examples.inputs) == sentences
         assert list(examples.labels) == labels
 
@@ -101,10 +147,30 @@ def test_class_names_go_with_the_labels(tmp_path: Path) -> None:
         "sst2": "positive",
         "qnli": "entailment",
         "rte": "entailment",
+        "mnli": "neutral",
+        "qqp": "duplicate",
+        "wnli": "entailment",
     }
-    for name, (content, _, labels) in GLUE.items():
-        root = write(tmp_path / name, {"train.tsv": content, "dev.tsv": content})
-        assert load(name, root).classes[labels[0]] == class_of_the_first_example[name]
+    for name, expected in class_of_the_first_example.items():
+        test_split = write_glue(name, tmp_path, unpacked=True)  # all tasks in one folder, as GLUE's script leaves them
+        assert load(name, tmp_path, **test_split).classes[int(GLUE[name][2][0])] == expected
+
+
+def test_the_mismatched_split_can_be_the_only_one(tmp_path: Path) -> None:
+    write_glue("mnli", tmp_path)
+    (tmp_path / "dev_matched.tsv").unlink()
+    dataset = load("mnli", tmp_path, test_split="validation_mismatched")
+    assert (len(dataset.test), dataset.more_tests) == (2, {})
+
+
+def test_a_score_that_is_no_number_is_named(tmp_path: Path) -> None:
+    write_glue("stsb", tmp_path)
+    (tmp_path / "dev.tsv").write_text(GLUE["stsb"][0].replace("0.75", "high"))
+    with pytest.raises(TensLoRAError, match=r"dev\.tsv:3: the score is 'high'; it must be a number"):
+        load("stsb", tmp_path)
+    (tmp_path / "dev.tsv").write_text(GLUE["stsb"][0].replace("0.75", "nan"))
+    with pytest.raises(TensLoRAError, match=r"the validation split has an unlabelled example \(label nan\)"):
+        load("stsb", tmp_path)
 
 
 def test_published_mrpc_is_tested_on_its_test_file(tmp_path: Path) -> None:
@@ -181,8 +247,8 @@ def test_an_unknown_split_is_refused_with_the_splits_there_are(tmp_path: Path) -
 
 
 def test_an_unknown_task_is_refused_with_the_tasks_there_are(tmp_path: Path) -> None:
-    with pytest.raises(TensLoRAError, match=r"dataset\.name=wnli: .*cola, mrpc, sst2, qnli, rte"):
-        load("wnli", tmp_path)
+    with pytest.raises(TensLoRAError, match=r"dataset\.name=ax: .*cola, mrpc, sst2, qnli, rte"):
+        load("ax", tmp_path)
 
 
 def test_no_training_split_is_refused(tmp_path: Path) -> None:
