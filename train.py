@@ -78,8 +78,8 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
         if processes.is_main:
             files = []
             if not failure:
-                files += [adapted.adapter.save(folder.adapter)] if adapted.adapter else []
-                files.append(folder.write_weights(run.tensor_mode, adapted.trained_weights(run.tensor_mode)))
+                files = adapted.save(folder, run.tensor_mode)
+                folder.write_predictions(state.predictions)
             folder.write_record(record)
             tracker.finish(record, files)
             log.info("%s\nrecord: %s", describe_run(record), folder.result)

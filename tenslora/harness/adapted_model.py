@@ -16,6 +16,7 @@ from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import Backbone
 from tenslora.harness.config import RunConfig
+from tenslora.harness.run_folder import RunFolder
 from tenslora.peft.saved_lora import read_updates
 from tenslora.projections import find_projections
 
@@ -41,16 +42,22 @@ class AdaptedModel:
     warm_start: Approximation | None
     head: dict[str, nn.Parameter]
 
-    def trained_weights(self, tensor_mode: str) -> dict[str, nn.Parameter]:
-        """The trained weights other than the adapter: the head's, or every parameter after full fine-tuning.
+    def save(self, folder: RunFolder, tensor_mode: str) -> list[Path]:
+        """Write what the run trained: the adapter, and the head or, after full fine-tuning, every parameter.
 
         Args:
+            folder: the run's folder.
             tensor_mode: the run's tensor_mode.
 
         Returns:
-            The parameters by their names in the model.
+            The files.
+
+        Raises:
+            TensLoRAError: if a file cannot be written.
         """
-        return dict(self.model.named_parameters()) if tensor_mode == "full" else self.head
+        files = [self.adapter.save(folder.adapter)] if self.adapter else []
+        weights = dict(self.model.named_parameters()) if tensor_mode == "full" else self.head
+        return [*files, folder.write_weights(tensor_mode, weights)]
 
 
 def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> AdaptedModel:

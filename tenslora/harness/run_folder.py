@@ -6,6 +6,7 @@
 | adapter.safetensors | train.py, of a run with an adapter | load_run, export, analyse |
 | head.safetensors | train.py, of a run that froze its backbone | load_run, export |
 | model.safetensors | train.py, of full fine-tuning: every weight | load_run, export |
+| predictions.safetensors | train.py, of a completed run: labels and logits of the last epoch's test | the report |
 | checkpoint.safetensors | the training loop, after every epoch | the loop with resume=true; sweeps, if it exists |
 | failure.json | a sweep, of a job that left no record | sweeps |
 | .lock | a sweep, held while it carries out the job | other sweeps |
@@ -29,10 +30,12 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from tenslora.errors import TensLoRAError
-from tenslora.files import write_json, write_safetensors
+from tenslora.files import write_bytes, write_json, write_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tenslora.harness.predictions import Predictions
 
 SCHEMA = 1
 """The version of result.json's layout that this code reads and writes."""
@@ -57,6 +60,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """The trained adapter."""
         return self.path / "adapter.safetensors"
+
+    @property
+    def predictions(self) -> Path:
+        """The labels and the outputs of the last epoch's test."""
+        return self.path / "predictions.safetensors"
 
     @property
     def checkpoint(self) -> Path:
@@ -95,6 +103,48 @@ class RunFolder:
             TensLoRAError: if the file cannot be written.
         """
         return write_safetensors(self.weights(tensor_mode), weights, {})
+
+    def write_predictions(self, splits: Mapping[str, Predictions]) -> Path:
+        """Write predictions.safetensors.
+
+        Args:
+            splits: the last epoch's predictions for each split that the run was scored on.
+
+        Returns:
+            The file.
+
+        Raises:
+            TensLoRAError: if the file cannot be written.
+        """
+        from safetensors.numpy import save
+
+        from tenslora.harness.predictions import to_arrays
+
+        write_bytes(self.predictions, save(to_arrays(splits)))
+        return self.predictions
+
+    def read_predictions(self) -> dict[str, Predictions]:
+        """Read predictions.safetensors.
+
+        Returns:
+            The predictions for each split that the run was scored on: "test", whose scores are the record's, and by
+            their names further splits. Logits are relative to each example's largest. Empty for a run that has not
+            written the file, as runs of earlier versions have not.
+
+        Raises:
+            TensLoRAError: if the file is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        from tenslora.harness.predictions import from_arrays
+
+        if not self.predictions.is_file():
+            return {}
+        try:
+            return from_arrays(load_file(self.predictions))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise TensLoRAError(f"{self.predictions}: not a readable file of predictions ({error})") from error
 
     def write_record(self, record: Mapping[str, Any]) -> Path:
         """Write result.json.

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tenslora.harness.run_folder import RunFolder
 from tests.conftest import ROOT
 from tests.running import record, run
 
@@ -29,3 +31,6 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
         ours, theirs = load_file(tmp_path / "one" / file), load_file(tmp_path / "two" / file)
         for name, tensor in ours.items():
             torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5)
+    alone, shared = (RunFolder(tmp_path / name).read_predictions()["test"] for name in ("one", "two"))
+    assert np.array_equal(alone.labels, shared.labels)
+    np.testing.assert_allclose(alone.outputs, shared.outputs, atol=2e-3)

@@ -45,5 +45,5 @@ def test_a_run_killed_anywhere_and_resumed_equals_one_that_was_not(tmp_path: Pat
 
     assert len(record(whole)["metrics"]["history"]) == 3
     assert record(broken)["metrics"] == record(whole)["metrics"]
-    for file in ("adapter.safetensors", "head.safetensors"):
+    for file in ("adapter.safetensors", "head.safetensors", "predictions.safetensors"):
         assert (broken / file).read_bytes() == (whole / file).read_bytes()

@@ -150,10 +150,26 @@ def test_batches(
     Returns:
         (inputs, labels) of each batch.
     """
+    share = _test_order(data)[process::processes]
+    return _loader(data, _cut(share, batch_size), collate, workers, pin_memory)
+
+
+def order_of_results(data: Encoded, processes: int) -> list[int]:
+    """The index of each test example, in the order in which the processes' shares hold them one after another.
+
+    Args:
+        data: the test examples.
+        processes: the number of processes that share the examples.
+    """
+    order = _test_order(data)
+    return [index for process in range(processes) for index in order[process::processes]]
+
+
+def _test_order(data: Encoded) -> list[int]:
     order = list(range(len(data)))
     if data.lengths is not None:
         order.sort(key=data.lengths.__getitem__, reverse=True)
-    return _loader(data, _cut(order[process::processes], batch_size), collate, workers, pin_memory)
+    return order
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors, write_safetensors
+from tenslora.harness.predictions import Predictions
 
 FORMAT = "tenslora-checkpoint-1"
 
@@ -32,12 +33,14 @@ class TrainingState:
         history: one entry per complete epoch, see `loop.fit`.
         seconds: the seconds spent in training ("train") and in evaluation ("evaluate"). Those spent in waiting for
             training batches ("wait") are a part of "train".
+        predictions: those of the last evaluation, for each split. A checkpoint does not hold them.
     """
 
     epochs: int = 0
     steps: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "wait": 0.0, "evaluate": 0.0})
+    predictions: dict[str, Predictions] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
@@ -75,7 +78,8 @@ def save_checkpoint(
     tensors = {f"parameters/{name}": parameter.detach() for name, parameter in parameters.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
-    write_safetensors(path, tensors, {"format": FORMAT, "digest": digest, **vars(state)})
+    kept = {name: value for name, value in vars(state).items() if name != "predictions"}
+    write_safetensors(path, tensors, {"format": FORMAT, "digest": digest, **kept})
 
 
 def load_checkpoint(

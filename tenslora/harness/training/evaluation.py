@@ -1,21 +1,26 @@
-"""The loss and the metrics of a model on a whole test split."""
+"""The loss, the metrics and the predictions of a model on whole test splits."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tenslora.harness.config import TrainerConfig
-from tenslora.harness.data.batches import test_batches
-from tenslora.harness.data.encoding import Collate, Encoded
+from tenslora.harness.data.batches import order_of_results, test_batches
+from tenslora.harness.data.encoding import Collate, Encoded, EncodedDataset
+from tenslora.harness.predictions import Predictions
 from tenslora.harness.training.metrics import METRICS
 from tenslora.harness.training.precision import autocast
 from tenslora.harness.training.processes import Processes
-from tenslora.harness.training.tasks import Task, outputs_of
+from tenslora.harness.training.tasks import TASKS, Task, outputs_of
 
 log = logging.getLogger(__name__)
 
@@ -25,48 +30,99 @@ BATCH_SIZES = {"cpu": 128, "cuda": 512}
 _BatchResults = tuple[Tensor, Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of the test splits of a dataset, the same on every process.
+
+    Args:
+        loss: the mean loss on the test split.
+        scores: the score of each metric on the test split; for a further test split, such as "mismatched", the scores
+            are named accuracy_mismatched and the like.
+        predictions: the predictions for the test split, named "test", and for each further test split.
+    """
+
+    loss: float
+    scores: dict[str, float]
+    predictions: dict[str, Predictions]
+
+
 def evaluate(
     model: nn.Module,
-    test: Encoded,
-    collate: Collate,
+    data: EncodedDataset,
     metrics: Sequence[str],
     *,
-    task: Task,
     trainer: TrainerConfig,
     processes: Processes,
-) -> tuple[float, dict[str, float]]:
-    """Score a model on the whole test split, each process taking its share of the examples.
+) -> Evaluation:
+    """Score a model on the whole test splits of a dataset, each process taking its share of the examples.
 
     If a batch does not fit into memory, smaller batches are tried. The scores do not depend on the batch size.
 
     Args:
         model: a model on the processes' device. It is left in evaluation mode.
-        test: the examples.
-        collate: makes a batch of some examples.
+        data: the dataset.
         metrics: the names of the metrics, which are keys of `METRICS`.
+        trainer: the settings that hold the batch size, the precision and the number of workers.
+        processes: the processes that share the work.
+
+    Returns:
+        The loss, the scores and the predictions.
+
+    Raises:
+        torch.OutOfMemoryError: if not even a single example fits into memory.
+    """
+    task, tests = TASKS[data.task], {"test": data.test, **data.more_tests}
+    losses: dict[str, NDArray[Any]] = {}
+    predictions: dict[str, Predictions] = {}
+    for split, examples in tests.items():
+        losses[split], predictions[split] = predict(model, examples, data.collate, task, trainer, processes)
+    scores = {
+        metric if split == "test" else f"{metric}_{split}": METRICS[metric].function(of_split.labels, of_split.outputs)
+        for split, of_split in predictions.items()
+        for metric in metrics
+    }
+    return Evaluation(math.fsum(losses["test"].tolist()) / len(losses["test"]), scores, predictions)
+
+
+def predict(
+    model: nn.Module,
+    examples: Encoded,
+    collate: Collate,
+    task: Task,
+    trainer: TrainerConfig,
+    processes: Processes,
+) -> tuple[NDArray[Any], Predictions]:
+    """A model's outputs for examples, computed in batches as `evaluate` computes them.
+
+    Args:
+        model: a model on the processes' device. It is left in evaluation mode.
+        examples: the examples.
+        collate: makes a batch of some examples.
         task: the task, whose loss is computed.
         trainer: the settings that hold the batch size, the precision and the number of workers.
         processes: the processes that share the work.
 
     Returns:
-        (the mean loss, the score of each metric), the same on every process.
+        (the loss of each example, the predictions), in the order of the examples and the same on every process.
 
     Raises:
         torch.OutOfMemoryError: if not even a single example fits into memory.
     """
     model.eval()
     batch_size = trainer.eval_batch_size or BATCH_SIZES[processes.device.type]
-    while (share := _evaluate_share(model, test, collate, batch_size, task, trainer, processes)) is None:
+    while (share := _predict_share(model, examples, collate, batch_size, task, trainer, processes)) is None:
         batch_size //= 2
         log.warning("evaluation does not fit into memory: going on with trainer.eval_batch_size=%d", batch_size)
-    losses, labels, outputs = map(torch.cat, zip(*processes.gather(share), strict=True))
-    scores = {name: METRICS[name].function(labels.numpy(), outputs.numpy()) for name in metrics}
-    return math.fsum(losses.tolist()) / len(losses), scores
+    in_order = np.argsort(order_of_results(examples, processes.count))
+    losses, labels, outputs = (
+        torch.cat(parts).numpy()[in_order] for parts in zip(*processes.gather(share), strict=True)
+    )
+    return losses, Predictions(labels, outputs)
 
 
-def _evaluate_share(
+def _predict_share(
     model: nn.Module,
-    test: Encoded,
+    examples: Encoded,
     collate: Collate,
     batch_size: int,
     task: Task,
@@ -75,7 +131,7 @@ def _evaluate_share(
 ) -> list[_BatchResults] | None:
     """(losses, labels, outputs) of each batch of this process's share, on the CPU; None if memory did not suffice."""
     batches = test_batches(
-        test,
+        examples,
         collate,
         batch_size=batch_size,
         process=processes.index,

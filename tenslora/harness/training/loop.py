@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from tenslora.attachment import SUBMODULE
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RunConfig
 from tenslora.harness.data.batches import Batch, TrainBatches
-from tenslora.harness.data.encoding import Encoded, EncodedDataset
+from tenslora.harness.data.encoding import EncodedDataset
 from tenslora.harness.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from tenslora.harness.training.evaluation import evaluate
 from tenslora.harness.training.parameter_groups import RATE_RATIO, parameter_groups
@@ -80,7 +81,7 @@ def fit(
     Returns:
         How far the run has come. Each entry of its history holds epoch, step, lr, train_loss, test_loss and the
         metrics, which are computed on the whole test split after the epoch. The scores of a further test split, such
-        as "mismatched", are named accuracy_mismatched and the like.
+        as "mismatched", are named accuracy_mismatched and the like. The predictions are the last epoch's.
 
     Raises:
         Diverged: when a loss is not finite. The checkpoint still holds the last epoch that was completed.
@@ -110,18 +111,7 @@ def fit(
     )
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
     metrics = run.dataset.metrics
-
-    def scored(examples: Encoded) -> tuple[float, dict[str, float]]:
-        return evaluate(
-            optimization.wrapped,
-            examples,
-            data.collate,
-            metrics,
-            task=task,
-            trainer=run.trainer,
-            processes=processes,
-        )
-
+    evaluate_tests = partial(evaluate, optimization.wrapped, data, metrics, trainer=run.trainer, processes=processes)
     with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
         while state.steps < steps:
             epoch = state.epochs + 1
@@ -129,25 +119,26 @@ def fit(
             with state.timed("train"):
                 train_loss, rate = optimization.epoch(batches.epoch(epoch), steps, state, bar)
             with state.timed("evaluate"):
-                test_loss, scores = scored(data.test)
-                for split, examples in data.more_tests.items():
-                    scores |= {f"{metric}_{split}": score for metric, score in scored(examples)[1].items()}
-            if not math.isfinite(test_loss):
-                raise Diverged(state, state.steps, rate, "test", test_loss)
+                evaluation = evaluate_tests()
+            if not math.isfinite(evaluation.loss):
+                raise Diverged(state, state.steps, rate, "test", evaluation.loss)
+            state.predictions = evaluation.predictions
             state.epochs = epoch
             entry = {
                 "epoch": epoch,
                 "step": state.steps,
                 "lr": rate,
                 "train_loss": train_loss,
-                "test_loss": test_loss,
-                **scores,
+                "test_loss": evaluation.loss,
+                **evaluation.scores,
             }
             state.history.append(entry)
             if processes.is_main:
                 save_checkpoint(checkpoint, run.digest(), state, optimization.parameters, optimization.adamw)
                 on_epoch(entry)
             bar.epoch(entry, metrics[0])
+        if not state.predictions:  # the checkpoint is of the last epoch, so no epoch was left to evaluate
+            state.predictions = evaluate_tests().predictions
     return state
 
 

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.training.evaluation import evaluate
+from tenslora.harness.data import batches
+from tenslora.harness.data.encoding import EncodedDataset
+from tenslora.harness.training.evaluation import Evaluation, evaluate
 from tenslora.harness.training.processes import Processes
-from tenslora.harness.training.tasks import CLASSIFICATION
 from tests.running import SHORT, configured
 from tests.toy import LinearModel, collate, examples, fit_toy
 
@@ -31,13 +35,11 @@ class SmallDevice(LinearModel):
         return super().forward(x)
 
 
-def evaluated(model: torch.nn.Module, *overrides: str, lengths: bool = False) -> tuple[float, dict[str, float]]:
+def evaluated(model: torch.nn.Module, *overrides: str, lengths: bool = False) -> Evaluation:
     return evaluate(
         model,
-        examples(2, lengths=lengths),
-        collate,
+        EncodedDataset(examples(1), examples(2, lengths=lengths), {}, collate, "classification"),
         ["accuracy", "matthews"],
-        task=CLASSIFICATION,
         trainer=configured(*SHORT, *overrides).trainer,
         processes=Processes("cpu", 1),
     )
@@ -45,29 +47,54 @@ def evaluated(model: torch.nn.Module, *overrides: str, lengths: bool = False) ->
 
 def test_scores_are_those_of_the_whole_split() -> None:
     model = LinearModel()
-    loss, scores = evaluated(model)
+    evaluation = evaluated(model)
     inputs, labels = collate([examples(2)[i] for i in range(50)])
     logits = model(**inputs).detach()
-    assert loss == pytest.approx(-logits.log_softmax(-1)[range(50), labels].mean().item(), rel=1e-6)
-    assert scores["accuracy"] == (logits.argmax(-1) == labels).sum().item() / 50
+    assert evaluation.loss == pytest.approx(-logits.log_softmax(-1)[range(50), labels].mean().item(), rel=1e-6)
+    assert evaluation.scores["accuracy"] == (logits.argmax(-1) == labels).sum().item() / 50
 
 
 @pytest.mark.parametrize("overrides", [["trainer.eval_batch_size=7"], ["trainer.workers=1"]])
 def test_neither_batches_nor_workers_nor_the_order_change_the_scores(overrides: list[str]) -> None:
     model = LinearModel()
-    loss, scores = evaluated(model)
-    assert evaluated(model, *overrides) == evaluated(model, *overrides, lengths=True)
-    assert math.isclose(evaluated(model, *overrides)[0], loss, rel_tol=1e-6)
-    assert evaluated(model, *overrides)[1] == scores
+    plain, changed, sorted_by_length = evaluated(model), evaluated(model, *overrides), evaluated(model, lengths=True)
+    for other in (changed, sorted_by_length):
+        assert math.isclose(other.loss, plain.loss, rel_tol=1e-6)
+        assert other.scores == plain.scores
+        assert np.array_equal(other.predictions["test"].labels, plain.predictions["test"].labels)
+        np.testing.assert_allclose(other.predictions["test"].outputs, plain.predictions["test"].outputs, rtol=1e-6)
+
+
+def test_further_splits_are_scored_under_their_names() -> None:
+    model = LinearModel()
+    whole = EncodedDataset(examples(1), examples(2), {"mismatched": examples(3)}, collate, "classification")
+    settings: dict[str, Any] = {"trainer": configured(*SHORT).trainer, "processes": Processes("cpu", 1)}
+    evaluation = evaluate(model, whole, ["accuracy"], **settings)
+    alone = evaluate(model, replace(whole, test=examples(3), more_tests={}), ["accuracy"], **settings)
+    assert evaluation.loss == evaluated(model).loss
+    assert list(evaluation.scores) == ["accuracy", "accuracy_mismatched"]
+    assert evaluation.scores["accuracy_mismatched"] == alone.scores["accuracy"]
+    assert np.array_equal(evaluation.predictions["mismatched"].outputs, alone.predictions["test"].outputs)
+
+
+def test_the_shares_of_several_processes_are_put_back_into_the_order_of_the_split() -> None:
+    test = examples(2, lengths=True)
+    shares = [
+        labels
+        for process in range(3)
+        for _, labels in batches.test_batches(test, collate, batch_size=7, process=process, processes=3)
+    ]
+    assert torch.cat(shares).tolist() == [test.labels[index] for index in batches.order_of_results(test, 3)]
+    assert sorted(batches.order_of_results(test, 3)) == list(range(len(test)))
 
 
 def test_it_goes_on_with_batches_that_fit_into_memory() -> None:
     expected = evaluated(LinearModel())
     model = SmallDevice(room=20)
-    loss, scores = evaluated(model)
+    evaluation = evaluated(model)
     assert model.sizes == [50, 50, 32, 16, 16, 16, 2]  # batches of 128, 64, 32 and at last 16
-    assert scores == expected[1]
-    assert math.isclose(loss, expected[0], rel_tol=1e-6)
+    assert evaluation.scores == expected.scores
+    assert math.isclose(evaluation.loss, expected.loss, rel_tol=1e-6)
 
 
 def test_a_run_that_cannot_evaluate_a_single_example_says_so(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -130,6 +131,13 @@ def test_a_resumed_run_reports_the_epochs_before_it(tmp_path: Path) -> None:
     fit_toy(tmp_path, "trainer.epochs=2", "resume=true", on_epoch=entries.append)
     assert [entry["epoch"] for entry in entries] == [1, 2, 1, 2]
     assert entries[:2] == entries[2:]
+
+
+def test_a_run_resumed_after_its_last_epoch_makes_its_predictions_again(tmp_path: Path) -> None:
+    whole = fit_toy(tmp_path).predictions["test"]
+    resumed = fit_toy(tmp_path, "resume=true").predictions["test"]
+    assert np.array_equal(resumed.outputs, whole.outputs)
+    assert np.array_equal(resumed.labels, whole.labels)
 
 
 def test_bf16_autocast_trains_float32_parameters(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""A model's outputs for a split, and the compact form in which a run keeps them. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """The labels of a split's examples and a model's outputs for them, in the order of the split.
+
+    Args:
+        labels: class numbers in a classification, values in a regression; shape (examples,).
+        outputs: logits of shape (examples, classes) in a classification, values of shape (examples, 1) in a regression.
+    """
+
+    labels: NDArray[Any]
+    outputs: NDArray[Any]
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether the labels are values and not class numbers."""
+        return self.labels.dtype.kind == "f"
+
+    @property
+    def predicted(self) -> NDArray[Any]:
+        """The predicted class numbers, or the predicted values in a regression; shape (examples,)."""
+        return self.outputs[:, 0] if self.is_regression else self.outputs.argmax(-1)
+
+
+def to_arrays(splits: Mapping[str, Predictions]) -> dict[str, NDArray[Any]]:
+    """The arrays of predictions.safetensors: "<split>/labels", and "<split>/logits" or "<split>/values".
+
+    Logits are rounded to float16 after each example's largest logit is subtracted from them. The subtraction changes no
+    probability, and it keeps the predicted class: the largest logit is exactly 0, and near 0 float16 tells numbers
+    apart that differ by 6e-8.
+
+    Args:
+        splits: the predictions for each split.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    for split, of_split in splits.items():
+        if of_split.is_regression:
+            arrays[f"{split}/labels"] = of_split.labels.astype(np.float32)
+            arrays[f"{split}/values"] = of_split.outputs.astype(np.float32)
+        else:
+            logits = of_split.outputs - of_split.outputs.max(-1, keepdims=True)
+            arrays[f"{split}/labels"] = of_split.labels.astype(np.int32)
+            arrays[f"{split}/logits"] = logits.clip(min=np.finfo(np.float16).min).astype(np.float16)
+    return arrays
+
+
+def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Predictions]:
+    """The predictions for each split, from the arrays that `to_arrays` gives.
+
+    Args:
+        arrays: the arrays of predictions.safetensors.
+
+    Raises:
+        KeyError: if an array is missing.
+    """
+    splits = [name.removesuffix("/labels") for name in arrays if name.endswith("/labels")]
+    return {
+        split: Predictions(
+            arrays[f"{split}/labels"],
+            arrays[f"{split}/values" if f"{split}/values" in arrays else f"{split}/logits"].astype(np.float32),
+        )
+        for split in splits
+    }
