@@ -48,18 +48,18 @@ def within(
     return AfterValidator(check)
 
 
-def one_of(valid: Collection[str]) -> AfterValidator:
+def one_of(valid: Collection[str | bool]) -> AfterValidator:
     """A validator that accepts a valid name, or a list of valid names. It accepts None where the field's type does.
 
     Args:
         valid: the valid names.
     """
 
-    def check(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    def check(value: str | bool | tuple[str, ...] | None) -> str | bool | tuple[str, ...] | None:
         for name in value if isinstance(value, tuple) else [value]:
             if name is not None and name not in valid:
                 subject = "" if name == value else f"{name} "
-                raise ValueError(f"{subject}must be one of {', '.join(valid)}")
+                raise ValueError(f"{subject}must be one of {', '.join(map(_shown, valid))}")
         return value
 
     return AfterValidator(check)

@@ -8,6 +8,7 @@ library's own checks. Nothing here needs torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations
@@ -39,6 +40,9 @@ FACTORS = ("core", "d_in", "d_out", "d_head", "head", "projection", "depth", "si
 """The names that the parameters of a tensor can have: the core, and the modes."""
 
 TENSOR_MODES = (*CONSTRUCTIONS, *REFERENCES)
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of ImageNet's red, green and blue."""
 
 SOURCES = ("image_folder", "vtab", "text_files")
 """What a dataset's `source` may be."""
@@ -82,7 +86,18 @@ class TransformConfig:
     interpolation: Annotated[str, one_of(("bilinear", "bicubic"))]
     color_jitter: NonNegative
     flip: bool
-    normalize: bool
+    normalize: Annotated[bool | str, one_of((True, False, "imagenet"))]
+
+    def mean_and_std(
+        self, mean: Sequence[float], std: Sequence[float]
+    ) -> tuple[Sequence[float], Sequence[float]] | None:
+        """What is subtracted from a pixel in [0, 1] and what it is then divided by, for each channel; None for neither.
+
+        Args:
+            mean: the mean with which the backbone was pretrained.
+            std: the standard deviation with which it was pretrained.
+        """
+        return IMAGENET if self.normalize == "imagenet" else (mean, std) if self.normalize else None
 
 
 @dataclass(frozen=True)
@@ -257,6 +272,12 @@ class RunConfig:
         if model.modality != dataset.modality:
             raise TensLoRAError(
                 f"model={model.name}: takes {model.modality}s, and dataset={dataset.name} holds {dataset.modality}s"
+            )
+        normalize = dataset.transform.normalize if isinstance(dataset, ImageDatasetConfig) else False
+        if normalize == "imagenet" and model.channels != 3:
+            raise TensLoRAError(
+                f"dataset.transform.normalize=imagenet: must be true or false, because model={model.name} takes images "
+                f"of another number of channels than 3"
             )
         if self.adapter is None and self.tensor_mode not in REFERENCES:
             raise TensLoRAError(f"adapter=null: tensor_mode={self.tensor_mode} needs the settings of an adapter")

@@ -246,7 +246,7 @@ def encode(
 
 def _encode_images(dataset: Dataset, config: ImageDatasetConfig, model: ModelConfig, input_name: str) -> EncodedDataset:
     for_tests = replace(config.transform, color_jitter=0.0, flip=False)
-    mean, std = (model.mean, model.std) if config.transform.normalize else (None, None)
+    mean, std = config.transform.mean_and_std(model.mean, model.std) or (None, None)
     return EncodedDataset(
         _transformed(dataset.train, config.transform, model),
         _transformed(dataset.test, for_tests, model),

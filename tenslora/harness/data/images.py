@@ -10,12 +10,15 @@ from tenslora.harness.data.digits import load_digits
 from tenslora.harness.data.examples import Dataset, Examples, draw
 from tenslora.harness.data.image_folder import load_image_folder
 from tenslora.harness.data.torchvision_sources import SOURCES, read_split
+from tenslora.harness.data.vtab import load_vtab
 
 
 def load_images(config: ImageDatasetConfig, seed: int) -> Dataset:
     """Load the examples of an image dataset; see `tenslora.harness.data.load_dataset`."""
     if config.source == "image_folder":
         return load_image_folder(config, seed)
+    if config.source == "vtab":
+        return load_vtab(config)
     if config.name == "digits":
         return _embedded_digits(config)
     if config.name not in SOURCES:

@@ -118,6 +118,15 @@ def test_without_normalize_pixels_stay_between_0_and_1() -> None:
     torch.testing.assert_close(pixels_of(test, collate, 1), scaled(examples.inputs[1], mean=None))
 
 
+def test_imagenets_mean_and_std_are_timms() -> None:
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    examples = pictures(size=(8, 8))
+    _, test, collate = encode_pictures(examples, model_config(), normalize="imagenet")
+    expected = scaled(examples.inputs[1], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    torch.testing.assert_close(pixels_of(test, collate, 1), expected)
+
+
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_gets_the_models_channels(mode: str, channels: int) -> None:
