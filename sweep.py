@@ -110,8 +110,10 @@ def sweep(
     looks = {job: job.look() for job in jobs}
     table = collect(looks)
     files = write_results(table, outputs / "tables" / table.name)
-    track_table(jobs[0].run.logger, outputs / "tables" / table.name, table, files)
+    offline = track_table(jobs[0].run.logger, outputs / "tables" / table.name, table, files)
     print("\n".join(["", *(str(file) for file in files)]))
+    if offline:
+        print(f"\n{offline}; to upload: find {outputs} -name 'offline-run-*' -prune -exec wandb sync {{}} +")
     failed = {job: look.problem for job, look in looks.items() if look.problem}
     if failed:
         print("\n".join(["", "failed:", *(f"  {job.label}: {problem}" for job, problem in failed.items())]))

@@ -17,7 +17,7 @@ from tenslora.harness.results.table import Column, Row, Run, Table
 from tenslora.harness.tracking import track_table
 from tests.running import SHORT, run
 
-OFFLINE = LoggerConfig(name="wandb", mode="offline", project="p")
+OFFLINE = LoggerConfig(wandb=True, mode="offline", project="p")
 
 
 @dataclass(frozen=True)

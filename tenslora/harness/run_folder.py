@@ -8,6 +8,8 @@
 | model.safetensors | train.py, of full fine-tuning: every weight | load_run, export |
 | predictions.safetensors | train.py, of a completed run: labels and logits of the last epoch's test | the report |
 | checkpoint.safetensors | the training loop, after every epoch | the loop with resume=true; sweeps, if it exists |
+| metrics.csv | the logger csv, after every epoch | people |
+| events.out.tfevents.* | the logger tensorboard | TensorBoard |
 | failure.json | a sweep, of a job that left no record | sweeps |
 | .lock | a sweep, held while it carries out the job | other sweeps |
 | train.log, .hydra/ | Hydra | people |
@@ -21,8 +23,10 @@ Every file that this project writes is complete or absent (`tenslora.files`). No
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +74,11 @@ class RunFolder:
     def checkpoint(self) -> Path:
         """The state after the last complete epoch."""
         return self.path / "checkpoint.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.csv, a line for each epoch; only of a run with logger=csv."""
+        return self.path / "metrics.csv"
 
     @property
     def failure(self) -> Path:
@@ -177,6 +186,21 @@ class RunFolder:
         if record.get("schema") != SCHEMA:
             raise TensLoRAError(f"{self.result}: schema {record.get('schema')}, this version reads {SCHEMA}")
         return record
+
+    def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write metrics.csv.
+
+        Args:
+            history: the entries of all epochs so far, which have the same names.
+
+        Raises:
+            TensLoRAError: if the file cannot be written.
+        """
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_bytes(self.metrics, text.getvalue().encode())
 
     def write_failure(self, error: BaseException) -> None:
         """Write the reason why the run has no record, for the table and the next sweep.

@@ -139,6 +139,11 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
             "rank_strategy": plain.get("rank_strategy"),
             "seed": plain.get("seed"),
         }
+    logger = plain.get("logger")
+    if isinstance(logger, dict) and "name" in logger:  # from a record of a version with one logger at a time
+        name = logger["name"]
+        chosen = {} if name == "none" else {name: True}
+        arranged["logger"] = {**chosen, **{key: value for key, value in logger.items() if key != "name"}}
     return {**arranged, "tensor_mode": tensor_mode, "preset": name_of("preset", "none"), "adapter": adapter}
 
 

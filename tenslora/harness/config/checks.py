@@ -145,7 +145,7 @@ def as_typed(line: str) -> str:
         line: a message that begins with the setting, as the types name it.
     """
     line = re.sub(r"^adapter\.(?=(tensor_mode|factorization|rank_strategy|seed)\b)", "", line)
-    line = re.sub(r"^(rank_strategy|optimizer|logger|preset)\.name\b", r"\1", line)
+    line = re.sub(r"^(rank_strategy|optimizer|preset)\.name\b", r"\1", line)
     return re.sub(r"^([\w.]+)=None:", r"\1=null:", line)
 
 

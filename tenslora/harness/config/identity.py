@@ -22,7 +22,7 @@ _STRATEGY_SETTINGS = {
 """The settings that each rank strategy reads, which are those of its file in conf/rank_strategy."""
 
 _WITHOUT_EFFECT = ("logger", "resume", "preset")
-"""Settings that cannot change a result: the logger, whether the run was resumed, and the name of the preset."""
+"""Settings that cannot change a result: the loggers, whether the run was resumed, and the name of the preset."""
 
 _TRAINER_WITHOUT_EFFECT = ("compile", "device", "threads", "workers", "eval_batch_size")
 """Settings of the trainer that only say where and how fast a run goes."""
@@ -78,7 +78,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
 
 
 def identity(run: RunConfig) -> dict[str, Any]:
-    """The settings that can change the run's result: all except the device, the speed, and the logger.
+    """The settings that can change the run's result: all except the device, the speed, and the loggers.
 
     Args:
         run: the typed settings of the run.

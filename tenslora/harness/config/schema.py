@@ -219,9 +219,11 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """The logger of a run."""
+    """The loggers of a run, of which there may be none or several, and the settings of Weights & Biases."""
 
-    name: Annotated[str, one_of(("none", "wandb"))]
+    csv: bool = False
+    tensorboard: bool = False
+    wandb: bool = False
     mode: Annotated[str, one_of(("auto", "online", "offline", "disabled"))] = "disabled"
     project: str = "tenslora"
     entity: str | None = None
@@ -245,7 +247,7 @@ class RunConfig:
         adapter: the library's settings of the adapter; None for a run without an adapter.
         optimizer: AdamW and its schedule.
         trainer: how long the run trains, in which batches and precision, and on which device.
-        logger: the logger of the run.
+        logger: the loggers of the run.
         preset: the name of the published method that the settings follow, or "none".
 
     Raises:
@@ -264,7 +266,7 @@ class RunConfig:
     adapter: AdapterConfig | None
     optimizer: OptimizerConfig
     trainer: TrainerConfig
-    logger: LoggerConfig
+    logger: LoggerConfig = LoggerConfig()
     preset: str = "none"
 
     def __post_init__(self) -> None:

@@ -143,7 +143,7 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
             values.setdefault(key, {})[value] = None
     varied = [key for key, given in values.items() if len(given) > 1]
     for key in varied:
-        if key.split(".")[0] in SWEEP_KEYS:
+        if key.split(".")[0] in (*SWEEP_KEYS, "logger"):  # a logger does not make another run
             raise TensLoRAError(f"{key}={','.join(values[key])}: one value for the whole sweep, not several")
 
     # Runs that differ in the seed alone are validated once, which is the slow part.
@@ -190,7 +190,7 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
     Args:
         run: the job's settings.
         folder: the job's folder.
-        table: the name of the table, which groups its runs in the logger.
+        table: the name of the table, which groups its runs in W&B.
         train: a function that carries out a run in a folder.
 
     Returns:
@@ -217,7 +217,7 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
 
 def _as_job(run: RunConfig, table: str) -> RunConfig:
     logger = run.logger
-    if logger.name != "none":
+    if logger.wandb:
         tags = [table, run.dataset.name, run.tensor_mode, run.row_strategy, f"seed{run.seed}"]
         unique = tuple(dict.fromkeys([*logger.tags, *filter(None, tags)]))
         logger = replace(logger, group=logger.group or table, tags=unique)

@@ -1,4 +1,4 @@
-"""Loggers: Weights & Biases, or none. A logger's library is imported only for a run that asks for it."""
+"""Loggers: CSV, TensorBoard and Weights & Biases. A logger's library is imported only for a run that asks for it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from tenslora.harness.config import LoggerConfig, RunConfig
 from tenslora.harness.results.table import Table
-from tenslora.harness.tracking.tracker import Tracker
+from tenslora.harness.tracking.tracker import Tracker, Trackers
 
 
 def start_tracker(run: RunConfig, folder: Path, facts: dict[str, Any], watch: bool = True) -> Tracker:
-    """Start the tracker that a run's logger asks for.
+    """Start the trackers that a run's loggers ask for.
 
     Args:
         run: the settings.
@@ -20,36 +20,56 @@ def start_tracker(run: RunConfig, folder: Path, facts: dict[str, Any], watch: bo
         watch: whether this process reports; true on one of the processes that share a run.
 
     Returns:
-        The tracker. It reports nothing if the run has no logger.
+        One tracker for all loggers. It reports nothing if the run has none.
 
     Raises:
-        TensLoRAError: if the logger refuses the run.
+        TensLoRAError: if a logger refuses the run.
     """
-    if not watch or not _is_wanted(run.logger):
-        return Tracker()
-    from tenslora.harness.tracking.wandb_tracker import WandbTracker
+    started = Trackers([])
+    if not watch:
+        return started
+    try:
+        if run.logger.csv:
+            from tenslora.harness.tracking.csv_tracker import CsvTracker
 
-    return WandbTracker(run, folder, facts)
+            started.trackers.append(CsvTracker(folder))
+        if run.logger.tensorboard:
+            from tenslora.harness.tracking.tensorboard_tracker import TensorBoardTracker
+
+            started.trackers.append(TensorBoardTracker(run, folder, facts))
+        if _has_wandb(run.logger):
+            from tenslora.harness.tracking.wandb_tracker import WandbTracker
+
+            started.trackers.append(WandbTracker(run, folder, facts))
+    except BaseException:
+        started.abandon()
+        raise
+    return started
 
 
-def track_table(config: LoggerConfig, folder: Path, table: Table, files: list[Path]) -> None:
-    """Report a finished table to the logger, if there is one.
+def track_table(config: LoggerConfig, folder: Path, table: Table, files: list[Path]) -> str:
+    """Report a finished table to W&B, if it is among the loggers.
+
+    CSV and TensorBoard have no part in this: `files` holds the table as CSV and as a report already.
 
     Args:
-        config: the logger's settings.
-        folder: the folder for the logger's own files.
+        config: the loggers' settings.
+        folder: the folder for W&B's own files.
         table: the table.
         files: the files that `write_results` wrote.
 
+    Returns:
+        Why the table is not uploaded, if W&B is offline; otherwise "".
+
     Raises:
-        TensLoRAError: if the logger refuses the table.
+        TensLoRAError: if W&B refuses the table.
     """
-    if not _is_wanted(config):
-        return
+    if not _has_wandb(config):
+        return ""
     from tenslora.harness.tracking.wandb_tracker import upload_table
 
-    upload_table(config, folder, table, files)
+    return upload_table(config, folder, table, files)
 
 
-def _is_wanted(config: LoggerConfig) -> bool:
-    return config.name != "none" and config.mode != "disabled"
+def _has_wandb(config: LoggerConfig) -> bool:
+    return config.wandb and config.mode != "disabled"

@@ -18,7 +18,8 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.harness.results.paper import paper
 from tenslora.harness.results.summary import one_line
-from tenslora.harness.tracking.wandb_tracker import SCORE, TABLE, TRAIN
+from tenslora.harness.tracking.tracker import SCORE
+from tenslora.harness.tracking.wandb_tracker import TABLE, TRAIN
 
 _MOST_ROWS = 100  # in a panel; W&B's own limit is ten
 _UNSET: tuple[Any, ...] = (None, "", [], {}, (None, None))

@@ -1,13 +1,16 @@
-"""The interface between a run and a logger."""
+"""The interface between a run and its loggers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Self
 
+SCORE = "score"
+"""A second name under which the headline metric is logged, so that one chart can show all datasets."""
+
 
 class Tracker:
-    """Reports a run to a logger. This base class reports nothing; each logger's tracker extends it.
+    """Reports a run to a logger. Each logger's tracker extends this class.
 
     A tracker is a context: if an exception leaves the context, the tracker abandons the run.
     """
@@ -22,8 +25,14 @@ class Tracker:
     def epoch(self, entry: dict[str, Any]) -> None:
         """Report one epoch.
 
+        A run that is resumed first reports the epochs before its checkpoint again, so a tracker always sees the whole
+        history.
+
         Args:
             entry: the epoch's entry in the history: epoch, step, losses, learning rate and every metric.
+
+        Raises:
+            TensLoRAError: if the epoch cannot be written.
         """
 
     def finish(self, record: dict[str, Any], files: list[Path]) -> None:
@@ -36,3 +45,26 @@ class Tracker:
 
     def abandon(self) -> None:
         """Report that the run was interrupted or failed, and will leave no record."""
+
+
+class Trackers(Tracker):
+    """Reports a run to several loggers, or to none.
+
+    Args:
+        trackers: the loggers' trackers.
+    """
+
+    def __init__(self, trackers: list[Tracker]) -> None:
+        self.trackers = trackers
+
+    def epoch(self, entry: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.epoch(entry)
+
+    def finish(self, record: dict[str, Any], files: list[Path]) -> None:
+        for tracker in self.trackers:
+            tracker.finish(record, files)
+
+    def abandon(self) -> None:
+        for tracker in self.trackers:
+            tracker.abandon()

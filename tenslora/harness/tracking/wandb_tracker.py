@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 from dataclasses import replace
@@ -16,10 +17,9 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.config import LoggerConfig, RunConfig
 from tenslora.harness.results.summary import Summary, one_line, summarize
 from tenslora.harness.results.table import Row, Run, Table, percent_of_lora
-from tenslora.harness.tracking.tracker import Tracker
+from tenslora.harness.tracking.tracker import SCORE, Tracker
 
-SCORE = "score"
-"""A second name under which the headline metric is logged, so that one chart can show all datasets."""
+log = logging.getLogger(__name__)
 
 TRAIN, TABLE = "train", "table"
 """The job types of the W&B runs in a sweep's group: one run of the sweep, or the finished table."""
@@ -52,6 +52,8 @@ class WandbTracker(Tracker):
             job_type=TRAIN,
             config={**facts, **run.settings(), "row": row, "percent_of_lora": percent},
         )
+        if how := _offline(self._wandb_run):
+            log.info("%s; to upload the run: wandb sync %s", how, Path(self._wandb_run.dir).parent)
         self._wandb_run.define_metric("step")
         self._wandb_run.define_metric("*", step_metric="step")
 
@@ -70,7 +72,7 @@ class WandbTracker(Tracker):
         self._wandb_run.finish(exit_code=1)
 
 
-def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[Path]) -> None:
+def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[Path]) -> str:
     """Report a finished table as one W&B run of job type table.
 
     The W&B run is in the group of the table's runs, which is the table's name unless the settings name another group.
@@ -83,6 +85,9 @@ def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[P
         folder: the folder in which W&B writes its files.
         table: the table.
         files: the table's files.
+
+    Returns:
+        Why the table is not uploaded, if W&B is offline; otherwise "".
 
     Raises:
         TensLoRAError: if W&B refuses the run.
@@ -104,6 +109,7 @@ def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[P
         wandb_run.log(content)
         if files:
             _upload(wandb_run, f"table-{table.name}", "table", files, {})
+        return _offline(wandb_run)
 
 
 def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config: dict[str, Any]) -> wandb.Run:
@@ -135,6 +141,16 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
             f"logger.mode={mode}: Weights & Biases refused the run ({one_line(str(error))}); "
             f"logger.mode=offline needs no service, and `wandb sync` uploads later"
         ) from error
+
+
+def _offline(wandb_run: wandb.Run) -> str:
+    """Says that W&B is offline, and why; "" if it is not."""
+    if not wandb_run.offline:
+        return ""
+    has_key = _has_key(wandb.setup().settings.base_url)
+    return "Weights & Biases is offline" + (
+        "" if has_key else ", because there is no API key (`wandb login` stores one)"
+    )
 
 
 def _upload(wandb_run: wandb.Run, name: str, kind: str, files: list[Path], metadata: dict[str, Any]) -> None:

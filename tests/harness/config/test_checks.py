@@ -41,7 +41,7 @@ REFUSED = {
     "rank_strategy.rule=odd": "rank_strategy.rule=odd: must be one of saturate, uniform, proportional",
     "factorization.name=hosvd": "factorization=hosvd: must be one of tucker, cp, tensor_train",
     "optimizer.name=sgd": "optimizer=sgd: must be one of adamw",
-    "logger.name=tensorboard": "logger=tensorboard: must be one of none, wandb",
+    "logger=wandb logger.mode=later": "logger.mode=later: must be one of auto, online, offline, disabled",
     "trainer.precision=fp16": "trainer.precision=fp16: must be one of fp32, bf16",
     "model.library=keras": "model.library=keras: must be one of transformers, timm",
     "model.modality=sound": "model.modality=sound: must be one of image, text",
@@ -113,6 +113,8 @@ def test_a_setting_at_fault_is_one_line(overrides: str) -> None:
         "dataset.transform.crop_ratio=1",
         "rank_strategy.rank=64",
         "logger=wandb logger.project=2026 logger.tags=[7,a]",
+        "logger=[csv,tensorboard]",
+        "logger=[]",
     ],
 )
 def test_a_setting_at_the_edge_of_its_range_is_taken(overrides: str) -> None:

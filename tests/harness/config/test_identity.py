@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from tenslora.harness.config import REFERENCES, validate
+from tenslora.harness.config import REFERENCES, LoggerConfig, validate
 from tests.running import CONF, composed, configured
 
 EARLIER_OUTPUTS = Path(__file__).parents[1] / "earlier_outputs"
@@ -69,6 +70,19 @@ def test_a_record_of_the_earlier_version_is_of_the_run_that_its_settings_describ
     assert run.folder() == str(path.parent.relative_to(EARLIER_OUTPUTS))
 
 
+@pytest.mark.parametrize(
+    ("earlier", "today"),
+    [
+        ({"name": "none"}, LoggerConfig()),
+        ({"name": "none", "mode": "disabled", "project": "tenslora", "tags": []}, LoggerConfig()),
+        ({"name": "wandb", "mode": "offline", "tags": ["a"]}, LoggerConfig(wandb=True, mode="offline", tags=("a",))),
+    ],
+)
+def test_a_record_with_one_logger_by_name_is_read(earlier: dict[str, Any], today: LoggerConfig) -> None:
+    settings = {**configured("seed=1").settings(), "logger": earlier}
+    assert validate(settings) == replace(configured("seed=1"), logger=today)
+
+
 def test_no_record_of_the_earlier_version_is_lost() -> None:
     assert len(EARLIER_RECORDS) == 10
 
@@ -77,6 +91,7 @@ def test_no_record_of_the_earlier_version_is_lost() -> None:
     "same",
     [
         "logger=wandb logger.project=elsewhere",
+        "logger=[csv,tensorboard,wandb]",
         "resume=true",
         "trainer.device=cpu trainer.threads=3 trainer.workers=3 trainer.compile=true trainer.eval_batch_size=7",
         "adapter.alpha=4 optimizer.weight_decay=1e-2 model.std=[0.50]",  # the defaults, written in another way

@@ -85,8 +85,11 @@ def test_a_setting_that_varies_without_effect_is_in_no_row(tmp_path: Path) -> No
     assert labels == [f"qkv isoparameters {alphas[0]}", f"qkv isoparameters {alphas[1]}", "head_only"]
 
 
-@pytest.mark.parametrize(("key", "first", "second"), [("table", "digits", "isorank"), ("dry_run", "true", "false")])
-def test_a_sweep_is_of_one_table(key: str, first: str, second: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "first", "second"),
+    [("table", "digits", "isorank"), ("dry_run", "true", "false"), ("logger", "csv", "none")],
+)
+def test_a_sweep_is_of_one_table_with_the_same_loggers(key: str, first: str, second: str, tmp_path: Path) -> None:
     composed = [swept(f"{key}={value}", f"seed={seed}") for value in (first, second) for seed in (0, 1)]
     with pytest.raises(TensLoRAError, match=f"{key}={first},{second}: one value for the whole sweep"):
         plan_jobs(composed, tmp_path)

@@ -1,4 +1,4 @@
-"""Which tracker a run gets."""
+"""Which trackers a run gets."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.config import LoggerConfig
 from tenslora.harness.results.table import Table
 from tenslora.harness.tracking import start_tracker, track_table
-from tenslora.harness.tracking.tracker import Tracker
+from tenslora.harness.tracking.tracker import Trackers
+from tests.events import FACTS, read_events
 from tests.running import configured
 
 
@@ -26,15 +28,24 @@ def _without_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("logger", "watch"),
     [
-        (LoggerConfig(name="none"), True),
-        (LoggerConfig(name="wandb", mode="disabled"), True),
-        (LoggerConfig(name="wandb", mode="offline"), False),
+        (LoggerConfig(), True),
+        (LoggerConfig(wandb=True, mode="disabled"), True),
+        (LoggerConfig(csv=True, tensorboard=True, wandb=True, mode="offline"), False),
     ],
     ids=["no logger", "disabled", "another process watches"],
 )
 def test_a_run_without_a_logger_needs_no_wandb(logger: LoggerConfig, watch: bool, tmp_path: Path) -> None:
     run = replace(configured(), logger=logger)
-    assert type(start_tracker(run, tmp_path, {}, watch)) is Tracker
+    tracker = start_tracker(run, tmp_path, {}, watch)
+    assert isinstance(tracker, Trackers)
+    assert tracker.trackers == []
     if watch:
-        track_table(logger, tmp_path, Table("t", "T", ()), [tmp_path / "none.png"])
+        assert track_table(logger, tmp_path, Table("t", "T", ()), [tmp_path / "none.png"]) == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_if_one_logger_refuses_the_run_the_others_learn_of_it(tmp_path: Path) -> None:
+    run = configured("logger=[tensorboard,wandb]", "logger.mode=offline", "logger.project=a/b")
+    with pytest.raises(TensLoRAError, match="Invalid project name"):
+        start_tracker(run, tmp_path, FACTS)
+    assert read_events(tmp_path).status == "STATUS_FAILURE"

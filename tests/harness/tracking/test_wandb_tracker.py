@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.results.table import Column, Row, Run, Table
 from tenslora.harness.tracking import start_tracker, track_table
 from tenslora.harness.tracking.wandb_tracker import _has_key
+from tests.events import FACTS
 from tests.offline import OFFLINE, Tracked, hide_wandb_keys, read_offline_run
 from tests.running import configured
 
@@ -137,6 +139,28 @@ def test_what_wandb_does_not_take_is_named(wrong: dict[str, Any], message: str, 
     with pytest.raises(TensLoRAError, match=message) as raised:
         track_table(replace(OFFLINE, **wrong), tmp_path, table, [])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("_without_keys")
+@pytest.mark.parametrize("mode", ["auto", "offline"])
+def test_without_a_key_one_line_says_so_and_how_to_upload(
+    mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run = replace(configured(), logger=replace(OFFLINE, mode=mode))
+    start_tracker(run, tmp_path, FACTS).abandon()
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert [entry.getMessage() for entry in caplog.records if entry.name.startswith("tenslora")] == [
+        "Weights & Biases is offline, because there is no API key (`wandb login` stores one); "
+        f"to upload the run: wandb sync {folder}"
+    ]
+
+
+@pytest.mark.usefixtures("_without_keys")
+def test_a_table_says_why_it_is_not_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    table = Table("t", "T", (Run(Row("lora"), Column("d", "m"), 0, "x"),))
+    assert track_table(OFFLINE, tmp_path, table, []) == "Weights & Biases is offline"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import logging
+import logging.config
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.running import CONF
+
+
+@pytest.fixture
+def formatter() -> logging.Formatter:
+    """The console's formatter, as conf/ sets it up."""
+    content = OmegaConf.load(CONF / "hydra" / "job_logging" / "run.yaml").formatters.console
+    configurator = logging.config.DictConfigurator({"version": 1})
+    made: logging.Formatter = configurator.configure_formatter(dict(content))
+    return made
+
+
+def record(level: int, message: str, *arguments: object) -> logging.LogRecord:
+    return logging.LogRecord("train", level, "train.py", 1, message, arguments, None)
+
+
+def test_on_a_terminal_a_message_stands_alone_and_a_warning_says_so(
+    formatter: logging.Formatter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert formatter.format(record(logging.INFO, "epoch %d", 1)) == "epoch 1"
+    assert formatter.format(record(logging.WARNING, "no GPU")) == "warning: no GPU"
+    try:
+        raise ValueError("wrong")
+    except ValueError:
+        failed = record(logging.ERROR, "the job failed")
+        failed.exc_info = sys.exc_info()
+    assert formatter.format(failed).startswith("error: the job failed\nTraceback")
+    assert formatter.format(failed).endswith("ValueError: wrong")
+
+
+def test_in_a_file_every_message_has_its_time_origin_and_level(
+    formatter: logging.Formatter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    line = formatter.format(record(logging.INFO, "epoch %d", 1))
+    assert line.startswith("[20")
+    assert line.endswith("][train][INFO] - epoch 1")
+
+
+@pytest.mark.parametrize("name", ["run", "sweep"])
+def test_requests_to_the_hub_are_not_logged(name: str) -> None:
+    loggers = OmegaConf.load(CONF / "hydra" / "job_logging" / f"{name}.yaml").loggers
+    assert set(loggers) == {"httpx", "huggingface_hub", "urllib3"}
+    assert {logger.level for logger in loggers.values()} == {"WARNING"}
