@@ -61,11 +61,11 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def accuracy_of(loaded: LoadedRun) -> float:
-    """The share of its test split that a loaded run gets right."""
+    """The share that a loaded run gets right of the examples that it was scored on."""
     run, backbone = loaded.run, loaded.backbone
     dataset = load_dataset(run.dataset, run.seed)
     data = encode(dataset, run.dataset, run.model, backbone.input_name, loaded.tokenizer)
-    inputs, labels = data.collate([data.test[index] for index in range(len(data.test))])
+    inputs, labels = data.collate([data.scored[index] for index in range(len(data.scored))])
     with torch.no_grad():
         predicted = outputs_of(backbone.model.eval(), inputs).argmax(dim=1)
     return float((predicted == labels).double().mean())

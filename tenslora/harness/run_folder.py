@@ -136,8 +136,8 @@ class RunFolder:
         """Read predictions.safetensors.
 
         Returns:
-            The predictions for each split that the run was scored on: "test", whose scores are the record's, and by
-            their names further splits. Logits are relative to each example's largest. Empty for a run that has not
+            The predictions for each split that the run was scored on: that of the record's `scored_on`, "test" or
+            "validation", and by their names further splits. Logits are relative to each example's largest. Empty for a run that has not
             written the file, as runs of earlier versions have not.
 
         Raises:

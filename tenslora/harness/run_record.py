@@ -73,7 +73,9 @@ def facts_of(run: RunConfig, dataset: Dataset, adapted: AdaptedModel, processes:
         "trained_parameters": _count(p for p in model.parameters() if p.requires_grad),
         "total_parameters": _count(model.parameters()),
         "train_examples": len(dataset.train),
+        "scored_on": run.dataset.scored_on,
         "test_examples": len(dataset.test),
+        "validation_examples": len(dataset.validation or ()),
         "more_test_examples": {split: len(examples) for split, examples in dataset.more_tests.items()},
         "task": dataset.task,
         "classes": list(dataset.classes),
@@ -181,7 +183,8 @@ def describe_run(record: dict[str, Any]) -> str:
     if metrics["last"] is not None:
         others = "".join(f", {name} {value:.4f}" for name, value in metrics["others_last"].items())
         best = f"best {metrics['best']:.4f} (epoch {metrics['best_epoch']})"
-        lines.append(f"{metrics['name']}: last {metrics['last']:.4f}, {best}{others}")
+        split = "validation " if record.get("scored_on") == "validation" else ""
+        lines.append(f"{split}{metrics['name']}: last {metrics['last']:.4f}, {best}{others}")
     return "\n".join(lines)
 
 

@@ -66,6 +66,8 @@ def test_a_run_in_a_few_lines_has_ranks_parameters_and_scores(tracked: Tracked) 
         f"accuracy: last {record['metrics']['last']:.4f}, best {record['metrics']['best']:.4f} "
         f"(epoch {record['metrics']['best_epoch']})",
     ]
+    of_validation = describe_run({**record, "scored_on": "validation"})
+    assert of_validation.splitlines()[-1].startswith("validation accuracy: last ")
 
 
 @pytest.mark.parametrize(("mode", "trained"), [("head_only", 325), ("full", None)])

@@ -27,6 +27,11 @@ _WITHOUT_EFFECT = ("logger", "resume", "preset")
 _TRAINER_WITHOUT_EFFECT = ("compile", "device", "threads", "workers", "eval_batch_size")
 """Settings of the trainer that only say where and how fast a run goes."""
 
+_LATER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dataset": {"validation": None},
+}
+"""The defaults, by group, of settings that are younger than the oldest records, whose identities lack them."""
+
 
 def settings(run: RunConfig) -> dict[str, Any]:
     """All settings of a run as plain values, nested as in conf/.
@@ -86,6 +91,10 @@ def identity(run: RunConfig) -> dict[str, Any]:
     relevant = {key: value for key, value in settings(run).items() if key not in _WITHOUT_EFFECT}
     for name in _TRAINER_WITHOUT_EFFECT:
         del relevant["trainer"][name]
+    for group, defaults in _LATER_DEFAULTS.items():
+        for name, default in defaults.items():
+            if relevant[group][name] == default:
+                del relevant[group][name]
     if run.adapter is None:
         del relevant["rank_strategy"], relevant["warm_start"]
         del relevant["optimizer"]["core_lr_ratio"], relevant["optimizer"]["factor_weight_decay"]

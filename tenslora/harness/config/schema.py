@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import permutations
 from typing import Annotated, Any, Literal
@@ -100,7 +100,7 @@ class TransformConfig:
         return IMAGENET if self.normalize == "imagenet" else (mean, std) if self.normalize else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """The settings that image and text datasets share.
 
@@ -113,7 +113,8 @@ class DatasetConfig:
     train_splits: tuple[str, ...] | None
     test_split: str | None
     train_size: CountOrNull
-    source: Annotated[str | None, one_of(SOURCES)] = field(default=None, kw_only=True)
+    source: Annotated[str | None, one_of(SOURCES)] = None
+    validation: Annotated[float | None, within(0, 1, above=True, below=True, or_null=True)] = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-][\w.-]*", self.name, re.ASCII) or self.name == "tables":  # it names a folder
@@ -121,8 +122,13 @@ class DatasetConfig:
                 f"name={self.name}: must be a name of letters, digits, '.', '_' and '-', and must not be tables"
             )
 
+    @property
+    def scored_on(self) -> str:
+        """The split that a run is scored on after every epoch: "test", or "validation" if one is held out."""
+        return "test" if self.validation is None else "validation"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class ImageDatasetConfig(DatasetConfig):
     """A dataset of images."""
 
@@ -166,7 +172,7 @@ class ImageDatasetConfig(DatasetConfig):
             raise TensLoRAError(f"{second}={value}: must be null, because {first} is {given}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextDatasetConfig(DatasetConfig):
     """A dataset of sentences or pairs of sentences."""
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig
-from tenslora.harness.data.examples import Dataset, Examples, draw
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw
 from tenslora.harness.data.images import load_images
 from tenslora.harness.data.texts import load_texts
 
@@ -23,14 +23,16 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
 
     Args:
         config: the dataset's settings.
-        seed: the seed of the random choice of `config.train_size` examples, and of a random split.
+        seed: the seed of the random choice of `config.train_size` examples, of a random split, and of the validation
+            split.
 
     Returns:
-        The dataset.
+        The dataset. With `config.validation` that fraction of the training examples (those that `config.train_size`
+        leaves) is the validation split, and the test split is not loaded.
 
     Raises:
         TensLoRAError: if the data is missing or damaged, or if it cannot be downloaded; the message says where the data
-            was looked for.
+            was looked for. Also if there are too few training examples to hold some out.
     """
     if isinstance(config, TextDatasetConfig):
         dataset = load_texts(config)
@@ -40,12 +42,28 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
     available = len(dataset.train)
     if config.train_size is not None and config.train_size < available:
         dataset = replace(dataset, train=dataset.train.select(draw(available, config.train_size, seed)))
-    for split, examples in (("training", dataset.train), ("test", dataset.test), *dataset.more_tests.items()):
+    if config.validation is not None:
+        dataset = _with_validation(dataset, config, config.validation, seed)
+    scored = {config.scored_on: dataset.scored, **dataset.more_tests}
+    for split, examples in {"training": dataset.train, **scored}.items():
         if not len(examples):
             raise TensLoRAError(f"dataset={config.name}: it has no {split} examples")
     log.info(
-        "%s: %d of %d training examples, %d test examples, %s",
-        config.name, len(dataset.train), available, len(dataset.test) + sum(map(len, dataset.more_tests.values())),
+        "%s: %d of %d training examples, %d %s examples, %s",
+        config.name, len(dataset.train), available, sum(map(len, scored.values())), config.scored_on,
         dataset.task if dataset.task == "regression" else f"{len(dataset.classes)} classes",
     )  # fmt: skip
     return dataset
+
+
+def _with_validation(dataset: Dataset, config: DatasetConfig, fraction: float, seed: int) -> Dataset:
+    count = len(dataset.train)
+    if count == 1:
+        raise TensLoRAError(
+            f"dataset.validation={fraction:g}: {config.name} has 1 training example, and at least 2 are needed"
+        )
+    size = min(max(1, round(fraction * count)), count - 1)
+    held_out = draw(count, size, seed, purpose="validation")
+    kept = sorted(set(range(count)).difference(held_out))
+    train, validation = dataset.train.select(kept), dataset.train.select(held_out)
+    return replace(dataset, train=train, test=NO_EXAMPLES, more_tests={}, validation=validation)

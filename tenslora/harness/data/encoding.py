@@ -202,17 +202,19 @@ class EncodedDataset:
 
     Args:
         train: the training examples.
-        test: the examples that the run is scored on.
+        scored: the examples that the run is scored on.
         more_tests: further examples that the run is scored on, by name.
         collate: makes a batch of some examples.
         task: the name of the task, see `training.tasks.TASKS`.
+        scored_on: the split of the examples in `scored`, "test" or "validation".
     """
 
     train: Encoded
-    test: Encoded
+    scored: Encoded
     more_tests: Mapping[str, Encoded]
     collate: Collate
     task: str
+    scored_on: str = "test"
 
 
 def encode(
@@ -245,14 +247,15 @@ def encode(
 
 
 def _encode_images(dataset: Dataset, config: ImageDatasetConfig, model: ModelConfig, input_name: str) -> EncodedDataset:
-    for_tests = replace(config.transform, color_jitter=0.0, flip=False)
+    for_scoring = replace(config.transform, color_jitter=0.0, flip=False)
     mean, std = config.transform.mean_and_std(model.mean, model.std) or (None, None)
     return EncodedDataset(
         _transformed(dataset.train, config.transform, model),
-        _transformed(dataset.test, for_tests, model),
-        {name: _transformed(examples, for_tests, model) for name, examples in dataset.more_tests.items()},
+        _transformed(dataset.scored, for_scoring, model),
+        {name: _transformed(examples, for_scoring, model) for name, examples in dataset.more_tests.items()},
         ImageCollate(input_name, mean, std),
         dataset.task,
+        config.scored_on,
     )
 
 
@@ -294,10 +297,11 @@ def _encode_texts(dataset: Dataset, config: TextDatasetConfig, tokenizer: PreTra
 
     return EncodedDataset(
         encoded(dataset.train),
-        encoded(dataset.test),
+        encoded(dataset.scored),
         {name: encoded(examples) for name, examples in dataset.more_tests.items()},
         TextCollate(tokenizer, max_length if config.padding == "max_length" else None),
         dataset.task,
+        config.scored_on,
     )
 
 

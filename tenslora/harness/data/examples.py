@@ -47,14 +47,18 @@ class Examples:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The examples that a run trains on and is tested on.
+    """The examples that a run trains on and is scored on.
 
     Args:
-        train: the training examples.
-        test: the examples that the run is scored on.
+        train: the training examples, without those of the validation split.
+        test: the test examples. There are none if `dataset.validation` asks for a validation split, so that a run that
+            chooses hyperparameters cannot see the test split.
         classes: the names of the classes, by class number; () for a regression.
         task: "classification" or "regression", a name in `training.tasks.TASKS`.
-        more_tests: further examples that the run is scored on, by the name that is appended to their metrics' names.
+        more_tests: further examples that the run is scored on, by the name that is appended to their metrics' names;
+            none where there is a validation split.
+        validation: the examples that are held out from the training split; None for a run that is scored on the test
+            split.
     """
 
     train: Examples
@@ -62,11 +66,17 @@ class Dataset:
     classes: tuple[str, ...]
     task: str = "classification"
     more_tests: Mapping[str, Examples] = field(default_factory=dict)
+    validation: Examples | None = None
 
     @property
     def outputs(self) -> int:
         """The number of outputs of a model for this dataset: one for each class, or one value in a regression."""
         return 1 if self.task == "regression" else len(self.classes)
+
+    @property
+    def scored(self) -> Examples:
+        """The examples that a run is scored on: the validation split if there is one, otherwise the test split."""
+        return self.test if self.validation is None else self.validation
 
 
 @dataclass(frozen=True)
@@ -128,20 +138,25 @@ class ImageArrays(Sequence["Image"]):
         return Image.fromarray(self.pixels[index])
 
 
-def draw(count: int, size: int, seed: int) -> list[int]:
+NO_EXAMPLES = Examples((), ())
+"""A split that is not loaded."""
+
+
+def draw(count: int, size: int, seed: int, purpose: str = "split") -> list[int]:
     """Draw numbers without replacement, from a random stream that nothing else draws from.
 
     Args:
         count: the numbers to draw from are 0 to count - 1.
         size: how many numbers to draw.
         seed: the seed of the stream.
+        purpose: what is drawn; each purpose has a stream of its own.
 
     Returns:
         The numbers, in rising order.
     """
     import numpy as np
 
-    return sorted(np.random.default_rng(stream_seed("split", seed)).permutation(count)[:size].tolist())
+    return sorted(np.random.default_rng(stream_seed(purpose, seed)).permutation(count)[:size].tolist())
 
 
 def warn_of_another_size(name: str, split: str, size: int, published: int | None) -> None:

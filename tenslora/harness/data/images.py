@@ -7,7 +7,7 @@ from typing import Any
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import ImageDatasetConfig
 from tenslora.harness.data.digits import load_digits
-from tenslora.harness.data.examples import Dataset, Examples, draw
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw
 from tenslora.harness.data.image_folder import load_image_folder
 from tenslora.harness.data.torchvision_sources import SOURCES, read_split
 from tenslora.harness.data.vtab import load_vtab
@@ -69,11 +69,15 @@ def _published_splits(config: ImageDatasetConfig) -> Dataset:
     from torch.utils.data import ConcatDataset
 
     read = [read_split(config.name, config.root, split) for split in config.train_splits]
-    test, classes = read_split(config.name, config.root, config.test_split)
-    for split, (_, own_classes) in zip(config.train_splits, read, strict=True):
+    test = NO_EXAMPLES
+    splits = dict(zip(config.train_splits, (classes for _, classes in read), strict=True))
+    if config.validation is None:
+        test, splits[str(config.test_split)] = read_split(config.name, config.root, config.test_split)
+    *others, (reference, classes) = splits.items()
+    for split, own_classes in others:
         if own_classes != classes:  # torchvision numbers the classes of each split separately
             raise TensLoRAError(
-                f"dataset={config.name}: the splits {split} and {config.test_split} do not have the same classes"
+                f"dataset={config.name}: the splits {split} and {reference} do not have the same classes"
             )
     parts = [examples for examples, _ in read]
     inputs: ConcatDataset[Any] = ConcatDataset([part.inputs for part in parts])

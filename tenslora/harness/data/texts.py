@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
-from tenslora.harness.data.examples import Dataset, Examples, warn_of_another_size
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, warn_of_another_size
 from tenslora.harness.data.glue import FOLDERS, GLUE_TASKS, HUB, GlueTask
 
 if TYPE_CHECKING:
@@ -30,14 +30,16 @@ def load_texts(config: TextDatasetConfig) -> Dataset:
     task = GLUE_TASKS[config.name]
     read = _hub_reader(config, task) if config.root is None else _folder_reader(config, task, Path(config.root))
     train = [example for split in config.train_splits or () for example in _read_split(config, task, read, split)]
-    test = _read_split(config, task, read, config.test_split or "validation")
-    more_tests = {
-        name: _examples(_read_split(config, task, read, split))
-        for name, split in task.more_tests.items()
-        if split != config.test_split
-    }
+    test, more_tests = NO_EXAMPLES, {}
+    if config.validation is None:
+        test = _examples(_read_split(config, task, read, config.test_split or "validation"))
+        more_tests = {
+            name: _examples(_read_split(config, task, read, split))
+            for name, split in task.more_tests.items()
+            if split != config.test_split
+        }
     kind = "classification" if task.classes else "regression"
-    return Dataset(_examples(train), _examples(test), task.classes, kind, more_tests)
+    return Dataset(_examples(train), test, task.classes, kind, more_tests)
 
 
 def _examples(labelled: list[Labelled]) -> Examples:

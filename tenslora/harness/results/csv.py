@@ -54,5 +54,7 @@ def _line(run: Run, metric: str | None) -> dict[str, Any]:
         "head_parameters": record.get("head_parameters"),
         "train_examples": record.get("train_examples"),
         "test_examples": record.get("test_examples"),
+        "validation_examples": record.get("validation_examples"),
+        "scored_on": run.scored_on,
         "problem": one_line(run.problem),
     }

@@ -228,6 +228,12 @@ class Summary:
         return any(cell.scores for row in self.rows for cell in row.cells)
 
     @property
+    def score_name(self) -> str:
+        """What the scores are: "Test score", "Validation score", or "Score" if the runs differ in this."""
+        splits = {run.scored_on for run in self.runs if run.scored_on} or {"test"}
+        return f"{splits.pop()} score".capitalize() if len(splits) == 1 else "Score"
+
+    @property
     def caption(self) -> str:
         """A few sentences that explain the numbers of the main table."""
         counts = sorted({len(cell.runs) for row in self.rows for cell in row.cells if cell.runs})
@@ -235,7 +241,7 @@ class Summary:
         numbers = "one seed" if counts == [1] else f"mean ± standard deviation over {seeds}"
         epoch = {"last": "after the last epoch", "best": "of the best epoch"}[self.table.score]
         sentences = [
-            f"Test score {epoch} in per cent, {numbers}.",
+            f"{self.score_name} {epoch} in per cent, {numbers}.",
             "Bold: the best mean of a column among LoRA and the constructions.",
         ]
         if any("/" in row.parameters + row.ranks for row in self.rows):

@@ -126,6 +126,12 @@ class Run:
         return metrics
 
     @property
+    def scored_on(self) -> str | None:
+        """The split that the scores are of, "test" or "validation"; None without a record."""
+        # Records of earlier versions do not name the split; it is the test split.
+        return self.record.get("scored_on", "test") if self.record else None
+
+    @property
     def size(self) -> AdapterSize:
         """The adapter's size from the record, or from the declared geometry if there is no record."""
         if self.record is None:

@@ -32,13 +32,13 @@ _BatchResults = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of the test splits of a dataset, the same on every process.
+    """What a model makes of the examples that it is scored on, the same on every process.
 
     Args:
-        loss: the mean loss on the test split.
-        scores: the score of each metric on the test split; for a further test split, such as "mismatched", the scores
-            are named accuracy_mismatched and the like.
-        predictions: the predictions for the test split, named "test", and for each further test split.
+        loss: the mean loss on the test split or validation split.
+        scores: the score of each metric on that split; for a further test split, such as "mismatched", the scores are
+            named accuracy_mismatched and the like.
+        predictions: the predictions for that split, named "test" or "validation", and for each further test split.
     """
 
     loss: float
@@ -54,7 +54,7 @@ def evaluate(
     trainer: TrainerConfig,
     processes: Processes,
 ) -> Evaluation:
-    """Score a model on the whole test splits of a dataset, each process taking its share of the examples.
+    """Score a model on all of a dataset's examples for that, each process taking its share of the examples.
 
     If a batch does not fit into memory, smaller batches are tried. The scores do not depend on the batch size.
 
@@ -71,17 +71,19 @@ def evaluate(
     Raises:
         torch.OutOfMemoryError: if not even a single example fits into memory.
     """
-    task, tests = TASKS[data.task], {"test": data.test, **data.more_tests}
+    task, tests = TASKS[data.task], {data.scored_on: data.scored, **data.more_tests}
     losses: dict[str, NDArray[Any]] = {}
     predictions: dict[str, Predictions] = {}
     for split, examples in tests.items():
         losses[split], predictions[split] = predict(model, examples, data.collate, task, trainer, processes)
     scores = {
-        metric if split == "test" else f"{metric}_{split}": METRICS[metric].function(of_split.labels, of_split.outputs)
+        metric if split == data.scored_on else f"{metric}_{split}": METRICS[metric].function(
+            of_split.labels, of_split.outputs
+        )
         for split, of_split in predictions.items()
         for metric in metrics
     }
-    return Evaluation(math.fsum(losses["test"].tolist()) / len(losses["test"]), scores, predictions)
+    return Evaluation(math.fsum(losses[data.scored_on].tolist()) / len(data.scored), scores, predictions)
 
 
 def predict(

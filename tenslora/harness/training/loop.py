@@ -41,7 +41,7 @@ class Diverged(TensLoRAError):
         state: how far the run came.
         step: the number of the optimizer step, from 1.
         rate: the learning rate of that step.
-        which: "training" or "test".
+        which: "training", "test" or "validation".
         loss: the value of the loss.
     """
 
@@ -80,8 +80,9 @@ def fit(
 
     Returns:
         How far the run has come. Each entry of its history holds epoch, step, lr, train_loss, test_loss and the
-        metrics, which are computed on the whole test split after the epoch. The scores of a further test split, such
-        as "mismatched", are named accuracy_mismatched and the like. The predictions are the last epoch's.
+        metrics. The latter two are computed on all examples to score after the epoch. If these are a validation split,
+        their loss is called validation_loss. The scores of a further test split, such as "mismatched", are named
+        accuracy_mismatched and the like. The predictions are the last epoch's.
 
     Raises:
         Diverged: when a loss is not finite. The checkpoint still holds the last epoch that was completed.
@@ -111,7 +112,7 @@ def fit(
     )
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
     metrics = run.dataset.metrics
-    evaluate_tests = partial(evaluate, optimization.wrapped, data, metrics, trainer=run.trainer, processes=processes)
+    evaluate_epoch = partial(evaluate, optimization.wrapped, data, metrics, trainer=run.trainer, processes=processes)
     with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
         while state.steps < steps:
             epoch = state.epochs + 1
@@ -119,9 +120,9 @@ def fit(
             with state.timed("train"):
                 train_loss, rate = optimization.epoch(batches.epoch(epoch), steps, state, bar)
             with state.timed("evaluate"):
-                evaluation = evaluate_tests()
+                evaluation = evaluate_epoch()
             if not math.isfinite(evaluation.loss):
-                raise Diverged(state, state.steps, rate, "test", evaluation.loss)
+                raise Diverged(state, state.steps, rate, data.scored_on, evaluation.loss)
             state.predictions = evaluation.predictions
             state.epochs = epoch
             entry = {
@@ -129,7 +130,7 @@ def fit(
                 "step": state.steps,
                 "lr": rate,
                 "train_loss": train_loss,
-                "test_loss": evaluation.loss,
+                f"{data.scored_on}_loss": evaluation.loss,
                 **evaluation.scores,
             }
             state.history.append(entry)
@@ -138,7 +139,7 @@ def fit(
                 on_epoch(entry)
             bar.epoch(entry, metrics[0])
         if not state.predictions:  # the checkpoint is of the last epoch, so no epoch was left to evaluate
-            state.predictions = evaluate_tests().predictions
+            state.predictions = evaluate_epoch().predictions
     return state
 
 

@@ -119,6 +119,7 @@ def test_what_cannot_change_a_result_does_not_change_the_folder(same: str) -> No
         "trainer.epochs=13",
         "trainer.precision=bf16",
         "dataset.train_size=100",
+        "dataset.validation=0.2",
         "dataset.transform.normalize=false",
         "model.checkpoint=elsewhere.safetensors",
     ],

@@ -63,7 +63,7 @@ def encode_pictures(examples: Examples, model: ModelConfig, **changes: Any) -> t
     transform = replace(TransformConfig(1.0, True, "bilinear", 0.0, False, True), **changes)
     config = ImageDatasetConfig(**DATASET, modality="image", train_fraction=None, transform=transform)
     data = encode(Dataset(examples, examples, ()), config, model, "pixels", None)
-    return data.train, data.test, data.collate
+    return data.train, data.scored, data.collate
 
 
 def pixels_of(data: Encoded, collate: Collate, index: int) -> Tensor:
@@ -289,7 +289,7 @@ def encode_sentences(
     )
     examples = Examples(rows, [i % 2 for i in range(len(rows))])
     data = encode(Dataset(examples, examples, ()), config, model_config(modality="text"), "ids", tokenizer)
-    return data.train, data.test, data.collate
+    return data.train, data.scored, data.collate
 
 
 def test_pairs_are_encoded_as_the_tokenizer_encodes_a_pair(tokenizer: Any) -> None:

@@ -91,6 +91,19 @@ def test_the_caption_tells_which_score_is_shown_over_how_many_seeds() -> None:
     assert "in per cent, one seed." in summarize(sample_table(seeds=1)).caption
 
 
+def test_the_caption_names_the_split_that_the_scores_are_of() -> None:
+    def scored_on(*splits: str) -> list[Run]:
+        runs = [make_run("lora", seed=seed, epochs=[0.5]) for seed in range(2)]
+        return [
+            replace(run, record={**(run.record or {}), "scored_on": split})
+            for run, split in zip(runs, splits, strict=True)
+        ]
+
+    assert summarize(THREE_ROWS).caption.startswith("Test score after")  # records of earlier versions do not say
+    assert summarize(make_table(scored_on("validation", "validation"))).caption.startswith("Validation score after")
+    assert summarize(make_table(scored_on("validation", "test"))).caption.startswith("Score after")
+
+
 def test_a_cell_tells_what_it_lacks_and_why() -> None:
     def runs(mode: str, *problems: str) -> list[Run]:
         return [

@@ -70,7 +70,7 @@ def test_further_splits_are_scored_under_their_names() -> None:
     whole = EncodedDataset(examples(1), examples(2), {"mismatched": examples(3)}, collate, "classification")
     settings: dict[str, Any] = {"trainer": configured(*SHORT).trainer, "processes": Processes("cpu", 1)}
     evaluation = evaluate(model, whole, ["accuracy"], **settings)
-    alone = evaluate(model, replace(whole, test=examples(3), more_tests={}), ["accuracy"], **settings)
+    alone = evaluate(model, replace(whole, scored=examples(3), more_tests={}), ["accuracy"], **settings)
     assert evaluation.loss == evaluated(model).loss
     assert list(evaluation.scores) == ["accuracy", "accuracy_mismatched"]
     assert evaluation.scores["accuracy_mismatched"] == alone.scores["accuracy"]

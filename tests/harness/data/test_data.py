@@ -1,0 +1,89 @@
+"""The validation split, on each kind of dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.data import Examples, load_dataset
+from tests.harness.data.image_folders import load, reds, write_eurosat
+from tests.running import SHORT, configured, run
+
+
+def digits(examples: Examples) -> list[tuple[bytes, int]]:
+    """The images of a split and their labels; no two images of the digits are equal."""
+    return [(examples.inputs[index].tobytes(), label) for index, label in enumerate(examples.labels)]
+
+
+def test_the_validation_split_is_drawn_from_the_training_examples_by_the_seed() -> None:
+    everything = digits(load("digits", None).train)
+    split = load("digits", None, validation=0.2)
+    assert split.validation is not None
+    train, validation = digits(split.train), digits(split.validation)
+    assert (len(train), len(validation)) == (479, 120)  # of 599
+    assert sorted(train + validation) == sorted(everything)
+    assert len({label for _, label in validation}) == 5
+    other = load("digits", None, seed=1, validation=0.2).validation
+    assert other is not None
+    assert digits(other) != validation
+
+
+def test_a_run_with_a_validation_split_has_no_test_examples() -> None:
+    split = load("digits", None, validation=0.2)
+    assert len(split.test) == 0
+    assert split.scored is split.validation
+    assert load("digits", None).scored is load("digits", None).test
+
+
+def test_the_validation_split_is_a_part_of_the_examples_that_train_size_chooses(tmp_path: Path) -> None:
+    root = write_eurosat(tmp_path)
+    settings: dict[str, Any] = {"train_splits": None, "test_split": None, "train_fraction": 0.8, "train_size": 10}
+    chosen = load("eurosat", root, **settings).train
+    split = load("eurosat", root, **settings, validation=0.3)
+    assert split.validation is not None
+    assert (len(split.train), len(split.validation)) == (7, 3)
+    assert sorted(reds(split.train) + reds(split.validation)) == sorted(reds(chosen))
+
+
+def test_the_test_split_need_not_exist(tmp_path: Path, shared: Path) -> None:
+    (tmp_path / "train.tsv").write_text("x\t1\t\tA cat sat.\nx\t0\t*\tSat cat a.\nx\t1\t\tA dog ran.\n")
+    split = load_dataset(configured("dataset=cola", f"dataset.root={tmp_path}", "dataset.validation=0.3").dataset, 0)
+    assert (len(split.train), len(split.scored)) == (2, 1)
+
+    labels = tmp_path / "dtd" / "dtd" / "labels"
+    labels.mkdir(parents=True)
+    (labels / "train1.txt").write_text((shared / "data/dtd/dtd/labels/train1.txt").read_text())
+    (labels.parent / "images").symlink_to(shared / "data/dtd/dtd/images")
+    images = load("dtd", tmp_path, validation=0.25)
+    assert (len(images.train), len(images.scored), len(images.classes)) == (300, 100, 10)
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.001, 1), (0.999, 2)])
+def test_neither_part_is_empty(fraction: float, held_out: int, tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("x\t1\t\tA cat sat.\nx\t0\t*\tSat cat a.\nx\t1\t\tA dog ran.\n")
+    words = ("dataset=cola", f"dataset.root={tmp_path}", f"dataset.validation={fraction}")
+    assert len(load_dataset(configured(*words).dataset, 0).scored) == held_out
+
+
+def test_a_single_example_cannot_be_divided() -> None:
+    with pytest.raises(TensLoRAError, match=r"dataset\.validation=0\.5: digits has 1 training example"):
+        load("digits", None, train_size=1, validation=0.5)
+
+
+@pytest.mark.parametrize("fraction", ["0", "1", "1.5"])
+def test_the_fraction_is_between_0_and_1(fraction: str) -> None:
+    with pytest.raises(TensLoRAError, match=rf"dataset\.validation={fraction}.*must be above 0 and below 1, or null"):
+        configured(f"dataset.validation={fraction}")
+
+
+def test_a_record_names_the_split_that_its_scores_are_of(tmp_path: Path) -> None:
+    record = run(tmp_path, *SHORT, "dataset.validation=0.2", "trainer.epochs=1")
+    assert record["scored_on"] == "validation"
+    assert (record["train_examples"], record["validation_examples"], record["test_examples"]) == (40, 10, 0)
+    (epoch,) = record["metrics"]["history"]
+    assert "validation_loss" in epoch
+    assert "test_loss" not in epoch
+    assert epoch["accuracy"] * 10 == pytest.approx(round(epoch["accuracy"] * 10))
