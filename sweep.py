@@ -70,7 +70,7 @@ def sweep(
 
     from tenslora.harness.results import write_results
     from tenslora.harness.results.paper import stand_in
-    from tenslora.harness.results.table import Table
+    from tenslora.harness.results.table import Table, groups_of
     from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, plan_jobs
     from tenslora.harness.sweeping.plan import announcements, plan
     from tenslora.harness.sweeping.progress import Progress
@@ -78,10 +78,11 @@ def sweep(
 
     outputs = Path(config.hydra.sweep.dir)
     jobs = plan_jobs(composed, outputs)
+    groups = groups_of(config.table.groups)
 
     def collect(looks: Mapping[Job, Look]) -> Table:
         runs = tuple(job.in_table(look) for job, look in looks.items())
-        table = Table(config.table.name, config.table.title, runs, config.table.score)
+        table = Table(config.table.name, config.table.title, runs, config.table.score, groups=groups)
         return replace(table, notes=tuple(filter(None, [stand_in(table)])))
 
     looks = {job: job.look() for job in jobs}

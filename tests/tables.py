@@ -46,7 +46,7 @@ def make_run(
     if mode in CONSTRUCTIONS:
         ranks = isoparameters(mode, geometry) if strategy == "isoparameters" else isorank(mode, geometry)
     parameters = parameter_count(mode, geometry, ranks) if ranks else None
-    metric = _METRIC[column.dataset]
+    metric = _METRIC.get(column.dataset, "accuracy")
     history = [
         {"epoch": epoch, "step": 16 * epoch, "lr": 1e-3, "train_loss": 1.0, "test_loss": 1.0, metric: score}
         for epoch, score in enumerate(epochs, start=1)

@@ -68,7 +68,7 @@ def _grid_table(grid: Grid, title: str, label: str) -> str:
 def _comparison_table(summary: Summary) -> str:
     heads = [f"${head}$" if head == "p" else _escaped(head) for head in COMPARISON_HEADS]
     body = [_row(["construction", *heads])]
-    for column in summary.table.columns:
+    for column in (each.column for each in summary.columns):
         name = _escaped(f"{column.dataset} ({column.model})")
         body += [r"\midrule", rf"\multicolumn{{5}}{{l}}{{\emph{{{name}}}}} \\"]
         for against in summary.comparisons:

@@ -33,7 +33,8 @@ class Cell:
     """A row's runs in one column. There are no runs if the table does not combine this row with this column.
 
     Args:
-        runs: the runs by rising seed.
+        runs: the runs by rising seed; none in a column that shows the mean of others.
+        seeds: the number of seeds that the cell is for.
         scores: the scores of the completed runs by seed, as fractions.
         mean: the mean of the scores, in per cent; None without a score.
         deviation: the scores' standard deviation in per cent; None with fewer than two scores.
@@ -44,6 +45,7 @@ class Cell:
     """
 
     runs: tuple[Run, ...]
+    seeds: int
     scores: dict[int, float]
     mean: float | None
     deviation: float | None
@@ -85,11 +87,11 @@ class Cell:
     def remark(self) -> str:
         """A remark on runs without a score: "missing", "failed", "(3 of 5 seeds, 1 failed)" or nothing."""
         if not self.scores:
-            return "failed" if self.failed else "missing" if self.runs else ""
-        if len(self.scores) == len(self.runs):
+            return "failed" if self.failed else "missing" if self.seeds else ""
+        if len(self.scores) == self.seeds:
             return ""
         failed = f", {self.failed} failed" if self.failed else ""
-        return f"({len(self.scores)} of {len(self.runs)} seeds{failed})"
+        return f"({len(self.scores)} of {self.seeds} seeds{failed})"
 
     def text(self, bold: str, plus_minus: str) -> str:
         """Mean, standard deviation and remark.
@@ -247,6 +249,9 @@ class Summary:
         if any("/" in row.parameters + row.ranks for row in self.rows):
             models = dict.fromkeys(column.model for column in self.table.columns)
             sentences.append(f"Ranks and parameters that differ between backbones: {' / '.join(models)}.")
+        if means := {mean.dataset: len(of) for mean, of in self.table.group_columns.items()}:
+            counts_of = ", ".join(f"{name} ({count})" for name, count in means.items())
+            sentences.append(f"Means over several columns, and their number: {counts_of}.")
         return " ".join(sentences)
 
     @cached_property
@@ -274,11 +279,12 @@ def summarize(table: Table) -> Summary:
     Args:
         table: the table, finished or not.
     """
-    differences = _differences(table)
+    columns_shown = [*table.columns, *table.group_columns]
+    differences = _differences(table, columns_shown)
     means = {
         (row, column): mean_and_deviation(100 * score for score in scores.values())
         for row in table.rows
-        for column in table.columns
+        for column in columns_shown
         if (scores := table.scores(row, column))
     }
     best: dict[Column, float] = {}
@@ -291,6 +297,7 @@ def summarize(table: Table) -> Summary:
         mean, deviation = means.get((row, column), (None, None))
         return Cell(
             runs=tuple(table.cell(row, column)),
+            seeds=len(table.seeds(row, column)),
             scores=table.scores(row, column),
             mean=mean,
             deviation=deviation,
@@ -303,7 +310,7 @@ def summarize(table: Table) -> Summary:
     groups = [(row.is_lora, row.is_construction, row.strategy) for row in table.rows]
     starts = [False, *(above != below for above, below in pairwise(groups))]
     rows = tuple(
-        SummaryRow(row, _sizes(table, row), tuple(cell(row, column) for column in table.columns), starts_group)
+        SummaryRow(row, _sizes(table, row), tuple(cell(row, column) for column in columns_shown), starts_group)
         for row, starts_group in zip(table.rows, starts, strict=True)
     )
     columns = tuple(
@@ -313,7 +320,7 @@ def summarize(table: Table) -> Summary:
             larger_is_better=_larger_is_better(table, column),
             has_paper=any(row.cells[number].paper is not None for row in rows),
         )
-        for number, column in enumerate(table.columns)
+        for number, column in enumerate(columns_shown)
     )
     comparisons = tuple(Comparison(row, column, difference) for (row, column), difference in differences.items())
     if not any(comparison.difference for comparison in comparisons):
@@ -335,13 +342,13 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _differences(table: Table) -> dict[tuple[Row, Column], Difference | None]:
+def _differences(table: Table, columns: list[Column]) -> dict[tuple[Row, Column], Difference | None]:
     """The difference of each row from its LoRA row in points, by column. Rows without a LoRA row are left out."""
     differences = {}
-    for column in table.columns:
+    for column in columns:
         for row in table.rows:
             reference = table.reference(row)
-            if row.is_lora or reference is None or not table.cell(row, column):
+            if row.is_lora or reference is None or not table.seeds(row, column):
                 continue
             difference = paired_difference(table.scores(row, column), table.scores(reference, column))
             differences[row, column] = difference.in_points if difference else None

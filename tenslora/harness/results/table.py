@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from tenslora.constructions import CONSTRUCTIONS
+from tenslora.errors import TensLoRAError
 from tenslora.harness.config.schema import TENSOR_MODES
 
 ROW_ORDER = TENSOR_MODES
 """The order of the rows: LoRA, the paper's constructions in the paper's order, the others, and the reference rows."""
+
+
+MEAN_OF_GROUPS = "mean of groups"
+"""The name of the column that shows the mean over the means of a table's groups."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,7 @@ class Table:
             runs.
         score: the score that the table shows, "last" or "best", see `Run.score`.
         notes: sentences below the title.
+        groups: the datasets of each group whose mean the table shows.
     """
 
     name: str
@@ -169,6 +175,7 @@ class Table:
     runs: tuple[Run, ...]
     score: str = "last"
     notes: tuple[str, ...] = ()
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -195,6 +202,24 @@ class Table:
         return list(dict.fromkeys(run.column for run in self.runs))
 
     @cached_property
+    def group_columns(self) -> dict[Column, list[Column]]:
+        """A column for the mean over each group of datasets, and one for the mean of these means, by backbone.
+
+        A column maps to the columns that it is the mean of. There is none if a dataset of a group is not in the table.
+        """
+        means: dict[Column, list[Column]] = {}
+        for model in dict.fromkeys(column.model for column in self.columns):
+            members = {
+                Column(name, model): [Column(dataset, model) for dataset in datasets]
+                for name, datasets in self.groups.items()
+            }
+            complete = {mean: of for mean, of in members.items() if set(of) <= set(self.columns)}
+            means |= complete
+            if complete.keys() == members.keys() and len(members) > 1:
+                means[Column(MEAN_OF_GROUPS, model)] = list(members)
+        return means
+
+    @cached_property
     def swept_setting(self) -> str | None:
         """The setting that is swept beside construction, strategy and seed; None if there is none, or several."""
         settings = {assignment.partition("=")[0] for row in self.rows for assignment in row.variant}
@@ -211,8 +236,21 @@ class Table:
             cells.setdefault((run.row, run.column), []).append(run)
         return cells
 
+    def seeds(self, row: Row, column: Column) -> set[int]:
+        """The seeds of a cell's runs, finished or not; of a column of means, those of all its parts."""
+        if column in self.group_columns:
+            return set[int].union(*(self.seeds(row, part) for part in self.group_columns[column]))
+        return {run.seed for run in self.cell(row, column)}
+
     def scores(self, row: Row, column: Column) -> dict[int, float]:
-        """The scores of a cell's completed runs by seed, as fractions."""
+        """The scores of a cell's completed runs by seed, as fractions.
+
+        In a column of means, a seed has a score if it has one in each part.
+        """
+        if column in self.group_columns:
+            parts = [self.scores(row, part) for part in self.group_columns[column]]
+            seeds = sorted(set[int].intersection(*map(set, parts)))
+            return {seed: statistics.fmean(part[seed] for part in parts) for seed in seeds}
         scores = {run.seed: run.score(self.score) for run in self.cell(row, column)}
         return {seed: score for seed, score in scores.items() if score is not None}
 
@@ -224,11 +262,32 @@ class Table:
 
     def metric(self, column: Column) -> str | None:
         """The name of a column's headline metric, as recorded by its runs; None before the first record."""
+        if column in self.group_columns:
+            names = {self.metric(part) for part in self.group_columns[column]} - {None}
+            return names.pop() if len(names) == 1 else None
         for run in self.runs:
             if run.column == column and run.record:
                 name: str = run.record["metrics"]["name"]
                 return name
         return None
+
+
+def groups_of(setting: Any) -> dict[str, tuple[str, ...]]:
+    """The groups of a table, from the setting `table.groups`.
+
+    Args:
+        setting: a mapping from the names of the groups to lists of datasets.
+
+    Returns:
+        The groups.
+
+    Raises:
+        TensLoRAError: if the setting is something else.
+    """
+    groups = list(setting.values()) if isinstance(setting, Mapping) else [None]
+    if not all(isinstance(group, Sequence) and not isinstance(group, str) and len(group) for group in groups):
+        raise TensLoRAError(f"table.groups={setting}: must be lists of datasets by group, such as {{Vision: [dtd]}}")
+    return {str(name): tuple(map(str, datasets)) for name, datasets in setting.items()}
 
 
 def percent_of_lora(parameters: int | None, lora_parameters: int | None) -> float | None:
