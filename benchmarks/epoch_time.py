@@ -61,7 +61,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
         run = validate(compose("config", overrides))
     logging.disable(logging.INFO)
     # The score after a few steps says nothing, and an evaluation takes longer than the steps.
-    no_score = (0.0, dict.fromkeys(run.dataset.metrics, 0.0))
+    no_score = (0.0, dict.fromkeys(run.dataset.metrics or (), 0.0))
     records = []
     with patch("tenslora.harness.training.loop.evaluate", return_value=no_score):
         for _ in range(2):

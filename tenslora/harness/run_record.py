@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tenslora.constructions import Geometry
 from tenslora.harness.results.table import percent_of_lora
 from tenslora.harness.training.metrics import METRICS
+from tenslora.harness.training.tasks import TASKS
 from tenslora.ranks import parameter_count, rank_limits
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def facts_of(run: RunConfig, dataset: Dataset, adapted: AdaptedModel, processes:
     factorization = None
     if run.adapter:
         factorization = "matrix" if run.tensor_mode == "lora" else run.adapter.factorization
+    metrics = run.dataset.metrics or TASKS[dataset.task].metrics
     return {
         "digest": run.digest(),
         "model": run.model.name,
@@ -78,6 +80,7 @@ def facts_of(run: RunConfig, dataset: Dataset, adapted: AdaptedModel, processes:
         "validation_examples": len(dataset.validation or ()),
         "more_test_examples": {split: len(examples) for split, examples in dataset.more_tests.items()},
         "task": dataset.task,
+        "scores": [*metrics, *(f"{metric}_{split}" for split in dataset.more_tests for metric in metrics)],
         "classes": list(dataset.classes),
         "processes": processes.count,
         "device": processes.name,
@@ -109,7 +112,7 @@ def record_of(
         "status": "diverged" if failure else "completed",
         "failure": {"message": str(failure), "step": failure.step, "lr": failure.rate} if failure else None,
         **facts,
-        "metrics": summarize_history(state.history, list(run.dataset.metrics), facts["more_test_examples"]),
+        "metrics": summarize_history(state.history, facts["scores"]),
         "seconds": {**seconds, **state.seconds},
         "steps_per_second": state.steps / state.seconds["train"] if state.steps else None,
         "peak_memory_bytes": processes.peak_memory_bytes(),
@@ -119,22 +122,19 @@ def record_of(
     }
 
 
-def summarize_history(
-    history: list[dict[str, Any]], metrics: list[str], more_tests: Iterable[str] = ()
-) -> dict[str, Any]:
+def summarize_history(history: list[dict[str, Any]], scores: list[str]) -> dict[str, Any]:
     """The scores of a run, as its record holds them under "metrics".
 
     Args:
-        history: one entry per finished epoch, with every metric's score.
-        metrics: the names of the metrics, the headline metric first.
-        more_tests: the names of the further test splits; see `loop.fit` for the names of their scores.
+        history: one entry per finished epoch, with every score.
+        scores: the names of the scores, the headline metric first; see `loop.fit` for those of further test splits.
 
     Returns:
         A dict with the headline metric's name ("name"), its last and its best score ("last", "best"), the epoch of the
         best score ("best_epoch"), the other last scores ("others_last") and the history ("history").
         Without a finished epoch the scores are None.
     """
-    headline, *others = [*metrics, *(f"{metric}_{split}" for split in more_tests for metric in metrics)]
+    headline, *others = scores
     better = max if METRICS[headline].larger_is_better else min
     best = better(history, key=lambda entry: entry[headline], default=None)
     return {

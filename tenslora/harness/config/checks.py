@@ -66,14 +66,14 @@ def one_of(valid: Collection[str | bool]) -> AfterValidator:
 
 
 def at_least_one(valid: Collection[str]) -> AfterValidator:
-    """A validator that accepts a list that is not empty.
+    """A validator that accepts a list that is not empty. It accepts None where the field's type does.
 
     Args:
         valid: the possible items, for the message.
     """
 
-    def check(value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
+    def check(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value == ():
             raise ValueError(f"needs at least one of {', '.join(valid)}")
         return value
 

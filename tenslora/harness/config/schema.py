@@ -104,12 +104,13 @@ class TransformConfig:
 class DatasetConfig:
     """The settings that image and text datasets share.
 
-    `source` is the kind of files that the dataset is read from; None if the dataset's name says it.
+    `source` is the kind of files that the dataset is read from; None if the dataset's name says it. `metrics` are the
+    task's own (`tasks.Task.metrics`) if they are None.
     """
 
     name: str
     root: str | None
-    metrics: Annotated[tuple[str, ...], at_least_one(METRICS), one_of(METRICS)]
+    metrics: Annotated[tuple[str, ...] | None, at_least_one(METRICS), one_of(METRICS)]
     train_splits: tuple[str, ...] | None
     test_split: str | None
     train_size: CountOrNull

@@ -40,7 +40,7 @@ class TensorBoardTracker(Tracker):
     """
 
     def __init__(self, run: RunConfig, folder: Path, facts: dict[str, Any]) -> None:
-        self._headline = run.dataset.metrics[0]
+        self._headline = facts["scores"][0]
         hyperparameters = {
             "row": Row(run.tensor_mode, run.row_strategy).label,
             "adapter_parameters": facts["adapter_parameters"],

@@ -44,7 +44,7 @@ class WandbTracker(Tracker):
     def __init__(self, run: RunConfig, folder: Path, facts: dict[str, Any]) -> None:
         row = _one_word(Row(run.tensor_mode, run.row_strategy))
         percent = percent_of_lora(facts["adapter_parameters"], facts["lora_parameters"])
-        self._headline = run.dataset.metrics[0]
+        self._headline = facts["scores"][0]
         self._wandb_run = _start(
             run.logger,
             folder,

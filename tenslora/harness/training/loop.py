@@ -71,7 +71,7 @@ def fit(
     Args:
         model: the adapted model, on the processes' device. In bf16 its frozen weights become bf16.
         data: the encoded examples. The loss is that of their task.
-        run: the settings. The progress bar shows the first of `run.dataset.metrics`.
+        run: the settings. The progress bar shows the first metric.
         processes: the processes that share the work.
         checkpoint: the file that is written after every epoch. A run with `run.resume` starts from it if it exists.
         show_progress: whether to draw a progress bar, or to log a line now and then if there is no terminal.
@@ -111,7 +111,7 @@ def fit(
         pin_memory=processes.device.type == "cuda",
     )
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
-    metrics = run.dataset.metrics
+    metrics = run.dataset.metrics or task.metrics
     evaluate_epoch = partial(evaluate, optimization.wrapped, data, metrics, trainer=run.trainer, processes=processes)
     with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
         while state.steps < steps:
@@ -214,7 +214,7 @@ class _Optimization:
             with autocast(self.run.trainer.precision, device):
                 outputs = outputs_of(self.forward, inputs)
             if is_first_step:
-                self.task.check_metrics(self.run.dataset.metrics, outputs.shape[-1])
+                self.task.check_metrics(self.run.dataset.metrics or self.task.metrics, outputs.shape[-1])
             loss = self.task.loss(outputs.float(), labels, "mean") * batch.weight
             torch.autograd.backward(loss)
         return loss.detach()

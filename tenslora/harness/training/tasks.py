@@ -20,10 +20,13 @@ class Task:
         name: the task's name, as in `Metric.task`.
         loss: computes the loss from (outputs, labels, reduction). Outputs are float32, of shape (examples, outputs);
             labels have shape (examples,). The reduction is "mean" for one number, or "none" for one per example.
+        metrics: the names of the metrics that score the task unless `dataset.metrics` names others, the headline metric
+            first.
     """
 
     name: str
     loss: Callable[[Tensor, Tensor, str], Tensor]
+    metrics: tuple[str, ...]
 
     def check_metrics(self, names: Sequence[str], outputs: int) -> None:
         """Check that metrics can score this task.
@@ -52,10 +55,10 @@ def _squared_error(outputs: Tensor, labels: Tensor, reduction: str) -> Tensor:
     return F.mse_loss(outputs.reshape(labels.shape), labels.to(outputs.dtype), reduction=reduction)
 
 
-CLASSIFICATION = Task("classification", _cross_entropy)
+CLASSIFICATION = Task("classification", _cross_entropy, ("accuracy",))
 """Each example belongs to one class: the outputs are the classes' logits, the labels class numbers."""
 
-REGRESSION = Task("regression", _squared_error)
+REGRESSION = Task("regression", _squared_error, ("pearson", "spearman"))
 """Each example has a value: the model has one output, and the labels are numbers."""
 
 TASKS = {task.name: task for task in (CLASSIFICATION, REGRESSION)}

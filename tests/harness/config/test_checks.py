@@ -53,8 +53,10 @@ REFUSED = {
         "optimizer.factor_weight_decay.row: must be one of core, d_in, d_out, d_head, head, projection, depth, site"
     ),
     # lists
-    "dataset.metrics=[]": "dataset.metrics=[]: needs at least one of accuracy, matthews, f1",
-    "dataset.metrics=[accuracy,auc]": ("dataset.metrics=[accuracy, auc]: auc must be one of accuracy, matthews, f1"),
+    "dataset.metrics=[]": "dataset.metrics=[]: needs at least one of accuracy, matthews, f1, pearson, spearman",
+    "dataset.metrics=[accuracy,auc]": (
+        "dataset.metrics=[accuracy, auc]: auc must be one of accuracy, matthews, f1, pearson, spearman"
+    ),
     "dataset.metrics=accuracy": "dataset.metrics=accuracy: must be a list, written [a,b]",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9]: must be two numbers",
     "model.mean=[0.5,0.5]": "model.mean=[0.5, 0.5]: must have one number for each channel, and channels=1",
