@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.api_pb2 import Status
 
-FACTS = {"adapter_parameters": 100, "lora_parameters": 400}
+FACTS = {"adapter_parameters": 100, "lora_parameters": 400, "scores": ["matthews", "accuracy"]}
 """What a tracker needs to know of a run."""
 
 
