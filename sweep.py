@@ -8,6 +8,7 @@ A sweep that is started again goes on where it stopped. Its results are in outpu
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,7 @@ def sweep(
 
     from tenslora.harness.results import write_results
     from tenslora.harness.results.paper import stand_in
+    from tenslora.harness.results.settings import command_of, settings_of
     from tenslora.harness.results.table import Table, groups_of
     from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, plan_jobs
     from tenslora.harness.sweeping.plan import announcements, plan
@@ -77,13 +79,15 @@ def sweep(
     from tenslora.harness.tracking import track_table
 
     outputs = Path(config.hydra.sweep.dir)
+    folder = outputs / "tables" / config.table.name
     jobs = plan_jobs(composed, outputs)
-    groups = groups_of(config.table.groups)
+    groups, settings = groups_of(config.table.groups), settings_of(job.run.settings() for job in jobs)
 
     def collect(looks: Mapping[Job, Look]) -> Table:
         runs = tuple(job.in_table(look) for job, look in looks.items())
         table = Table(config.table.name, config.table.title, runs, config.table.score, groups=groups)
-        return replace(table, notes=tuple(filter(None, [stand_in(table)])))
+        notes = tuple(filter(None, [stand_in(table)]))
+        return replace(table, notes=notes, command=command_of(sys.argv), settings=settings)
 
     looks = {job: job.look() for job in jobs}
     print(plan(collect(looks), looks), flush=True)
@@ -94,7 +98,10 @@ def sweep(
     if not config.collect_only:
         print("\n".join(["", *announcements(looks)]), flush=True)
     if todo:
-        with Progress(jobs, looks):
+        from tenslora.harness.results.report import write_report
+
+        print(f"report: {folder / 'report.html'}, written anew as jobs end\n", flush=True)
+        with Progress(jobs, looks, lambda looks, goes_on: write_report(collect(looks), folder, goes_on)):
             while todo:
                 elsewhere = []
                 for job, outcome in zip(todo, launch([job.overrides for job in todo]), strict=True):
@@ -110,8 +117,8 @@ def sweep(
 
     looks = {job: job.look() for job in jobs}
     table = collect(looks)
-    files = write_results(table, outputs / "tables" / table.name)
-    offline = track_table(jobs[0].run.logger, outputs / "tables" / table.name, table, files)
+    files = write_results(table, folder)
+    offline = track_table(jobs[0].run.logger, folder, table, files)
     print("\n".join(["", *(str(file) for file in files)]))
     if offline:
         print(f"\n{offline}; to upload: find {outputs} -name 'offline-run-*' -prune -exec wandb sync {{}} +")

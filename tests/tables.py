@@ -11,12 +11,13 @@ from tenslora.harness.results.table import Column, Row, Run, Table
 from tenslora.ranks import isoparameters, isorank, parameter_count
 
 DTD, COLA, DIGITS = Column("dtd", "vit_base"), Column("cola", "minilm"), Column("digits", "vit_digits")
+STSB = Column("stsb", "minilm")
 _GEOMETRY = {
     "vit_base": Geometry(768, 12, 64, 12),
     "minilm": Geometry(384, 12, 32, 6),
     "vit_digits": Geometry(64, 4, 16, 4),
 }
-_METRIC = {"dtd": "accuracy", "digits": "accuracy", "cola": "matthews"}
+_METRIC = {"dtd": "accuracy", "digits": "accuracy", "cola": "matthews", "stsb": "pearson"}
 
 
 def make_run(

@@ -71,7 +71,7 @@ def test_a_dry_run_prints_the_plan_and_neither_writes_nor_loads_anything(tmp_pat
     assert not {"torch", "timm", "transformers", "sklearn", "matplotlib"} & imported
     assert done.returncode == 0
     lines = done.stdout.splitlines()
-    assert lines[0] == "LoRA and the seven constructions, isorank"
+    assert lines[0] == "LoRA and tensor constructions, isorank"
     assert [line for line in lines if " with " in line] == ["cola with roberta_base", "dtd with vit_base"]
     (row,) = {" ".join(line.split()) for line in lines if line.startswith("  qkv_depth")}
     assert row == "qkv_depth isorank 4, 4, 4, 4 6,460 2.9 % 3 to run"

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from tenslora.harness.results.summary import (
-    ADAPTER_HEADS,
     COMPARISON_HEADS,
     COMPARISON_NOTE,
     MINUS,
     Cell,
     Grid,
     Summary,
+    SummaryRow,
     one_line,
 )
+from tenslora.harness.results.table import AdapterSize
+
+_SIZE_HEADS = ["ranks", "parameters", r"\% of LoRA"]
 
 
 def to_latex(summary: Summary) -> str:
     """The table as LaTeX: the scores, the scores by the swept setting, and the comparison of each row with LoRA.
 
     The last two are left out if they would be empty. Each is a `table` environment with a caption, for the package
-    booktabs. The labels are tab:<name>, tab:<name>-by-setting (with -1, -2, ... if there are several columns) and
-    tab:<name>-against-lora.
+    booktabs. A table that is wider than the text is scaled down to its width, which needs graphicx. If there are
+    several backbones, ranks and parameters have a table of their own. The labels are tab:<name>, tab:<name>-sizes,
+    tab:<name>-by-setting (with -1, -2, ... if there are several columns) and tab:<name>-against-lora.
 
     Args:
         summary: the summary of the table.
     """
-    parts = ["% Needs \\usepackage{booktabs}.", _main_table(summary)]
+    parts = ["% Needs \\usepackage{booktabs,graphicx}.", *_main_tables(summary)]
     for run in summary.failures:
         reason = one_line(f"{run.row.label}, {run.column.dataset}, seed {run.seed}: {run.problem}")
         parts.append(f"% failed: {reason}")
@@ -38,24 +43,61 @@ def to_latex(summary: Summary) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _main_table(summary: Summary) -> str:
-    first = len(ADAPTER_HEADS) + 1  # number of the LaTeX column in which a column of the table begins
-    datasets, heads, rules = [""] * len(ADAPTER_HEADS), [_escaped(head) for head in ADAPTER_HEADS], []
+def _main_tables(summary: Summary) -> list[str]:
+    """The scores with the sizes beside them, or with a table of sizes of their own where backbones differ."""
+    table = summary.table
+    models = list(dict.fromkeys(column.model for column in table.columns))
+    beside = len(models) == 1
+    sizes = [""] * len(_SIZE_HEADS) if beside else []
+    first = len(sizes) + 2  # number of the LaTeX column in which a column of the table begins
+    datasets, heads, rules = ["", *sizes], ["construction", *(_SIZE_HEADS if beside else [])], []
     for column in summary.columns:
         name = _escaped(f"{column.column.dataset} ({column.column.model})")
         datasets.append(rf"\multicolumn{{{1 + column.has_paper}}}{{c}}{{{name}}}")
         heads += [_escaped(column.metric or ""), *["paper"] * column.has_paper]
         rules.append(rf"\cmidrule(lr){{{first}-{first + column.has_paper}}}")
         first += 1 + column.has_paper
-    body = [_row(datasets), " ".join(rules), _row(heads), r"\midrule"]
-    for row in summary.rows:
-        texts = [_escaped(row.row.label), row.ranks, row.parameters, row.percent_of_lora]
+
+    def scores(row: SummaryRow) -> list[str]:
+        texts = [row.ranks, row.parameters, row.percent_of_lora] if beside else []
         for column, cell in zip(summary.columns, row.cells, strict=True):
             texts += [_score(cell), *[cell.paper_number] * column.has_paper]
-        body += [r"\midrule"] * row.starts_group + [_row(map(_with_dash, texts))]
-    table = summary.table
-    caption = " ".join(map(_escaped, (f"{table.title}.", *table.notes, summary.caption)))
-    return _environment("llrr" + "r" * (len(heads) - len(ADAPTER_HEADS)), body, caption, f"tab:{table.name}")
+        return texts
+
+    notes = [summary.caption]
+    if any(cell.scores and cell.remark for row in summary.rows for cell in row.cells):
+        notes.append("A superscript counts the seeds that have a score where some have none.")
+    alignment = ("llrr" if beside else "l") + "r" * (len(heads) - 1 - len(sizes))
+    caption = " ".join(map(_escaped, (f"{table.title}.", *table.notes, *notes)))
+    top = [_row(datasets), " ".join(rules), _row(heads)]
+    tables = [_environment(alignment, [*top, *_grouped(summary, scores, len(heads))], caption, f"tab:{table.name}")]
+    if not beside:
+        names = ["", *(rf"\multicolumn{{3}}{{c}}{{{_escaped(model)}}}" for model in models)]
+        rules = [rf"\cmidrule(lr){{{2 + 3 * number}-{4 + 3 * number}}}" for number in range(len(models))]
+        top = [_row(names), " ".join(rules), _row(["construction", *_SIZE_HEADS * len(models)])]
+
+        def sizes_of(row: SummaryRow) -> list[str]:
+            by_model = {run.column.model: cell.size for cell in row.cells for run in cell.runs}
+            return [text for model in models for text in by_model.get(model, AdapterSize(None, None, None)).texts]
+
+        body = _grouped(summary, sizes_of, 1 + 3 * len(models))
+        caption = _escaped(f"{table.title}: ranks and parameters.")
+        tables += ["", _environment("l" + "lrr" * len(models), [*top, *body], caption, f"tab:{table.name}-sizes")]
+    return tables
+
+
+def _grouped(summary: Summary, texts: Callable[[SummaryRow], list[str]], width: int) -> list[str]:
+    """The rows of a table, each rank strategy below its name."""
+    lines = [r"\midrule"]
+    strategy = ""
+    for row in summary.rows:
+        lines += [r"\midrule"] * row.starts_group
+        if row.row.strategy and (row.starts_group or row.row.strategy != strategy):
+            lines.append(rf"\multicolumn{{{width}}}{{l}}{{\emph{{{_escaped(row.row.strategy)}}}}} \\")
+        strategy = row.row.strategy
+        name = _escaped(replace(row.row, strategy="").label)
+        lines.append(_row([name, *map(_with_dash, texts(row))]))
+    return lines
 
 
 def _grid_table(grid: Grid, title: str, label: str) -> str:
@@ -79,7 +121,10 @@ def _comparison_table(summary: Summary) -> str:
 
 
 def _score(cell: Cell) -> str:
-    return cell.text(r"\textbf{{{}}}", r"$\pm$").replace(MINUS, "$-$")
+    text = cell.text(r"\textbf{{{}}}", r"$\pm$").replace(MINUS, "$-$")
+    if cell.scores and cell.remark:
+        text = text.replace(f" {cell.remark}", rf"$^{{{len(cell.scores)}/{cell.seeds}}}$")
+    return text
 
 
 def _environment(alignment: str, body: list[str], caption: str, label: str) -> str:
@@ -90,11 +135,12 @@ def _environment(alignment: str, body: list[str], caption: str, label: str) -> s
             r"\small",
             rf"\caption{{{caption}}}",
             rf"\label{{{label}}}",
-            rf"\begin{{tabular}}{{{alignment}}}",
+            r"\setlength{\tabcolsep}{4pt}",
+            rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
             *body,
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             r"\end{table}",
         ]
     )

@@ -88,6 +88,8 @@ def _paper_rows(table: Table) -> list[Row]:
     return [row for row in rows if row.tensor_mode in PAPER_CONSTRUCTIONS]
 
 
+_SEVEN = tuple(mode for mode in PAPER_CONSTRUCTIONS if mode != "lora")
+
 # A rule returns whether its claim holds (None if undecided), and the numbers behind that answer.
 _Answer = tuple[bool | None, str]
 
@@ -96,8 +98,8 @@ def _no_construction_beats_lora(table: Table, strategies: list[str]) -> _Answer:
     rows = [row for row in _paper_rows(table) if row.strategy in strategies]
     beats = _compare(table, [(row, table.reference(row)) for row in rows])
     truths = [None if truth is None else not truth for truth in beats.values()]
-    complete = len(rows) == 7 * len(strategies)
-    return _all([*truths, *([] if complete else [None])]), _listed(beats, "above LoRA")
+    absent = _absent(table, _SEVEN, strategies)
+    return _all([*truths, *([None] if absent else [])]), _listed(beats, "above LoRA", absent)
 
 
 def _few_parameters(table: Table, strategies: list[str]) -> _Answer:
@@ -113,7 +115,7 @@ def _few_parameters(table: Table, strategies: list[str]) -> _Answer:
         below = [mode for mode, percent in known.items() if percent < 10]
         truths.append(len(below) >= 4 if len(known) == 7 else None)
         listed = ", ".join(f"{mode} {percent:.1f} %" for mode, percent in known.items())
-        sentences.append(f"{len(below)} of {len(known)} on {column.model} ({listed})")
+        sentences.append(f"{len(below)} of {len(known)} on {column.model}" + (f" ({listed})" if listed else ""))
     return _all(truths), "; ".join(dict.fromkeys(sentences))
 
 
@@ -121,9 +123,9 @@ def _two_beat_lora_everywhere(table: Table, strategies: list[str]) -> _Answer:
     modes = ("qkv_depth", "att_qkv_depth")
     rows = [row for row in _paper_rows(table) if row.tensor_mode in modes and row.strategy in strategies]
     beats = _compare(table, [(row, table.reference(row)) for row in rows])
-    truth = _all(beats.values()) if len(rows) == len(modes) else None
+    absent = _absent(table, modes, strategies)
     datasets = f"{len(table.columns)} dataset{'s' if len(table.columns) > 1 else ''} here"
-    return truth, f"{_listed(beats, 'above LoRA')} ({datasets})"
+    return None if absent else _all(beats.values()), f"{_listed(beats, 'above LoRA', absent)} ({datasets})"
 
 
 def _att_is_the_weakest(table: Table, strategies: list[str]) -> _Answer:
@@ -134,8 +136,8 @@ def _att_is_the_weakest(table: Table, strategies: list[str]) -> _Answer:
         if att.tensor_mode == "att" != row.tensor_mode and att.strategy == row.strategy in strategies
     ]
     beats = _compare(table, pairs)
-    complete = len(pairs) == 6 * len(strategies)
-    return _all([*beats.values(), *([] if complete else [None])]), _listed(beats, "above att")
+    absent = _absent(table, _SEVEN, strategies)
+    return _all([*beats.values(), *([None] if absent else [])]), _listed(beats, "above att", absent)
 
 
 _RULES = {
@@ -151,8 +153,11 @@ def _compare(table: Table, pairs: Sequence[tuple[Row, Row | None]]) -> dict[str,
     beats: dict[str, bool | None] = {}
     for row, other in pairs:
         for column in table.columns:
-            difference = other and paired_difference(table.scores(row, column), table.scores(other, column))
-            where = f" on {column.dataset} with {column.model}" if len(table.columns) > 1 else ""
+            pair = (row, other) if table.scale(column).larger_is_better else (other, row)
+            difference = other and paired_difference(*(table.scores(each, column) for each in pair if each))
+            same = [other for other in table.columns if other.dataset == column.dataset]
+            where = f" on {column.dataset}" if len(table.columns) > 1 else ""
+            where += f" with {column.model}" if len(same) > 1 else ""
             beats[f"{row.label}{where}"] = difference.above if difference else None
     return beats
 
@@ -162,8 +167,21 @@ def _all(truths: Iterable[bool | None]) -> bool | None:
     return False if False in known else True if known and None not in known else None
 
 
-def _listed(beats: dict[str, bool | None], what: str) -> str:
-    def names(truth: bool | None) -> str:
-        return ", ".join(name for name, value in beats.items() if value is truth) or "none"
+def _absent(table: Table, modes: Iterable[str], strategies: Sequence[str]) -> str:
+    """The rows that a claim is about and that the table does not have."""
+    present = {(row.tensor_mode, row.strategy) for row in _paper_rows(table)}
+    wanted = [(mode, strategy) for strategy in strategies for mode in modes]
+    return ", ".join(" ".join(row) for row in wanted if row not in present)
 
-    return f"{what}: {names(True)}; not {what}: {names(False)}; undecided: {names(None)}"
+
+def _listed(beats: dict[str, bool | None], what: str, absent: str) -> str:
+    def names(truth: bool | None) -> str:
+        return ", ".join(name for name, value in beats.items() if value is truth)
+
+    parts = (
+        (what, names(True)),
+        (f"not {what}", names(False)),
+        ("undecided", names(None)),
+        ("not in this table", absent),
+    )
+    return "; ".join(f"{head}: {listed}" for head, listed in parts if listed)

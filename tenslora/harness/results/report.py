@@ -3,43 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+# Imported here, although only figures and intervals need them: a running sweep writes reports in a thread, and two
+# threads that import at once can see each other's half-imported modules.
+import matplotlib.backends.backend_svg  # noqa: F401
+import scipy.stats  # noqa: F401
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from tenslora.files import write_bytes
 from tenslora.harness.results.figures import figures_of, inline_svgs
 from tenslora.harness.results.statistics import Difference
-from tenslora.harness.results.summary import COMPARISON_NOTE, Comparison, Summary
-from tenslora.harness.results.table import ROW_ORDER, Run
+from tenslora.harness.results.summary import COMPARISON_NOTE, Comparison, Summary, summarize
+from tenslora.harness.results.table import ROW_ORDER, Column, Row, Run, Table
 
 
-def to_html(summary: Summary) -> str:
+def write_report(table: Table, folder: Path, goes_on: bool) -> Path:
+    """Write a table's report.html alone, while its sweep runs.
+
+    Args:
+        table: the table, finished or not.
+        folder: the folder to write to.
+        goes_on: whether the sweep goes on. If so, the page says when it was written, and reloads itself.
+
+    Returns:
+        The file.
+
+    Raises:
+        TensLoRAError: if the file cannot be written.
+    """
+    html = to_html(summarize(table), datetime.now().astimezone() if goes_on else None)
+    write_bytes(folder / "report.html", html.encode())
+    return folder / "report.html"
+
+
+def to_html(summary: Summary, written: datetime | None = None) -> str:
     """The report on a table as a self-contained HTML document.
 
     Args:
         summary: the summary of the table.
+        written: the present time, if the table's sweep runs: the document then shows it and reloads itself. None for
+            any other table.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("tenslora.harness.results") / "report.html").read_text(encoding="utf-8"))
     figures = [(figure, [Markup(svg) for svg in inline_svgs(summary, figure)]) for figure in figures_of(summary)]
     statuses = [run.status for run in summary.runs]
     reach = _reach(summary.comparisons)
-    larger_is_better = {column.column: column.larger_is_better for column in summary.columns}
+    columns = {column.column: column for column in summary.columns}
     return template.render(
         summary=summary,
         table=summary.table,
         position_of=lambda row: ROW_ORDER.index(row.tensor_mode),
+        written=written,
+        word=lambda status: "waiting" if written and status == "missing" else status,
+        unfinished=_unfinished(summary.runs),
         comparisons=[
-            (against, _interval(against.difference, reach, larger_is_better[against.column]))
-            for against in summary.comparisons
+            (column, [(one, _interval(one.difference, reach, columns[column].larger_is_better)) for one in compared])
+            for column, compared in groupby(
+                filter(_is_known, summary.comparisons), lambda comparison: comparison.column
+            )
         ],
         comparison_note=COMPARISON_NOTE,
         figures=[(figure, svgs) for figure, svgs in figures if svgs],
-        counts={status: statuses.count(status) for status in ("completed", "failed", "missing")},
+        counts={status: statuses.count(status) for status in ("completed", "failed", "running", "missing")},
+        runs=[(columns[column], list(runs)) for column, runs in groupby(summary.runs, lambda run: run.column)],
         provenance=_provenance(summary.runs),
     )
+
+
+def _is_known(comparison: Comparison) -> bool:
+    return comparison.difference is not None
 
 
 def _reach(comparisons: Iterable[Comparison]) -> float:
@@ -75,6 +114,15 @@ def _interval(difference: Difference | None, reach: float, larger_is_better: boo
         # Whether the row is better than LoRA, which colours the interval.
         "verdict": "open" if difference.above is None else "above" if difference.above is larger_is_better else "below",
     }
+
+
+def _unfinished(runs: Iterable[Run]) -> dict[str, list[tuple[Row, Column, list[int]]]]:
+    """The rows, columns and seeds of the runs that are running, and of those that are missing."""
+    unfinished: dict[str, list[tuple[Row, Column, list[int]]]] = {}
+    for (status, row, column), cell in groupby(runs, lambda run: (run.status, run.row, run.column)):
+        if status in ("running", "missing"):
+            unfinished.setdefault(status, []).append((row, column, [run.seed for run in cell]))
+    return dict(sorted(unfinished.items(), reverse=True))
 
 
 def _provenance(runs: Iterable[Run]) -> dict[str, list[str]]:

@@ -36,11 +36,14 @@ class Difference:
             return None
         return True if self.low > 0 else False if self.high <= 0 else None
 
-    @property
-    def in_points(self) -> Difference:
-        """This difference, which is one of fractions, in points (per cent of the metric)."""
-        low, high = (None if end is None else 100 * end for end in (self.low, self.high))
-        return replace(self, mean=100 * self.mean, low=low, high=high)
+    def times(self, factor: float) -> Difference:
+        """This difference in a unit that is smaller by a factor.
+
+        Args:
+            factor: a positive number, such as 100 to turn fractions into points.
+        """
+        low, high = (None if end is None else factor * end for end in (self.low, self.high))
+        return replace(self, mean=factor * self.mean, low=low, high=high)
 
 
 def paired_difference(scores: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from tenslora.harness.results.paper import Verdict, paper_value, verdicts
 from tenslora.harness.results.statistics import TEST, Difference, paired_difference
 from tenslora.harness.results.table import AdapterSize, Column, Row, Run, Table, mean_and_deviation
-from tenslora.harness.training.metrics import METRICS
+from tenslora.harness.training.metrics import HUNDREDFOLD
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -23,7 +23,7 @@ COMPARISON_HEADS = ("difference", "95 % interval", "p", "seeds")
 """The columns of `Comparison.texts`."""
 
 COMPARISON_NOTE = (
-    f"Difference of the means in points over the seeds that both have, its 95 % confidence interval, and the p-value "
+    f"Difference of the means over the seeds that both have, in points, its 95 % confidence interval, and the p-value "
     f"of a {TEST}. The p-values are not corrected for the number of comparisons."
 )
 
@@ -36,12 +36,12 @@ class Cell:
         runs: the runs by rising seed; none in a column that shows the mean of others.
         seeds: the number of seeds that the cell is for.
         scores: the scores of the completed runs by seed, as fractions.
-        mean: the mean of the scores, in per cent; None without a score.
-        deviation: the scores' standard deviation in per cent; None with fewer than two scores.
+        mean: the mean of the scores, in the metric's unit; None without a score.
+        deviation: the scores' standard deviation in this unit; None with fewer than two scores.
         best: whether no other row with an adapter shows a better mean in this column.
         paper: the paper's score in per cent; None where we have no source for it.
-        difference: the difference from LoRA, in points (per cent of the metric); None for LoRA itself, or if no seed is
-            finished for both.
+        difference: the difference from LoRA in the metric's unit; None for LoRA itself, or if no seed is finished for
+            both.
     """
 
     runs: tuple[Run, ...]
@@ -85,9 +85,10 @@ class Cell:
 
     @property
     def remark(self) -> str:
-        """A remark on runs without a score: "missing", "failed", "(3 of 5 seeds, 1 failed)" or nothing."""
+        """A remark on runs without a score: "missing", "running", "failed", "(3 of 5 seeds, 1 failed)" or nothing."""
         if not self.scores:
-            return "failed" if self.failed else "missing" if self.seeds else ""
+            statuses = {run.status for run in self.runs} or {"missing"} if self.seeds else set()
+            return next((status for status in ("failed", "running", "missing") if status in statuses), "")
         if len(self.scores) == self.seeds:
             return ""
         failed = f", {self.failed} failed" if self.failed else ""
@@ -123,18 +124,17 @@ class SummaryRow:
     @property
     def ranks(self) -> str:
         """The ranks as text; a dash if unknown. If backbones differ, their ranks are joined by " / "."""
-        return _joined([", ".join(map(str, size.ranks)) if size.ranks else "-" for size in self.sizes])
+        return _joined([size.texts[0] for size in self.sizes])
 
     @property
     def parameters(self) -> str:
         """The adapter's number of parameters as text, joined as in `ranks`."""
-        return _joined([f"{size.parameters:,}" if size.parameters is not None else "-" for size in self.sizes])
+        return _joined([size.texts[1] for size in self.sizes])
 
     @property
     def percent_of_lora(self) -> str:
         """The number of parameters in per cent of LoRA's as text, joined as in `ranks`."""
-        percents = [size.percent_of_lora for size in self.sizes]
-        return _joined([f"{percent:.1f}" if percent is not None else "-" for percent in percents])
+        return _joined([size.texts[2] for size in self.sizes])
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,16 @@ class SummaryColumn:
     Args:
         column: dataset and backbone.
         metric: the name of the headline metric; None before the first record.
+        unit: the metric's unit, see `Metric.unit`.
+        factor: what a score is multiplied by to be in this unit.
         larger_is_better: whether a larger score of this metric is a better one.
         has_paper: whether we have any score of the paper for this column.
     """
 
     column: Column
     metric: str | None
+    unit: str
+    factor: int
     larger_is_better: bool
     has_paper: bool
 
@@ -178,7 +182,7 @@ class Comparison:
     Args:
         row: the row that is compared.
         column: dataset and backbone.
-        difference: the difference from LoRA, in points; None if no seed is finished for both.
+        difference: the difference from LoRA in the metric's unit; None if no seed is finished for both.
     """
 
     row: Row
@@ -243,9 +247,11 @@ class Summary:
         numbers = "one seed" if counts == [1] else f"mean ± standard deviation over {seeds}"
         epoch = {"last": "after the last epoch", "best": "of the best epoch"}[self.table.score]
         sentences = [
-            f"{self.score_name} {epoch} in per cent, {numbers}.",
+            f"{self.score_name} {epoch}{self._units}, {numbers}.",
             "Bold: the best mean of a column among LoRA and the constructions.",
         ]
+        if lower := dict.fromkeys(column.metric for column in self.columns if not column.larger_is_better):
+            sentences.append(f"A lower {' or '.join(map(str, lower))} is better.")
         if any("/" in row.parameters + row.ranks for row in self.rows):
             models = dict.fromkeys(column.model for column in self.table.columns)
             sentences.append(f"Ranks and parameters that differ between backbones: {' / '.join(models)}.")
@@ -253,6 +259,18 @@ class Summary:
             counts_of = ", ".join(f"{name} ({count})" for name, count in means.items())
             sentences.append(f"Means over several columns, and their number: {counts_of}.")
         return " ".join(sentences)
+
+    @property
+    def _units(self) -> str:
+        units = {"%": " in per cent", HUNDREDFOLD: " times 100", "": ""}
+        known: dict[str, dict[str, None]] = {}
+        for column in self.columns:
+            if column.metric:
+                known.setdefault(column.unit, {})[column.metric] = None
+        if len(known) < 2:
+            return units[next(iter(known), "%")]
+        by_unit = [" and ".join(metrics) + (units[unit] or " as it is") for unit, metrics in known.items()]
+        return f" ({', '.join(by_unit)})"
 
     @cached_property
     def grids(self) -> list[Grid]:
@@ -282,7 +300,7 @@ def summarize(table: Table) -> Summary:
     columns_shown = [*table.columns, *table.group_columns]
     differences = _differences(table, columns_shown)
     means = {
-        (row, column): mean_and_deviation(100 * score for score in scores.values())
+        (row, column): mean_and_deviation(table.scale(column).factor * score for score in scores.values())
         for row in table.rows
         for column in columns_shown
         if (scores := table.scores(row, column))
@@ -290,7 +308,7 @@ def summarize(table: Table) -> Summary:
     best: dict[Column, float] = {}
     for (row, column), (mean, _) in means.items():
         if row.has_adapter:
-            better = max if _larger_is_better(table, column) else min
+            better = max if table.scale(column).larger_is_better else min
             best[column] = better(best.get(column, mean), mean)
 
     def cell(row: Row, column: Column) -> Cell:
@@ -317,7 +335,9 @@ def summarize(table: Table) -> Summary:
         SummaryColumn(
             column=column,
             metric=table.metric(column),
-            larger_is_better=_larger_is_better(table, column),
+            unit=table.scale(column).unit,
+            factor=table.scale(column).factor,
+            larger_is_better=table.scale(column).larger_is_better,
             has_paper=any(row.cells[number].paper is not None for row in rows),
         )
         for number, column in enumerate(columns_shown)
@@ -351,13 +371,8 @@ def _differences(table: Table, columns: list[Column]) -> dict[tuple[Row, Column]
             if row.is_lora or reference is None or not table.seeds(row, column):
                 continue
             difference = paired_difference(table.scores(row, column), table.scores(reference, column))
-            differences[row, column] = difference.in_points if difference else None
+            differences[row, column] = difference.times(table.scale(column).factor) if difference else None
     return differences
-
-
-def _larger_is_better(table: Table, column: Column) -> bool:
-    metric = METRICS.get(table.metric(column) or "")
-    return metric is None or metric.larger_is_better
 
 
 def _sizes(table: Table, row: Row) -> tuple[AdapterSize, ...]:

@@ -6,11 +6,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config.schema import TENSOR_MODES
+from tenslora.harness.training.metrics import METRICS, Metric
 
 ROW_ORDER = TENSOR_MODES
 """The order of the rows: LoRA, the paper's constructions in the paper's order, the others, and the reference rows."""
@@ -92,6 +94,16 @@ class AdapterSize:
         """The parameters in per cent of LoRA's; None where either count is unknown."""
         return percent_of_lora(self.parameters, self.lora_parameters)
 
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """Ranks, number of parameters and per cent of LoRA's; a dash where unknown."""
+        percent = self.percent_of_lora
+        return (
+            ", ".join(map(str, self.ranks)) if self.ranks else "-",
+            "-" if self.parameters is None else f"{self.parameters:,}",
+            "-" if percent is None else f"{percent:.1f}",
+        )
+
 
 @dataclass(frozen=True)
 class Run:
@@ -106,7 +118,8 @@ class Run:
         parameters: the adapter's number of parameters, from the same; None likewise.
         lora_parameters: LoRA's number of parameters, from the same; None without a declared geometry.
         record: the run's result.json; None if there is none yet.
-        problem: why there is no score: "missing", or what went wrong; empty for a completed run.
+        problem: why there is no score: "missing", "running", or what went wrong; empty for a completed run.
+        predictions: the file with the run's test predictions, which may not exist; None if it is unknown.
     """
 
     row: Row
@@ -118,11 +131,12 @@ class Run:
     lora_parameters: int | None = None
     record: dict[str, Any] | None = None
     problem: str = "missing"
+    predictions: Path | None = None
 
     @property
     def status(self) -> str:
-        """One of "completed", "failed" and "missing"."""
-        return {"": "completed", "missing": "missing"}.get(self.problem, "failed")
+        """One of "completed", "failed", "running" and "missing"."""
+        return {"": "completed", "missing": "missing", "running": "running"}.get(self.problem, "failed")
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -168,6 +182,8 @@ class Table:
         score: the score that the table shows, "last" or "best", see `Run.score`.
         notes: sentences below the title.
         groups: the datasets of each group whose mean the table shows.
+        command: the command that makes the table; empty if it is unknown.
+        settings: the settings of the runs, see `settings_of`; empty if they are unknown.
     """
 
     name: str
@@ -176,6 +192,8 @@ class Table:
     score: str = "last"
     notes: tuple[str, ...] = ()
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    command: str = ""
+    settings: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -270,6 +288,10 @@ class Table:
                 name: str = run.record["metrics"]["name"]
                 return name
         return None
+
+    def scale(self, column: Column) -> Metric:
+        """A column's headline metric, whose unit and direction say how to show it; accuracy before the first record."""
+        return METRICS.get(self.metric(column) or "", METRICS["accuracy"])
 
 
 def groups_of(setting: Any) -> dict[str, tuple[str, ...]]:

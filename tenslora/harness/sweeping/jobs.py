@@ -115,8 +115,12 @@ class Job:
             parameters, lora = record["adapter_parameters"], record["lora_parameters"]
         if run.tensor_mode == "head_only":
             parameters = 0
-        problem = look.problem or ("" if record else "missing")
-        return Run(self.row, self.column, run.seed, self.digest, ranks, parameters, lora, record, problem)
+        without_record = "running" if look.state is State.RUNNING else "missing"
+        problem = look.problem or ("" if record else without_record)
+        return Run(
+            self.row, self.column, run.seed, self.digest, ranks, parameters, lora, record, problem,
+            self.folder.path / "predictions.safetensors",
+        )  # fmt: skip
 
 
 def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: Path) -> list[Job]:

@@ -5,12 +5,16 @@ Nothing here needs torch; scikit-learn or SciPy is imported to compute a score.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+HUNDREDFOLD = "\N{MULTIPLICATION SIGN} 100"
+"""The unit of a score that tables show times 100."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,16 @@ class Metric:
     larger_is_better: bool = True
     task: str = "classification"
     classes: int | None = None
+
+    @property
+    def unit(self) -> str:
+        """How tables show a score: in "%", as `HUNDREDFOLD` if it is a correlation, or as it is ("") without limit."""
+        return "" if math.isinf(self.highest) else HUNDREDFOLD if self.lowest < 0 else "%"
+
+    @property
+    def factor(self) -> int:
+        """What tables multiply a score by."""
+        return 100 if self.unit else 1
 
 
 def _accuracy(labels: NDArray[Any], logits: NDArray[Any]) -> float:

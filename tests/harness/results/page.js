@@ -1,9 +1,10 @@
 // What the tests of the report ask of its page. Each test adds a call of one of these functions.
 
-// The texts of one column of a table, from top to bottom; head is any cell of the column's head.
+// The texts of one column of a table, from top to bottom, in a list for each body; head is a cell of the table's head.
 function columnTexts(id, head) {
-  const rows = [...document.querySelectorAll(`#${id} tbody tr`)];
-  return rows.map(row => row.cells[head.cellIndex].textContent.trim());
+  const bodies = [...document.querySelectorAll(`#${id} tbody`)];
+  const rows = body => [...body.rows].filter(row => row.className !== "head");
+  return bodies.map(body => rows(body).map(row => row.cells[head.cellIndex].textContent.trim()));
 }
 
 // Whether all elements that a selector matches end within the window.

@@ -1,9 +1,12 @@
-"""A table as LaTeX, checked for its structure without a TeX."""
+"""A table as LaTeX: its structure, and where there is a TeX, its width."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -24,9 +27,10 @@ def width(row: str) -> int:
 def test_latex_is_well_formed(columns: tuple[Column, ...]) -> None:
     table = sample_table(columns)
     text = to_latex(summarize(replace(table, title="50 % of_a & b # c", notes=("{x} ~ $y^2$ \\ <z>",))))
-    assert text.startswith("% Needs \\usepackage{booktabs}.\n")
+    assert text.startswith("% Needs \\usepackage{booktabs,graphicx}.\n")
     begun, ended = (re.findall(rf"\\{word}\{{(\w+)\}}", text) for word in ("begin", "end"))
-    assert sorted(begun) == sorted(ended) == ["table", "table", "tabular", "tabular"]
+    # the scores, with the sizes beside them or in a table of their own, and the comparison
+    assert sorted(begun) == sorted(ended) == sorted(["table", "tabular"] * (1 + len(columns)))
     bare = re.sub(r"\\[{}]", "", text)
     assert bare.count("{") == bare.count("}")
     assert len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
@@ -43,6 +47,33 @@ def test_latex_is_well_formed(columns: tuple[Column, ...]) -> None:
     assert r"\{x\} \textasciitilde{} \$y\textasciicircum{}2\$ \textbackslash{} $<$z$>$" in text
 
 
+def test_a_row_that_lacks_a_backbone_has_no_sizes_there() -> None:
+    runs = [make_run("lora"), make_run("lora", column=COLA), make_run("att", "isorank", column=COLA)]
+    sizes = to_latex(summarize(make_table(runs))).partition("tab:sample-sizes")[2]
+    assert r"lora & 4 & 221,184 & 100.0 & 4 & 55,296 & 100.0 \\" in sizes.splitlines()
+    assert r"att & -- & -- & -- & 4, 4, 4 & 31,968 & 57.8 \\" in sizes.splitlines()
+
+
+def test_a_superscript_counts_the_seeds_with_a_score() -> None:
+    runs = [make_run("lora", seed=seed, epochs=[0.5] * (seed < 2)) for seed in range(3)]
+    text = to_latex(summarize(make_table(runs)))
+    assert r"\textbf{50.0} $\pm$ 0.0$^{2/3}$ &" in text
+    assert "A superscript counts the seeds that have a score where some have none." in text
+    assert "superscript" not in to_latex(summarize(make_table(runs[:2])))
+
+
+@pytest.mark.parametrize("columns", [(DTD,), (DTD, COLA)], ids=["one column", "two columns"])
+def test_no_table_is_wider_than_the_text_of_an_article(columns: tuple[Column, ...], tmp_path: Path) -> None:
+    if not (pdflatex := shutil.which("pdflatex")):
+        pytest.skip("needs pdflatex")
+    tables = to_latex(summarize(sample_table(columns)))
+    document = rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}{tables}\end{{document}}"
+    (tmp_path / "table.tex").write_text(document.replace(r"\begin{document}%", "\\begin{document}\n%"))
+    command = [pdflatex, "-halt-on-error", "-draftmode", "table.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Overfull" not in done.stdout
+
+
 def test_rules_set_lora_and_the_reference_rows_apart() -> None:
     runs = [
         *(make_run("qkv", "isorank", seed=s, epochs=[score]) for s, score in enumerate((0.5, 0.6, 0.7))),
@@ -53,9 +84,10 @@ def test_rules_set_lora_and_the_reference_rows_apart() -> None:
     body = text.partition(r"\end{tabular}")[0].partition(r"\toprule")[2].splitlines()
     names = [line.split(" & ")[0] for line in body if not line.startswith(r"\cmidrule")]
     assert names[2:] == [
-        "construction", r"\midrule", "lora", r"\midrule", "qkv isorank", r"\midrule", "full", r"\bottomrule",
+        "construction", r"\midrule", "lora", r"\midrule", r"\multicolumn{6}{l}{\emph{isorank}} \\", "qkv", r"\midrule",
+        "full", r"\bottomrule",
     ]  # fmt: skip
-    assert r"qkv isorank & 4, 4, 4 & 74,640 & 33.7 & \textbf{60.0} $\pm$ 10.0 &  \\" in body
+    assert r"qkv & 4, 4, 4 & 74,640 & 33.7 & \textbf{60.0} $\pm$ 10.0 &  \\" in body
     assert r"full & -- & -- & -- & 95.0 &  \\" in body
 
 
@@ -67,6 +99,7 @@ def test_each_table_has_its_label() -> None:
     assert labels(DTD) == ["tab:sample", "tab:sample-by-setting", "tab:sample-against-lora"]
     assert labels(DTD, COLA) == [
         "tab:sample",
+        "tab:sample-sizes",
         "tab:sample-by-setting-1",
         "tab:sample-by-setting-2",
         "tab:sample-against-lora",

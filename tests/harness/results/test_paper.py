@@ -12,6 +12,7 @@ from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.harness.results import paper as module
 from tenslora.harness.results.paper import is_of_paper, paper, paper_value, verdicts
 from tenslora.harness.results.table import Column, Row, Run
+from tenslora.harness.training.metrics import METRICS
 from tests.conftest import ROOT
 from tests.tables import COLA, DIGITS, DTD, make_run, make_table
 
@@ -100,7 +101,7 @@ ABOVE = dict.fromkeys(MODES, 0.02)
 @pytest.mark.parametrize(
     ("gains", "expected", "numbers"),
     [
-        (BELOW, HOLDS, "above LoRA: none"),
+        (BELOW, HOLDS, "not above LoRA: att isorank, qkv isorank"),
         ({**BELOW, "depth": 0.02}, DOES_NOT, "above LoRA: depth isorank;"),
         ({**BELOW, "depth": CLOSE}, OPEN, "undecided: depth isorank"),
         ({**BELOW, "depth": CLOSE, "att": 0.02}, DOES_NOT, "above LoRA: att isorank;"),
@@ -110,6 +111,21 @@ def test_no_construction_beats_lora(gains: dict[str, float], expected: str, numb
     answer, because = verdict(runs_of(gains, "isorank"), NO_BETTER)
     assert answer == expected
     assert numbers in because
+
+
+def test_the_numbers_name_what_is_there_and_what_is_not() -> None:
+    few = {mode: gain for mode, gain in BELOW.items() if mode in ("att", "depth")}
+    _, because = verdict(runs_of(few, "isorank", (DTD, COLA)), NO_BETTER)
+    assert because == (
+        "not above LoRA: att isorank on dtd, att isorank on cola, depth isorank on dtd, depth isorank on cola; "
+        "not in this table: qkv isorank, att_qkv isorank, att_depth isorank, qkv_depth isorank, att_qkv_depth isorank"
+    )
+
+
+def test_where_a_lower_score_is_better_a_row_beats_lora_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "accuracy", replace(METRICS["accuracy"], larger_is_better=False))
+    assert verdict(runs_of(ABOVE, "isorank"), NO_BETTER)[0] == HOLDS
+    assert verdict(runs_of(BELOW, "isoparameters"), TWO_BETTER)[0] == HOLDS
 
 
 @pytest.mark.parametrize(

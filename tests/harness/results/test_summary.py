@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from tenslora.harness.results.summary import Summary, summarize
-from tenslora.harness.results.table import AdapterSize, Run
-from tenslora.harness.training.metrics import METRICS
-from tests.tables import COLA, DTD, make_run, make_table, sample_table
+from tenslora.harness.results.table import AdapterSize, Column, Run
+from tenslora.harness.training.metrics import METRICS, Metric
+from tests.tables import COLA, DIGITS, DTD, STSB, make_run, make_table, sample_table
 
 THREE_ROWS = make_table(
     [
@@ -88,7 +89,22 @@ def test_the_caption_tells_which_score_is_shown_over_how_many_seeds() -> None:
     assert (
         "after the last epoch in per cent, mean ± standard deviation over 1 to 3 seeds" in summarize(THREE_ROWS).caption
     )
-    assert "in per cent, one seed." in summarize(sample_table(seeds=1)).caption
+    assert "in per cent, one seed." in summarize(sample_table((DTD,), seeds=1)).caption
+
+
+def test_the_caption_tells_the_unit_of_each_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    def caption(*columns: Column) -> str:
+        return summarize(sample_table(columns, ("isorank",), seeds=1, epochs=1)).caption
+
+    assert "after the last epoch in per cent, one" in caption(DTD, DIGITS)
+    assert "after the last epoch times 100, one" in caption(STSB, COLA)
+    assert "epoch (accuracy in per cent, matthews and pearson times 100), one" in caption(DTD, COLA, STSB)
+    error = Metric("pearson", METRICS["pearson"].function, highest=math.inf, larger_is_better=False, task="regression")
+    monkeypatch.setitem(METRICS, "pearson", error)
+    assert "epoch (accuracy in per cent, pearson as it is), one" in caption(DTD, STSB)
+    assert "A lower pearson is better." in caption(STSB)
+    runs = [make_run("lora", epochs=[2.5], column=STSB), make_run("att", "isorank", epochs=[2.25], column=STSB)]
+    assert summarize(make_table(runs)).comparisons[0].texts[0] == "\N{MINUS SIGN}0.25"
 
 
 def test_the_caption_names_the_split_that_the_scores_are_of() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.sweeping import progress as module
-from tenslora.harness.sweeping.jobs import Job
+from tenslora.harness.sweeping.jobs import Job, Look
 from tenslora.harness.sweeping.progress import Progress
 from tests.sweeps import claimed, complete, diverge, planned
 
@@ -121,6 +121,64 @@ def test_it_watches_in_the_background_and_looks_once_more_at_the_end(
         time.sleep(0.05)  # from here on it sleeps longer than the test takes
         complete(jobs[1])
     assert capsys.readouterr().out.startswith("[2/4] digits lora seed 1: accuracy 0.5000")
+
+
+def test_a_report_is_written_when_something_is_new_but_only_now_and_then(
+    jobs: list[Job], clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail(jobs[3])
+    reports: list[tuple[list[str], bool]] = []
+
+    def report(looks: Mapping[Job, Look], goes_on: bool) -> None:
+        reports.append(([looks[job].state.value for job in jobs], goes_on))
+        clock[0] += 1
+
+    progress = Progress(jobs, {job: job.look() for job in jobs}, report)
+
+    def states_after(seconds: float) -> list[str] | None:
+        before = len(reports)
+        clock[0] += seconds
+        progress.update()
+        progress.report_if_due()
+        return reports[-1][0] if len(reports) > before else None
+
+    assert states_after(0) == ["to run"] * 4, "a job that failed before is about to run again"
+    # Writing took a second, which may be a twentieth of the time.
+    complete(jobs[0])
+    assert states_after(module.REPORT_SECONDS) is None
+    assert states_after(1 / module.REPORT_SHARE) == ["done", "to run", "to run", "to run"]
+    assert states_after(1 / module.REPORT_SHARE) is None, "nothing is new"
+    assert states_after(module.IDLE_REPORT_SECONDS) is not None
+    with claimed(jobs[1].folder):
+        assert states_after(60) == ["done", "running", "to run", "to run"]
+    assert all(goes_on for _, goes_on in reports)
+    assert "report" not in capsys.readouterr().out
+
+
+def test_a_sweep_that_breaks_off_leaves_a_report_that_says_so(jobs: list[Job]) -> None:
+    ends: list[bool] = []
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Progress(jobs, {job: job.look() for job in jobs}, lambda _, on: ends.append(on)),
+    ):
+        raise KeyboardInterrupt
+    assert ends[-1] is False
+    with Progress(jobs, {job: job.look() for job in jobs}, lambda _, on: ends.append(on)):
+        ends.clear()
+    assert False not in ends, "the results are written next"
+
+
+def test_a_report_that_cannot_be_written_is_said_once_and_ends_nothing(
+    jobs: list[Job], clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(*_: object) -> None:
+        raise TensLoRAError("report.html: cannot be written (No space left on device)")
+
+    progress = Progress(jobs, {job: job.look() for job in jobs}, report)
+    for _ in range(3):
+        clock[0] += 100
+        progress.report_if_due()
+    assert capsys.readouterr().out == "no new report: report.html: cannot be written (No space left on device)\n"
 
 
 def test_on_a_terminal_there_is_a_bar_with_the_lines_above_it(

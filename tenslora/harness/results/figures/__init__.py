@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from tenslora.harness.results.summary import Summary
 
 FIGURE_NAMES = ("score_by_setting", "score_vs_parameters", "learning_curves")
 """The names of all figures that a table can have, and of their files."""
+
+_PAGE_WIDTH = 3.7
+"""The width of a panel in a page, in inches: its text can be read where it fills a phone's screen."""
 
 _MOST_ROWS = 16
 """The largest number of rows in a panel. The names of more rows would cover each other and the points."""
@@ -110,7 +113,7 @@ def inline_svgs(summary: Summary, figure: TableFigure) -> list[str]:
     for number, panel in enumerate(panels_of(summary)):
         if not panel.has_scores:
             continue
-        document = svg(figure.draw([panel]))
+        document = svg(figure.draw([replace(panel, width=_PAGE_WIDTH)]))
         text = document[document.index("<svg") :]
         text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{figure.name}{number}-", text)
         text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text))

@@ -97,8 +97,7 @@ def _draw_scatter(place: SubFigure, panel: Panel) -> None:
     axes.set_xlabel("adapter parameters")
     axes.set_ylabel(panel.axis_label)
     axes.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
-    decades = math.log10(right / left)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_locator(LogLocator(subs=_steps(left, right, size_in_points(axes)[0] / 72)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -130,7 +129,9 @@ def _draw_scatter(place: SubFigure, panel: Panel) -> None:
 
     for point in points:
         if not point.row.has_adapter:
-            occupied.append(_draw_reference(axes, point, position(left, point.mean)[1], occupied))
+            y = position(left, point.mean)[1]
+            occupied.append(_draw_reference(axes, point, y, [*occupied, *lines]))
+            lines.append((0, y - 1, width, y + 1))
 
     sizes = [(72 * text_width(len(point.name)), FONT_SIZE * 1.1) for point in adapters]
     boxes = place_labels(bars, sizes, (width, height), occupied, lines)
@@ -141,6 +142,13 @@ def _draw_scatter(place: SubFigure, panel: Panel) -> None:
             point.name, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), xycoords="axes points", ha="center",
             va="center_baseline", zorder=4,
         )  # fmt: skip
+
+
+def _steps(left: float, right: float, width: float) -> tuple[float, ...]:
+    """The multiples of each power of ten that a logarithmic axis has room to name."""
+    room = width / text_width(len(f"{right:,.0f}") + 1)
+    decades = math.log10(right / left)
+    return next((steps for steps in ((1.0, 2.0, 5.0), (1.0, 3.0)) if len(steps) * decades < room), (1.0,))
 
 
 def _draw_reference(axes: Axes, point: Point, y: float, occupied: Sequence[Box]) -> Box:

@@ -38,7 +38,7 @@ def _draw(place: SubFigure, panel: Panel) -> None:
     values = list(dict.fromkeys(value for row in panel.cells for value in row.values)) or [""]
     numbers = all(map(_is_number, values))
     rows = [row for row in panel.constructions if any(point.row.without_variant == row for point in points)]
-    names = text_width(max(len(name_of(row)) for row in rows))
+    names = text_width(max(len(name_of(row, panel.width)) for row in rows))
     note = panel.note("mean ± standard deviation over seeds")
     axes = axes_in(place, panel, left=0.6, right=0.4 + names, note=note)
     low, high = limits_of(points)
@@ -74,8 +74,8 @@ def _draw(place: SubFigure, panel: Panel) -> None:
         if 0 <= mark[1] <= height:
             draw_leader(axes, (mark[0] + 4, mark[1]), (width + 10, y), colour_of(row))
         axes.annotate(
-            name_of(row), (width + 12, y), xycoords="axes points", va="center_baseline", annotation_clip=False,
-            weight="bold" if row.is_lora else "normal",
+            name_of(row, panel.width), (width + 12, y), xycoords="axes points", va="center_baseline",
+            annotation_clip=False, weight="bold" if row.is_lora else "normal",
         )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def learning_curves(panels: Sequence[Panel]) -> Figure:
 
 @dataclass(frozen=True)
 class _Curve:
-    """A row's scores over the epochs that all its completed runs have; means and deviations in per cent."""
+    """A row's scores over the epochs that all its completed runs have; means and deviations in the metric's unit."""
 
     row: Row
     epochs: list[int]
@@ -56,12 +56,12 @@ class _Curve:
         return self.row, min(lows), max(highs)
 
 
-def _curve(row: Row, cell: Cell) -> _Curve | None:
+def _curve(row: Row, cell: Cell, factor: int) -> _Curve | None:
     histories: list[dict[int, float]] = []
     for run in cell.runs:
         if run.seed in cell.scores:
             name = run.metrics["name"]
-            histories.append({entry["epoch"]: 100 * entry[name] for entry in run.metrics["history"]})
+            histories.append({entry["epoch"]: factor * entry[name] for entry in run.metrics["history"]})
     epochs = sorted(set[int].intersection(*map(set, histories))) if histories else []
     if not epochs:
         return None
@@ -76,7 +76,7 @@ def _curve(row: Row, cell: Cell) -> _Curve | None:
 
 
 def _draw(place: SubFigure, panel: Panel) -> None:
-    curves = [curve for row, cell in panel.cells.items() if (curve := _curve(row, cell))]
+    curves = [curve for row, cell in panel.cells.items() if (curve := _curve(row, cell, panel.factor))]
     if not curves:
         draw_nothing(place, panel)
         return
@@ -85,10 +85,10 @@ def _draw(place: SubFigure, panel: Panel) -> None:
     # them apart.
     low, high = score_limits([curve.span(last / 4) for curve in curves])
     note = panel.note("mean and standard deviation over seeds")
-    names = text_width(max(len(name_of(curve.row)) for curve in curves))
+    names = text_width(max(len(name_of(curve.row, panel.width)) for curve in curves))
     axes = axes_in(place, panel, left=0.6, right=0.4 + names, note=note)
     axes.set_xlabel("epoch")
-    axes.set_ylabel(f"{panel.metric} (%)")
+    axes.set_ylabel(panel.with_unit(str(panel.metric)))
     axes.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
     first = min(1, last - 1)  # a single epoch stands at the right, beside the names
     axes.set_xlim(first, last)
@@ -107,7 +107,7 @@ def _draw(place: SubFigure, panel: Panel) -> None:
     width, height = size_in_points(axes)
     ends = [(curve.means[-1] - low) / (high - low) * height for curve in curves]
     for curve, end, y in zip(curves, ends, spread(ends, FONT_SIZE * 1.2, (FONT_SIZE / 2, height)), strict=True):
-        name, beyond = name_of(curve.row), "↓" if end < 0 else "↑" if end > height else ""
+        name, beyond = name_of(curve.row, panel.width), "↓" if end < 0 else "↑" if end > height else ""
         if not beyond:
             start = (curve.epochs[-1] - first) / (last - first) * width
             draw_leader(axes, (start + 2, end), (width + 18, y), colour_of(curve.row))

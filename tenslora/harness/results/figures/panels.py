@@ -19,11 +19,12 @@ from tenslora.harness.results.figures.style import (
     WIDTH,
     shortened,
     styled,
+    text_width,
 )
 from tenslora.harness.results.summary import Cell, Summary
 from tenslora.harness.results.table import Column, Row
 
-_LONGEST_NAME = 34  # in characters; a longer name would leave too little room for the axes
+_LEAST_AXES = 2.15  # in inches: the axes with their margins, from which a long name takes nothing
 _MARKERS = {"": "o", "isorank": "o", "isoparameters": "s", "explicit": "D"}
 
 
@@ -35,20 +36,26 @@ class Panel:
         column: dataset and backbone.
         strategy: the rank strategy; empty if no row has one.
         metric: the name of the headline metric; None before the first record.
+        unit: the metric's unit, see `Metric.unit`.
+        factor: what a score is multiplied by to be in this unit.
         score: the number that the table shows, "last" or "best".
         setting: the setting that is swept beside construction, strategy and seed; None if there is none, or several.
         cells: the cells by row, in the order of the table's rows. Rows without a strategy are in the panels of all
             strategies.
         constructions: the rows without their variants, each once.
+        width: the panel's width in inches.
     """
 
     column: Column
     strategy: str
     metric: str | None
+    unit: str
+    factor: int
     score: str
     setting: str | None
     cells: dict[Row, Cell]
     constructions: tuple[Row, ...]
+    width: float = WIDTH
 
     @property
     def title(self) -> str:
@@ -59,7 +66,12 @@ class Panel:
     def axis_label(self) -> str:
         """The name of the score's axis."""
         metric = self.metric or "score"
-        return f"best {metric} (%)" if self.score == "best" else f"{metric} after the last epoch (%)"
+        name = f"best {metric}" if self.score == "best" else f"{metric} after the last epoch"
+        return self.with_unit(name)
+
+    def with_unit(self, name: str) -> str:
+        """A name of the score with the metric's unit."""
+        return f"{name} ({self.unit})" if self.unit else name
 
     @property
     def has_scores(self) -> bool:
@@ -72,8 +84,9 @@ class Panel:
         return [
             Point(
                 row=row,
+                name=name_of(row, self.width),
                 parameters=cell.size.parameters or 0,
-                scores=tuple(100 * score for score in cell.scores.values()),
+                scores=tuple(self.factor * score for score in cell.scores.values()),
                 mean=cell.mean,
                 deviation=cell.deviation or 0.0,
             )
@@ -92,22 +105,19 @@ class Point:
 
     Args:
         row: the row.
+        name: the row's name in the figure.
         parameters: the number of parameters of the row's adapter; 0 without an adapter.
-        scores: the scores of the row's runs by seed, in per cent.
-        mean: the mean of the scores, in per cent.
-        deviation: the scores' standard deviation, in per cent; 0 for a single seed.
+        scores: the scores of the row's runs by seed, in the metric's unit.
+        mean: the mean of the scores, in this unit.
+        deviation: the scores' standard deviation, in this unit; 0 for a single seed.
     """
 
     row: Row
+    name: str
     parameters: int
     scores: tuple[float, ...]
     mean: float
     deviation: float
-
-    @property
-    def name(self) -> str:
-        """The row's name in a figure."""
-        return name_of(self.row)
 
     @property
     def colour(self) -> str:
@@ -135,7 +145,10 @@ def panels_of(summary: Summary) -> list[Panel]:
             shown = {row.without_variant for row in cells}
             constructions = tuple(row for row in table.rows_without_variants if row in shown)
             own_strategy = strategy if any(row.strategy for row in cells) else ""
-            panel = Panel(column.column, own_strategy, column.metric, table.score, setting, cells, constructions)
+            panel = Panel(
+                column.column, own_strategy, column.metric, column.unit, column.factor, table.score, setting, cells,
+                constructions,
+            )  # fmt: skip
             panels += [panel] * bool(cells)
     return panels
 
@@ -160,7 +173,7 @@ def figure_of(
     down = math.ceil(len(panels) / across)
     height = max(HEIGHT, 1.0 + 0.16 * max(map(lines, panels)))
     with styled():
-        figure = Figure(figsize=(across * WIDTH, down * height))
+        figure = Figure(figsize=(across * panels[0].width, down * height))
         places = figure.subfigures(down, across, squeeze=False)
         for place, panel in zip(places.flat, panels, strict=False):
             place.set_facecolor("none")
@@ -191,7 +204,7 @@ def axes_in(place: SubFigure, panel: Panel, left: float, right: float, top: floa
         (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height), facecolor="none"
     )
     place.text(0.1 / width, 1 - 0.17 / height, panel.title, weight="bold", va="center", ha="left")
-    place.text(left / width, 0.12 / height, note, color=GREY, size=FONT_SIZE - 1.5, va="center", ha="left")
+    place.text(0.1 / width, 0.12 / height, note, color=GREY, size=FONT_SIZE - 1, va="center", ha="left")
     return axes
 
 
@@ -226,9 +239,14 @@ def lora_of(points: Sequence[Point]) -> Point | None:
     return lora[0] if len(lora) == 1 else None
 
 
-def name_of(row: Row) -> str:
-    """A row's name in a figure; the panel's title has its rank strategy."""
-    return shortened(" ".join((row.tensor_mode, *row.variant)), _LONGEST_NAME)
+def name_of(row: Row, width: float = WIDTH) -> str:
+    """A row's name in a figure; the panel's title has its rank strategy.
+
+    Args:
+        row: the row.
+        width: the panel's width in inches, which limits the length of the name.
+    """
+    return shortened(" ".join((row.tensor_mode, *row.variant)), int((width - _LEAST_AXES) / text_width(1)))
 
 
 def colour_of(row: Row) -> str:
