@@ -56,7 +56,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
         tokenizer = load_tokenizer(run.model, dataset.train.inputs) if run.model.modality == "text" else None
         data_loaded = time.perf_counter()
         backbone = load_backbone(run.model, dataset.outputs, run.seed, tokenizer)
-    data = encode(dataset, run.dataset, run.model, backbone.input_name, tokenizer)
+    data = encode(dataset, run.dataset, backbone, tokenizer)
 
     # The adapted model.
     adapted = adapted_model(run, backbone, processes.device)
@@ -64,7 +64,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
 
     # Training. The record is written last: where there is a record, all other files are complete.
     resume_garbage_collection()
-    facts = facts_of(run, dataset, adapted, processes)
+    facts = facts_of(run, dataset, backbone, adapted, processes)
     with start_tracker(run, path, facts, watch=processes.is_main) as tracker:
         failure = None
         try:

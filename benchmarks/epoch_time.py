@@ -91,14 +91,15 @@ def _times(record: dict[str, Any], steps_per_epoch: int) -> dict[str, float]:
 
 def padding_share(run: RunConfig) -> float:
     """The share of padding among the tokens of a run's first training epoch."""
-    from tenslora.harness.backbones import load_tokenizer
+    from tenslora.harness.backbones import load_backbone, load_tokenizer
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.batches import TrainBatches
     from tenslora.harness.data.encoding import encode
 
     dataset = load_dataset(run.dataset, run.seed)
     tokenizer = load_tokenizer(run.model, dataset.train.inputs)
-    data = encode(dataset, run.dataset, run.model, "", tokenizer)
+    backbone = load_backbone(run.model, dataset.outputs, run.seed, tokenizer)
+    data = encode(dataset, run.dataset, backbone, tokenizer)
     masks = [
         batch.inputs["attention_mask"]
         for batch in TrainBatches(data.train, data.collate, batch_size=run.trainer.batch_size, seed=run.seed).epoch(1)

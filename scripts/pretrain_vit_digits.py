@@ -50,7 +50,7 @@ def pretrain(path: Path) -> float:
     with TemporaryDirectory() as folder:
         state = fit(
             backbone.model,
-            encode(dataset, run.dataset, run.model, backbone.input_name, None),
+            encode(dataset, run.dataset, backbone, None),
             run,
             processes=Processes("cpu"),
             checkpoint=Path(folder) / "checkpoint.pt",

@@ -64,7 +64,7 @@ def accuracy_of(loaded: LoadedRun) -> float:
     """The share that a loaded run gets right of the examples that it was scored on."""
     run, backbone = loaded.run, loaded.backbone
     dataset = load_dataset(run.dataset, run.seed)
-    data = encode(dataset, run.dataset, run.model, backbone.input_name, loaded.tokenizer)
+    data = encode(dataset, run.dataset, backbone, loaded.tokenizer)
     inputs, labels = data.collate([data.scored[index] for index in range(len(data.scored))])
     with torch.no_grad():
         predicted = outputs_of(backbone.model.eval(), inputs).argmax(dim=1)

@@ -74,14 +74,17 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
         return
     from timm.models import save_for_hf
 
+    image_input = loaded.backbone.image_input
+    assert image_input is not None
+
     save_for_hf(
         model,
         str(folder),
         model_config={
-            "pretrained_cfg": {"mean": list(settings.mean), "std": list(settings.std)},
+            "pretrained_cfg": {"mean": list(image_input.mean), "std": list(image_input.std)},
             "label_names": classes,
         },
-        model_args={"in_chans": settings.channels, **settings.options},
+        model_args={"in_chans": image_input.channels, **settings.options},
         safe_serialization=True,
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import Geometry
+from tenslora.harness.config import ImageDatasetConfig
 from tenslora.harness.results.table import percent_of_lora
 from tenslora.harness.training.metrics import METRICS
 from tenslora.harness.training.tasks import TASKS
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
     from tenslora.harness.adapted_model import AdaptedModel
+    from tenslora.harness.backbones import Backbone
     from tenslora.harness.config import RunConfig
     from tenslora.harness.data import Dataset
     from tenslora.harness.training.checkpoint import TrainingState
@@ -41,12 +43,15 @@ _PACKAGES = (
 )
 
 
-def facts_of(run: RunConfig, dataset: Dataset, adapted: AdaptedModel, processes: Processes) -> dict[str, Any]:
+def facts_of(
+    run: RunConfig, dataset: Dataset, backbone: Backbone, adapted: AdaptedModel, processes: Processes
+) -> dict[str, Any]:
     """The facts known before a run trains: names, ranks, exact parameter counts, sizes of the data, the device.
 
     Args:
         run: the run's settings.
         dataset: the dataset that was loaded.
+        backbone: the backbone that was loaded.
         adapted: the model, ready to train.
         processes: the processes that train.
 
@@ -54,6 +59,9 @@ def facts_of(run: RunConfig, dataset: Dataset, adapted: AdaptedModel, processes:
         The facts, under the names that they have in the record.
     """
     model, adapter, warm_start = adapted.model, adapted.adapter, adapted.warm_start
+    image_input = backbone.image_input
+    if image_input is not None and isinstance(run.dataset, ImageDatasetConfig):
+        image_input = image_input.under(run.dataset.transform)
     factorization = None
     if run.adapter:
         factorization = "matrix" if run.tensor_mode == "lora" else run.adapter.factorization
@@ -69,6 +77,7 @@ def facts_of(run: RunConfig, dataset: Dataset, adapted: AdaptedModel, processes:
         "warm_start": asdict(warm_start) if warm_start else None,
         "seed": run.seed,
         "geometry": vars(adapted.geometry),
+        "image_input": asdict(image_input) if image_input else None,
         "adapter_parameters": _count(adapter.parameters()) if adapter else 0,
         "lora_parameters": parameter_count("lora", adapted.geometry, [run.rank_strategy.rank]),
         "head_parameters": _count(adapted.head.values()),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.random_streams import stream_seed
 
 
@@ -19,11 +20,15 @@ class Backbone:
         model: the Transformer, which is called with keyword inputs.
         head: the modules of `model` that are trained together with the adapter.
         input_name: the keyword by which `model` takes images.
+        image_input: the images that an image model takes; None for a text model.
+        max_tokens: the most tokens that a text model has positions for; None if there is no such limit.
     """
 
     model: nn.Module
     head: list[nn.Module]
     input_name: str
+    image_input: ImageInput | None = None
+    max_tokens: int | None = None
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The head's parameters by their names in the model."""

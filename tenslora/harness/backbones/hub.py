@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,15 @@ from tenslora.harness.config import ModelConfig
 log = logging.getLogger(__name__)
 
 
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""The names of repositories on the hub. A path that begins with a dot, a slash or ~ is none."""
+
+
 def folder_or_repository(config: ModelConfig) -> str:
-    """The source that transformers loads: the folder `config.checkpoint`, or else the repository `config.architecture`.
+    """The source that transformers loads: a folder, or a repository of the hub.
+
+    It is `config.checkpoint`, or else the repository `config.architecture`. Only a generic model, which has no
+    architecture of its own, may have a repository as its checkpoint; an existing folder of that name comes first.
 
     Args:
         config: the model's settings.
@@ -22,9 +30,26 @@ def folder_or_repository(config: ModelConfig) -> str:
     Raises:
         TensLoRAError: if there is no such folder. The libraries would take its path for the name of a repository.
     """
-    if config.checkpoint is not None and not Path(config.checkpoint).is_dir():
+    if config.checkpoint is None:
+        return str(config.architecture)
+    if Path(config.checkpoint).is_dir():
+        return config.checkpoint
+    if config.architecture is not None:
         raise TensLoRAError(f"model.checkpoint={config.checkpoint}: no such folder")
-    return config.checkpoint or config.architecture
+    if Path(config.checkpoint).exists() or not _REPOSITORY.fullmatch(config.checkpoint):
+        raise TensLoRAError(
+            f"model.checkpoint={config.checkpoint}: no such folder, and not the name of a repository of the hub"
+        )
+    return config.checkpoint
+
+
+def source_setting(config: ModelConfig) -> str:
+    """The setting and the value that say which model it is, for the beginning of a message."""
+    if config.checkpoint is not None:
+        return f"model.checkpoint={config.checkpoint}"
+    # conf/model has a file for a named model; a generic one has the name of its architecture.
+    generic = config.name == str(config.architecture).replace("/", "--")
+    return f"model.architecture={config.architecture}" if generic else f"model={config.name}"
 
 
 @contextmanager
@@ -41,8 +66,10 @@ def fetching(config: ModelConfig) -> Iterator[None]:
     client_log = logging.getLogger("huggingface_hub")
     level = client_log.level
     client_log.setLevel(logging.ERROR)  # the client warns of each of its retries, over twenty lines in a minute
-    if config.checkpoint is None:
-        log.info("%s: looking for %s", config.name, config.architecture)
+    is_local = config.checkpoint is not None and Path(config.checkpoint).exists()
+    repository = config.checkpoint or config.architecture
+    if not is_local:
+        log.info("%s: looking for %s", config.name, repository)
     try:
         yield
     except TensLoRAError:
@@ -52,14 +79,20 @@ def fetching(config: ModelConfig) -> Iterator[None]:
         if isinstance(error, TypeError) and config.library == "timm":
             raise
         reason = first_line(error)
-        if config.checkpoint is not None:
+        if is_local:
             raise TensLoRAError(
                 f"model.checkpoint={config.checkpoint}: is not a checkpoint of {config.name} ({reason})"
             ) from error
-        repository = config.architecture if config.library == "transformers" else f"timm/{config.architecture}"
+        if config.library == "timm":
+            repository = f"timm/{repository}"
+        elif config.checkpoint is not None:
+            raise TensLoRAError(
+                f"model.checkpoint={repository}: there is no such folder, and it cannot be loaded from the Hugging "
+                f"Face hub ({reason})"
+            ) from error
         raise TensLoRAError(
-            f"model={config.name}: {repository} cannot be downloaded from the Hugging Face hub ({reason}); download "
-            f"that repository where there is a network and set model.checkpoint to the folder, or set "
+            f"{source_setting(config)}: {repository} cannot be downloaded from the Hugging Face hub ({reason}); "
+            f"download that repository where there is a network and set model.checkpoint to the folder, or set "
             f"model.pretrained=false for random weights"
         ) from error
     finally:

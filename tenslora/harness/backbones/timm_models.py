@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.backbones.head import Backbone
 from tenslora.harness.backbones.hub import building, fetching, wrong_checkpoint
+from tenslora.harness.backbones.image_input import ImageInput, require_whole_patches, resolve_image_input
 from tenslora.harness.config import ModelConfig
 from tenslora.harness.quick_start import import_timm
 
@@ -21,19 +26,77 @@ EMBEDDED = Path(__file__).parent / "vit_digits.safetensors"
 def load_timm(config: ModelConfig, classes: int) -> Backbone:
     """Load a model of timm, with the head that timm initialises; see `tenslora.harness.backbones.load_backbone`."""
     timm = import_timm()
-    if not timm.is_model(config.architecture):
-        raise TensLoRAError(f"model.architecture={config.architecture}: timm {timm.__version__} has no such model")
-    options = {"num_classes": classes, "in_chans": config.channels, **config.options}
     from_hub = config.pretrained and config.checkpoint is None
+    _require_known(timm, config, from_hub)
+    options: dict[str, Any] = {"num_classes": classes}
+    if config.channels is not None:
+        options["in_chans"] = config.channels
+    if not config.declares_images and config.image_size is not None:
+        declared = timm.get_pretrained_cfg(config.architecture)
+        if declared is not None and declared.fixed_input_size:  # other models take images of any size
+            options["img_size"] = config.image_size
+    options |= config.options
     with building(config), fetching(config) if from_hub else nullcontext():
         model = timm.create_model(config.architecture, pretrained=from_hub, **options)
     classifier = model.get_classifier()
     head = list(classifier) if isinstance(classifier, tuple) else [classifier]
-    backbone = Backbone(model, head, "x")
+    image_input = resolve_image_input(config, _own_input(model, config, options))
+    require_whole_patches(config, image_input.size, getattr(getattr(model, "patch_embed", None), "patch_size", None))
+    backbone = Backbone(model, head, "x", image_input)
     if config.pretrained and config.checkpoint is not None:
         path = EMBEDDED if config.checkpoint == "embedded" else _weights_file(Path(config.checkpoint))
         _load_weights(backbone, config, path)
     return backbone
+
+
+def _require_known(timm: Any, config: ModelConfig, from_hub: bool) -> None:
+    """Refuse a name that timm does not have, or that has no weights if they are to come from the hub."""
+    name = str(config.architecture)
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(name):
+        known = [*timm.list_models(), *timm.list_pretrained()]
+        similar = difflib.get_close_matches(name, known, n=3) or difflib.get_close_matches(architecture, known, n=3)
+        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+        raise TensLoRAError(f"model.architecture={name}: timm {timm.__version__} has no such model{hint}")
+    with_weights = timm.list_pretrained(f"{architecture}.*") if tag or from_hub else []
+    if tag and name not in with_weights:
+        raise TensLoRAError(
+            f"model.architecture={name}: timm {timm.__version__} has no such weights; "
+            f"{'it has ' + ', '.join(with_weights) if with_weights else f'it has none for {architecture}'}"
+        )
+    if from_hub and not timm.is_model_pretrained(name):
+        raise TensLoRAError(
+            f"model.architecture={name}: timm {timm.__version__} has no weights for it; set model.checkpoint to a file "
+            f"or a folder of weights, or model.pretrained=false for random ones"
+        )
+
+
+def _own_input(model: nn.Module, config: ModelConfig, options: Mapping[str, Any]) -> ImageInput:
+    """The images that a model takes according to timm's data config, or to that in the folder of its weights."""
+    from timm.data import resolve_model_data_config
+
+    if config.declares_images:
+        return ImageInput(0, 0, (), ())  # of which all is replaced
+    saved: dict[str, Any] = {}
+    file = Path(config.checkpoint or "") / "config.json"
+    if config.checkpoint is not None and file.is_file():
+        try:
+            saved = dict(json.loads(file.read_text()).get("pretrained_cfg") or {})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise TensLoRAError(f"{file}: not a readable config of timm ({first_line(error)})") from error
+    data = resolve_model_data_config(model, pretrained_cfg={**vars(model)["pretrained_cfg"], **saved})
+    channels, height, width = data["input_size"]
+    if height != width and config.image_size is None:
+        raise TensLoRAError(f"model.image_size=null: {config.name} takes images of {height} x {width}; set one number")
+    return ImageInput(
+        size=options.get("img_size", height),
+        channels=options.get("in_chans", channels),
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        crop_ratio=float(data["crop_pct"]),
+        squash=data["crop_mode"] == "squash",
+        interpolation=data["interpolation"],
+    )
 
 
 def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) -> PreTrainedTokenizerBase:
     """The tokenizer that a text model was pretrained with.
 
-    A model with random weights has no tokenizer yet. For such a model, a byte-level BPE is trained on the given
-    sentences, deterministically, so that an architecture of full size can be run without a hub.
+    A named model with random weights has no tokenizer yet. For such a model, a byte-level BPE is trained on the given
+    sentences, deterministically, so that an architecture of full size can be run without a hub. A generic model has the
+    tokenizer of its checkpoint, whether or not it has the weights.
 
     Args:
         config: the model's settings.
-        sentences: the training examples, each of one or two sentences; read only if `config.pretrained` is false.
+        sentences: the training examples, each of one or two sentences; read only if a tokenizer is trained on them.
 
     Returns:
         The tokenizer.
@@ -30,17 +31,19 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
     Raises:
         TensLoRAError: if the tokenizer is missing or damaged, or if the hub cannot be reached.
     """
-    if not config.pretrained:
+    if not config.pretrained and config.architecture is not None:
         return _train_tokenizer(sentences)
     from transformers import AutoTokenizer
 
     source = folder_or_repository(config)
     with fetching(config):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         # In a folder without a tokenizer's files, transformers 5 makes one that knows the special tokens only.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise OSError("it has no tokenizer")
-        return tokenizer
+    if tokenizer.pad_token is None:  # decoders have none; what is padded is masked, so any token does
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
 
 
 def _train_tokenizer(sentences: Iterable[tuple[str, ...]]) -> PreTrainedTokenizerBase:

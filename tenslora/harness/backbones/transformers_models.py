@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones.head import Backbone
-from tenslora.harness.backbones.hub import building, fetching, folder_or_repository, wrong_checkpoint
+from tenslora.harness.backbones.hub import building, fetching, folder_or_repository, source_setting, wrong_checkpoint
+from tenslora.harness.backbones.image_input import ImageInput, require_whole_patches, resolve_image_input
 from tenslora.harness.config import ModelConfig
+from tenslora.projections import find_projections
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_INTERPOLATION = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""torchvision's names of Pillow's methods, by Pillow's numbers."""
 
 
 def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None) -> Backbone:
@@ -18,50 +26,163 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
 
     See `tenslora.harness.backbones.load_backbone`.
     """
-    model = _load_pretrained(config, classes) if config.pretrained else _build_random(config, classes, tokenizer)
-    image_size = getattr(model.config, "image_size", None)
-    if config.modality == "image" and image_size not in (None, config.image_size):
-        raise TensLoRAError(
-            f"model.image_size={config.image_size}: must be {image_size}, the size of the images that {config.name} "
-            f"takes"
-        )
+    build = _load_pretrained if config.pretrained else _build_random
+    model, new = build(config, classes, tokenizer)
     # The Transformer is one child of the model; the other children are the head.
-    head = [child for name, child in model.named_children() if name != model.base_model_prefix]
-    return Backbone(model, head, "pixel_values")
+    children = dict(model.named_children())
+    transformer = {model.base_model_prefix}
+    if not transformer & children.keys():  # the image half of CLIP, for one
+        transformer = {target.path.partition(".")[0] for target in find_projections(model)[1]}
+    head = [child for name, child in children.items() if name not in transformer] + new
+    if config.modality == "image":
+        return Backbone(model, head, "pixel_values", _image_input(config, model))
+    return Backbone(model, head, "input_ids", max_tokens=_max_tokens(model))
 
 
-def _load_pretrained(config: ModelConfig, classes: int) -> PreTrainedModel:
+def _max_tokens(model: nn.Module) -> int | None:
+    """The number of a model's learned positions; RoBERTa's begin after the number of the padding token."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
+def _load_pretrained(
+    config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, list[nn.Module]]:
+    """The model with its weights, and those of its modules that the checkpoint lacks and that belong to the head."""
     import transformers
 
     source = folder_or_repository(config)
-    if config.checkpoint is not None:
+    if Path(source).is_dir():
         transformers.utils.logging.disable_progress_bar()  # a download should show one, reading a folder need not
     transformers.utils.logging.set_verbosity_error()  # transformers would warn that the head is new
+    settings: dict[str, Any] = {"num_labels": classes}
+    if config.architecture is None:
+        settings = {"config": _own_settings(config, classes, tokenizer)}
     with fetching(config):
         model, info = _auto_class(config).from_pretrained(
-            source,
-            num_labels=classes,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=False,
+            source, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **settings
         )
     # transformers 5 gives (name, shape in the checkpoint, shape in the model) for a mismatch, transformers 4 the name.
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
+    new = set()
     for name in [*info["missing_keys"], *mismatched]:
-        if name.startswith(f"{model.base_model_prefix}."):  # a head may be missing or have another shape
+        # A head may be missing or have another shape. So may the pooler, which pretraining without a task for whole
+        # sentences leaves out; it is then trained with the head.
+        before, pooler, _ = name.partition(".pooler.")
+        if pooler and name in info["missing_keys"]:
+            new.add(f"{before}.pooler")
+        elif name.startswith(f"{model.base_model_prefix}."):
             raise wrong_checkpoint(config, source, f"it lacks {name}, or has it in another shape")
-    return model
+    return model, [model.get_submodule(path) for path in sorted(new)]
 
 
-def _build_random(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+def _build_random(
+    config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, list[nn.Module]]:
     from transformers import AutoConfig
 
-    given = {"image_size": config.image_size} if tokenizer is None else {"pad_token_id": tokenizer.pad_token_id}
     with building(config):
-        architecture = AutoConfig.for_model(**{**config.options, **given}, num_labels=classes)
-        if tokenizer is not None and len(tokenizer) > architecture.vocab_size:
+        if config.architecture is None:
+            settings = _own_settings(config, classes, tokenizer)
+        else:
+            given: dict[str, Any] = {"image_size": config.image_size}
+            if tokenizer is not None:
+                given = {"pad_token_id": tokenizer.pad_token_id}
+            settings = AutoConfig.for_model(**{**config.options, **given}, num_labels=classes)
+        if tokenizer is not None and len(tokenizer) > settings.vocab_size:
             raise ValueError(f"vocab_size must be at least {len(tokenizer)}, the number of the tokenizer's tokens")
-        return _auto_class(config).from_config(architecture, trust_remote_code=False)
+        return _auto_class(config).from_config(settings, trust_remote_code=False), []
+
+
+def _own_settings(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
+    """The settings in the config.json of a generic model, with `config.options` in place of its own."""
+    from transformers import AutoConfig
+
+    with fetching(config):
+        own: PretrainedConfig = AutoConfig.from_pretrained(
+            folder_or_repository(config), trust_remote_code=False, num_labels=classes
+        )
+    for name, value in config.options.items():
+        if not hasattr(own, name):
+            raise TensLoRAError(f"model.options.{name}: the model's config.json ({own.model_type}) has no such setting")
+        setattr(own, name, value)
+    if tokenizer is not None and (own.pad_token_id is None or not config.pretrained):
+        own.pad_token_id = tokenizer.pad_token_id
+    return own
+
+
+def _image_input(config: ModelConfig, model: PreTrainedModel) -> ImageInput:
+    """The images that an image model takes."""
+    takes = getattr(model.config, "image_size", None)
+    own = ImageInput(0, 0, (), ())  # of which all is replaced where the settings declare the images
+    if not config.declares_images:
+        own = _own_input(config, takes if isinstance(takes, int) else None, getattr(model.config, "num_channels", 3))
+    image_input = resolve_image_input(config, own)
+    require_whole_patches(config, image_input.size, getattr(model.config, "patch_size", None))
+    if takes not in (None, image_input.size) and not _takes(model, image_input):
+        raise TensLoRAError(
+            f"model.image_size={image_input.size}: must be {takes}, the size of the images that {config.name} takes"
+        )
+    return image_input
+
+
+def _takes(model: PreTrainedModel, image_input: ImageInput) -> bool:
+    """Whether a model takes images of a size other than its own, as DINOv2 does."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(pixel_values=torch.zeros(1, image_input.channels, image_input.size, image_input.size))
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _own_input(config: ModelConfig, size: int | None, channels: int) -> ImageInput:
+    """The images of a generic model, as its preprocessor_config.json describes them.
+
+    Args:
+        config: the model's settings.
+        size: the size of the images in its config.json; None if that has no size.
+        channels: the number of channels in its config.json.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        with fetching(config):
+            processor = AutoImageProcessor.from_pretrained(folder_or_repository(config), trust_remote_code=False)
+    except TensLoRAError as error:
+        if not config.pretrained and size is not None:  # random weights have no statistics to keep to
+            return ImageInput(size, channels, (0.5,) * channels, (0.5,) * channels)
+        raise TensLoRAError(
+            f"{source_setting(config)}: does not say how it normalizes images; set model.image_size, model.channels, "
+            f"model.mean and model.std ({error})"
+        ) from error
+    mean, std = (0.0,) * channels, (1.0,) * channels
+    # A processor multiplies pixels from 0 to 255 by a factor, usually 1 / 255, before it normalizes them.
+    scale = 255 * (processor.rescale_factor if processor.do_rescale else 1)
+    if processor.do_normalize:
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    resize = dict(processor.size or {})
+    crops = getattr(processor, "do_center_crop", False) and processor.crop_size
+    cut = dict(processor.crop_size) if crops else resize
+    resized, side = (edges.get("height", edges.get("shortest_edge")) for edges in (resize, cut))
+    if side is None or cut.get("width", side) != side:
+        raise TensLoRAError(
+            f"{source_setting(config)}: its images have no height equal to the width (preprocessor_config.json: size "
+            f"{resize})"
+        )
+    return ImageInput(
+        size=side,
+        channels=channels,
+        mean=tuple(value / scale for value in mean),
+        std=tuple(value / scale for value in std),
+        crop_ratio=min(1.0, side / (resized or side)),
+        squash="shortest_edge" not in resize,
+        interpolation=_INTERPOLATION[int(processor.resample)],
+    )
 
 
 def _auto_class(config: ModelConfig) -> Any:

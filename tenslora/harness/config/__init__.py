@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config.checks import as_typed, in_one_line
 from tenslora.harness.config.schema import (
+    IMAGE_SETTINGS,
     REFERENCES,
     DatasetConfig,
     ImageDatasetConfig,
@@ -83,10 +84,13 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
 
 
 def register_resolvers() -> None:
-    """Define the resolver ``${run_folder:}`` for the config files: the folder of the run that they describe.
+    """Define the resolvers of the config files.
 
-    ``${run_folder:NAME}`` gives NAME if the settings are not valid. Hydra asks for the folders of a multirun before it
-    starts the jobs, and one job's mistake must not end the others.
+    ``${unless_generic:VALUE}`` is VALUE if the model declares its images, and otherwise null, the model's own.
+
+    ``${run_folder:}`` is the folder of the run that the settings describe. ``${run_folder:NAME}`` gives NAME if the
+    settings are not valid. Hydra asks for the folders of a multirun before it starts the jobs, and one job's mistake
+    must not end the others.
     """
 
     def run_folder(otherwise: str | None = None, *, _root_: DictConfig) -> str:
@@ -97,7 +101,12 @@ def register_resolvers() -> None:
                 raise
             return otherwise
 
+    def unless_generic(value: Any, *, _root_: DictConfig) -> Any:
+        model = _root_.get("model") or {}
+        return value if all(model.get(name) is not None for name in IMAGE_SETTINGS) else None
+
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+    OmegaConf.register_new_resolver("unless_generic", unless_generic, replace=True)
 
 
 @cache
@@ -128,6 +137,9 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
     dataset = plain.get("dataset")
     if isinstance(dataset, dict) and dataset.get("name") is None and dataset.get("source") is not None:
         arranged["dataset"] = {**dataset, "name": _name_after(str(dataset.get("root") or dataset["source"]))}
+    model = plain.get("model")
+    if isinstance(model, dict) and "name" in model and model["name"] is None:
+        arranged["model"] = {**model, "name": _name_of_model(model.get("checkpoint"), model.get("architecture"))}
     tensor_mode = name_of("tensor_mode", "")
     adapter = plain.get("adapter", {})
     if isinstance(adapter, dict):
@@ -150,3 +162,18 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
 def _name_after(path: str) -> str:
     """The last part of a path as a name for folders, records and tables: "my/Pet photos" gives "Pet-photos"."""
     return re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(path)), flags=re.ASCII).strip("-.")
+
+
+def _name_of_model(checkpoint: Any, architecture: Any) -> str:
+    """The name of a generic model: "FacebookAI/roberta-base" gives "FacebookAI--roberta-base", a folder its last part.
+
+    Args:
+        checkpoint: a local file or folder, or a repository on the hub; None if the architecture says what is loaded.
+        architecture: timm's name of the model, or None.
+    """
+    source = str(checkpoint or architecture or "")
+    if checkpoint is None or not os.path.exists(source):
+        return source.strip("/").replace("/", "--")
+    # A file that is named as all files of weights are says less than its folder.
+    parent, name = os.path.split(source)
+    return _name_after(parent if name in ("model.safetensors", "pytorch_model.bin") else source)

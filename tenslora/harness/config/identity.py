@@ -76,7 +76,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
         for name in ("train_list", "test_list"):
             nested["dataset"].pop(name, None)
     if run.model.modality == "text":
-        for name in ("image_size", "channels", "mean", "std"):
+        for name in ("image_size", "channels", "mean", "std"):  # schema.IMAGE_SETTINGS, whose module imports this one
             del nested["model"][name]
     plain: dict[str, Any] = _plain(nested)
     return plain

@@ -8,7 +8,6 @@ library's own checks. Nothing here needs torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import permutations
@@ -39,6 +38,9 @@ REFERENCES = ("head_only", "full")
 FACTORS = ("core", "d_in", "d_out", "d_head", "head", "projection", "depth", "site")
 """The names that the parameters of a tensor can have: the core, and the modes."""
 
+IMAGE_SETTINGS = ("image_size", "channels", "mean", "std")
+"""The settings of a model that only an image model has."""
+
 TENSOR_MODES = (*CONSTRUCTIONS, *REFERENCES)
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -50,54 +52,56 @@ SOURCES = ("image_folder", "vtab", "text_files")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A backbone: where its weights come from, and for an image model what its images look like."""
+    """A backbone: where its weights come from, and for an image model what its images look like.
+
+    A named model of conf/model declares all of it. A generic one (timm, hf_image, hf_text) leaves open (None) what its
+    own files say: its architecture, the size and the normalization of its images, its dimensions.
+    """
 
     name: str
     modality: Annotated[str, one_of(("image", "text"))]
     library: Annotated[str, one_of(("transformers", "timm"))]
-    architecture: str
+    architecture: str | None
     options: dict[str, Any]
     checkpoint: str | None
     pretrained: bool
     geometry: Geometry | None
-    image_size: NonNegativeInt = 0
-    channels: NonNegativeInt = 0
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    image_size: Annotated[int | None, within(0, or_null=True)] = 0
+    channels: Annotated[int | None, within(0, or_null=True)] = 0
+    mean: tuple[float, ...] | None = ()
+    std: tuple[float, ...] | None = ()
 
     def __post_init__(self) -> None:
+        if self.architecture is None and self.library == "timm":
+            raise TensLoRAError(f"architecture={self.architecture}: must be the name of a model of timm")
+        if self.architecture is None and self.checkpoint is None:
+            raise TensLoRAError(f"checkpoint={self.checkpoint}: must be a folder, or a repository of the hub")
         if self.modality == "text":
             return
-        if self.image_size < 1:
+        if self.image_size is not None and self.image_size < 1:
             raise TensLoRAError(f"image_size={self.image_size}: must be at least 1")
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.channels:
+            if values is not None and self.channels is not None and len(values) != self.channels:
                 raise TensLoRAError(
                     f"{name}={list(values)}: must have one number for each channel, and channels={self.channels}"
                 )
 
+    @property
+    def declares_images(self) -> bool:
+        """Whether the settings say all about an image model's input, so that the model's own files are not asked."""
+        return all(getattr(self, name) is not None for name in IMAGE_SETTINGS)
+
 
 @dataclass(frozen=True)
 class TransformConfig:
-    """How an image is turned into the backbone's input."""
+    """How an image is turned into the backbone's input; None is the model's own."""
 
-    crop_ratio: Annotated[float, within(0.01, 1)]
-    squash: bool
-    interpolation: Annotated[str, one_of(("bilinear", "bicubic"))]
+    crop_ratio: Annotated[float | None, within(0.01, 1, or_null=True)]
+    squash: bool | None
+    interpolation: Annotated[str | None, one_of(("bilinear", "bicubic"))]
     color_jitter: NonNegative
     flip: bool
     normalize: Annotated[bool | str, one_of((True, False, "imagenet"))]
-
-    def mean_and_std(
-        self, mean: Sequence[float], std: Sequence[float]
-    ) -> tuple[Sequence[float], Sequence[float]] | None:
-        """What is subtracted from a pixel in [0, 1] and what it is then divided by, for each channel; None for neither.
-
-        Args:
-            mean: the mean with which the backbone was pretrained.
-            std: the standard deviation with which it was pretrained.
-        """
-        return IMAGENET if self.normalize == "imagenet" else (mean, std) if self.normalize else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from tenslora.harness.backbones import Backbone
+from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.cache import cache_latest
-from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, ModelConfig, TextDatasetConfig, TransformConfig
+from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig, TransformConfig
 from tenslora.harness.data.examples import Dataset, Examples
 from tenslora.random_streams import stream_seed
 
@@ -142,21 +144,20 @@ class ImageCollate:
 
     Args:
         input_name: the keyword by which the model takes images.
-        mean: the mean of each channel, which is subtracted; None to leave pixels in [0, 1].
-        std: the standard deviation of each channel, by which pixels are divided; None likewise.
+        mean: the mean of each channel, which is subtracted.
+        std: the standard deviation of each channel, by which pixels are divided.
     """
 
     input_name: str
-    mean: Sequence[float] | None
-    std: Sequence[float] | None
+    mean: Sequence[float]
+    std: Sequence[float]
 
     def __call__(self, items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
         from torchvision.transforms.v2 import functional as F
 
         pixels = torch.from_numpy(np.stack([image for image, _ in items])).permute(0, 3, 1, 2).contiguous()
         batch = F.to_dtype(pixels, torch.float32, scale=True)
-        if self.mean is not None and self.std is not None:
-            F.normalize(batch, list(self.mean), list(self.std), inplace=True)
+        F.normalize(batch, list(self.mean), list(self.std), inplace=True)
         return {self.input_name: batch}, torch.tensor([label for _, label in items])
 
 
@@ -220,8 +221,7 @@ class EncodedDataset:
 def encode(
     dataset: Dataset,
     config: DatasetConfig,
-    model: ModelConfig,
-    input_name: str,
+    backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> EncodedDataset:
     """Encode the examples of a dataset for a model.
@@ -232,8 +232,7 @@ def encode(
     Args:
         dataset: the dataset.
         config: the dataset's settings.
-        model: the model's settings.
-        input_name: the keyword by which an image model takes images.
+        backbone: the model, which says what images or how many tokens it takes.
         tokenizer: the tokenizer of a text model; None for an image model.
 
     Returns:
@@ -241,36 +240,33 @@ def encode(
     """
     if isinstance(config, TextDatasetConfig):
         assert tokenizer is not None
-        return _encode_texts(dataset, config, tokenizer)
+        return _encode_texts(dataset, config, tokenizer, backbone.max_tokens)
     assert isinstance(config, ImageDatasetConfig)
-    return _encode_images(dataset, config, model, input_name)
-
-
-def _encode_images(dataset: Dataset, config: ImageDatasetConfig, model: ModelConfig, input_name: str) -> EncodedDataset:
+    assert backbone.image_input is not None
+    image_input = backbone.image_input.under(config.transform)
     for_scoring = replace(config.transform, color_jitter=0.0, flip=False)
-    mean, std = config.transform.mean_and_std(model.mean, model.std) or (None, None)
     return EncodedDataset(
-        _transformed(dataset.train, config.transform, model),
-        _transformed(dataset.scored, for_scoring, model),
-        {name: _transformed(examples, for_scoring, model) for name, examples in dataset.more_tests.items()},
-        ImageCollate(input_name, mean, std),
+        _transformed(dataset.train, config.transform, image_input),
+        _transformed(dataset.scored, for_scoring, image_input),
+        {name: _transformed(examples, for_scoring, image_input) for name, examples in dataset.more_tests.items()},
+        ImageCollate(backbone.input_name, image_input.mean, image_input.std),
         dataset.task,
         config.scored_on,
     )
 
 
 @cache_latest(2)  # the two splits of a dataset
-def _transformed(examples: Examples, transform: TransformConfig, model: ModelConfig) -> Encoded:
+def _transformed(examples: Examples, transform: TransformConfig, image_input: ImageInput) -> Encoded:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import v2 as T
 
-    size = round(model.image_size / transform.crop_ratio)
-    interpolation = InterpolationMode(transform.interpolation)
+    size = round(image_input.size / image_input.crop_ratio)
+    interpolation = InterpolationMode(image_input.interpolation)
     prepare = T.Compose(
         [
-            T.Grayscale(num_output_channels=model.channels) if model.channels == 1 else T.RGB(),
-            T.Resize([size, size] if transform.squash else [size], interpolation, antialias=True),
-            T.CenterCrop(model.image_size),
+            T.Grayscale(num_output_channels=1) if image_input.channels == 1 else T.RGB(),
+            T.Resize([size, size] if image_input.squash else [size], interpolation, antialias=True),
+            T.CenterCrop(image_input.size),
         ]
     )
     augment: list[Any] = []
@@ -280,15 +276,17 @@ def _transformed(examples: Examples, transform: TransformConfig, model: ModelCon
     if transform.flip:
         augment.append(T.RandomHorizontalFlip())
     return Encoded(
-        ResizedImages(examples.inputs, prepare, model.image_size, model.channels),
+        ResizedImages(examples.inputs, prepare, image_input.size, image_input.channels),
         examples.labels,
         Augmentation(T.Compose(augment)) if augment else None,
         augmented=bool(augment),
     )
 
 
-def _encode_texts(dataset: Dataset, config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase) -> EncodedDataset:
-    max_length = min(config.max_length, tokenizer.model_max_length)
+def _encode_texts(
+    dataset: Dataset, config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+) -> EncodedDataset:
+    max_length = min(config.max_length, tokenizer.model_max_length, max_tokens or config.max_length)
 
     def encoded(examples: Examples) -> Encoded:
         tokens = _tokenize(examples, tokenizer, max_length)

@@ -53,7 +53,7 @@ def test_a_random_model_runs_and_learns(kind: str) -> None:
     if kind in TEXT:
         inputs = dict(trained_tokenizer()([first for first, _ in SENTENCES], padding=True, return_tensors="pt"))
     else:
-        inputs = {backbone.input_name: torch.randn(3, RANDOM[kind].channels, 8, 8)}
+        inputs = {backbone.input_name: torch.randn(3, RANDOM[kind].channels or 0, 8, 8)}
     logits = outputs_of(backbone.model, inputs)
     assert logits.shape == (3, 3)
     torch.autograd.backward(F.cross_entropy(logits, torch.tensor([0, 1, 2])))

@@ -19,7 +19,9 @@ REFUSED = {
     "optimizer.min_lr=0.1": "optimizer.min_lr=0.1: must be at most lr, which is 0.001",
     "optimizer.betas=[0.9,1.0]": "optimizer.betas=1.0: must be at least 0 and below 1",
     "optimizer.factor_weight_decay.core=-1": "optimizer.factor_weight_decay.core=-1: must be at least 0, or null",
-    "dataset.transform.crop_ratio=1.2": "dataset.transform.crop_ratio=1.2: must be at least 0.01 and at most 1",
+    "dataset.transform.crop_ratio=1.2": (
+        "dataset.transform.crop_ratio=1.2: must be at least 0.01 and at most 1, or null"
+    ),
     "dataset=eurosat dataset.train_fraction=1": (
         "dataset.train_fraction=1: must be at least 0.001 and at most 0.999, or null"
     ),

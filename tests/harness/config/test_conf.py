@@ -40,6 +40,7 @@ def test_the_papers_protocol_is_the_default() -> None:
     eurosat = configured("dataset=eurosat")
     assert isinstance(eurosat.dataset, ImageDatasetConfig)
     assert eurosat.dataset.train_fraction == 0.8
+    assert eurosat.model.image_size and eurosat.dataset.transform.crop_ratio
     assert round(eurosat.model.image_size / eurosat.dataset.transform.crop_ratio) == 300
 
 

@@ -33,8 +33,10 @@ def every_option() -> list[str]:
             ):
                 words += ["dataset.root=my/pets", "dataset.name=pets"]
             if group == "model":
-                modality = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())["modality"]
-                words.insert(0, f"dataset={'cola' if modality == 'text' else 'dtd'}")
+                settings = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+                words.insert(0, f"dataset={'cola' if settings['modality'] == 'text' else 'dtd'}")
+                if settings["name"] is None:  # a generic model
+                    words += ["model.name=tiny", f"model.{'architecture' if option == 'timm' else 'checkpoint'}=tiny"]
             lines.append(" ".join(words))
     return lines
 

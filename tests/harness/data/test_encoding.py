@@ -14,31 +14,21 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tenslora.harness.backbones import load_tokenizer
-from tenslora.harness.config import ImageDatasetConfig, ModelConfig, TextDatasetConfig, TransformConfig
+from tenslora.harness.backbones import Backbone, load_tokenizer
+from tenslora.harness.backbones.image_input import ImageInput
+from tenslora.harness.config import ImageDatasetConfig, TextDatasetConfig, TransformConfig
 from tenslora.harness.data.batches import TrainBatches
 from tenslora.harness.data.encoding import Collate, Encoded, encode
 from tenslora.harness.data.examples import Dataset, Examples, ImageFiles
+from tests.harness.backbones.tiny_models import transformers_text
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
-def model_config(channels: int = 3, modality: str = "image") -> ModelConfig:
-    """Of a model that takes images of 8 x 8 pixels, or text."""
-    return ModelConfig(
-        name="tiny",
-        modality=modality,
-        library="transformers",
-        architecture="tiny",
-        options={},
-        checkpoint=None,
-        pretrained=False,
-        geometry=None,
-        image_size=8,
-        channels=channels,
-        mean=MEAN[:channels],
-        std=STD[:channels],
-    )
+def backbone_of(channels: int = 3) -> Backbone:
+    """A backbone that takes images of 8 x 8 pixels."""
+    image_input = ImageInput(8, channels, MEAN[:channels], STD[:channels])
+    return Backbone(torch.nn.Identity(), [], "pixels", image_input)
 
 
 # What the examples of a dataset are has no part in how they are encoded.
@@ -59,10 +49,10 @@ def pictures(count: int = 3, size: tuple[int, int] = (40, 20), mode: str = "RGB"
     return Examples([Image.fromarray(array) for array in pixels], list(range(count)))
 
 
-def encode_pictures(examples: Examples, model: ModelConfig, **changes: Any) -> tuple[Encoded, Encoded, Collate]:
+def encode_pictures(examples: Examples, backbone: Backbone, **changes: Any) -> tuple[Encoded, Encoded, Collate]:
     transform = replace(TransformConfig(1.0, True, "bilinear", 0.0, False, True), **changes)
     config = ImageDatasetConfig(**DATASET, modality="image", train_fraction=None, transform=transform)
-    data = encode(Dataset(examples, examples, ()), config, model, "pixels", None)
+    data = encode(Dataset(examples, examples, ()), config, backbone, None)
     return data.train, data.scored, data.collate
 
 
@@ -104,7 +94,7 @@ def test_images_are_resized_cropped_and_normalized_as_pil_and_numpy_do(
 ) -> None:
     examples = pictures()
     _, test, collate = encode_pictures(
-        examples, model_config(), crop_ratio=crop_ratio, squash=squash, interpolation=interpolation
+        examples, backbone_of(), crop_ratio=crop_ratio, squash=squash, interpolation=interpolation
     )
     for index, image in enumerate(examples.inputs):
         expected = scaled(image.resize(resized, resample).crop(box))
@@ -114,7 +104,7 @@ def test_images_are_resized_cropped_and_normalized_as_pil_and_numpy_do(
 
 def test_without_normalize_pixels_stay_between_0_and_1() -> None:
     examples = pictures(size=(8, 8))
-    _, test, collate = encode_pictures(examples, model_config(), normalize=False)
+    _, test, collate = encode_pictures(examples, backbone_of(), normalize=False)
     torch.testing.assert_close(pixels_of(test, collate, 1), scaled(examples.inputs[1], mean=None))
 
 
@@ -122,7 +112,7 @@ def test_imagenets_mean_and_std_are_timms() -> None:
     from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     examples = pictures(size=(8, 8))
-    _, test, collate = encode_pictures(examples, model_config(), normalize="imagenet")
+    _, test, collate = encode_pictures(examples, backbone_of(), normalize="imagenet")
     expected = scaled(examples.inputs[1], IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     torch.testing.assert_close(pixels_of(test, collate, 1), expected)
 
@@ -131,13 +121,13 @@ def test_imagenets_mean_and_std_are_timms() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_gets_the_models_channels(mode: str, channels: int) -> None:
     examples = pictures(size=(8, 8), mode=mode)
-    _, test, collate = encode_pictures(examples, model_config(channels))
+    _, test, collate = encode_pictures(examples, backbone_of(channels))
     expected = scaled(examples.inputs[0].convert("L" if channels == 1 else "RGB"))
     torch.testing.assert_close(pixels_of(test, collate, 0), expected)
 
 
 def test_a_batch_of_images_has_the_models_name_for_them() -> None:
-    train, _, collate = encode_pictures(pictures(), model_config())
+    train, _, collate = encode_pictures(pictures(), backbone_of())
     inputs, labels = collate([train[2], train[0]])
     assert inputs.keys() == {"pixels"}
     assert (inputs["pixels"].shape, inputs["pixels"].dtype) == ((2, 3, 8, 8), torch.float32)
@@ -155,7 +145,7 @@ def by_example(data: Encoded, collate: Collate, epoch: int, seed: int = 0, **sha
 
 def test_flip_mirrors_half_of_the_training_images_and_no_test_image() -> None:
     examples = pictures(10, (8, 8))
-    train, test, collate = encode_pictures(examples, model_config(), flip=True)
+    train, test, collate = encode_pictures(examples, backbone_of(), flip=True)
     plain = [scaled(image) for image in examples.inputs]
     mirrored = 0
     for epoch in range(10):
@@ -169,7 +159,7 @@ def test_flip_mirrors_half_of_the_training_images_and_no_test_image() -> None:
 
 def test_color_jitter_changes_half_of_the_training_images_and_no_test_image() -> None:
     examples = pictures(10, (8, 8))
-    train, test, collate = encode_pictures(examples, model_config(), color_jitter=0.4)
+    train, test, collate = encode_pictures(examples, backbone_of(), color_jitter=0.4)
     plain = [scaled(image) for image in examples.inputs]
     epochs = [by_example(train, collate, epoch) for epoch in range(10)]
     untouched = sum(torch.allclose(draw[i], plain[i], atol=1e-6) for draw in epochs for i in draw)
@@ -183,7 +173,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_example_alone() -> None:
     examples = pictures(10, (8, 8))
 
     def draws(epoch: int, seed: int = 0, **share: Any) -> dict[int, Tensor]:
-        train, _, collate = encode_pictures(examples, model_config(), flip=True, color_jitter=0.4)
+        train, _, collate = encode_pictures(examples, backbone_of(), flip=True, color_jitter=0.4)
         return by_example(train, collate, epoch, seed, **share)
 
     def same(images: dict[int, Tensor], others: dict[int, Tensor]) -> bool:
@@ -200,7 +190,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_example_alone() -> None:
 
 
 def test_augmentation_leaves_the_global_random_state_alone() -> None:
-    train, _, _ = encode_pictures(pictures(), model_config(), flip=True, color_jitter=0.4)
+    train, _, _ = encode_pictures(pictures(), backbone_of(), flip=True, color_jitter=0.4)
     before = torch.get_rng_state()
     train[0], train[1]
     assert torch.equal(torch.get_rng_state(), before)
@@ -208,7 +198,7 @@ def test_augmentation_leaves_the_global_random_state_alone() -> None:
 
 def test_equal_examples_are_augmented_differently() -> None:
     image = pictures(1, (8, 8)).inputs[0]
-    train, _, collate = encode_pictures(Examples([image] * 30, list(range(30))), model_config(), color_jitter=0.4)
+    train, _, collate = encode_pictures(Examples([image] * 30, list(range(30))), backbone_of(), color_jitter=0.4)
     assert len({pixels.numpy().tobytes() for pixels in by_example(train, collate, 1).values()}) > 8
 
 
@@ -233,8 +223,8 @@ class CountedReads(Sequence[Any]):
 def test_an_image_is_read_once_for_all_epochs_even_by_workers(transform: dict[str, Any], workers: int) -> None:
     plain = pictures(10)
     counted = CountedReads(plain.inputs)
-    train, _, collate = encode_pictures(Examples(counted, plain.labels), model_config(), **transform)
-    reference, _, _ = encode_pictures(plain, model_config(), **transform)
+    train, _, collate = encode_pictures(Examples(counted, plain.labels), backbone_of(), **transform)
+    reference, _, _ = encode_pictures(plain, backbone_of(), **transform)
     for epoch in (1, 2):
         encoded = by_example(train, collate, epoch, workers=workers)
         expected = by_example(reference, collate, epoch)
@@ -247,13 +237,13 @@ def test_images_that_would_fill_the_memory_are_read_again(monkeypatch: pytest.Mo
     for limit, reads in ((4 * 8 * 8 * 3, 1), (4 * 8 * 8 * 3 - 1, 2)):
         monkeypatch.setattr("tenslora.harness.data.encoding.CACHE_BYTES", limit)
         counted = CountedReads(plain.inputs)
-        train, _, collate = encode_pictures(Examples(counted, plain.labels), model_config())
+        train, _, collate = encode_pictures(Examples(counted, plain.labels), backbone_of())
         by_example(train, collate, 1), by_example(train, collate, 2)
         assert counted.reads[:] == [reads] * 4
 
 
 def test_encoded_images_can_be_pickled() -> None:
-    train, _, collate = encode_pictures(pictures(), model_config(), flip=True)
+    train, _, collate = encode_pictures(pictures(), backbone_of(), flip=True)
     train.stream = (0, 1)
     copied = pickle.loads(pickle.dumps(train))
     assert all(torch.equal(pixels_of(copied, collate, i), pixels_of(train, collate, i)) for i in range(3))
@@ -269,7 +259,7 @@ PAIRS = [
 def tokenizer_of(kind: str, request: pytest.FixtureRequest) -> Any:
     if kind == "bert":
         return AutoTokenizer.from_pretrained(request.getfixturevalue("shared") / "models" / "minilm_l6")
-    return load_tokenizer(model_config(modality="text"), PAIRS)
+    return load_tokenizer(transformers_text(), PAIRS)
 
 
 @pytest.fixture(params=["bpe", "bert"])
@@ -288,7 +278,7 @@ def encode_sentences(
         **DATASET, modality="text", max_length=max_length, padding=padding, group_by_length=grouped
     )
     examples = Examples(rows, [i % 2 for i in range(len(rows))])
-    data = encode(Dataset(examples, examples, ()), config, model_config(modality="text"), "ids", tokenizer)
+    data = encode(Dataset(examples, examples, ()), config, Backbone(torch.nn.Identity(), [], "ids"), tokenizer)
     return data.train, data.scored, data.collate
 
 
@@ -350,7 +340,7 @@ def test_max_length_is_at_most_what_the_model_takes(tokenizer: Any) -> None:
 
 def test_an_image_file_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
     examples = Examples(ImageFiles([tmp_path / "later.png"]), [0])
-    train, _, collate = encode_pictures(examples, model_config())
+    train, _, collate = encode_pictures(examples, backbone_of())
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "later.png")
     torch.testing.assert_close(pixels_of(train, collate, 0)[0], torch.full((8, 8), (1 - MEAN[0]) / STD[0]))
 

@@ -55,7 +55,7 @@ def test_the_loop_is_adamw_on_the_mean_loss(tmp_path: Path, core_ratio: float, f
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: floor + (1 - floor) * (1 + math.cos(math.pi * step / 3)) / 2
     )
-    data = encode(dataset, settings.dataset, settings.model, "x", None)
+    data = encode(dataset, settings.dataset, backbone, None)
     losses = []
     for batch in TrainBatches(data.train, data.collate, batch_size=20, seed=0).order(1):
         inputs, labels = data.collate([data.train[i] for i in batch])

@@ -1,0 +1,100 @@
+"""The images that a backbone takes: their size, and how pixels become numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.config import ModelConfig, TransformConfig
+from tenslora.harness.config.schema import IMAGENET
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """How an image becomes a backbone's input.
+
+    The image is resized, its centre is cut out, and pixels in [0, 1] become (pixel - mean) / std.
+
+    Args:
+        size: the height and the width of the input, in pixels.
+        channels: the number of channels, 1 (grey) or 3 (RGB).
+        mean: the mean of each channel.
+        std: the standard deviation of each channel.
+        crop_ratio: the size of the input divided by the size that the image is resized to.
+        squash: True to resize both sides to that size; False to resize the shorter side and keep the proportions.
+        interpolation: the method of resizing, as torchvision names it.
+    """
+
+    size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_ratio: float = 1.0
+    squash: bool = True
+    interpolation: str = "bilinear"
+
+    def under(self, transform: TransformConfig) -> ImageInput:
+        """The input of a run: what the dataset's settings leave open (null) stays as the model has it.
+
+        Args:
+            transform: the dataset's settings.
+
+        Raises:
+            TensLoRAError: if the settings ask for ImageNet's mean of three channels, and the model has another number.
+        """
+        given = {name: getattr(transform, name) for name in ("crop_ratio", "squash", "interpolation")}
+        if transform.normalize == "imagenet":
+            if self.channels != len(IMAGENET[0]):
+                raise TensLoRAError(
+                    f"dataset.transform.normalize=imagenet: the model has {self.channels} channels, not 3"
+                )
+            given["mean"], given["std"] = IMAGENET
+        elif not transform.normalize:  # pixels stay in [0, 1]
+            given["mean"], given["std"] = (0.0,) * self.channels, (1.0,) * self.channels
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+def resolve_image_input(config: ModelConfig, own: ImageInput) -> ImageInput:
+    """The images that a model takes: as its settings say, and where they are null, as its own files say.
+
+    Args:
+        config: the model's settings.
+        own: the images that the model takes according to its own files.
+
+    Raises:
+        TensLoRAError: if the model's own mean or standard deviation is for another number of channels.
+    """
+    given: dict[str, Any] = {
+        "size": config.image_size,
+        "channels": config.channels,
+        "mean": config.mean,
+        "std": config.std,
+    }
+    resolved = replace(own, **{name: value for name, value in given.items() if value is not None})
+    for name, values in (("mean", resolved.mean), ("std", resolved.std)):
+        if len(values) != resolved.channels:
+            raise TensLoRAError(
+                f"model.{name}={list(values)}: must have one number for each channel, and the model has "
+                f"{resolved.channels}"
+            )
+    return resolved
+
+
+def require_whole_patches(config: ModelConfig, size: int, patch_size: object) -> None:
+    """Check that images divide into a model's patches; the libraries would cut off the rest of an image.
+
+    Args:
+        config: the model's settings.
+        size: the height and the width of the images, in pixels.
+        patch_size: the height and the width of a patch, one number or two; anything else for a model without patches.
+
+    Raises:
+        TensLoRAError: if they do not.
+    """
+    sides = patch_size if isinstance(patch_size, (tuple, list)) else [patch_size]
+    for side in sides:
+        if isinstance(side, int) and size % side:
+            raise TensLoRAError(
+                f"model.image_size={size}: must be a multiple of {side}, the size of the patches of {config.name}"
+            )
