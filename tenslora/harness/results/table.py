@@ -119,7 +119,7 @@ class Run:
         lora_parameters: LoRA's number of parameters, from the same; None without a declared geometry.
         record: the run's result.json; None if there is none yet.
         problem: why there is no score: "missing", "running", or what went wrong; empty for a completed run.
-        predictions: the file with the run's test predictions, which may not exist; None if it is unknown.
+        folder: the run's folder; None if it is unknown.
     """
 
     row: Row
@@ -131,7 +131,7 @@ class Run:
     lora_parameters: int | None = None
     record: dict[str, Any] | None = None
     problem: str = "missing"
-    predictions: Path | None = None
+    folder: Path | None = None
 
     @property
     def status(self) -> str:

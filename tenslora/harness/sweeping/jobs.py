@@ -119,7 +119,7 @@ class Job:
         problem = look.problem or ("" if record else without_record)
         return Run(
             self.row, self.column, run.seed, self.digest, ranks, parameters, lora, record, problem,
-            self.folder.predictions,
+            self.folder.path,
         )  # fmt: skip
 
 

@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import JavascriptException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
 
-from tenslora.harness.results.report import to_html
+from tenslora.harness.results.report import to_html, write_report
 from tenslora.harness.results.summary import summarize
-from tenslora.harness.results.table import Run
-from tests.tables import make_run, make_table
+from tenslora.harness.results.table import Run, Table
+from tests.tables import STSB, make_run, make_table
 
 FLAGS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
@@ -77,6 +79,47 @@ def test_figures_stand_in_the_page_with_ids_of_their_own_and_a_label(sample_repo
         assert not root.get("height")
     assert len(ids) == len(set(ids))
     assert 'aria-label="Score against parameters: dtd · vit_base · isoparameters"' in svgs[0]
+
+
+def unfinished_table() -> Table:
+    """Three runs of LoRA that are finished, running and missing, and a failed one of att."""
+    return make_table(
+        [
+            make_run("lora", epochs=[0.5]),
+            make_run("lora", seed=1, problem="running"),
+            make_run("lora", seed=2, problem="missing"),
+            make_run("att", "isorank", epochs=[0.4], problem="out of memory"),
+        ],
+        command="python sweep.py seed=0,1,2",
+        settings=(("optimizer", "adamw, lr=0.001"),),
+    )
+
+
+def test_a_report_says_what_is_still_missing_and_what_the_runs_share() -> None:
+    html = to_html(summarize(unfinished_table()))
+    words = " ".join(re.sub("<[^>]*>", " ", html.partition("<main>")[2]).split())
+    assert "python sweep.py seed=0,1,2 1 of 4 runs finished, 1 failed , 1 running, 1 missing." in words
+    assert "att isorank, dtd with vit_base, seed 0 failed: out of memory" in words
+    assert "1 running lora, dtd with vit_base, seed 1 1 missing lora, dtd with vit_base, seed 2" in words
+    assert "optimizer adamw, lr=0.001" in words
+
+
+def test_only_the_report_of_a_running_sweep_reloads_itself(tmp_path: Path) -> None:
+    running = write_report(unfinished_table(), tmp_path, goes_on=True).read_text()
+    assert "Written at" in running and "location.reload()" in running and '<meta http-equiv="refresh"' in running
+    assert "1 waiting" in running and ">missing<" not in running
+    ended = write_report(unfinished_table(), tmp_path, goes_on=False).read_text()
+    assert "Written at" not in ended and "reload()" not in ended and "refresh" not in ended
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_scores_of_a_regression_are_shown_times_100() -> None:
+    runs = [make_run("lora", epochs=[0.815], column=STSB), make_run("att", "isorank", epochs=[0.79], column=STSB)]
+    html = to_html(summarize(make_table(runs)))
+    assert "Test score after the last epoch times 100, one seed." in html
+    assert "pearson after the last epoch (\N{MULTIPLICATION SIGN} 100)" in html
+    assert "81.50</td>" in html and "\N{MINUS SIGN}2.50" in html
+    assert "(%)" not in html and "per cent" not in html.partition("Against LoRA")[0]
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +216,37 @@ def test_on_a_phone_the_page_does_not_scroll_sideways(browser: webdriver.Chrome,
     widths = ask(browser, "widths('.figures svg')")
     assert len(widths) == 8
     assert all(280 < width <= 328 for width in widths), "figures fill the width between the margins"
+
+
+def test_a_running_sweeps_page_reloads_and_keeps_what_was_sorted_until_the_sweep_ends(
+    browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    page = write_report(unfinished_table(), tmp_path, goes_on=True)
+    show(browser, page.as_uri(), width=360)
+
+    def wait_for_a_reload() -> None:
+        # The clock jumps, so that nobody has to wait for the time from one reload to the next.
+        browser.execute_script("window.before = true; const now = Date.now; Date.now = () => now() + 1e6")
+        WebDriverWait(browser, 30, 0.1, [JavascriptException]).until(
+            lambda _: ask(browser, "!window.before && document.readyState === 'complete'")
+        )
+
+    header(browser, "runs-table", "last").find_element(By.TAG_NAME, "button").click()
+    ask(browser, "document.querySelector('#runs-table').parentElement.scrollTo(40, 0)")
+    ask(browser, "document.querySelector('details').open = false")
+    ask(browser, "window.scrollTo(0, 300)")
+    wait_for_a_reload()
+    assert header(browser, "runs-table", "last").get_attribute("aria-sort") == "ascending"
+    assert column(browser, "runs-table", "last") == [["50.00", "", "", ""]]
+    assert ask(browser, "document.querySelector('#runs-table').parentElement.scrollLeft") == 40
+    assert ask(browser, "[...document.querySelectorAll('details')].map(each => each.open)") == [False, True]
+    assert ask(browser, "window.scrollY") == 300
+    assert re.fullmatch(r", \d+ s ago|", ask(browser, "document.getElementById('age').textContent"))
+
+    write_report(unfinished_table(), tmp_path, goes_on=False)
+    wait_for_a_reload()
+    assert ask(browser, "document.getElementById('age')") is None
+    assert header(browser, "runs-table", "last").get_attribute("aria-sort") == "ascending"
 
 
 def luminance(colour: str) -> float:
