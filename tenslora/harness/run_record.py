@@ -15,7 +15,6 @@ from tenslora.constructions import Geometry
 from tenslora.harness.config import ImageDatasetConfig
 from tenslora.harness.results.table import percent_of_lora
 from tenslora.harness.training.metrics import METRICS
-from tenslora.harness.training.tasks import TASKS
 from tenslora.ranks import parameter_count, rank_limits
 
 if TYPE_CHECKING:
@@ -65,6 +64,8 @@ def facts_of(
     factorization = None
     if run.adapter:
         factorization = "matrix" if run.tensor_mode == "lora" else run.adapter.factorization
+    from tenslora.harness.training.tasks import TASKS  # it needs torch, and whoever reads records does not
+
     metrics = run.dataset.metrics or TASKS[dataset.task].metrics
     return {
         "digest": run.digest(),

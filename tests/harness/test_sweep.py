@@ -122,6 +122,15 @@ def test_a_wrong_setting_of_any_job_ends_the_sweep_in_one_line_before_the_first(
     assert not list(tmp_path.iterdir())
 
 
+def test_at_the_end_the_report_is_complete_and_has_the_command_the_settings_and_the_classes(undisturbed: Path) -> None:
+    html = (undisturbed / "outputs" / "tables" / "digits" / "report.html").read_text()
+    assert "2 of 2 runs finished." in html
+    assert "location.reload" not in html
+    assert "python sweep.py" in html and "tensor_mode=lora,qkv_depth" in html
+    assert "<dt>optimizer</dt><dd>adamw, lr=0.001" in html
+    assert "Accuracy by class" in html
+
+
 def test_a_job_that_fails_stops_no_other_and_the_same_command_runs_it_again(sweep: Sweep, tmp_path: Path) -> None:
     late = "late.safetensors"  # not there yet
     words = ["tensor_mode=lora", f"model.checkpoint={late},embedded"]

@@ -27,18 +27,17 @@ def to_markdown(summary: Summary) -> str:
         heading = f"## {grid.column.dataset} ({grid.column.model}) by {grid.setting}"
         blocks += [_escaped(heading), _grid_table(grid)]
     if summary.failures:
-        lines = [
-            f"{run.row.label}, {run.column.dataset} with {run.column.model}, seed {run.seed}: {run.problem}"
-            for run in summary.failures
-        ]
+        lines = [f"{run.row.label}, {run.column.label}, seed {run.seed}: {run.problem}" for run in summary.failures]
         blocks.append("Failed:\n\n" + "\n".join(f"- {_escaped(line)}" for line in lines))
     if summary.comparisons:
+        several = len(summary.columns) > 1
         rows = [
-            [*map(_escaped, (against.row.label, against.column.dataset, against.column.model)), *against.texts]
+            [_escaped(against.row.label), *[_escaped(against.column.label)] * several, *against.texts]
             for against in summary.comparisons
         ]
-        heads = ["construction", "dataset", "model", *COMPARISON_HEADS]
-        blocks += ["## Against LoRA", COMPARISON_NOTE, _table(heads, ["---"] * 3 + ["---:"] * 4, rows)]
+        heads = ["construction", *["dataset"] * several, *COMPARISON_HEADS]
+        alignments = ["---"] * (1 + several) + ["---:"] * len(COMPARISON_HEADS)
+        blocks += ["## Against LoRA", COMPARISON_NOTE, _table(heads, alignments, rows)]
     if summary.verdicts:
         rows = [[_escaped(text) for text in (v.claim, v.table, v.verdict, v.because)] for v in summary.verdicts]
         heads = ["claim", "table", "verdict", "because"]

@@ -22,6 +22,7 @@ from tenslora.harness.results.figures import figures_of, inline_svgs
 from tenslora.harness.results.statistics import Difference
 from tenslora.harness.results.summary import COMPARISON_NOTE, Comparison, Summary, summarize
 from tenslora.harness.results.table import ROW_ORDER, Column, Row, Run, Table
+from tenslora.harness.training.metrics import METRICS
 
 
 def write_report(table: Table, folder: Path, goes_on: bool) -> Path:
@@ -75,6 +76,7 @@ def to_html(summary: Summary, written: datetime | None = None) -> str:
         figures=[(figure, svgs) for figure, svgs in figures if svgs],
         counts={status: statuses.count(status) for status in ("completed", "failed", "running", "missing")},
         runs=[(columns[column], list(runs)) for column, runs in groupby(summary.runs, lambda run: run.column)],
+        others={run.digest: text for run in summary.runs if (text := _other_scores(run))},
         provenance=_provenance(summary.runs),
     )
 
@@ -125,6 +127,15 @@ def _unfinished(runs: Iterable[Run]) -> dict[str, list[tuple[Row, Column, list[i
         if status in ("running", "missing"):
             unfinished.setdefault(status, []).append((row, column, [run.seed for run in cell]))
     return dict(sorted(unfinished.items(), reverse=True))
+
+
+def _other_scores(run: Run) -> str:
+    """The last scores of a run other than that of the headline metric, those of further test splits included."""
+    texts = []
+    for name, score in run.metrics.get("others_last", {}).items():
+        metric = METRICS.get(name.partition("_")[0])  # of a further split: accuracy_mismatched
+        texts.append(f"{name} {score * (metric.factor if metric else 1):.2f}")
+    return ", ".join(texts)
 
 
 def _provenance(runs: Iterable[Run]) -> dict[str, list[str]]:

@@ -28,7 +28,8 @@ def settings_of(runs: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...
     """The settings that all runs share, by group, and the values of those that vary.
 
     A setting that only some runs have, such as those of an adapter, counts as shared if these runs agree. Left out are
-    settings that are null, and what varies along the rows and columns of a table, because the table itself says it.
+    settings that are null or "none", and what varies along the rows and columns of a table, because the table itself
+    says it.
 
     >>> adamw = {"name": "adamw", "eps": 1e-8}
     >>> settings_of([{"seed": 0, "optimizer": {**adamw, "lr": 0.1}}, {"seed": 1, "optimizer": {**adamw, "lr": 0.2}}])
@@ -48,7 +49,7 @@ def settings_of(runs: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...
     varies = []
     for key, distinct in values.items():
         group, _, name = key.partition(".")
-        if key.startswith(_WITHOUT_INTEREST) or list(distinct) == ["null"]:
+        if key.startswith(_WITHOUT_INTEREST) or list(distinct) in (["null"], ["none"]):
             continue
         if len(distinct) == 1:
             words = (*distinct,) if name in ("", "name") else (name, *distinct)

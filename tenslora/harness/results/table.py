@@ -74,6 +74,11 @@ class Column:
     dataset: str
     model: str
 
+    @property
+    def label(self) -> str:
+        """The column's name, such as "dtd with vit_base"."""
+        return f"{self.dataset} with {self.model}"
+
 
 @dataclass(frozen=True)
 class AdapterSize:

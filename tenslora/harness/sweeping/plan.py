@@ -38,7 +38,7 @@ def plan(table: Table, looks: Mapping[Job, Look]) -> str:
                 rows.append((row.label, ranks, count, share, _counted(states[run.digest] for run in runs)))
         head = ("", "ranks", "parameters", "of LoRA", "seeds")
         widths = [max(len(line[i]) for line in [head, *rows]) for i in range(4)]
-        lines.append(f"\n{column.dataset} with {column.model}")
+        lines.append(f"\n{column.label}")
         for label, ranks, count, share, seeds in [head, *rows]:
             cells = (label.ljust(widths[0]), ranks.ljust(widths[1]), count.rjust(widths[2]), share.rjust(widths[3]))
             lines.append("  ".join(("", *cells, seeds)).rstrip())

@@ -79,7 +79,7 @@ def test_every_format_shows_the_means() -> None:
     ]
     summary = summarize(make_table(runs, groups={"Vision": ["dtd", "eurosat"], "Text": ["cola"]}))
     assert "70.0** | **40.0** | **55.0** |" in to_markdown(summary)
-    assert "| att isorank | mean of groups | vit_base | \N{MINUS SIGN}10.00 |" in to_markdown(summary)
+    assert "| att isorank | mean of groups with vit_base | \N{MINUS SIGN}10.00 |" in to_markdown(summary)
     assert r"\emph{mean of groups (vit\_base)}" in to_latex(summary)
     assert '<span class="mean best">55.0</span>' in to_html(summary)
     assert to_csv(summary).count("\n") == 1 + 6  # one line for each run

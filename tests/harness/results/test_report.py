@@ -113,6 +113,17 @@ def test_only_the_report_of_a_running_sweep_reloads_itself(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_other_scores_of_a_run_stand_beside_it() -> None:
+    def with_others(run: Run) -> Run:
+        assert run.record
+        metrics = {**run.record["metrics"], "others_last": {"f1": 0.905, "matthews_mismatched": -0.25}}
+        return replace(run, record={**run.record, "metrics": metrics})
+
+    html = to_html(summarize(make_table([with_others(make_run("lora", epochs=[0.5])), make_run("att")])))
+    assert "<td>f1 90.50, matthews_mismatched -25.00</td>" in html
+    assert "other scores" not in to_html(summarize(make_table([make_run("lora", epochs=[0.5])])))
+
+
 def test_scores_of_a_regression_are_shown_times_100() -> None:
     runs = [make_run("lora", epochs=[0.815], column=STSB), make_run("att", "isorank", epochs=[0.79], column=STSB)]
     html = to_html(summarize(make_table(runs)))
