@@ -15,7 +15,8 @@ from tenslora.constructions import Geometry
 from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import Backbone
-from tenslora.harness.config import RunConfig
+from tenslora.harness.backbones.hub import source_setting
+from tenslora.harness.config import RunConfig, check_ranks
 from tenslora.harness.run_folder import RunFolder
 from tenslora.peft.saved_lora import read_updates
 from tenslora.projections import find_projections
@@ -73,11 +74,15 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
 
     Raises:
         TensLoRAError: if the backbone has other dimensions than its config file declares, if the matrices to adapt are
-            not found in it, or if the LoRA of a warm start does not fit.
+            not found in it, if the ranks do not fit its dimensions, or if the LoRA of a warm start does not fit.
     """
     model = backbone.model.to(device)
-    geometry, targets = find_projections(model, run.adapter.adapt if run.adapter else "qkv")
+    try:
+        geometry, targets = find_projections(model, run.adapter.adapt if run.adapter else "qkv")
+    except TensLoRAError as error:
+        raise TensLoRAError(f"{source_setting(run.model)}: cannot be adapted: {error}") from error
     check_geometry(run.geometry, geometry)
+    check_ranks(run, geometry)
     adapter = warm_start = None
     if run.adapter:
         adapter = attach(model, run.adapter)

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config.checks import as_typed, in_one_line
 from tenslora.harness.config.schema import (
@@ -40,6 +41,7 @@ __all__ = [
     "TextDatasetConfig",
     "TrainerConfig",
     "TransformConfig",
+    "check_ranks",
     "register_resolvers",
     "validate",
 ]
@@ -74,13 +76,27 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
         raise in_one_line(error, RunConfig) from error
     if tensor_mode in REFERENCES:
         return replace(run, tensor_mode=tensor_mode, adapter=None)
-    if run.adapter and run.geometry:
+    if run.geometry:
+        check_ranks(run, run.geometry)
+    return run
+
+
+def check_ranks(run: RunConfig, geometry: Geometry) -> None:
+    """Check that the ranks of a run fit its backbone.
+
+    Args:
+        run: the settings.
+        geometry: the backbone's dimensions, as declared or as found.
+
+    Raises:
+        TensLoRAError: if they do not.
+    """
+    if run.adapter:
         try:
-            run.rank_strategy.resolve(run.tensor_mode, run.geometry, run.adapter.factorization)
+            run.rank_strategy.resolve(run.tensor_mode, geometry, run.adapter.factorization)
         except TensLoRAError as error:
             group = "rank_strategy." if str(error).startswith(("rank=", "ranks=")) else ""
             raise TensLoRAError(as_typed(f"{group}{error}")) from error
-    return run
 
 
 def register_resolvers() -> None:

@@ -159,6 +159,8 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
             validated[key_words] = validate(config)
         runs.append(validated[key_words].with_seed(config.seed))
 
+    in_column = {*_COLUMNS_AND_SEED, *_named_after(composed, runs, varied)}
+
     digests = [run.digest() for run in runs]
     spellings: dict[str, list[tuple[str, ...]]] = {}
     for digest, (words, _) in zip(digests, composed, strict=True):
@@ -171,7 +173,7 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
             word
             for word in words
             if (key := word.partition("=")[0]) in varied
-            and key not in (*_COLUMNS_AND_SEED, *_ROW)
+            and key not in (*in_column, *_ROW)
             and all(word in same for same in spellings[digest])
         )
         jobs[digest] = Job(
@@ -183,6 +185,21 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
             folder=RunFolder(outputs / run.folder()),
         )
     return list(jobs.values())
+
+
+def _named_after(
+    composed: Sequence[tuple[tuple[str, ...], DictConfig]], runs: Sequence[RunConfig], varied: Sequence[str]
+) -> list[str]:
+    """The varied settings that a generic model's name, and so the column, tells apart already."""
+    keys = []
+    for key in {"model.architecture", "model.checkpoint"}.intersection(varied):
+        names: dict[str, set[str]] = {}
+        for (words, config), run in zip(composed, runs, strict=True):
+            if config.model.name is None:
+                names.setdefault(run.model.name, set()).update(word for word in words if word.startswith(f"{key}="))
+        if names and all(len(values) == 1 for values in names.values()):
+            keys.append(key)
+    return keys
 
 
 def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[RunConfig, Path], Any]) -> str | None:

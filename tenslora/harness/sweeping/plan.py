@@ -20,6 +20,8 @@ _WORDS = {
 def plan(table: Table, looks: Mapping[Job, Look]) -> str:
     """The plan as text: each row's ranks, parameter count, percentage of LoRA's count, and how far its seeds have come.
 
+    A dash stands for what is not known before the model is loaded.
+
     Args:
         table: the table of the jobs.
         looks: the state of each job's folder.
@@ -31,10 +33,11 @@ def plan(table: Table, looks: Mapping[Job, Look]) -> str:
         for row in table.rows:
             if runs := table.cell(row, column):
                 first = runs[0]
-                ranks = ", ".join(map(str, first.ranks or []))
-                count = "" if first.parameters is None else f"{first.parameters:,}"
+                unknown = "-" if row.has_adapter else ""  # a generic model's dimensions are found when it is loaded
+                ranks = ", ".join(map(str, first.ranks or [])) or unknown
+                count = unknown if first.parameters is None else f"{first.parameters:,}"
                 percent = percent_of_lora(first.parameters, first.lora_parameters)
-                share = "" if percent is None else f"{percent:.1f} %"
+                share = unknown if percent is None else f"{percent:.1f} %"
                 rows.append((row.label, ranks, count, share, _counted(states[run.digest] for run in runs)))
         head = ("", "ranks", "parameters", "of LoRA", "seeds")
         widths = [max(len(line[i]) for line in [head, *rows]) for i in range(4)]

@@ -84,3 +84,23 @@ def test_each_backbone_has_its_own_counts_and_unknown_ones_stay_empty(tmp_path: 
     assert lines[at[0] + 2].split()[-6:-3] == ["796", "13.0", "%"]
     assert lines[at[1] + 2].split()[-6:-3] == ["6,460", "2.9", "%"]
     assert lines[at[1] + 3].split() == ["full", "1", "to", "run"]
+
+
+def test_a_generic_models_sizes_are_unknown_and_its_name_is_the_column(tmp_path: Path) -> None:
+    composed = []
+    for architecture in ("vit_tiny_patch16_224", "deit_tiny_patch16_224"):
+        for mode in ("qkv", "head_only"):
+            words = (f"model.architecture={architecture}", f"tensor_mode={mode}")
+            _, config = swept("dataset=dtd", "model=timm", f"model.architecture={architecture}", f"tensor_mode={mode}")
+            composed.append((words, config))
+    lines = printed(plan_jobs(composed, tmp_path))
+    assert [line for line in lines if " with " in line] == [
+        "dtd with vit_tiny_patch16_224",
+        "dtd with deit_tiny_patch16_224",
+    ]
+    assert [line.split() for line in lines if line.startswith("  qkv")] == 2 * [
+        ["qkv", "isoparameters", "-", "-", "-", "1", "to", "run"]
+    ]
+    assert [line.split() for line in lines if line.startswith("  head_only")] == 2 * [
+        ["head_only", "0", "1", "to", "run"]
+    ]
