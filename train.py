@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.harness.app import run_app
-from tenslora.harness.config import RunConfig, validate
-from tenslora.harness.quick_start import pause_garbage_collection, resume_garbage_collection
+from tenslora.harness.quick_start import resume_garbage_collection
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from tenslora.harness.config import RunConfig
 
 log = logging.getLogger("train")
 
@@ -88,11 +89,10 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     return record
 
 
-def main(composed: DictConfig) -> None:
-    from hydra.core.hydra_config import HydraConfig
+def main(composed: DictConfig) -> float:
+    from tenslora.harness.one_run import carry_out_once
 
-    pause_garbage_collection()
-    train(validate(composed), Path(HydraConfig.get().runtime.output_dir))
+    return carry_out_once(composed, train)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@
 | metrics.csv | the logger csv, after every epoch | people |
 | events.out.tfevents.* | the logger tensorboard | TensorBoard |
 | failure.json | a sweep, of a job that left no record | sweeps |
-| .lock | a sweep, held while it carries out the job | other sweeps |
-| train.log, .hydra/ | Hydra | people |
+| .lock | train.py or a sweep, held while it carries out the run | other processes |
+| train.log, .hydra/ | Hydra | people; train.py, of an unfinished run of another length |
 | wandb/ | Weights & Biases | `wandb sync` |
 | peft/, merged/ | export | other libraries |
 | spectra.json, spectra.png, spectra.svg | analyse | people |
@@ -37,6 +37,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.files import write_bytes, write_json, write_safetensors
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
     from torch import Tensor
 
     from tenslora.harness.predictions import Predictions
@@ -137,8 +138,8 @@ class RunFolder:
 
         Returns:
             The predictions for each split that the run was scored on: that of the record's `scored_on`, "test" or
-            "validation", and by their names further splits. Logits are relative to each example's largest. Empty for a run that has not
-            written the file, as runs of earlier versions have not.
+            "validation", and by their names further splits. Logits are relative to each example's largest. Empty for a
+            run that has not written the file, as runs of earlier versions have not.
 
         Raises:
             TensLoRAError: if the file is damaged.
@@ -202,6 +203,24 @@ class RunFolder:
         writer.writerows(history)
         write_bytes(self.metrics, text.getvalue().encode())
 
+    def read_composed(self) -> DictConfig:
+        """Read .hydra/config.yaml, the settings with which the run was last started.
+
+        Returns:
+            The config that Hydra composed.
+
+        Raises:
+            TensLoRAError: if the file cannot be read.
+        """
+        from omegaconf import OmegaConf
+        from yaml import YAMLError
+
+        file = self.path / ".hydra" / "config.yaml"
+        try:
+            return OmegaConf.create(file.read_text())
+        except (OSError, ValueError, YAMLError) as error:
+            raise TensLoRAError(f"{file}: cannot be read ({error})") from error
+
     def write_failure(self, error: BaseException) -> None:
         """Write the reason why the run has no record, for the table and the next sweep.
 
@@ -237,14 +256,19 @@ class RunFolder:
 
         Yields:
             True if the claim succeeded, False if another process carries out the run.
+
+        Raises:
+            TensLoRAError: if the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.lock)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=1)  # not 0: `is_claimed` holds the lock for an instant
         except Timeout:
             yield False
             return
+        except OSError as error:
+            raise TensLoRAError(f"{self.path}: cannot be written ({error.strerror})") from error
         try:
             yield True
         finally:

@@ -21,8 +21,8 @@ _STRATEGY_SETTINGS = {
 }
 """The settings that each rank strategy reads, which are those of its file in conf/rank_strategy."""
 
-_WITHOUT_EFFECT = ("logger", "resume", "preset")
-"""Settings that cannot change a result: the loggers, whether the run was resumed, and the name of the preset."""
+_WITHOUT_EFFECT = ("logger", "resume", "overwrite", "preset")
+"""Settings that cannot change a result: the loggers, how the run was started, and the name of the preset."""
 
 _TRAINER_WITHOUT_EFFECT = ("compile", "device", "threads", "workers", "eval_batch_size")
 """Settings of the trainer that only say where and how fast a run goes."""
@@ -45,6 +45,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
     nested: dict[str, Any] = {
         "seed": run.seed,
         "resume": run.resume,
+        "overwrite": run.overwrite,
         "warm_start": run.warm_start,
         "preset": {"name": run.preset},
         "tensor_mode": {"name": run.tensor_mode},

@@ -260,6 +260,7 @@ class RunConfig:
         trainer: how long the run trains, in which batches and precision, and on which device.
         logger: the loggers of the run.
         preset: the name of the published method that the settings follow, or "none".
+        overwrite: whether to train a run anew that is finished.
 
     Raises:
         TensLoRAError: for settings that are each valid but do not fit each other.
@@ -279,6 +280,7 @@ class RunConfig:
     trainer: TrainerConfig
     logger: LoggerConfig = LoggerConfig()
     preset: str = "none"
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         model, dataset = self.model, self.dataset

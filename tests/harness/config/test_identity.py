@@ -95,6 +95,7 @@ def test_no_record_of_the_earlier_version_is_lost() -> None:
         "logger=wandb logger.project=elsewhere",
         "logger=[csv,tensorboard,wandb]",
         "resume=true",
+        "overwrite=true",
         "trainer.device=cpu trainer.threads=3 trainer.workers=3 trainer.compile=true trainer.eval_batch_size=7",
         "adapter.alpha=4 optimizer.weight_decay=1e-2 model.std=[0.50]",  # the defaults, written in another way
         "optimizer.lr=0.001 seed=0",

@@ -1,0 +1,86 @@
+"""train.py started again, twice at a time, or for another number of epochs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tenslora.harness.run_folder import RunFolder
+from tests.commands import Command, Commands, Ended
+from tests.running import SHORT, record
+from tests.sweeps import claimed_by_a_process
+
+ONE_EPOCH = [*SHORT, "trainer.epochs=1"]
+
+
+def started(commands: Commands, folder: Path, *words: str) -> Ended:
+    return commands.run(Command("train.py", words, folder))
+
+
+def run_folder(folder: Path) -> Path:
+    """The folder of the only run below the folder in which train.py was started."""
+    (path,) = folder.glob("outputs/*/*/*")
+    return path
+
+
+def log_of(folder: Path) -> str:
+    return (run_folder(folder) / "train.log").read_text()
+
+
+def test_a_finished_run_is_not_carried_out_again_unless_it_is_to_be_overwritten(
+    commands: Commands, tmp_path: Path
+) -> None:
+    assert started(commands, tmp_path, *ONE_EPOCH).status == 0
+    files = {name: run_folder(tmp_path) / name for name in ("result.json", "checkpoint.safetensors")}
+    before = {name: file.stat().st_mtime_ns for name, file in files.items()}
+    score = record(run_folder(tmp_path))["metrics"]["last"]
+
+    again = started(commands, tmp_path, *ONE_EPOCH, "resume=true")
+    assert again.status == 0
+    assert f"accuracy: last {score:.4f}" in again.out + again.err
+    assert "nothing was done, because this run is finished; overwrite=true trains it anew" in again.out + again.err
+    assert {name: file.stat().st_mtime_ns for name, file in files.items()} == before
+
+    assert started(commands, tmp_path, *ONE_EPOCH, "overwrite=true").status == 0
+    assert all(file.stat().st_mtime_ns > before[name] for name, file in files.items())
+    assert record(run_folder(tmp_path))["metrics"]["last"] == score
+
+
+def test_a_record_of_other_settings_in_the_same_folder_is_not_this_runs(commands: Commands, tmp_path: Path) -> None:
+    here = f"hydra.run.dir={tmp_path}/run"
+    started(commands, tmp_path, *ONE_EPOCH, here)
+    started(commands, tmp_path, *ONE_EPOCH, here, "seed=1")
+    assert record(tmp_path / "run")["seed"] == 1
+
+
+def test_overwriting_and_resuming_contradict_each_other(commands: Commands, tmp_path: Path) -> None:
+    ended = started(commands, tmp_path, *ONE_EPOCH, "overwrite=true", "resume=true")
+    assert ended.status == 1
+    assert "error: overwrite=true: must be false with resume=true" in ended.err
+
+
+def test_resuming_without_a_checkpoint_says_so_and_starts(commands: Commands, tmp_path: Path) -> None:
+    assert started(commands, tmp_path, *ONE_EPOCH, "resume=true").status == 0
+    assert f"resume=true: there is no checkpoint in {run_folder(tmp_path)}; the run starts" in log_of(tmp_path)
+
+
+@pytest.mark.parametrize("accident", ["", "kill step 3"])
+def test_a_longer_run_says_why_it_does_not_continue_the_shorter_one(
+    accident: str, commands: Commands, tmp_path: Path
+) -> None:
+    commands.run(Command("train.py", SHORT, tmp_path, accident=accident))
+    shorter = run_folder(tmp_path)
+    assert (shorter / "result.json").is_file() == (not accident)
+    longer = started(commands, tmp_path, *SHORT, "trainer.epochs=3", "resume=true")
+    assert f"this is another run than {shorter}, which has trainer.epochs=2: the learning rate falls" in longer.out
+    other = started(commands, tmp_path, *ONE_EPOCH, "optimizer.lr=0.1")
+    assert "another run" not in other.out + other.err
+
+
+def test_a_second_process_is_refused(commands: Commands, tmp_path: Path) -> None:
+    with claimed_by_a_process(RunFolder(tmp_path / "run")):
+        ended = started(commands, tmp_path, *ONE_EPOCH, f"hydra.run.dir={tmp_path}/run")
+    assert ended.status == 1
+    assert ended.err == f"error: {tmp_path}/run: another process is carrying out this run; wait for it, or stop it\n"
+    assert not (tmp_path / "run" / "result.json").exists()
