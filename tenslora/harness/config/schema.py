@@ -226,6 +226,7 @@ class TrainerConfig:
     device: str
     threads: CountOrNull
     workers: NonNegativeInt
+    score_every: CountOrNull = 1
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def _line(run: Run, metric: str | None) -> dict[str, Any]:
         "last": run.metrics.get("last"),
         "best": run.metrics.get("best"),
         "best_epoch": run.metrics.get("best_epoch"),
-        "epochs": len(history) if record else None,
+        "epochs": (history[-1]["epoch"] if history else 0) if record else None,
         "steps": (history[-1]["step"] if history else 0) if record else None,
         "ranks": " ".join(map(str, size.ranks)) if size.ranks else None,
         "adapter_parameters": size.parameters,

@@ -79,10 +79,11 @@ def fit(
             with the entries in the checkpoint.
 
     Returns:
-        How far the run has come. Each entry of its history holds epoch, step, lr, train_loss, test_loss and the
-        metrics. The latter two are computed on all examples to score after the epoch. If these are a validation split,
-        their loss is called validation_loss. The scores of a further test split, such as "mismatched", are named
-        accuracy_mismatched and the like. The predictions are the last epoch's.
+        How far the run has come. Its history has an entry for each epoch that `run.trainer.score_every` asks to score:
+        epoch, step, lr, train_loss, test_loss and the metrics. The latter two are computed on all examples to score
+        after the epoch. If these are a validation split, their loss is called validation_loss. The scores of a further
+        test split, such as "mismatched", are named accuracy_mismatched and the like. The predictions are the last
+        epoch's.
 
     Raises:
         Diverged: when a loss is not finite. The checkpoint still holds the last epoch that was completed.
@@ -111,7 +112,7 @@ def fit(
         pin_memory=processes.device.type == "cuda",
     )
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
-    metrics = run.dataset.metrics or task.metrics
+    metrics, score_every = run.dataset.metrics or task.metrics, run.trainer.score_every
     evaluate_epoch = partial(evaluate, optimization.wrapped, data, metrics, trainer=run.trainer, processes=processes)
     with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
         while state.steps < steps:
@@ -119,25 +120,29 @@ def fit(
             torch.manual_seed(stream_seed("epoch", run.seed, epoch, processes.index))
             with state.timed("train"):
                 train_loss, rate = optimization.epoch(batches.epoch(epoch), steps, state, bar)
-            with state.timed("evaluate"):
-                evaluation = evaluate_epoch()
-            if not math.isfinite(evaluation.loss):
-                raise Diverged(state, state.steps, rate, data.scored_on, evaluation.loss)
-            state.predictions = evaluation.predictions
+            is_scored = state.steps == steps or (score_every is not None and epoch % score_every == 0)
+            if is_scored:
+                with state.timed("evaluate"):
+                    evaluation = evaluate_epoch()
+                if not math.isfinite(evaluation.loss):
+                    raise Diverged(state, state.steps, rate, data.scored_on, evaluation.loss)
+                state.predictions = evaluation.predictions
+                entry = {
+                    "epoch": epoch,
+                    "step": state.steps,
+                    "lr": rate,
+                    "train_loss": train_loss,
+                    f"{data.scored_on}_loss": evaluation.loss,
+                    **evaluation.scores,
+                }
+                state.history.append(entry)
             state.epochs = epoch
-            entry = {
-                "epoch": epoch,
-                "step": state.steps,
-                "lr": rate,
-                "train_loss": train_loss,
-                f"{data.scored_on}_loss": evaluation.loss,
-                **evaluation.scores,
-            }
-            state.history.append(entry)
             if processes.is_main:
                 save_checkpoint(checkpoint, run.digest(), state, optimization.parameters, optimization.adamw)
-                on_epoch(entry)
-            bar.epoch(entry, metrics[0])
+            if is_scored:
+                if processes.is_main:
+                    on_epoch(entry)
+                bar.epoch(entry, metrics[0])
         if not state.predictions:  # the checkpoint is of the last epoch, so no epoch was left to evaluate
             state.predictions = evaluate_epoch().predictions
     return state

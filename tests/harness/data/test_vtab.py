@@ -118,7 +118,8 @@ def test_a_task_has_the_settings_of_the_literature() -> None:
     assert run.folder().startswith("vtab_caltech101/vit_base_in21k/qkv_depth-")
     settings = run.settings()
     assert validate(settings) == run
-    assert settings["dataset"] == OmegaConf.to_container(composed("dataset=vtab/caltech101"), resolve=True)["dataset"]
+    expected: Any = OmegaConf.to_container(composed("dataset=vtab/caltech101"), resolve=True)
+    assert settings["dataset"] == expected["dataset"]
 
 
 def test_a_grey_model_is_not_normalised_with_imagenets_colours() -> None:

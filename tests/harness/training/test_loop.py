@@ -125,6 +125,38 @@ def test_a_test_loss_that_is_not_finite_stops_the_run_too(tmp_path: Path) -> Non
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.parametrize(("every", "scored"), [("2", [2, 4, 5]), ("9", [5]), ("null", [5])])
+def test_epochs_that_are_not_scored_change_nothing(every: str, scored: list[int], tmp_path: Path) -> None:
+    entries: list[dict[str, Any]] = []
+    words = ["trainer.epochs=5", f"trainer.score_every={every}"]
+    history = fit_toy(tmp_path / "whole", "trainer.epochs=5").history
+    some = fit_toy(tmp_path / "some", *words, on_epoch=entries.append)
+    assert some.history == entries == [history[epoch - 1] for epoch in scored]
+    assert some.epochs == 5
+
+
+def test_a_run_killed_after_an_epoch_that_was_not_scored_goes_on_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["trainer.epochs=3", "trainer.score_every=null"]
+    whole = fit_toy(tmp_path / "whole", *words)
+    step, steps = torch.optim.AdamW.step, 0
+
+    def stopping_in_the_third_epoch(self: torch.optim.AdamW) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise KeyboardInterrupt
+        step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", stopping_in_the_third_epoch)
+        fit_toy(tmp_path / "broken", *words)
+    resumed = fit_toy(tmp_path / "broken", *words, "resume=true")
+    assert resumed.history == whole.history
+    assert (resumed.epochs, resumed.steps) == (3, 6)
+
+
 def test_a_resumed_run_reports_the_epochs_before_it(tmp_path: Path) -> None:
     entries: list[dict[str, Any]] = []
     fit_toy(tmp_path, "trainer.epochs=2", on_epoch=entries.append)
