@@ -102,5 +102,6 @@ class ProgressBar:
         if self._done > done_then:
             speed = (self._done - done_then) / max(1e-9, self._last_line - started)
             minutes, seconds = divmod(int((self._steps - self._done) / speed), 60)
-            line += f"  {speed:.1f} steps/s  {minutes}:{seconds:02d} left"
+            pace = f"{speed:.1f} steps/s" if speed >= 1 else f"{1 / speed:.1f} s/step"
+            line += f"  {pace}  {minutes}:{seconds:02d} left"
         log.info("%s", line)

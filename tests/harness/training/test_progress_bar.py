@@ -28,8 +28,8 @@ def test_without_a_terminal_it_logs_a_line_now_and_then(clock: list[float], capl
         bar.epoch(ENTRY, "accuracy")
     assert caplog.messages == [
         # The speed is that of this process, without its first step.
-        "step 108 of 200  loss 1.5000  0.2 steps/s  6:08 left",
-        "step 110 of 200  epoch 3  loss 0.2500  accuracy 0.5000  0.2 steps/s  6:00 left",
+        "step 108 of 200  loss 1.5000  4.0 s/step  6:08 left",
+        "step 110 of 200  epoch 3  loss 0.2500  accuracy 0.5000  4.0 s/step  6:00 left",
     ]
 
 
@@ -41,7 +41,7 @@ def test_start_up_does_not_count_for_the_time_left(clock: list[float], caplog: p
             bar.step(1.5)
     assert caplog.messages == [
         "step 1 of 100  loss 1.5000",  # nothing is known about the speed yet
-        "step 4 of 100  loss 1.5000  0.1 steps/s  18:08 left",  # 3 steps in 34 seconds
+        "step 4 of 100  loss 1.5000  11.3 s/step  18:08 left",  # 3 steps in 34 seconds
     ]
 
 
