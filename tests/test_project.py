@@ -64,5 +64,6 @@ def test_a_file_and_its_name_agree() -> None:
             assert content is None or content[path.stem] is True
             continue
         settings = content.get(path.parent.name) or content
-        # A dataset of the user's own files is named after its folder.
-        assert settings["name"] == (None if settings.get("source") == path.stem else path.stem)
+        # A user's own data and models are named after their files.
+        is_own = path.stem in ("image_folder", "text", "timm", "hf_image", "hf_text")
+        assert settings["name"] == (None if is_own else path.stem)

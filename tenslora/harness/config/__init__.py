@@ -152,7 +152,7 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
     arranged = {key: value for key, value in plain.items() if key not in ("tensor_mode", "factorization", "preset")}
     dataset = plain.get("dataset")
     if isinstance(dataset, dict) and dataset.get("name") is None and dataset.get("source") is not None:
-        arranged["dataset"] = {**dataset, "name": _name_after(str(dataset.get("root") or dataset["source"]))}
+        arranged["dataset"] = {**dataset, "name": _name_of_dataset(dataset)}
     model = plain.get("model")
     if isinstance(model, dict) and "name" in model and model["name"] is None:
         arranged["model"] = {**model, "name": _name_of_model(model.get("checkpoint"), model.get("architecture"))}
@@ -193,3 +193,12 @@ def _name_of_model(checkpoint: Any, architecture: Any) -> str:
     # A file that is named as all files of weights are says less than its folder.
     parent, name = os.path.split(source)
     return _name_after(parent if name in ("model.safetensors", "pytorch_model.bin") else source)
+
+
+def _name_of_dataset(dataset: dict[str, Any]) -> str:
+    """The name of a user's own data: "reviews.csv" gives "reviews", "user/name" on the hub "user--name"."""
+    root, hub = dataset.get("root"), dataset.get("hub")
+    if root is None and hub is not None:
+        return str(hub).replace("/", "--")
+    name = _name_after(str(root or dataset["source"]))
+    return re.sub(r"(?i)\.(csv|tsv|jsonl|json|ndjson|parquet)$", "", name)

@@ -24,6 +24,9 @@ _STRATEGY_SETTINGS = {
 _WITHOUT_EFFECT = ("logger", "resume", "overwrite", "preset")
 """Settings that cannot change a result: the loggers, how the run was started, and the name of the preset."""
 
+TEXT_FILES_SETTINGS = ("hub", "hub_config", "text_columns", "label_column", "task", "train_fraction")
+"""The settings that only a user's own texts have."""
+
 _TRAINER_WITHOUT_EFFECT = ("compile", "device", "threads", "workers", "eval_batch_size")
 """Settings of the trainer that only say where and how fast a run goes."""
 
@@ -77,6 +80,9 @@ def settings(run: RunConfig) -> dict[str, Any]:
     if run.dataset.source != "image_folder":
         for name in ("train_list", "test_list"):
             nested["dataset"].pop(name, None)
+    if run.dataset.source != "text_files" and run.dataset.modality == "text":
+        for name in TEXT_FILES_SETTINGS:
+            del nested["dataset"][name]
     if run.model.modality == "text":
         for name in ("image_size", "channels", "mean", "std"):  # schema.IMAGE_SETTINGS, whose module imports this one
             del nested["model"][name]

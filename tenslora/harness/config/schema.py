@@ -185,6 +185,41 @@ class TextDatasetConfig(DatasetConfig):
     max_length: Annotated[int, within(4)]
     padding: Annotated[str, one_of(("longest", "max_length"))]
     group_by_length: bool
+    hub: str | None = None
+    hub_config: str | None = None
+    text_columns: tuple[str, ...] | None = None
+    label_column: str | None = None
+    task: Annotated[str | None, one_of(("classification", "regression"))] = None
+    train_fraction: Annotated[float | None, within(0.001, 0.999, or_null=True)] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.source == "text_files":
+            self._check_text_files()
+            return
+        for setting in identity.TEXT_FILES_SETTINGS:
+            if (value := getattr(self, setting)) is not None:
+                raise TensLoRAError(f"{setting}={value}: must be null, because only dataset=text has this setting")
+
+    def _check_text_files(self) -> None:
+        if self.root is None and self.hub is None:
+            raise TensLoRAError("root=null: must be a file or folder of texts, or set dataset.hub")
+        if self.root is not None and self.hub is not None:
+            raise TensLoRAError(f"hub={self.hub}: must be null, because root is {self.root}")
+        if self.hub is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.hub, re.ASCII):
+            raise TensLoRAError(f"hub={self.hub}: must be the name of a dataset on the hub, such as user/name")
+        if self.hub is None and self.hub_config is not None:
+            raise TensLoRAError(f"hub_config={self.hub_config}: must be null, because hub is null")
+        if self.text_columns is not None and len(self.text_columns) not in (1, 2):
+            raise TensLoRAError(f"text_columns={list(self.text_columns)}: must be one or two columns")
+        if self.label_column is not None and self.label_column in (self.text_columns or ()):
+            raise TensLoRAError(f"label_column={self.label_column}: must not be one of text_columns")
+        if self.test_split is not None and self.test_split in (self.train_splits or ()):
+            raise TensLoRAError(f"test_split={self.test_split}: must not be one of train_splits")
+        if self.test_split is not None and self.train_fraction is not None:
+            raise TensLoRAError(
+                f"train_fraction={self.train_fraction}: must be null, because test_split is {self.test_split}"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw
 from tenslora.harness.data.images import load_images
+from tenslora.harness.data.text_files import load_text_files
 from tenslora.harness.data.texts import load_texts
 
 __all__ = ["Dataset", "Examples", "load_dataset"]
@@ -35,7 +36,7 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
             was looked for. Also if there are too few training examples to hold some out.
     """
     if isinstance(config, TextDatasetConfig):
-        dataset = load_texts(config)
+        dataset = load_text_files(config, seed) if config.source == "text_files" else load_texts(config)
     else:
         assert isinstance(config, ImageDatasetConfig)
         dataset = load_images(config, seed)

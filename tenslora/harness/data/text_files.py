@@ -1,0 +1,248 @@
+"""A user's own texts: files, a folder that the datasets library saved, or a dataset on the hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenslora.errors import TensLoRAError, first_line
+from tenslora.harness.cache import cache_latest
+from tenslora.harness.config import TextDatasetConfig
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw
+from tenslora.harness.data.text_columns import (
+    choose_columns,
+    class_names,
+    classes_of,
+    labels_of,
+    numbers_of,
+    sentences_of,
+    shortened,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset as Rows
+
+log = logging.getLogger(__name__)
+
+TEST_SPLITS = ("test", "val", "validation", "valid", "dev")
+"""The splits that are looked for to test on, in this order."""
+
+TRAIN_FRACTION = 0.8
+"""The share of training examples where there is no split to test on and `dataset.train_fraction` is not set."""
+
+FILES = (".csv", ".tsv", ".jsonl", ".json", ".ndjson", ".parquet")
+"""The suffixes of the files that are read."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where texts are read from.
+
+    Args:
+        setting: the setting that says so, with its value, for messages.
+        splits: the names of the splits.
+        read: reads the split of a name.
+        are_strings: whether all cells are read as strings, also those that hold numbers.
+    """
+
+    setting: str
+    splits: Sequence[str]
+    read: Callable[[str], Rows]
+    are_strings: bool = False
+
+
+def load_text_files(config: TextDatasetConfig, seed: int) -> Dataset:
+    """Load the texts in `dataset.root` or on `dataset.hub`; docs/data.md describes the forms.
+
+    Args:
+        config: the dataset's settings.
+        seed: the seed of the division into training and test examples, if they are not in splits of their own.
+
+    Returns:
+        The dataset. Its classes are in the order of the datasets library's ClassLabel if there is one, of the numbers
+        if the labels are whole numbers, and otherwise of `sorted`.
+
+    Raises:
+        TensLoRAError: if files, columns, texts or labels are missing or contradict each other.
+    """
+    train, test, classes = _read(config)
+    task = "classification" if classes else "regression"
+    if test is not None:
+        return Dataset(train, test, classes, task)
+    fraction = config.train_fraction or TRAIN_FRACTION
+    chosen = draw(len(train), int(fraction * len(train)), seed)
+    others = sorted(set(range(len(train))).difference(chosen))
+    log.info("%s: no split to test on: %g of the %d rows are for training", config.name, fraction, len(train))
+    dataset = Dataset(train.select(chosen), train.select(others), classes, task)
+    if unseen := set(range(len(classes))).difference(dataset.train.labels):
+        names = shortened(classes[number] for number in sorted(unseen))
+        log.warning("%s: with this seed, no training example is of the class %s", config.name, names)
+    return dataset
+
+
+@cache_latest(1)
+def _read(config: TextDatasetConfig) -> tuple[Examples, Examples | None, tuple[str, ...]]:
+    """(training examples, test examples, classes); None for the test examples if there is no split for them."""
+    source = _open_root(config.root) if config.root is not None else _open_hub(str(config.hub), config.hub_config)
+    train_splits, test_split = _choose_splits(config, source)
+    rows = {split: _rows(source, split) for split in train_splits}
+    first = rows[train_splits[0]]
+    texts, label = choose_columns(first.column_names, config.text_columns, config.label_column)
+    log.info("%s: the texts are in %s, the labels in %s", config.name, " and ".join(texts), label)
+
+    def read(split: str, table: Rows) -> tuple[list[tuple[str, ...]], list[Any]]:
+        where = f"{source.setting}: the split {split}"
+        if lacking := [name for name in (*texts, label) if name not in table.column_names]:
+            raise TensLoRAError(
+                f"{where} must have the columns {', '.join((*texts, label))}, but lacks {', '.join(lacking)}; it has "
+                f"{shortened(table.column_names)}"
+            )
+        sentences = sentences_of(table, texts, where)
+        return sentences, labels_of(table, label, where, are_strings=source.are_strings)
+
+    parts = [read(split, table) for split, table in rows.items()]
+    sentences = [example for part, _ in parts for example in part]
+    values = [value for _, part in parts for value in part]
+    if not values:
+        raise TensLoRAError(f"{source.setting}: the split {' + '.join(train_splits)} has no rows")
+    classes = classes_of(values, label, config.task, are_strings=source.are_strings)
+    if classes and len(named := class_names(first, label)) > 1:
+        classes = named
+    train = Examples(sentences, numbers_of(values, classes, f"{source.setting}: the split {train_splits[-1]}"))
+    if test_split is None:
+        return train, None, classes
+    if config.validation is not None:  # the test split is not read
+        return train, NO_EXAMPLES, classes
+    sentences, values = read(test_split, _rows(source, test_split))
+    numbers = numbers_of(values, classes, f"{source.setting}: the split {test_split}")
+    return train, Examples(sentences, numbers), classes
+
+
+def _choose_splits(config: TextDatasetConfig, source: Source) -> tuple[tuple[str, ...], str | None]:
+    """(the splits to train on, the split to test on), the latter None if the former are to be divided."""
+    splits = source.splits
+    train = config.train_splits or (("train",) if "train" in splits or len(splits) > 1 else tuple(splits))
+    for setting, split in [*(("train_splits", name) for name in train), ("test_split", config.test_split)]:
+        if split is not None and split not in splits:
+            given = getattr(config, setting)
+            value = "null" if given is None else split
+            raise TensLoRAError(
+                f"dataset.{setting}={value}: {split} is not a split there; the splits are {shortened(splits)}"
+            )
+    if config.test_split is not None:
+        return train, config.test_split
+    found = [name for name in TEST_SPLITS if name in splits and name not in train]
+    if config.train_fraction is not None:
+        if found and config.train_splits is None:
+            raise TensLoRAError(
+                f"dataset.train_fraction={config.train_fraction}: must be null, because {found[0]} is a split to test "
+                f"on; to divide the training split all the same, set dataset.train_splits=[{train[0]}]"
+            )
+        return train, None
+    if not found:
+        if unused := [name for name in splits if name not in train]:
+            raise TensLoRAError(
+                f"dataset.test_split=null: must be the split to test on, such as {unused[0]}, or set "
+                f"dataset.train_fraction to divide the training split; the splits are {shortened(splits)}"
+            )
+        return train, None
+    if found[1:]:
+        log.info("%s: tested on %s; %s is not used", config.name, found[0], " and ".join(found[1:]))
+    return train, found[0]
+
+
+def _rows(source: Source, split: str) -> Rows:
+    try:
+        return source.read(split)
+    except TensLoRAError:
+        raise
+    except Exception as error:  # OSError, and the types of the datasets library, of pandas and of pyarrow
+        # The datasets library tells the reason in the cause of its own error.
+        raise TensLoRAError(
+            f"{source.setting}: the split {split} cannot be read ({first_line(error.__cause__ or error)})"
+        ) from error
+
+
+def _open_hub(name: str, configuration: str | None) -> Source:
+    from datasets import load_dataset
+
+    setting = f"dataset.hub={name}"
+    if Path(name).exists():
+        raise TensLoRAError(f"{setting}: there is a local file or folder of that name; set dataset.root to read it")
+    try:
+        splits = load_dataset(name, configuration)
+    except Exception as error:  # OSError, and the types of the hub's client and of its HTTP library
+        raise TensLoRAError(f"{setting}: cannot be loaded ({first_line(error)})") from error
+    return Source(setting, list(map(str, splits)), splits.__getitem__)
+
+
+def _open_root(given: str) -> Source:
+    setting, root = f"dataset.root={given}", Path(given).expanduser()
+    if root.is_file():
+        if root.suffix.lower() not in FILES:
+            raise TensLoRAError(f"{setting}: must be a file of the kind {', '.join(FILES)}, or a folder")
+        return _open_files(setting, {"train": [root]})
+    if not root.is_dir():
+        raise TensLoRAError(f"{setting}: no such file or folder")
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        return _open_saved(setting, root)
+    for folder in (root, root / "data"):
+        files = sorted(file for file in folder.glob("*") if file.is_file() and file.suffix.lower() in FILES)
+        if files:
+            return _open_files(setting, _by_split(files))
+    raise TensLoRAError(
+        f"{setting}: must hold files of the kind {', '.join(FILES)}, one for each split (train.csv, test.csv), or a "
+        f"dataset from save_to_disk; it holds {shortened(sorted(file.name for file in root.iterdir())) or 'nothing'}"
+    )
+
+
+def _by_split(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each split, which is a file's name. Those of train-00000-of-00002.parquet and 1 are one split."""
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(re.sub(r"-\d+-of-\d+$", "", file.stem), []).append(file)
+    return splits
+
+
+def _open_files(setting: str, splits: Mapping[str, list[Path]]) -> Source:
+    suffixes = {file.suffix.lower() for files in splits.values() for file in files}
+    if len(suffixes) > 1:
+        raise TensLoRAError(f"{setting}: must hold files of one kind, but holds {', '.join(sorted(suffixes))}")
+    (suffix,) = suffixes
+    return Source(setting, list(splits), lambda split: _read_files(splits[split], suffix), suffix in (".csv", ".tsv"))
+
+
+def _read_files(files: list[Path], suffix: str) -> Rows:
+    import datasets
+
+    datasets.disable_progress_bars()  # a download should show one, reading a file need not
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # the library would log what is raised too
+    if suffix == ".parquet":
+        return datasets.Dataset.from_parquet(list(map(str, files)))
+    if suffix not in (".csv", ".tsv"):
+        return datasets.Dataset.from_json(list(map(str, files)))
+    import pandas
+
+    # All cells are read as strings: a text may be "NA" or "007".
+    tables = [
+        pandas.read_csv(
+            file, sep="\t" if suffix == ".tsv" else ",", dtype=str, keep_default_na=False, encoding="utf-8-sig"
+        )
+        for file in files
+    ]
+    return datasets.Dataset.from_pandas(pandas.concat(tables), preserve_index=False)
+
+
+def _open_saved(setting: str, root: Path) -> Source:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(str(root))
+    except Exception as error:  # OSError, and the types of the datasets library and of pyarrow
+        raise TensLoRAError(f"{setting}: cannot be read ({first_line(error)})") from error
+    splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+    return Source(setting, list(splits), splits.__getitem__)

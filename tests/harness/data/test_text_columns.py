@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import pytest
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.data.text_columns import choose_columns, classes_of, labels_of, numbers_of, sentences_of
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts", "label"),
+    [
+        ("text label", "text", "label"),
+        ("idx Sentence Labels", "Sentence", "Labels"),
+        ("sentence1 sentence2 score", "sentence1 sentence2", "score"),
+        ("hypothesis premise id target", "premise hypothesis", "target"),
+        ("question sentence label", "question sentence", "label"),
+        ("question label", "question", "label"),
+        ("title text category", "text", "category"),
+        ("body label", "body", "label"),  # what is left over
+        ("text emotion", "text", "emotion"),
+    ],
+)
+def test_columns_are_known_by_their_names_or_left_over(columns: str, texts: str, label: str) -> None:
+    assert choose_columns(columns.split(), None, None) == (tuple(texts.split()), label)
+
+
+def test_given_columns_are_taken() -> None:
+    columns = ["text", "sentence", "label", "score"]
+    assert choose_columns(columns, ["sentence"], "score") == (("sentence",), "score")
+    assert choose_columns(columns, ["label", "sentence"], None) == (("label", "sentence"), "score")
+    assert choose_columns(["text", "label"], None, "text") == (("label",), "text")
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts", "label", "message"),
+    [
+        ("a b c", None, None, r"dataset\.text_columns=null: must be .* such as \[a\]; there are a, b, c$"),
+        ("text sentence label", None, None, r"dataset\.text_columns=null: .* there are text, sentence, label$"),
+        (
+            "text label score",
+            None,
+            None,
+            r"dataset\.label_column=null: .*besides the texts \(text\) there are label, sc",
+        ),
+        ("text a b", None, None, r"dataset\.label_column=null: .*there are a, b$"),
+        ("text id", None, None, r"dataset\.label_column=null: .*there are no columns$"),
+        ("text label", ["txt"], None, r"dataset\.text_columns=txt: must be one of the columns text, label$"),
+        ("text label", None, "lab", r"dataset\.label_column=lab: must be one of the columns text, label$"),
+        ("text\tlabel", None, None, r"dataset\.text_columns=null: "),
+    ],
+)
+def test_an_unclear_choice_lists_the_columns(columns: str, texts: Any, label: Any, message: str) -> None:
+    with pytest.raises(TensLoRAError, match=message):
+        choose_columns(columns.split(" "), texts, label)
+
+
+def classes(values: list[Any], task: str | None = None, are_strings: bool = False) -> tuple[str, ...]:
+    """The classes of a column named y, as they are for training."""
+    rows = datasets.Dataset.from_dict({"y": values})
+    return classes_of(labels_of(rows, "y", "here", are_strings=are_strings), "y", task, are_strings=are_strings)
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([10, 9, 10, -1], "-1 9 10"),
+        (["b", "a", "b"], "a b"),
+        ([True, False], "false true"),
+        (["1.5", "x"], "1.5 x"),
+        ([0.5, 2.0], ""),
+    ],
+)
+def test_labels_of_one_type_say_what_the_task_is(values: list[Any], names: str) -> None:
+    assert classes(values) == tuple(names.split())
+
+
+@pytest.mark.parametrize(
+    ("values", "names"), [(["10", " 9", "1"], "1 9 10"), (["0", "1.5", "-2e3"], ""), (["no", "nan"], "nan no")]
+)
+def test_strings_of_a_file_that_look_like_numbers_are_numbers(values: list[str], names: str) -> None:
+    assert classes(values, are_strings=True) == tuple(names.split())
+
+
+def test_the_task_can_be_given() -> None:
+    assert classes([1, 2, 3], "regression") == ()
+    assert classes([1.0, 3.0, 1.0], "classification") == ("1", "3")
+    assert classes(["1", "x"], "classification", are_strings=True) == ("1", "x")
+    with pytest.raises(TensLoRAError, match=r"dataset\.task=regression: needs numbers, but the column y holds 'x'"):
+        classes(["x", "z"], "regression")
+    with pytest.raises(TensLoRAError, match=r"dataset\.task=classification: .* the column y holds 1\.5"):
+        classes([1.5, 2.0], "classification")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["1", "2", "high"], r"must hold either numbers or names, but holds '1' and 'high'; .*task=classification"),
+        (["x", "x"], "must hold at least two different labels, but holds only 'x'"),
+        ([1.5, 1.5], "must hold at least two different labels, but holds only 1.5"),
+        ([[1, 2], [3]], r"must hold numbers or names, but holds \[1, 2\] in row 1"),
+    ],
+)
+def test_labels_that_are_no_labels_are_refused(values: list[Any], message: str) -> None:
+    with pytest.raises(TensLoRAError, match=rf"^dataset\.label_column=y: {message}"):
+        classes(values, are_strings=isinstance(values[0], str))
+
+
+@pytest.mark.parametrize("values", [["a", None, "b", None], ["a", "", "b", " "], [1.0, float("nan"), 2.0, None]])
+def test_rows_without_a_label_are_counted(values: list[Any]) -> None:
+    with pytest.raises(TensLoRAError, match=r"^here: row 2 and 1 more rows have no label in the column y; "):
+        classes(values)
+
+
+def test_rows_without_a_text_are_refused() -> None:
+    rows = datasets.Dataset.from_dict({"a": ["x", "y", "z"], "b": ["x", " ", None], "c": [1, 2, 3]})
+    assert sentences_of(rows, ["a"], "here") == [("x",), ("y",), ("z",)]
+    with pytest.raises(TensLoRAError, match=r"^here: row 2 and 1 more rows have no text in the column b; "):
+        sentences_of(rows, ["a", "b"], "here")
+    with pytest.raises(TensLoRAError, match=r"^dataset\.text_columns=\[a,c\]: must hold texts, but c holds 1 in row 1"):
+        sentences_of(rows, ["a", "c"], "here")
+
+
+def test_a_class_label_keeps_its_names_and_their_order() -> None:
+    features = datasets.Features({"y": datasets.ClassLabel(names=["z", "a", "m"])})
+    rows = datasets.Dataset.from_dict({"y": [1, 0, 1]}, features=features)
+    assert labels_of(rows, "y", "here", are_strings=False) == ["a", "z", "a"]
+    unlabelled = datasets.Dataset.from_dict({"y": [1, -1]}, features=features)
+    with pytest.raises(TensLoRAError, match="here: row 2 has no label in the column y"):
+        labels_of(unlabelled, "y", "here", are_strings=False)
+
+
+def test_labels_become_numbers() -> None:
+    assert numbers_of([3, 1.0, "1"], ["1", "3"], "here") == [1, 0, 0]
+    assert numbers_of([True, False], ["false", "true"], "here") == [1, 0]
+    assert numbers_of([3, 0.5], [], "here") == [3.0, 0.5]
+    with pytest.raises(TensLoRAError, match=r"^here: has labels that the training split does not have: c, d; .* a, b$"):
+        numbers_of(["a", "d", "c"], ["a", "b"], "here")
+    with pytest.raises(TensLoRAError, match=r"^here: must have numbers as labels, as for training, but has 'high'"):
+        numbers_of([1.0, "high"], [], "here")

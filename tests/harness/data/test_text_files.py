@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pytest
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.config import TextDatasetConfig
+from tenslora.harness.data import Dataset, load_dataset
+
+TEXTS = [f"No. {number}" for number in range(10)]
+NAMES = [("bad", "good", "fine")[number % 3] for number in range(10)]
+CLASSES = ("bad", "fine", "good")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The datasets library's cache in a folder of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    level = datasets.utils.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    yield
+    datasets.utils.logging.set_verbosity(level)
+
+
+def config(root: Path | None, **changes: Any) -> TextDatasetConfig:
+    settings: dict[str, Any] = {
+        "metrics": None, "train_splits": None, "test_split": None, "train_size": None, "max_length": 32,
+        "padding": "longest", "group_by_length": False, **changes,
+    }  # fmt: skip
+    root_setting = None if root is None else str(root)
+    return TextDatasetConfig(name="own", modality="text", source="text_files", root=root_setting, **settings)
+
+
+def load(root: Path | None, seed: int = 0, **changes: Any) -> Dataset:
+    return load_dataset(config(root, **changes), seed)
+
+
+def refused(root: Path | None, message: str, **changes: Any) -> None:
+    """Loading fails with one line that matches `message`."""
+    with pytest.raises(TensLoRAError, match=message) as caught:
+        load(root, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def table(texts: list[str] = TEXTS, labels: list[Any] = NAMES) -> pandas.DataFrame:
+    return pandas.DataFrame({"text": texts, "label": labels})
+
+
+def write(folder: Path, files: dict[str, pandas.DataFrame | str]) -> Path:
+    """Write tables in the forms that their names' suffixes say."""
+    folder.mkdir(exist_ok=True, parents=True)
+    for name, content in files.items():
+        path = folder / name
+        if isinstance(content, str):
+            path.write_text(content)
+            continue
+        if path.suffix in (".csv", ".tsv"):
+            content.to_csv(path, index=False, sep="," if path.suffix == ".csv" else "\t")
+        elif path.suffix == ".parquet":
+            content.to_parquet(path)
+        else:
+            content.to_json(path, orient="records", lines=path.suffix == ".jsonl")
+    return folder
+
+
+def read_back(dataset: Dataset) -> list[list[tuple[str, str]]]:
+    """(text, class) of each training and each test example."""
+    return [
+        [(text, dataset.classes[label]) for (text,), label in zip(examples.inputs, examples.labels, strict=True)]
+        for examples in (dataset.train, dataset.test)
+    ]
+
+
+ROWS = list(zip(TEXTS, NAMES, strict=True))
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
+def test_one_file_for_each_split(kind: str, tmp_path: Path) -> None:
+    root = write(tmp_path / "root", {f"train{kind}": table()[:6], f"test{kind}": table()[6:]})
+    dataset = load(root)
+    assert dataset.classes == CLASSES
+    assert read_back(dataset) == [ROWS[:6], ROWS[6:]]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_one_file_is_divided_by_the_seed(kind: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "root", {f"reviews{kind}": table()}) / f"reviews{kind}"
+    train, test = read_back(load(file))
+    assert (len(train), len(test)) == (8, 2)
+    assert sorted(train + test) == ROWS
+    assert read_back(load(file.parent)) == [train, test]  # the only file of a folder
+    assert read_back(load(file, seed=1)) != [train, test]
+    assert len(load(file, train_fraction=0.5).train) == 5
+
+
+def class_labels(names: list[str], labels: list[str], texts: list[str] = TEXTS) -> datasets.Dataset:
+    rows = datasets.Dataset.from_dict({"text": texts[: len(labels)], "label": labels})
+    return rows.cast_column("label", datasets.ClassLabel(names=names))
+
+
+@pytest.mark.parametrize("form", ["folder of splits", "folder of one split", "parquet", "parquet in shards", "hub"])
+def test_a_dataset_of_the_datasets_library_keeps_its_classes(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["good", "unused", "fine", "bad"]
+    rows = class_labels(names, NAMES)
+    train, test = rows.select(range(6)), rows.select(range(6, 10))
+    root = tmp_path / "root"
+    changes: dict[str, Any] = {}
+    if form == "folder of splits":
+        datasets.DatasetDict({"train": train, "validation": test}).save_to_disk(str(root))
+    elif form == "folder of one split":
+        rows.save_to_disk(str(root))
+        assert load(root).classes == tuple(names)
+        return
+    elif form == "hub":
+        asked = []
+
+        def load_from_hub(*arguments: Any) -> datasets.DatasetDict:
+            asked.append(arguments)
+            return datasets.DatasetDict({"train": train, "test": test})
+
+        monkeypatch.setattr(datasets, "load_dataset", load_from_hub)
+        changes = {"hub": "user/name", "hub_config": "plain"}
+    else:
+        (root / "data").mkdir(parents=True)
+        test.to_parquet(root / "data" / "test-00000-of-00001.parquet")
+        for shard in range(2):
+            train.select(range(3 * shard, 3 * shard + 3)).to_parquet(
+                root / "data" / f"train-{shard:05}-of-00002.parquet"
+            )
+    dataset = load(None if form == "hub" else root, **changes)
+    assert dataset.classes == tuple(names)
+    assert read_back(dataset) == [ROWS[:6], ROWS[6:]]
+    if form == "hub":
+        assert asked == [("user/name", "plain")]
+
+
+def test_two_texts_and_numbers_are_a_regression_on_pairs(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", {"train.tsv": "premise\thypothesis\tscore\nA\tB\t0.5\nC\tD\t2\n"})
+    (root / "test.tsv").write_text("hypothesis\tscore\tpremise\nF\t-1\tE\n")
+    dataset = load(root)
+    assert (dataset.task, dataset.classes, dataset.outputs) == ("regression", (), 1)
+    assert (list(dataset.train.inputs), list(dataset.train.labels)) == ([("A", "B"), ("C", "D")], [0.5, 2.0])
+    assert (list(dataset.test.inputs), list(dataset.test.labels)) == ([("E", "F")], [-1.0])
+
+
+def test_a_csv_files_texts_are_as_they_are_written(tmp_path: Path) -> None:
+    texts = ["NA", "007", "None", 'He said, "no".', "two\nlines", "1e5", "café"]
+    root = write(tmp_path / "root", {"train.csv": table(texts, [1, 0, 1, 0, 1, 0, 1]), "test.csv": table(["x"], [1])})
+    (root / "train.csv").write_bytes(b"\xef\xbb\xbf" + (root / "train.csv").read_bytes())
+    dataset = load(root)
+    assert [text for (text,) in dataset.train.inputs] == texts
+    assert (dataset.classes, list(dataset.train.labels)) == (("0", "1"), [1, 0, 1, 0, 1, 0, 1])
+
+
+def test_splits_are_chosen_by_name_or_given(tmp_path: Path) -> None:
+    names = ("train", "more", "dev", "final")
+    root = write(tmp_path / "root", {f"{name}.csv": table([name] * 3, NAMES[:3]) for name in names})
+
+    def chosen(**changes: Any) -> list[list[str]]:
+        return [sorted({text for text, _ in part}) for part in read_back(load(root, **changes))]
+
+    assert chosen() == [["train"], ["dev"]]
+    assert chosen(train_splits=("train", "more"), test_split="final") == [["more", "train"], ["final"]]
+    assert chosen(train_splits=("more",), train_fraction=0.7) == [["more"], ["more"]]
+    refused(
+        root, r"dataset\.test_split=tset: tset is not a split there; the splits are dev, final, mor", test_split="tset"
+    )
+    refused(root, r"dataset\.train_splits=all: all is not a split there; ", train_splits=("all",))
+    refused(root, r"dataset\.train_fraction=0.5: must be null, because dev is a split to test on", train_fraction=0.5)
+    (root / "dev.csv").unlink()
+    refused(
+        root, r"dataset\.test_split=null: must be the split to test on, such as final, or set dataset\.train_fracti"
+    )
+    (root / "train.csv").unlink()
+    refused(root, r"dataset\.train_splits=null: train is not a split there; the splits are final, more$")
+
+
+def test_a_validation_split_leaves_the_test_file_unread(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", {"train.csv": table(), "test.csv": "text,label\nno,such label\n"})
+    dataset = load(root, validation=0.2)
+    assert dataset.validation is not None
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (8, 2, 0)
+    divided = load(root, validation=0.2, train_splits=("train",), train_fraction=0.5)
+    assert divided.validation is not None
+    assert (len(divided.train), len(divided.validation)) == (4, 1)
+
+
+def test_labels_that_only_the_test_split_has_are_refused(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", {"train.csv": table()[:6], "test.csv": table(["a", "b"], ["good", "new"])})
+    refused(root, "the split test: has labels that the training split does not have: new; .* has bad, fine, good$")
+
+
+def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write(tmp_path / "root", {"one.csv": table(TEXTS, ["a"] * 9 + ["rare"])})
+    warned = []
+    for seed in range(12):
+        caplog.clear()
+        dataset = load(root, seed)
+        assert dataset.classes == ("a", "rare")
+        warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert bool(warnings) == (1 in dataset.test.labels)
+        warned += warnings
+    assert set(warned) == {"own: with this seed, no training example is of the class rare"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train.csv": "text;label\na;1\n"}, r"dataset\.text_columns=null: .* there are text;label$"),
+        ({"train.csv": "text,label\n"}, "the split train has no rows"),
+        ({"train.csv": ""}, "the split train cannot be read"),
+        ({"train.csv": "text,label\na,1\nb,2,3\n"}, r"the split train cannot be read \(.* in line 3"),
+        ({"train.csv": "text,label\na,1\nb\n"}, "the split train: row 2 has no label in the column label"),
+        ({"train.csv": "text,label\n,1\nb,0\n"}, "the split train: row 1 has no text in the column text"),
+        ({"train.csv": "text,label\na,1\nb,1\n"}, r"dataset\.label_column=label: must hold at least two different lab"),
+        ({"train.jsonl": '{"text": "a", "label": 1}\n{"text": "b"'}, "the split train cannot be read .*JSON"),
+        ({"train.jsonl": '{"text": "a", "label": 1}\n{"text": "b"}\n'}, "row 2 has no label in the column label"),
+        ({"train.parquet": "no Parquet"}, "the split train cannot be read .*[Pp]arquet"),
+        ({"train.csv": "text,label\na,1\n", "test.jsonl": "{}"}, r"must hold files of one kind, but holds \.csv, \.js"),
+        ({"train.csv": "text,label\na,1\nb,2\n", "test.csv": "sentence,label\na,1\n"},
+         "the split test must have the columns text, label, but lacks text; it has sentence, label$"),
+        ({"readme.md": "", "x.xlsx": ""}, r"must hold files of the kind \.csv, .*; it holds readme\.md, x\.xlsx$"),
+        ({}, "it holds nothing$"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_one_line(files: dict[str, Any], message: str, tmp_path: Path) -> None:
+    refused(write(tmp_path / "root", files), message)
+
+
+def test_labels_of_several_types_are_refused_or_taken_as_names(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", {"train.csv": table(["a", "b", "c", "d"], ["1", "high", "2.5", "1"])})
+    refused(root, r"dataset\.label_column=label: must hold either numbers or names, but holds '1' and 'high'")
+    assert load(root, task="classification").classes == ("1", "2.5", "high")
+
+
+def test_a_missing_root_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", r"dataset\.root=\S*nowhere: no such file or folder$")
+    (tmp_path / "sheet.xlsx").touch()
+    refused(tmp_path / "sheet.xlsx", r"dataset\.root=\S*xlsx: must be a file of the kind \.csv, ")
+
+
+def test_a_damaged_saved_folder_is_refused(tmp_path: Path) -> None:
+    rows = class_labels(["good", "fine", "bad"], NAMES)
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "root"))
+    for file in tmp_path.glob("root/train/*.arrow"):
+        file.write_bytes(b"not arrow")
+    refused(tmp_path / "root", r"dataset\.root=\S*root: cannot be read")
+
+
+def test_the_hub_is_not_asked_for_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "user" / "name", {"train.csv": table()})
+    refused(
+        None,
+        r"dataset\.hub=user/name: there is a local file or folder of that name; set dataset\.root",
+        hub="user/name",
+    )
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ConnectionError("Couldn't reach 'user/name' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    refused(
+        None, r"^dataset\.hub=user/name: cannot be loaded \(Couldn't reach 'user/name' on the Hub\)$", hub="user/name"
+    )
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl"])
+def test_a_text_of_megabytes_is_read(kind: str, tmp_path: Path) -> None:
+    long = "word " * 400_000
+    root = write(
+        tmp_path / "root", {f"train{kind}": table([long, "short"], ["a", "b"]), f"test{kind}": table(["x"], ["a"])}
+    )
+    assert load(root).train.inputs[0] == (long,)
+
+
+def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    for word in ("first", "second"):
+        file.write_text("".join(json.dumps({"text": f"{word} {label}", "label": label}) + "\n" for label in range(10)))
+        dataset = load(tmp_path, train_fraction=0.5 if word == "first" else 0.6)
+        assert {text.split()[0] for (text,) in dataset.train.inputs} == {word}
