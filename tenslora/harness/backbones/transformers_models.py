@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def _load_pretrained(
     import transformers
 
     source = folder_or_repository(config)
-    if Path(source).is_dir():
+    if Path(source).is_dir() or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a download should show one, reading a folder need not
     transformers.utils.logging.set_verbosity_error()  # transformers would warn that the head is new
     settings: dict[str, Any] = {"num_labels": classes}
