@@ -1,28 +1,32 @@
-"""The command line of train.py and sweep.py: Hydra's entry point, except that a user's mistake prints as one line."""
+"""The command line of train.py and sweep.py: Hydra's entry point, except that a user's mistake prints as one line.
+
+Hydra is imported where it is used, so that Ctrl-C is caught from the first moment.
+"""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException
-from hydra.types import RunMode
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.config import register_resolvers
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
+_CONF = _ROOT / "conf"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""The numbers of the system's errors for a file or folder that may not be written or has no space."""
 
 
 def run_app(
@@ -30,9 +34,9 @@ def run_app(
 ) -> None:
     """Run `task` on the config that Hydra composes from conf/ and the command line.
 
-    A user's mistake ends the process with status 1 and one line on standard error; HYDRA_FULL_ERROR=1 adds the
-    traceback. In a multirun the line goes to the job's log, Hydra goes on with the other jobs, and the process ends
-    with status 1. Ctrl-C or SIGTERM ends the process with status 130.
+    A user's mistake ends the process with status 1 and one line on standard error, and the line is in the run's log
+    too; HYDRA_FULL_ERROR=1 adds the traceback. In a multirun the line goes to the job's log, Hydra goes on with the
+    other jobs, and the process ends with status 1. Ctrl-C or SIGTERM ends the process with status 130.
 
     Args:
         task: carries out one job.
@@ -46,18 +50,26 @@ def run_app(
     # A launcher starts jobs in other processes, perhaps on other machines, which have to find this package.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     # SIGTERM becomes KeyboardInterrupt, so that the code below can stop its own processes.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, guarded.interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores SIGINT
+        signal.signal(signal.SIGINT, guarded.interrupt)
+    logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, would print tracebacks
     try:
-        hydra.main(version_base="1.3", config_path=str(_ROOT / "conf"), config_name=config_name)(guarded)()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        mistake = _mistake(error)
+        import hydra
+
+        from tenslora.harness.config import register_resolvers
+
+        register_resolvers()
+        hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name)(guarded)()
+    except (KeyboardInterrupt, Exception) as error:
+        if guarded.interrupted:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
         # Until the task begins, the mistake is in the command line, in conf/ or in the output folder.
-        if guarded.wants_traceback or (guarded.started and not isinstance(mistake, TensLoRAError)):
+        line = None if guarded.wants_traceback else _line(error, None if guarded.started else config_name)
+        if line is None:
             raise
-        sys.exit(_line(mistake))
+        sys.exit(f"error: {line}")
 
 
 class _Task:
@@ -67,22 +79,44 @@ class _Task:
         self, task: Callable[[DictConfig], Any], sweep: Callable[..., None] | None, wants_traceback: bool
     ) -> None:
         self.task, self._sweep, self.wants_traceback = task, sweep, wants_traceback
-        self.started = False
+        self.started = self.interrupted = False
+
+    def interrupt(self, *_: object) -> None:
+        # Some libraries catch KeyboardInterrupt while they are imported, and fail later in another way.
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A launcher unpickles the task in a process that has not called `run_app`.
+        from tenslora.harness.config import register_resolvers
+
+        register_resolvers()
+        vars(self).update(state)
 
     def __call__(self, composed: DictConfig) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
         self.started = True
+        in_multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             return self.task(composed)
         except TensLoRAError as error:
+            line = str(_line(error))
+            if not in_multirun:
+                _log_to_file(line)
             if self.wants_traceback:
                 raise
-            line = _line(error)
+        except BaseException as error:
+            if not in_multirun:
+                _log_to_file("interrupted" if self.interrupted else "the run failed", error)
+            raise
         # The error is raised anew outside of the except block, without the frames that hold the model: Hydra keeps
         # each job's error until the last job of a multirun is over, and launchers pickle it.
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
-            sys.exit(line)
-        log.error(line)
-        raise TensLoRAError(line.removeprefix("error: "))
+        if not in_multirun:
+            sys.exit(f"error: {line}")
+        log.error("error: %s", line)
+        raise TensLoRAError(line)
 
     def sweep(self, config: DictConfig, jobs: Any, launch: Any) -> None:
         assert self._sweep is not None
@@ -90,26 +124,61 @@ class _Task:
         self._sweep(config, jobs, launch)
 
 
-# Resolvers are registered on import, so that a process in which a launcher unpickles a task has them too.
-register_resolvers()
+def _log_to_file(line: str, error: BaseException | None = None) -> None:
+    # The console shows the line in another way.
+    trace = (type(error), error, error.__traceback__) if isinstance(error, Exception) else None
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, line, (), trace)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
-def _mistake(error: BaseException) -> BaseException:
+def _line(error: BaseException, config_name: str | None = None) -> str | None:
+    """The line for a user's mistake; None for any other error.
+
+    Args:
+        error: the error.
+        config_name: the name of the main config file if the task had not begun, so that the mistake is in the command
+            line, in conf/ or in the output folder; otherwise None.
+    """
     # ${run_folder:} checks the settings, and OmegaConf wraps the error of a resolver.
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, TensLoRAError):
+            return _joined(cause)
+    for cause in causes:
+        # Hydra's own OSErrors, which are about conf/, have no number.
+        if isinstance(cause, OSError) and cause.errno and (cause.errno in _CANNOT_WRITE or config_name):
+            return f"{cause.filename or _output_folder()}: cannot be written ({cause.strerror})"
+    if config_name is None:
+        return None
+    from tenslora.harness.config.spelling import misspelt
+
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    if line := misspelt(words, _CONF, config_name):
+        return line
+    if "--multirun" in str(error):  # Hydra's error for several values without -m
+        word = next(word for word in words if word in str(error))
+        return f"{word}: is several values; add -m to carry out a run for each of them, or use sweep.py"
+    return _joined(error)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, TensLoRAError):
-            return cause
+        yield cause
         cause = cause.__cause__ or cause.__context__
-    return error
 
 
-def _line(error: BaseException) -> str:
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        return f"error: {group}={option}: must be one of {', '.join(error.options)}"
+def _joined(error: BaseException) -> str:
     # An error from a data worker comes wrapped in the worker's traceback; its own message is the last line.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any(line.startswith("Original Traceback") for line in lines):
-        return f"error: {lines[-1].partition(': ')[2]}"
-    return f"error: {' '.join(lines)}"
+        return lines[-1].partition(": ")[2]
+    return " ".join(lines)
+
+
+def _output_folder() -> str:
+    # Hydra has forgotten its config by now.
+    given = [word for word in sys.argv[1:] if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    return given[-1].partition("=")[2] if given else "outputs"

@@ -212,12 +212,13 @@ class RunFolder:
         Raises:
             TensLoRAError: if the file cannot be read.
         """
-        from omegaconf import OmegaConf
+        from omegaconf import DictConfig, OmegaConf
         from yaml import YAMLError
 
         file = self.path / ".hydra" / "config.yaml"
         try:
-            return OmegaConf.create(file.read_text())
+            config = OmegaConf.load(file)
+            return config if isinstance(config, DictConfig) else DictConfig({})
         except (OSError, ValueError, YAMLError) as error:
             raise TensLoRAError(f"{file}: cannot be read ({error})") from error
 

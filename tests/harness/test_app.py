@@ -35,9 +35,13 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
     [
         # Hydra's own
         (["tensor_mode=nope"], "tensor_mode=nope: must be one of att, att_depth"),
-        (["optimizer.learning_rate=1"], "Could not override 'optimizer.learning_rate'"),
+        (
+            ["optimizer.learning_rate=1"],
+            "optimizer.learning_rate: there is no such setting; did you mean optimizer.lr?",
+        ),
+        (["seed=0,1"], "seed=0,1: is several values; add -m"),
         (["tensor_mode"], "missing EQUAL"),
-        (["optimizer=null"], "Config group override must be a string"),
+        (["optimizer=null"], "optimizer=null: must be one of adamw"),
         # the settings'
         (["optimizer.lr=-0.001"], "optimizer.lr=-0.001: must be at least 0"),
         (["rank_strategy=explicit"], "rank_strategy.ranks=null: tensor_mode qkv_depth needs 4 integers"),
@@ -70,7 +74,22 @@ def test_an_error_in_a_data_worker_is_one_line_without_the_workers_traceback(
 
 def test_an_output_folder_that_cannot_be_made_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert f"{tmp_path}/file" in refused(monkeypatch, tmp_path / "file" / "run", *SHORT)
+    line = refused(monkeypatch, tmp_path / "file" / "run", *SHORT)
+    assert line == f"{tmp_path}/file/run: cannot be written (Not a directory)"
+
+
+def test_a_log_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "train.log").mkdir()  # as root, a folder without the right to write is no obstacle
+    line = refused(monkeypatch, tmp_path, *SHORT)
+    assert line == f"{tmp_path}/train.log: cannot be written (Is a directory)"
+
+
+def test_the_log_says_why_a_start_failed(commands: Commands, tmp_path: Path) -> None:
+    words = ["model.checkpoint=missing", f"hydra.run.dir={tmp_path}"]
+    ended = commands.run(Command("train.py", words, tmp_path))
+    assert ended.status == 1
+    assert "model.checkpoint=missing: no such file" in (tmp_path / "train.log").read_text()
+    assert ended.err.count("no such file") == 1
 
 
 def test_resuming_from_a_damaged_checkpoint_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -135,3 +154,19 @@ def test_a_stopped_run_ends_with_status_130(accident: str, commands: Commands, t
     ended = commands.run(Command("train.py", [*SHORT, f"hydra.run.dir={tmp_path}"], tmp_path, accident=accident))
     assert ended.status == 130
     assert ended.err.splitlines()[-1] == "interrupted"
+    assert (tmp_path / "train.log").read_text().rstrip().endswith("interrupted")
+
+
+def test_ctrl_c_while_hydra_is_imported_ends_with_status_130_and_one_line() -> None:
+    program = (
+        "import runpy, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'hydra':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "runpy.run_path('train.py', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -59,7 +59,7 @@ def one_of(valid: Collection[str | bool]) -> AfterValidator:
         for name in value if isinstance(value, tuple) else [value]:
             if name is not None and name not in valid:
                 subject = "" if name == value else f"{name} "
-                raise ValueError(f"{subject}must be one of {', '.join(map(_shown, valid))}")
+                raise ValueError(f"{subject}must be one of {', '.join(map(shown, valid))}")
         return value
 
     return AfterValidator(check)
@@ -86,6 +86,19 @@ NonNegativeInt = Annotated[int, within(0)]
 NonNegative = Annotated[float, within(0)]
 BelowOne = Annotated[float, within(0, 1, below=True)]
 
+LIKENESS = 0.65
+"""How similar two names must be, from 0 to 1, for one to be suggested instead of the other."""
+
+_NAMES_ELSEWHERE = {
+    "learning_rate": "lr",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "target_modules": "adapt",
+    "gradient_accumulation_steps": "accumulation",
+    "max_grad_norm": "clip_norm",
+}
+"""What PEFT's LoraConfig and transformers' TrainingArguments call some settings."""
+
 _TYPES = {
     "int": "must be a whole number",
     "float": "must be a number",
@@ -93,7 +106,6 @@ _TYPES = {
     "string": "must be text",
     "tuple": "must be a list, written [a,b]",
     "dict": "must be a group of settings",
-    "dataclass": "must be a group of settings",
 }
 """The message for a value of a wrong type, by the first word of pydantic's name for the error."""
 
@@ -121,15 +133,18 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
         return TensLoRAError(as_typed(".".join([*path, str(cause)])))
     if kind == "unexpected_keyword_argument":
         settings = list(_settings_of(schema))
-        hint = f" for a dataset of {modality}s" if setting in settings else _similar(setting, settings)
-        return TensLoRAError(as_typed(f"{setting}: there is no such setting{hint}"))
+        if setting in settings:
+            return TensLoRAError(as_typed(f"{setting}: there is no such setting for a dataset of {modality}s"))
+        return TensLoRAError(as_typed(no_such_setting(setting, [as_typed(known) for known in settings])))
     if kind in ("missing", "union_tag_not_found"):
         return TensLoRAError(as_typed(f"{setting}: is missing"))
     if kind == "union_tag_invalid":
         reason = f"must be one of {details['expected_tags']}".replace("'", "")
+    elif kind.startswith("dataclass"):
+        reason = f"must be a group of settings: {_members(setting, list(map(as_typed, _settings_of(schema))))}"
     else:
         reason = str(cause) if cause else _TYPES.get(kind.partition("_")[0], str(first["msg"]))
-    return TensLoRAError(as_typed(f"{setting}={_shown(value)}: {reason}"))
+    return TensLoRAError(as_typed(f"{setting}={shown(value)}: {reason}"))
 
 
 def as_typed(line: str) -> str:
@@ -149,11 +164,48 @@ def as_typed(line: str) -> str:
     return re.sub(r"^([\w.]+)=None:", r"\1=null:", line)
 
 
-def _similar(setting: str, settings: Sequence[str]) -> str:
-    name = setting.rpartition(".")[2]
-    similar = difflib.get_close_matches(setting, settings, n=1, cutoff=0.85)
-    similar += [other for other in settings if other.rpartition(".")[2] == name]
-    return f"; did you mean {as_typed(similar[0])}?" if similar else ""
+def no_such_setting(setting: str, settings: Sequence[str]) -> str:
+    """The line for a setting that does not exist, with the nearest one that does.
+
+    >>> no_such_setting("lr", ["optimizer.name", "optimizer.lr"])
+    'lr: there is no such setting; did you mean optimizer.lr?'
+
+    Args:
+        setting: the setting as it was given.
+        settings: the settings that exist, with their groups.
+    """
+    group, _, name = setting.rpartition(".")
+    wanted = _NAMES_ELSEWHERE.get(name, name)
+
+    def likeness(other: str) -> tuple[float, float]:
+        # The last part decides, because the group is what users leave out.
+        return _ratio(wanted, other.rpartition(".")[2]), _ratio(f"{group}.{wanted}", other)
+
+    nearest = max(settings, key=likeness)
+    if likeness(nearest)[0] >= LIKENESS:
+        return f"{setting}: there is no such setting; did you mean {nearest}?"
+    if group and (members := _members(group, settings)):
+        return f"{setting}: there is no such setting; {group} has {members}"
+    return f"{setting}: there is no such setting; --help lists all settings"
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """The end of a line that names the nearest of the valid names; empty if none is near.
+
+    Args:
+        name: a name that is not valid.
+        names: the valid names.
+    """
+    return "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, names, 1, LIKENESS))
+
+
+def _members(group: str, settings: Sequence[str]) -> str:
+    names = (setting.removeprefix(f"{group}.") for setting in settings if setting.startswith(f"{group}."))
+    return ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def _settings_of(schema: Any, prefix: str = "") -> Iterator[str]:
@@ -168,10 +220,10 @@ def _settings_of(schema: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + field.name
 
 
-def _shown(value: Any) -> str:
-    # The value as it is written on the command line.
+def shown(value: Any) -> str:
+    """A value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(shown, value))}]"
     return str(value)

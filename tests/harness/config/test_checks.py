@@ -80,14 +80,15 @@ REFUSED = {
     "resume=maybe": "resume=maybe: must be true or false",
     "rank_strategy.name=null": "rank_strategy=null: must be text",
     "model.options=5": "model.options=5: must be a group of settings",
-    "dataset.transform=null": "dataset.transform=null: must be a group of settings",
+    "dataset.transform=null": "dataset.transform=null: must be a group of settings: crop_ratio, squash, interpolation, "
+    "color_jitter, flip, normalize",
     "adapter=null": "adapter=null: tensor_mode=qkv_depth needs the settings of an adapter",
     # settings that do not exist, or are not there
     "+trainer.epoch=3": "trainer.epoch: there is no such setting; did you mean trainer.epochs?",
     "+epochs=3": "epochs: there is no such setting; did you mean trainer.epochs?",
     "+adapter.alfa=1": "adapter.alfa: there is no such setting; did you mean adapter.alpha?",
     "+dataset.max_length=64": "dataset.max_length: there is no such setting for a dataset of images",
-    "+something.else=1": "something: there is no such setting",
+    "+something.else=1": "something: there is no such setting; --help lists all settings",
     "~trainer.epochs": "trainer.epochs: is missing",
     "seed=???": "seed: is missing",
     "dataset.root=${nowhere}": "dataset.root: Interpolation key 'nowhere' not found",

@@ -1,0 +1,89 @@
+"""Finds the word of a command line that names a setting or an option that does not exist, and the nearest that does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from tenslora.harness.config.checks import did_you_mean, no_such_setting, shown
+
+
+def misspelt(words: Sequence[str], conf: Path, config_name: str) -> str | None:
+    """Answer the first word of a command line that Hydra could not use.
+
+    Hydra's own answers do not say what the word should have been. Where a word at fault stands beside a sweep over
+    several values, Hydra even blames the sweep.
+
+    Args:
+        words: the overrides of the command line.
+        conf: the folder of the config files.
+        config_name: the name of the main config file.
+
+    Returns:
+        The line for the user; None if every word names something that exists, or if the words cannot be parsed.
+    """
+    try:
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()
+            overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(words))
+            groups = [override for override in overrides if _options(loader, override.key_or_group)]
+            choices = []
+            for override in groups:
+                for value in _values(override):
+                    if line := _not_an_option(loader, override.key_or_group, value):
+                        return line
+                choices += [override.input_line or ""] if not override.is_sweep_override() else []
+            composed = compose(config_name, choices, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException):
+        return None
+    settings = list(_settings(composed))
+    for override in overrides:
+        key = override.key_or_group
+        if override in groups or override.is_add() or key in settings:
+            continue
+        of_hydra = key.partition(".")[0] == "hydra"
+        return no_such_setting(key, [other for other in settings if (other.partition(".")[0] == "hydra") == of_hydra])
+    return None
+
+
+def _options(loader: ConfigLoader, group: str) -> list[str]:
+    return [option for option in loader.get_group_options(group) if option != "base"]
+
+
+def _values(override: Override) -> Iterator[Any]:
+    if override.is_delete():
+        return
+    value = override.value()
+    if override.is_sweep_override():
+        yield from override.sweep_string_iterator()
+    elif isinstance(value, list):  # chooses several options
+        yield from value
+    else:
+        yield value
+
+
+def _not_an_option(loader: ConfigLoader, group: str, value: Any) -> str | None:
+    name = str(value)
+    folder, _, option = name.rpartition("/")
+    options = _options(loader, group)
+    if isinstance(value, str) and option in loader.get_group_options(f"{group}/{folder}" if folder else group):
+        return None
+    return f"{group}={shown(value)}: must be one of {', '.join(options)}{did_you_mean(name, options)}"
+
+
+def _settings(config: DictConfig, group: str = "") -> Iterator[str]:
+    for name in config:
+        yield f"{group}{name!s}"
+        node = config._get_node(name)
+        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+            yield from _settings(node, f"{group}{name!s}.")

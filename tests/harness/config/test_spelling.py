@@ -1,0 +1,46 @@
+"""Words of a command line that name what does not exist, and the nearest that does."""
+
+from __future__ import annotations
+
+import pytest
+
+from tenslora.harness.config.spelling import misspelt
+from tests.running import CONF
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("lr=1", "lr: there is no such setting; did you mean optimizer.lr?"),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate: there is no such setting; did you mean optimizer.lr?"),
+        ("tensor_mod=qkv", "tensor_mod: there is no such setting; did you mean tensor_mode?"),
+        ("~lr", "lr: there is no such setting; did you mean optimizer.lr?"),
+        ("nosuchkey=1", "nosuchkey: there is no such setting; --help lists all settings"),
+        ("trainer.xyz=1", "trainer.xyz: there is no such setting; trainer has epochs, batch_size"),
+        ("hydra.run.dirr=x", "hydra.run.dirr: there is no such setting; did you mean hydra.run.dir?"),
+        # settings that exist only with another option of their group
+        ("model=roberta_base dataset=cola model.imagesize=1", "model.imagesize: there is no such setting"),
+        # options
+        ("tensor_mode=qkv_dept", "tensor_mode=qkv_dept: must be one of att, att_depth"),
+        ("tensor_mode=qkv_dept", "; did you mean qkv_depth?"),
+        ("dataset=null", "dataset=null: must be one of cifar10, cola"),
+        ("hydra/launcher=slrm", "; did you mean slurm?"),
+        # beside a sweep
+        ("lr=1 seed=0,1", "lr: there is no such setting; did you mean optimizer.lr?"),
+        ("seed=0,1 optimizer.learning_rate=1,2", "did you mean optimizer.lr?"),
+        ("tensor_mode=lora,qkv_dept seed=0,1", "; did you mean qkv_depth?"),
+    ],
+)
+def test_what_does_not_exist_is_answered_with_the_nearest(words: str, line: str) -> None:
+    answer = misspelt(words.split(), CONF, "sweep")
+    assert answer is not None
+    assert line in answer
+    assert "\n" not in answer
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["", "optimizer.lr=1 seed=0,1 tensor_mode=lora,att", "dataset=dtd model=vit_base", "+anything=1", "no word"],
+)
+def test_words_that_name_what_exists_are_not_at_fault(words: str) -> None:
+    assert misspelt(words.split(), CONF, "sweep") is None
