@@ -10,6 +10,13 @@ import pytest
 from tests.commands import Commands
 from tests.running import run
 
+_SIZES = "hidden_size:24,num_hidden_layers:2,num_attention_heads:3,intermediate_size:32"
+TINY_BERT = (
+    "model=minilm", "model.pretrained=false", "model.geometry=null", f"model.options={{model_type:bert,{_SIZES}}}",
+    "trainer.epochs=1", "optimizer.lr=0.05", "tensor_mode=depth", "rank_strategy=isorank",
+)  # fmt: skip
+"""A short run of a BERT of random weights."""
+
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
@@ -35,10 +42,15 @@ def sentences_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "raw").mkdir()
     for name in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
         (root / "raw" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-    sizes = "hidden_size:24,num_hidden_layers:2,num_attention_heads:3,intermediate_size:32"
-    run(
-        root / "run", "dataset=cola", f"dataset.root={root}", "model=minilm", "model.pretrained=false",
-        "model.geometry=null", f"model.options={{model_type:bert,{sizes}}}", "trainer.epochs=1", "optimizer.lr=0.05",
-        "tensor_mode=depth", "rank_strategy=isorank",
-    )  # fmt: skip
+    run(root / "run", "dataset=cola", f"dataset.root={root}", *TINY_BERT)
+    return root / "run"
+
+
+@pytest.fixture(scope="session")
+def regression_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on pairs of sentences with scores, with a BERT of random weights."""
+    root = tmp_path_factory.mktemp("regression_run")
+    lines = [f"a {n % 3} cat\ta {n % 5} dog\t{n % 3 - 0.25 * (n % 5)}" for n in range(60)]
+    (root / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2\tscore", *lines]))
+    run(root / "run", "dataset=text", f"dataset.root={root / 'pairs.tsv'}", *TINY_BERT)
     return root / "run"
