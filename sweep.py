@@ -73,7 +73,7 @@ def sweep(
     from tenslora.harness.results.paper import stand_in
     from tenslora.harness.results.settings import command_of, settings_of
     from tenslora.harness.results.table import Table, groups_of
-    from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, plan_jobs
+    from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, overwrite, plan_jobs
     from tenslora.harness.sweeping.plan import announcements, plan
     from tenslora.harness.sweeping.progress import Progress
     from tenslora.harness.tracking import track_table
@@ -81,6 +81,8 @@ def sweep(
     outputs = Path(config.hydra.sweep.dir)
     folder = outputs / "tables" / config.table.name
     jobs = plan_jobs(composed, outputs)
+    if config.overwrite and not config.dry_run:
+        overwrite(jobs, config.collect_only)
     groups, settings = groups_of(config.table.groups), settings_of(job.run.settings() for job in jobs)
 
     def collect(looks: Mapping[Job, Look]) -> Table:

@@ -243,10 +243,20 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def begin_anew(self) -> None:
-        """Remove the failure and the record of an earlier attempt; its checkpoint stays."""
-        for file in (self.failure, self.result):
-            file.unlink(missing_ok=True)
+    def begin_anew(self, keep_checkpoint: bool = True) -> None:
+        """Remove the failure and the record of an earlier attempt.
+
+        Args:
+            keep_checkpoint: whether the checkpoint stays, so that the next attempt can go on from it.
+
+        Raises:
+            TensLoRAError: if a file cannot be removed.
+        """
+        try:
+            for file in (self.failure, self.result, *([] if keep_checkpoint else [self.checkpoint])):
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise TensLoRAError(f"{error.filename}: cannot be removed ({error.strerror})") from error
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[bool]:

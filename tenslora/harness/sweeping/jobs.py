@@ -147,7 +147,7 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
             values.setdefault(key, {})[value] = None
     varied = [key for key, given in values.items() if len(given) > 1]
     for key in varied:
-        if key.split(".")[0] in (*SWEEP_KEYS, "logger"):  # a logger does not make another run
+        if key.split(".")[0] in (*SWEEP_KEYS, "logger", "overwrite"):  # the last two do not make another run
             raise TensLoRAError(f"{key}={','.join(values[key])}: one value for the whole sweep, not several")
 
     # Runs that differ in the seed alone are validated once, which is the slow part.
@@ -202,6 +202,28 @@ def _named_after(
     return keys
 
 
+def overwrite(jobs: Sequence[Job], collect_only: bool) -> None:
+    """Remove what the jobs' earlier runs left, so that they are trained anew.
+
+    A job that another process carries out is left alone. Everything is removed before the first job starts, so that
+    a sweep that is stopped can be started again without `overwrite=true`, and then goes on.
+
+    Args:
+        jobs: the jobs.
+        collect_only: whether the sweep is not to run anything.
+
+    Raises:
+        TensLoRAError: with `collect_only`, or if a file cannot be removed.
+    """
+    if collect_only:
+        raise TensLoRAError("overwrite=true: must be false with collect_only=true, which runs nothing")
+    for job in jobs:
+        if job.folder.path.is_dir():
+            with job.folder.claim() as ours:
+                if ours:
+                    job.folder.begin_anew(keep_checkpoint=False)
+
+
 def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[RunConfig, Path], Any]) -> str | None:
     """Carry out one job, unless it is done or another process is carrying it out.
 
@@ -242,4 +264,4 @@ def _as_job(run: RunConfig, table: str) -> RunConfig:
         tags = [table, run.dataset.name, run.tensor_mode, run.row_strategy, f"seed{run.seed}"]
         unique = tuple(dict.fromkeys([*logger.tags, *filter(None, tags)]))
         logger = replace(logger, group=logger.group or table, tags=unique)
-    return replace(run, resume=True, logger=logger)
+    return replace(run, resume=True, overwrite=False, logger=logger)

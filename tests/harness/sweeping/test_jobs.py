@@ -13,7 +13,7 @@ import pytest
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RunConfig
 from tenslora.harness.results.table import Column, Row, Run
-from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, carry_out, plan_jobs
+from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, carry_out, overwrite, plan_jobs
 from tests.sweeps import claimed, complete, diverge, planned, swept
 
 STRATEGIES = ("rank_strategy=isoparameters", "rank_strategy=isorank")
@@ -200,6 +200,20 @@ def test_a_job_that_is_carried_out_twice_at_once_is_trained_once(job: Job) -> No
         thread.join()
     assert trained == [State.RUNNING]
     assert said == [ELSEWHERE, None]
+
+
+def test_overwritten_jobs_are_new_but_those_of_another_process_are_left_alone(tmp_path: Path) -> None:
+    done, running, new = (planned(tmp_path, f"seed={seed}") for seed in range(3))
+    for job in (done, running):
+        complete(job)
+        job.folder.checkpoint.touch()
+    with claimed(running.folder):
+        overwrite([done, running, new], collect_only=False)
+    assert (done.look().state, running.look().state) == (State.NEW, State.DONE)
+    assert not new.folder.path.exists()
+    with pytest.raises(TensLoRAError, match="overwrite=true: must be false with collect_only=true"):
+        overwrite([running], collect_only=True)
+    assert running.look().state is State.DONE
 
 
 def test_a_new_attempt_begins_with_nothing_but_the_checkpoint(job: Job) -> None:
