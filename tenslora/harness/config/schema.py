@@ -143,6 +143,11 @@ class ImageDatasetConfig(DatasetConfig):
     train_list: str | None = None
     test_list: str | None = None
 
+    @property
+    def scored_on(self) -> str:
+        """As for any dataset; VTAB-1k's val200 is a validation split too."""
+        return "validation" if self.source == "vtab" and self.test_split == "val200" else super().scored_on
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.source == "image_folder":

@@ -10,7 +10,7 @@ from pathlib import Path
 from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import ImageDatasetConfig
-from tenslora.harness.data.examples import Dataset, Examples, ImageFiles, draw
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, ImageFiles, draw
 from tenslora.harness.data.image_lists import ImageList, read_image_list
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,9 @@ def _in_split_folders(root: Path, config: ImageDatasetConfig) -> Dataset:
     found = [name for name in TEST_FOLDERS if name in present]
     train_splits = config.train_splits or ("train",)
     test_split = config.test_split or (found[0] if found else "test")
-    for setting, split in [*(("train_splits", split) for split in train_splits), ("test_split", test_split)]:
+    tested = config.validation is None
+    needed = [("train_splits", split) for split in train_splits] + ([("test_split", test_split)] if tested else [])
+    for setting, split in needed:
         if split not in present:
             listed = _shortened(present) or "nothing"
             cause = "root" if getattr(config, setting) is None else setting
@@ -65,12 +67,12 @@ def _in_split_folders(root: Path, config: ImageDatasetConfig) -> Dataset:
             raise TensLoRAError(
                 f"dataset.{cause}={value}: there is no folder {root / split}; {LAYOUT}. Folders there: {listed}"
             )
-    if config.test_split is None and found[1:]:
+    if tested and config.test_split is None and found[1:]:
         log.info("%s: tested on %s/; %s/ is not used", config.name, test_split, "/, ".join(found[1:]))
     train = [_read_classes(root, root / split) for split in train_splits]
-    test, classes = _read_classes(root, root / test_split)
+    test, classes = _read_classes(root, root / test_split) if tested else (NO_EXAMPLES, train[-1][1])
     for split, (_, own_classes) in zip(train_splits, train, strict=True):
-        _check_same_classes(f"dataset.root={root}", (split, own_classes), (test_split, classes))
+        _check_same_classes(f"dataset.root={root}", (split, own_classes), (needed[-1][1], classes))
     paths = [path for examples, _ in train for path in examples.inputs.paths]
     labels = [label for examples, _ in train for label in examples.labels]
     return Dataset(Examples(ImageFiles(paths), labels), test, classes)

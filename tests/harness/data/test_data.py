@@ -9,7 +9,7 @@ import pytest
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.data import Examples, load_dataset
-from tests.harness.data.image_folders import load, reds, write_eurosat
+from tests.harness.data.image_folders import load, paint, reds, write_eurosat
 from tests.running import SHORT, configured, run
 
 
@@ -59,6 +59,20 @@ def test_the_test_split_need_not_exist(tmp_path: Path, shared: Path) -> None:
     (labels.parent / "images").symlink_to(shared / "data/dtd/dtd/images")
     images = load("dtd", tmp_path, validation=0.25)
     assert (len(images.train), len(images.scored), len(images.classes)) == (300, 100, 10)
+
+
+def test_a_folder_of_images_needs_no_test_images(tmp_path: Path) -> None:
+    for number in range(4):
+        for name in ("a", "b"):
+            paint(tmp_path / "train" / name / f"{number}.png", number)
+    settings: dict[str, Any] = {"source": "image_folder", "train_splits": None, "test_split": None}
+    images = load("mine", tmp_path, **settings, validation=0.25)
+    assert (len(images.train), len(images.scored), images.classes) == (6, 2, ("a", "b"))
+
+
+def test_the_validation_split_of_vtab_is_called_one() -> None:
+    tuned = configured("dataset=vtab/cifar", "dataset.train_splits=[train800]", "dataset.test_split=val200").dataset
+    assert (tuned.scored_on, configured("dataset=vtab/cifar").dataset.scored_on) == ("validation", "test")
 
 
 @pytest.mark.parametrize(("fraction", "held_out"), [(0.001, 1), (0.999, 2)])
