@@ -10,7 +10,11 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import cache
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,7 @@ log = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[2]
 _CONF = _ROOT / "conf"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_WATCH_SECONDS = 2.0
 
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """The numbers of the system's errors for a file or folder that may not be written or has no space."""
@@ -98,6 +103,7 @@ class _Task:
         from hydra.types import RunMode
 
         self.started = True
+        _end_with_the_launcher()
         in_multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             return self.task(composed)
@@ -131,6 +137,26 @@ def _log_to_file(line: str, error: BaseException | None = None) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
+
+
+@cache  # one thread for all jobs of a process
+def _end_with_the_launcher() -> None:
+    """Let this process end soon after the one that started it, if a launcher started it on this machine.
+
+    A launcher that is killed outright cannot stop its workers, which would train on and keep their memory. Processes
+    that multiprocessing did not start, such as a Slurm job, know no such parent and go on.
+    """
+    parent = parent_process()
+    if parent is None or parent.pid is None:
+        return
+    number = parent.pid
+
+    def watch() -> None:
+        while os.getppid() == number:
+            time.sleep(_WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
 def _line(error: BaseException, config_name: str | None = None) -> str | None:

@@ -236,12 +236,15 @@ def test_a_run_in_a_table_is_the_one_that_train_py_would_make(undisturbed: Path)
 
 
 def test_jobs_in_other_processes_have_the_same_results(commands: Commands, undisturbed: Path, tmp_path: Path) -> None:
-    submitted, diverged = tmp_path / "submitted", tmp_path / "diverged"
-    submitted.mkdir()
-    diverged.mkdir()
+    submitted, diverged, on_gpus = (tmp_path / name for name in ("submitted", "diverged", "on_gpus"))
+    for folder in (submitted, diverged, on_gpus):
+        folder.mkdir()
     submitit = ["tensor_mode=lora", "hydra/launcher=submitit_local"]
     joblib = ["tensor_mode=lora", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "optimizer.lr=1e30"]
-    first, second = commands.run_together([sweep_command(submitted, submitit), sweep_command(diverged, joblib)])
+    gpus = [TWO_JOBS, "hydra/launcher=gpus", "hydra.launcher.gpus=[0]"]
+    first, second, third = commands.run_together(
+        [sweep_command(folder, words) for folder, words in ((submitted, submitit), (diverged, joblib), (on_gpus, gpus))]
+    )
     assert first.status == 0
     assert "submitted 1 jobs to local" in first.out
     assert rows(submitted) == [row for row in rows(undisturbed) if row["tensor_mode"] == "lora"]
@@ -250,3 +253,6 @@ def test_jobs_in_other_processes_have_the_same_results(commands: Commands, undis
     (row,) = rows(diverged)
     assert row["status"] == "failed"
     assert row["problem"].startswith("the training loss is nan at step ")
+    assert (third.status, third.err) == (0, "")
+    assert "GPUs 0, 1 job at a time on each" in third.out
+    assert table(on_gpus) == table(undisturbed)
