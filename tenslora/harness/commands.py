@@ -7,6 +7,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from tenslora.errors import TensLoRAError
 
@@ -23,6 +24,17 @@ def command_parser(module: str, description: str | None) -> argparse.ArgumentPar
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the commands that compute with a finished run's model.
+
+    Args:
+        parser: the command's parser.
+    """
+    parser.add_argument("run", type=Path, help="the folder of a finished run, with its result.json")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:<index>; default: the run's own")
+    parser.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved since the run")
 
 
 @contextlib.contextmanager

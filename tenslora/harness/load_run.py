@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tenslora.attachment import load
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
-from tenslora.harness.config import RunConfig, validate
-from tenslora.harness.data import load_dataset
+from tenslora.harness.config import DatasetConfig, RunConfig, validate
+from tenslora.harness.data import Dataset, Examples, load_dataset
+from tenslora.harness.data.encoding import encode
+from tenslora.harness.data.glue import GLUE_TASKS
+from tenslora.harness.data.unlabelled import unlabelled
+from tenslora.harness.predictions import Prediction, by_name
 from tenslora.harness.run_folder import RunFolder
+from tenslora.harness.training.evaluation import Evaluation, evaluate, predict
+from tenslora.harness.training.processes import Processes
+from tenslora.harness.training.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,103 @@ class LoadedRun:
     backbone: Backbone
     tokenizer: Any
 
+    @property
+    def task(self) -> str:
+        """The name of the run's task, see `training.tasks.TASKS`."""
+        return str(self.record.get("task", "classification"))  # earlier versions had no other task
 
-def load_run(folder: Path, checkpoint: str | None = None) -> LoadedRun:
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by class number; () for a regression."""
+        return tuple(map(str, self.record["classes"]))
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns of a text dataset that hold its one or two sentences; () for images."""
+        if self.run.model.modality == "image":
+            return ()
+        earlier = GLUE_TASKS.get(self.run.dataset.name)  # the only texts of earlier versions, whose records lack them
+        return tuple(self.record.get("text_columns") or (earlier.sentences if earlier else ()))
+
+    def predict(
+        self, inputs: Sequence[Any], *, device: str | None = None, batch_size: int | None = None
+    ) -> list[Prediction]:
+        """Predict the classes or the values of inputs, encoded as the run's test examples were.
+
+        Args:
+            inputs: for an image model paths, PIL images, or arrays of bytes of shape (height, width) or (height, width,
+                channels); for a text model sentences, or pairs of sentences.
+            device: auto, cpu, cuda or cuda:<index>; None for the run's own.
+            batch_size: the number of inputs per batch; None for that of the run's tests.
+
+        Returns:
+            A prediction for each input, in order.
+
+        Raises:
+            TensLoRAError: for inputs that the model does not take, and for an image that cannot be read.
+        """
+        examples = unlabelled(inputs, self.run.model.modality)
+        if not len(examples):
+            return []
+        columns = self.text_columns
+        if columns and len(columns) != (given := len(examples.inputs[0])):
+            raise TensLoRAError(
+                f"{given} sentence{'s' if given > 1 else ''} for each input: must be {len(columns)}, as in the run's "
+                f"dataset ({', '.join(columns)})"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise TensLoRAError(f"batch_size={batch_size}: must be at least 1")
+        data = encode(
+            Dataset(examples, examples, self.classes, self.task), self.run.dataset, self.run.model,
+            self.backbone.input_name, self.tokenizer,
+        )  # fmt: skip
+        trainer = replace(self.run.trainer, workers=0, eval_batch_size=batch_size or self.run.trainer.eval_batch_size)
+        with self._on(device) as processes:
+            model = self.backbone.model
+            _, predictions = predict(model, data.scored, data.collate, TASKS[self.task], trainer, processes)
+        return by_name(predictions.outputs, self.classes)
+
+    def evaluate(self, dataset: DatasetConfig | None = None, *, device: str | None = None) -> Evaluation:
+        """Score the model as the run scored it after its last epoch.
+
+        On the device and with the number of processes of the run, the result is the record's to the last digit.
+
+        Args:
+            dataset: the settings of the dataset to score the model on; None for the run's own.
+            device: auto, cpu, cuda or cuda:<index>; None for the run's own.
+
+        Returns:
+            The loss, the scores and the predictions.
+
+        Raises:
+            TensLoRAError: if the dataset cannot be loaded, or if it has a class that the run's dataset has not.
+        """
+        config = dataset or self.run.dataset
+        loaded = _renumbered(load_dataset(config, self.run.seed), self.task, self.classes, config)
+        # The training examples are not used, and need not be tokenized.
+        data = encode(
+            replace(loaded, train=loaded.scored), config, self.run.model, self.backbone.input_name, self.tokenizer
+        )
+        with self._on(device) as processes:
+            return evaluate(self.backbone.model, data, config.metrics, trainer=self.run.trainer, processes=processes)
+
+    @contextmanager
+    def _on(self, device: str | None) -> Iterator[Processes]:
+        """A context in which the model is on a device."""
+        try:
+            processes = Processes(device or self.run.trainer.device, self.run.trainer.threads)
+        except TensLoRAError as error:
+            if device is None:
+                raise TensLoRAError(f"{error}; give another device (--device)") from error
+            raise TensLoRAError(str(error).replace("trainer.device", "--device", 1)) from error
+        self.backbone.model.to(processes.device)
+        try:
+            yield processes
+        except torch.OutOfMemoryError as error:
+            raise TensLoRAError(f"a single example does not fit into the memory of {processes.name}") from error
+
+
+def load_run(folder: str | Path, checkpoint: str | None = None) -> LoadedRun:
     """Load the backbone as the run did, and then the weights that the run trained.
 
     Args:
@@ -45,10 +151,8 @@ def load_run(folder: Path, checkpoint: str | None = None) -> LoadedRun:
     Raises:
         TensLoRAError: if there is no completed run in the folder, or if its backbone cannot be loaded.
     """
-    files = RunFolder(folder)
-    record = files.read_record()
-    if record["status"] != "completed":
-        raise TensLoRAError(f"{folder}: the run has {record['status']}; it left no weights")
+    files = RunFolder(Path(folder))
+    record = _finished(files)
     run = validate(record["config"])
     if checkpoint is not None:
         run = replace(run, model=replace(run.model, checkpoint=checkpoint))
@@ -63,3 +167,44 @@ def load_run(folder: Path, checkpoint: str | None = None) -> LoadedRun:
     _, weights = read_safetensors(files.weights(run.tensor_mode))
     backbone.model.load_state_dict(weights, strict=False)
     return LoadedRun(run, record, backbone, tokenizer)
+
+
+def _finished(files: RunFolder) -> dict[str, Any]:
+    """The record of a completed run."""
+    if not files.result.exists():
+        if not files.path.is_dir():
+            raise TensLoRAError(f"{files.path}: no such folder")
+        if files.checkpoint.is_file():
+            raise TensLoRAError(f"{files.path}: the run is not finished; train.py goes on with it with resume=true")
+        runs = sorted(files.path.glob(f"*/{files.result.name}"))
+        hint = f", such as {runs[0].parent}" if runs else ""
+        raise TensLoRAError(f"{files.path}: must be the folder of a finished run, with its result.json{hint}")
+    record = files.read_record()
+    if record["status"] != "completed":
+        raise TensLoRAError(f"{files.path}: the run has {record['status']}; it left no weights")
+    return record
+
+
+def _renumbered(dataset: Dataset, task: str, classes: Sequence[str], config: DatasetConfig) -> Dataset:
+    """A dataset whose classes have the numbers that they had in the run."""
+    if dataset.task != task:
+        raise TensLoRAError(f"dataset={config.name}: must be a {task}, as the run was, and it is a {dataset.task}")
+    if dataset.classes == classes:
+        return dataset
+    numbers: Mapping[str, int] = {name: number for number, name in enumerate(classes)}
+    if unknown := [name for name in dataset.classes if name not in numbers]:
+        raise TensLoRAError(
+            f"dataset={config.name}: the run has no class {', '.join(unknown)}; its classes are {', '.join(classes)}"
+        )
+    number_of = [numbers[name] for name in dataset.classes]
+
+    def renumbered(examples: Examples) -> Examples:
+        return replace(examples, labels=[number_of[label] for label in examples.labels])
+
+    return replace(
+        dataset,
+        test=renumbered(dataset.test),
+        validation=dataset.validation and renumbered(dataset.validation),
+        more_tests={name: renumbered(examples) for name, examples in dataset.more_tests.items()},
+        classes=tuple(classes),
+    )

@@ -1,8 +1,11 @@
-"""A model's outputs for a split, and the compact form in which a run keeps them. Nothing here needs torch."""
+"""A model's outputs: for a split, in the compact form in which a run keeps them, and by the names of the classes.
+
+Nothing here needs torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +34,36 @@ class Predictions:
     def predicted(self) -> NDArray[Any]:
         """The predicted class numbers, or the predicted values in a regression; shape (examples,)."""
         return self.outputs[:, 0] if self.is_regression else self.outputs.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicts for one input.
+
+    Args:
+        answer: the name of the likeliest class, or the value in a regression.
+        probabilities: the probability of each class, by its name; empty in a regression.
+    """
+
+    answer: str | float
+    probabilities: dict[str, float]
+
+
+def by_name(outputs: NDArray[Any], classes: Sequence[str]) -> list[Prediction]:
+    """The predictions that a model's outputs stand for.
+
+    Args:
+        outputs: logits of shape (examples, classes), or values of shape (examples, 1) in a regression.
+        classes: the names of the classes; empty for a regression.
+    """
+    if not classes:
+        return [Prediction(float(value), {}) for value in outputs[:, 0]]
+    powers = np.exp(outputs.astype(np.float64) - outputs.max(-1, keepdims=True))
+    probabilities = powers / powers.sum(-1, keepdims=True)
+    return [
+        Prediction(classes[likeliest], dict(zip(classes, row, strict=True)))
+        for likeliest, row in zip(outputs.argmax(-1), probabilities.tolist(), strict=True)
+    ]
 
 
 def to_arrays(splits: Mapping[str, Predictions]) -> dict[str, NDArray[Any]]:

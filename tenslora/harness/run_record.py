@@ -92,6 +92,7 @@ def facts_of(
         "task": dataset.task,
         "scores": [*metrics, *(f"{metric}_{split}" for split in dataset.more_tests for metric in metrics)],
         "classes": list(dataset.classes),
+        "text_columns": list(dataset.text_columns),
         "processes": processes.count,
         "device": processes.name,
     }

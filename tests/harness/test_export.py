@@ -72,7 +72,7 @@ def test_its_own_library_loads_a_merged_run(finished: Finished, tmp_path: Path) 
 
 
 def test_an_impossible_export_is_one_line(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match=r"error: .*result\.json: not a readable record"):
+    with pytest.raises(SystemExit, match=r"error: .*: must be the folder of a finished run, with its result\.json"):
         main([str(tmp_path), "--format", "peft", "--out", str(tmp_path / "new")])
     with pytest.raises(SystemExit, match=rf"error: --out {tmp_path}: exists already"):
         main([str(digits_run), "--format", "peft", "--out", str(tmp_path)])

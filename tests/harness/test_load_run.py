@@ -10,7 +10,8 @@ import pytest
 from tenslora.attachment import adapter_of
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import EMBEDDED
-from tenslora.harness.load_run import load_run
+from tenslora.harness.data import Dataset, Examples, load_dataset
+from tenslora.harness.load_run import _renumbered, load_run
 from tenslora.harness.run_folder import RunFolder
 from tests.running import SHORT, accuracy_of, record, run
 
@@ -34,9 +35,45 @@ def test_the_backbone_may_have_moved(digits_run: Path, tmp_path: Path) -> None:
     assert accuracy_of(loaded) == record(digits_run)["metrics"]["last"]
 
 
+def test_it_predicts_what_the_run_predicted(sentences_run: Path) -> None:
+    loaded = load_run(str(sentences_run))
+    sentences = load_dataset(loaded.run.dataset, loaded.run.seed).test.inputs
+    kept = RunFolder(sentences_run).read_predictions()["test"]
+    expected = [loaded.classes[number] for number in kept.predicted]
+    assert [each.answer for each in loaded.predict(sentences)] == expected
+    assert [each.answer for each in loaded.predict([sentence for (sentence,) in sentences], batch_size=7)] == expected
+    assert loaded.predict([]) == []
+    for each in loaded.predict(["the cat sat 3 times"]):
+        assert sum(each.probabilities.values()) == pytest.approx(1)
+
+
+def test_other_data_may_number_the_classes_otherwise(digits_run: Path) -> None:
+    classes = ("5", "6", "7", "8", "9")
+    examples = Examples([0, 0, 0], [0, 1, 1])
+    config = load_run(digits_run).run.dataset
+    renumbered = _renumbered(Dataset(examples, examples, ("6", "9")), "classification", classes, config)
+    assert renumbered.classes == classes
+    assert renumbered.test.labels == [1, 4, 4]
+    with pytest.raises(TensLoRAError, match="the run has no class ten; its classes are 5, 6, 7, 8, 9"):
+        _renumbered(Dataset(examples, examples, ("9", "ten")), "classification", classes, config)
+    with pytest.raises(TensLoRAError, match="must be a classification, as the run was, and it is a regression"):
+        _renumbered(Dataset(examples, examples, (), "regression"), "classification", classes, config)
+
+
 def test_a_run_that_left_no_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TensLoRAError, match=r"result\.json: not a readable record"):
-        load_run(tmp_path)
-    RunFolder(tmp_path).write_record({"status": "diverged"})
-    with pytest.raises(TensLoRAError, match=rf"^{tmp_path}: the run has diverged; it left no weights$"):
+    with pytest.raises(TensLoRAError, match=rf"^{tmp_path}/none: no such folder"):
+        load_run(tmp_path / "none")
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    with pytest.raises(TensLoRAError, match=r"run: must be the folder of a finished run, with its result\.json$"):
+        load_run(folder.path)
+    folder.checkpoint.touch()
+    with pytest.raises(
+        TensLoRAError, match=r"run: the run is not finished; train\.py goes on with it with resume=true"
+    ):
+        load_run(folder.path)
+    folder.write_record({"status": "diverged"})
+    with pytest.raises(TensLoRAError, match=rf"^{folder.path}: the run has diverged; it left no weights$"):
+        load_run(folder.path)
+    with pytest.raises(TensLoRAError, match=rf"with its result\.json, such as {folder.path}$"):
         load_run(tmp_path)

@@ -59,6 +59,7 @@ class Dataset:
             none where there is a validation split.
         validation: the examples that are held out from the training split; None for a run that is scored on the test
             split.
+        text_columns: the names of the columns that hold the one or two sentences of an example; () for images.
     """
 
     train: Examples
@@ -67,6 +68,7 @@ class Dataset:
     task: str = "classification"
     more_tests: Mapping[str, Examples] = field(default_factory=dict)
     validation: Examples | None = None
+    text_columns: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> int:

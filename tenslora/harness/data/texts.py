@@ -39,7 +39,7 @@ def load_texts(config: TextDatasetConfig) -> Dataset:
             if split != config.test_split
         }
     kind = "classification" if task.classes else "regression"
-    return Dataset(_examples(train), test, task.classes, kind, more_tests)
+    return Dataset(_examples(train), test, task.classes, kind, more_tests, text_columns=task.sentences)
 
 
 def _examples(labelled: list[Labelled]) -> Examples:

@@ -1,0 +1,93 @@
+"""Inputs without labels, as a user gives them to a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.data.examples import Examples, ImageFiles
+
+_INPUTS = {"image": "images", "text": "sentences or of pairs of sentences"}
+
+
+def unlabelled(inputs: Sequence[Any], modality: str) -> Examples:
+    """Turn a user's inputs into examples, whose labels are zeros.
+
+    Args:
+        inputs: for an image model paths, PIL images, or arrays of bytes of shape (height, width) or (height, width,
+            channels); for a text model sentences, or pairs of sentences.
+        modality: "image" or "text".
+
+    Returns:
+        The examples. Images are read when they are indexed.
+
+    Raises:
+        TensLoRAError: for something that is no list of such inputs, and for a file that does not exist.
+    """
+    if isinstance(inputs, (str, bytes, Path)) or not isinstance(inputs, Sequence):
+        raise TensLoRAError(f"inputs of type {type(inputs).__name__}: must be a list of {_INPUTS[modality]}")
+    if modality == "image":
+        return Examples(GivenImages([_image(item) for item in inputs]), [0] * len(inputs))
+    sentences = [_sentences(item) for item in inputs]
+    if len({len(example) for example in sentences}) > 1:
+        raise TensLoRAError("sentences: must be all single sentences, or all pairs")
+    return Examples(sentences, [0] * len(inputs))
+
+
+@dataclass(frozen=True, eq=False)
+class GivenImages(Sequence[Any]):
+    """Images that are on disk or in memory, as RGB.
+
+    Args:
+        items: paths or PIL images.
+    """
+
+    items: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self.items[index]
+        return ImageFiles([item])[0] if isinstance(item, Path) else item.convert("RGB")
+
+
+def _image(item: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(item, (str, Path)):
+        if not Path(item).is_file():
+            raise TensLoRAError(f"{item}: no such file")
+        return Path(item)
+    if isinstance(item, Image.Image):
+        return item
+    try:
+        return Image.fromarray(_squeezed(item))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise TensLoRAError(
+            f"an image of type {type(item).__name__}: must be a path, a PIL image, or an array of bytes of shape "
+            f"(height, width) or (height, width, channels)"
+        ) from error
+
+
+def _squeezed(item: Any) -> Any:
+    import numpy as np
+
+    array = np.asarray(item)
+    if array.dtype != np.uint8:
+        raise TypeError
+    return array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+
+
+def _sentences(item: Any) -> tuple[str, ...]:
+    sentences = (item,) if isinstance(item, str) else item
+    if (
+        not isinstance(sentences, (tuple, list))
+        or len(sentences) not in (1, 2)
+        or not all(isinstance(sentence, str) for sentence in sentences)
+    ):
+        raise TensLoRAError(f"{item!r}: must be a sentence, or a pair of sentences".replace("\n", " "))
+    return tuple(sentences)

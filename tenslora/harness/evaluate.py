@@ -1,0 +1,94 @@
+"""Scores a finished run's model, as the run scored it after its last epoch.
+
+    python -m tenslora.harness.evaluate <run>                       # on the run's own test split
+    python -m tenslora.harness.evaluate <run> dataset.root=<folder> # on other data of the same kind
+
+On the run's own data the scores are those of its record, to the last digit if the device and the number of processes
+are the same. Any setting of the dataset can be changed. Other data may lack some of the run's classes, but it must not
+have others.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line
+from tenslora.harness.config import RunConfig, validate
+
+
+def with_overrides(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The settings of a run on another dataset.
+
+    Args:
+        run: the settings of the run.
+        overrides: settings of the dataset as on train.py's command line, such as "dataset.root=/data".
+
+    Returns:
+        The settings with these changes.
+
+    Raises:
+        TensLoRAError: for an override that is not of a setting of the dataset, and for an invalid value.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    settings = copy.deepcopy(run.settings())
+    for word in overrides:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except HydraException as error:
+            raise TensLoRAError(f"{word}: must be written as dataset.<setting>=<value>") from error
+        group, *names = override.key_or_group.split(".")
+        if group != "dataset" or not names or override.is_delete() or override.is_sweep_override():
+            raise TensLoRAError(f"{word}: must be written as dataset.<setting>=<value>; the rest is the run's own")
+        place: Any = settings["dataset"]
+        for name in names[:-1]:
+            place = place.setdefault(name, {}) if isinstance(place, dict) else {}
+        if not isinstance(place, dict):
+            raise TensLoRAError(f"{word}: there is no such setting")
+        place[names[-1]] = override.value()
+    return validate(settings)
+
+
+def scores_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss and the scores of a record's last epoch, by the names that `LoadedRun.evaluate` gives them.
+
+    Args:
+        record: the record of a finished run.
+    """
+    last: dict[str, Any] = record["metrics"]["history"][-1]
+    return {name: value for name, value in last.items() if name not in ("epoch", "step", "lr", "train_loss")}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. A user's mistake ends the process with status 1 and one line."""
+    parser = command_parser("tenslora.harness.evaluate", __doc__)
+    add_run_arguments(parser)
+    parser.add_argument("overrides", nargs="*", metavar="dataset.<setting>=<value>", help="settings of other data")
+    parser.add_argument("--format", choices=("table", "jsonl"), default="table", help="how to print; default: table")
+    given = parser.parse_args(arguments)
+    with mistakes_in_one_line():
+        from tenslora.harness.load_run import load_run
+
+        loaded = load_run(given.run, given.checkpoint)
+        run = with_overrides(loaded.run, given.overrides)
+        evaluation = loaded.evaluate(run.dataset, device=given.device)
+    split = run.dataset.scored_on
+    scores = {f"{split}_loss": evaluation.loss, **evaluation.scores}
+    examples = sum(len(of_split.labels) for of_split in evaluation.predictions.values())
+    if given.format == "jsonl":
+        print(json.dumps({"dataset": run.dataset.name, "examples": examples, **scores}))
+        return
+    recorded = scores_of(loaded.record) if run.dataset == loaded.run.dataset else {}
+    print(f"{loaded.record['tensor_mode']} on {run.dataset.name}: {examples:,} {split} examples")
+    width = max(map(len, scores))
+    for name, value in scores.items():
+        print(f"{name:<{width}}  {value!r:<20}" + (f"  in the record: {recorded.get(name)!r}" if recorded else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Asks a finished run's model about images or sentences.
+
+    python -m tenslora.harness.predict <run> a.jpg b.png
+    python -m tenslora.harness.predict <run> --text "The cat sat." --text "The sat cat."
+    python -m tenslora.harness.predict <run> --text "Is it raining?" --text_pair "Where is my umbrella?"
+    python -m tenslora.harness.predict <run> --file in.csv --out out.csv
+
+A file (.csv, .tsv, .jsonl or .parquet) has a row for each input: a column of sentences or two, or a column of images'
+paths, which are relative to the file's folder. Its other columns are kept in the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from tenslora.errors import TensLoRAError
+from tenslora.files import write_bytes
+from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line
+
+Row = Mapping[str, Any]
+"""A row of a table, by the names of the columns."""
+
+IMAGE_COLUMNS = ("image", "path", "file")
+"""The columns of a file in which images' paths are looked for, in this order."""
+
+LIKELIEST = 3
+"""The number of classes of which the printed table shows the probability."""
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read a table with the names of the columns.
+
+    Args:
+        file: a .csv, .tsv, .jsonl or .parquet file.
+
+    Returns:
+        The rows. The cells of .csv and .tsv files are text.
+
+    Raises:
+        TensLoRAError: if the file cannot be read, or has no rows.
+    """
+    if file.suffix not in _READERS:
+        raise TensLoRAError(f"--file {file}: must end in one of {', '.join(_READERS)}")
+    try:
+        rows = _READERS[file.suffix](file)
+    except FileNotFoundError as error:
+        raise TensLoRAError(f"--file {file}: no such file") from error
+    except (OSError, ValueError, csv.Error) as error:  # pandas's errors are among these
+        raise TensLoRAError(f"--file {file}: cannot be read ({error})") from error
+    if not rows:
+        raise TensLoRAError(f"--file {file}: has no rows")
+    return rows
+
+
+def _read_delimited(file: Path, delimiter: str) -> list[dict[str, Any]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"line {reader.line_num} does not have {len(reader.fieldnames or ())} columns")
+            rows.append(row)
+        return rows
+
+
+def _read_json_lines(file: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("each line must be a JSON object")
+    return rows
+
+
+def _read_parquet(file: Path) -> list[dict[str, Any]]:
+    import pandas
+
+    rows: list[dict[str, Any]] = pandas.read_parquet(file).to_dict("records")
+    return rows
+
+
+_READERS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".csv": lambda file: _read_delimited(file, ","),
+    ".tsv": lambda file: _read_delimited(file, "\t"),
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+}
+
+
+def write_table(rows: Sequence[Row], out: TextIO) -> None:
+    """Write a table for people, with the probabilities of the likeliest classes.
+
+    Args:
+        rows: the inputs and their answers, as `answered` gives them.
+        out: the stream to write to.
+    """
+    shown = [name for name in rows[0] if name != "probabilities"]
+    lines = [shown + (["probabilities"] if rows[0].get("probabilities") else [])]
+    for row in rows:
+        likeliest = sorted(row.get("probabilities", {}).items(), key=lambda item: -item[1])[:LIKELIEST]
+        lines.append([_shortened(row[name]) for name in shown] + [f"{name} {share:.4f}" for name, share in likeliest])
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
+    for line in lines:
+        out.write("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() + "\n")
+
+
+def write_json_lines(rows: Sequence[Row], out: TextIO) -> None:
+    """Write a JSON object for each row.
+
+    Args:
+        rows: the inputs and their answers, as `answered` gives them.
+        out: the stream to write to.
+    """
+    for row in rows:
+        out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+
+def _write_delimited(rows: Sequence[Row], out: TextIO, delimiter: str) -> None:
+    flat = [
+        {name: value for name, value in row.items() if name != "probabilities"}
+        | {f"probability_{name}": share for name, share in row.get("probabilities", {}).items()}
+        for row in rows
+    ]
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in flat for name in row)), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(flat)
+
+
+FORMATS: Mapping[str, Callable[[Sequence[Row], TextIO], None]] = {"table": write_table, "jsonl": write_json_lines}
+"""The forms in which the command prints."""
+
+WRITERS: Mapping[str, Callable[[Sequence[Row], TextIO], None]] = {
+    ".csv": lambda rows, out: _write_delimited(rows, out, ","),
+    ".tsv": lambda rows, out: _write_delimited(rows, out, "\t"),
+    ".jsonl": write_json_lines,
+}
+"""The forms in which the command writes a file, by the end of its name."""
+
+
+def _shortened(cell: Any, most: int = 60) -> str:
+    text = f"{cell:.6g}" if isinstance(cell, float) else " ".join(str(cell).split())
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
+
+
+def _given_rows(given: argparse.Namespace, modality: str) -> list[dict[str, Any]]:
+    """The inputs on the command line as rows, with the columns "image" or "text" and "text_pair"."""
+    if sum(map(bool, (given.images, given.text, given.file))) != 1:
+        raise TensLoRAError("give images, --text or --file, and one of them only")
+    if given.file:
+        return read_rows(given.file)
+    if bool(given.images) != (modality == "image"):
+        asked = given.images[0] if given.images else "--text"
+        wanted = "images; give their paths" if modality == "image" else "sentences; give them with --text or --file"
+        raise TensLoRAError(f"{asked}: the run's model takes {wanted}")
+    if given.images:
+        return [{"image": path} for path in given.images]
+    if not given.text_pair:
+        return [{"text": text} for text in given.text]
+    if len(given.text) != len(given.text_pair):
+        raise TensLoRAError(
+            f"--text_pair: must be given as often as --text, which is {len(given.text)}, not {len(given.text_pair)}"
+        )
+    return [{"text": text, "text_pair": pair} for text, pair in zip(given.text, given.text_pair, strict=True)]
+
+
+def _columns(given: argparse.Namespace, rows: Sequence[Row], candidates: Sequence[Sequence[str]]) -> Sequence[str]:
+    """The columns that hold the inputs: those that were asked for, or else the first candidates that are all there."""
+    present = list(rows[0])
+    asked = given.columns.split(",") if given.columns else None
+    for names in [asked] if asked else candidates:
+        if all(name in row for name in names for row in rows):
+            return names
+    wanted = f"--columns {given.columns}" if asked else f"--file {given.file}"
+    looked_for = "" if asked else f"no {' or '.join(', '.join(names) for names in candidates)} in every row; "
+    hint = "" if asked else "; name the input's with --columns"
+    raise TensLoRAError(f"{wanted}: {looked_for}the columns are {', '.join(present)}{hint}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. A user's mistake ends the process with status 1 and one line."""
+    parser = command_parser("tenslora.harness.predict", __doc__)
+    add_run_arguments(parser)
+    parser.add_argument("images", nargs="*", help="images, for a run on images")
+    parser.add_argument(
+        "--text", action="append", help="a sentence, or the first of a pair; may be given several times"
+    )
+    parser.add_argument("--text_pair", action="append", help="the second sentence of a pair, once for each --text")
+    parser.add_argument("--file", type=Path, help="a .csv, .tsv, .jsonl or .parquet file with a row for each input")
+    parser.add_argument("--columns", help="the columns of --file with the input: one, or two with a comma between them")
+    parser.add_argument("--out", type=Path, help="a .csv, .tsv or .jsonl file to write; default: print")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="how to print; default: table")
+    parser.add_argument("--batch_size", type=int, help="inputs per batch; default: as the run's tests")
+    given = parser.parse_args(arguments)
+    with mistakes_in_one_line():
+        if given.out and given.out.suffix not in WRITERS:
+            raise TensLoRAError(f"--out {given.out}: must end in one of {', '.join(WRITERS)}")
+        rows = predict(given)
+        if given.out:
+            content = io.StringIO(newline="")
+            WRITERS[given.out.suffix](rows, content)
+            write_bytes(given.out, content.getvalue().encode())
+    if given.out:
+        print(given.out)
+    else:
+        FORMATS[given.format](rows, sys.stdout)
+
+
+def predict(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Carry out the command.
+
+    Args:
+        given: the parsed command line.
+
+    Returns:
+        The rows of the input, each with its "prediction" and, in a classification, the "probabilities".
+
+    Raises:
+        TensLoRAError: for a run or an input that cannot be used.
+    """
+    from tenslora.harness.load_run import load_run
+
+    loaded = load_run(given.run, given.checkpoint)
+    modality = loaded.run.model.modality
+    rows = _given_rows(given, modality)
+    columns: Sequence[str] = list(rows[0])
+    if given.file is not None:
+        candidates = [[name] for name in IMAGE_COLUMNS] if modality == "image" else [loaded.text_columns]
+        columns = _columns(given, rows, candidates)
+    if clash := {"prediction", "probabilities"}.intersection(rows[0]):
+        raise TensLoRAError(f"--file {given.file}: has a column {min(clash)}, which the answer would replace")
+    inputs: list[Any] = [tuple(str(row[name]) for name in columns) for row in rows]
+    if modality == "image":
+        folder = given.file.parent if given.file else Path()
+        inputs = [folder / path for path, *_ in inputs]
+    predictions = loaded.predict(inputs, device=given.device, batch_size=given.batch_size)
+    return [
+        {**row, "prediction": each.answer, **({"probabilities": each.probabilities} if each.probabilities else {})}
+        for row, each in zip(rows, predictions, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()

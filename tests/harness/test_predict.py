@@ -1,0 +1,132 @@
+"""The command that asks a finished run's model, against the model itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+from PIL import Image
+
+from tenslora.harness.data import load_dataset
+from tenslora.harness.load_run import load_run
+from tenslora.harness.predict import main
+from tenslora.harness.run_folder import RunFolder
+
+SENTENCES = ["the cat sat 3 times", 'the "dog", it sat', "the bird"]
+
+
+@pytest.fixture
+def digits(tmp_path: Path, digits_run: Path) -> list[Path]:
+    """The first test images of the digits, as files."""
+    run = load_run(digits_run).run
+    images = load_dataset(run.dataset, run.seed).test.inputs
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for file, image in zip(files, images, strict=False):
+        image.save(file)
+    return files
+
+
+def test_images_get_the_classes_that_the_run_gave_them(
+    digits_run: Path, digits: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(digits_run), *map(str, digits), "--format", "jsonl"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    kept = RunFolder(digits_run).read_predictions()["test"]
+    classes = RunFolder(digits_run).read_record()["classes"]
+    powers = np.exp(kept.outputs[:3].astype(np.float64))
+    for row, file, predicted, expected in zip(
+        rows, digits, kept.predicted, powers / powers.sum(-1, keepdims=True), strict=False
+    ):
+        assert row["image"] == str(file)
+        assert row["prediction"] == classes[predicted]
+        assert list(row["probabilities"]) == classes
+        np.testing.assert_allclose(list(row["probabilities"].values()), expected, atol=1e-3)
+
+
+def test_the_table_shows_the_likeliest_classes(
+    digits_run: Path, digits: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(digits_run), str(digits[0])])
+    (prediction,) = load_run(digits_run).predict(digits[:1])
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["image", "prediction", "probabilities"]
+    assert f"{prediction.answer} {max(prediction.probabilities.values()):.4f}" in row
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_file_of_sentences_keeps_its_other_columns(form: str, sentences_run: Path, tmp_path: Path) -> None:
+    table = pandas.DataFrame({"id": [7, 8, 9], "sentence": SENTENCES})
+    given, out = tmp_path / f"in.{form}", tmp_path / "out.csv"
+    if form == "jsonl":
+        table.to_json(given, orient="records", lines=True)
+    elif form == "parquet":
+        table.to_parquet(given)
+    else:
+        table.to_csv(given, index=False, sep="\t" if form == "tsv" else ",")
+    main([str(sentences_run), "--file", str(given), "--out", str(out)])
+    with out.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    expected = load_run(sentences_run).predict(SENTENCES)
+    assert [row["id"] for row in rows] == ["7", "8", "9"]
+    for row, sentence, prediction in zip(rows, SENTENCES, expected, strict=True):
+        assert row["sentence"] == sentence
+        assert row["prediction"] == prediction.answer
+        for name, probability in prediction.probabilities.items():
+            assert float(row[f"probability_{name}"]) == pytest.approx(probability, abs=1e-6)
+
+
+def test_a_file_of_images_names_them_relative_to_itself(digits_run: Path, digits: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("\n".join(["picture", *(file.name for file in digits)]))
+    main(
+        [
+            str(digits_run),
+            "--file",
+            str(tmp_path / "in.csv"),
+            "--columns",
+            "picture",
+            "--out",
+            str(tmp_path / "o.jsonl"),
+        ]
+    )
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    expected = load_run(digits_run).predict([Image.open(file) for file in digits])
+    assert [row["prediction"] for row in rows] == [each.answer for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a.png"], "a.png: the run's model takes sentences; give them with --text or --file"),
+        ([], "give images, --text or --file, and one of them only"),
+        (["a.png", "--text", "a"], "give images, --text or --file, and one of them only"),
+        (["--text", "a", "--text", "b", "--text_pair", "c"], "--text_pair: must be given as often as --text, which is"),
+        (["--text", "a", "--text_pair", "b"], r"2 sentences for each input: must be 1, as in .* \(sentence\)"),
+        (["--text", "a", "--out", "out.txt"], "--out out.txt: must end in one of .csv, .tsv, .jsonl"),
+        (["--text", "a", "--device", "abacus"], "--device=abacus: must be auto, cpu, cuda or cuda:<index>"),
+        (["--text", "a", "--batch_size", "0"], "batch_size=0: must be at least 1"),
+        (["--file", "in.xls"], "--file in.xls: must end in one of .csv, .tsv, .jsonl, .parquet"),
+        (["--file", "in.csv"], "--file in.csv: no such file"),
+        (["--file", "{}"], "no sentence in every row; the columns are id, text; name the input's with --columns"),
+        (["--file", "{}", "--columns", "words"], "--columns words: the columns are id, text"),
+        (["--file", "{}.ragged.csv"], "cannot be read .line 3 does not have 2 columns"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "in.csv"
+    file.write_text("id,text\n1,the cat\n")
+    Path(f"{file}.ragged.csv").write_text("id,sentence\n1,the cat\n2,the cat, again\n")
+    with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
+        main([str(sentences_run), *(word.format(file) for word in words)])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_cannot_be_read_is_named(digits_run: Path, digits: list[Path]) -> None:
+    digits[1].write_bytes(digits[1].read_bytes()[:40])
+    with pytest.raises(SystemExit, match=rf"^error: {digits[1]}: not a readable image"):
+        main([str(digits_run), *map(str, digits)])
+    with pytest.raises(SystemExit, match=r"^error: --text: the run's model takes images; give their paths"):
+        main([str(digits_run), "--text", "seven"])
