@@ -88,10 +88,8 @@ class LoadedRun:
             )
         if batch_size is not None and batch_size < 1:
             raise TensLoRAError(f"batch_size={batch_size}: must be at least 1")
-        data = encode(
-            Dataset(examples, examples, self.classes, self.task), self.run.dataset, self.run.model,
-            self.backbone.input_name, self.tokenizer,
-        )  # fmt: skip
+        dataset = Dataset(examples, examples, self.classes, self.task)
+        data = encode(dataset, self.run.dataset, self.backbone, self.tokenizer)
         trainer = replace(self.run.trainer, workers=0, eval_batch_size=batch_size or self.run.trainer.eval_batch_size)
         with self._on(device) as processes:
             model = self.backbone.model
@@ -116,11 +114,10 @@ class LoadedRun:
         config = dataset or self.run.dataset
         loaded = _renumbered(load_dataset(config, self.run.seed), self.task, self.classes, config)
         # The training examples are not used, and need not be tokenized.
-        data = encode(
-            replace(loaded, train=loaded.scored), config, self.run.model, self.backbone.input_name, self.tokenizer
-        )
+        data = encode(replace(loaded, train=loaded.scored), config, self.backbone, self.tokenizer)
+        metrics = config.metrics or TASKS[self.task].metrics
         with self._on(device) as processes:
-            return evaluate(self.backbone.model, data, config.metrics, trainer=self.run.trainer, processes=processes)
+            return evaluate(self.backbone.model, data, metrics, trainer=self.run.trainer, processes=processes)
 
     @contextmanager
     def _on(self, device: str | None) -> Iterator[Processes]:

@@ -5,8 +5,8 @@
     python -m tenslora.harness.predict <run> --text "Is it raining?" --text_pair "Where is my umbrella?"
     python -m tenslora.harness.predict <run> --file in.csv --out out.csv
 
-A file (.csv, .tsv, .jsonl or .parquet) has a row for each input: a column of sentences or two, or a column of images'
-paths, which are relative to the file's folder. Its other columns are kept in the answer.
+A file (.csv, .tsv, .jsonl, .json or .parquet) has a row for each input: one or two columns of
+sentences, or a column of images' paths, which are relative to the file's folder. The answer keeps the other columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.files import write_bytes
 from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line
 
@@ -38,58 +38,28 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """Read a table with the names of the columns.
 
     Args:
-        file: a .csv, .tsv, .jsonl or .parquet file.
+        file: the file, with a suffix in `FILES`.
 
     Returns:
-        The rows. The cells of .csv and .tsv files are text.
+        The rows. The cells of .csv and .tsv files are strings.
 
     Raises:
         TensLoRAError: if the file cannot be read, or has no rows.
     """
-    if file.suffix not in _READERS:
-        raise TensLoRAError(f"--file {file}: must end in one of {', '.join(_READERS)}")
+    from tenslora.harness.data.text_files import FILES, read_tables
+
+    if file.suffix.lower() not in FILES:
+        raise TensLoRAError(f"--file {file}: must end in one of {', '.join(FILES)}")
+    if not file.is_file():
+        raise TensLoRAError(f"--file {file}: no such file")
     try:
-        rows = _READERS[file.suffix](file)
-    except FileNotFoundError as error:
-        raise TensLoRAError(f"--file {file}: no such file") from error
-    except (OSError, ValueError, csv.Error) as error:  # pandas's errors are among these
-        raise TensLoRAError(f"--file {file}: cannot be read ({error})") from error
+        rows: list[dict[str, Any]] = read_tables([file]).to_list()
+    except Exception as error:  # OSError, and the types of the datasets library, of pandas and of pyarrow
+        # The datasets library tells the reason in the cause of its own error.
+        raise TensLoRAError(f"--file {file}: cannot be read ({first_line(error.__cause__ or error)})") from error
     if not rows:
         raise TensLoRAError(f"--file {file}: has no rows")
     return rows
-
-
-def _read_delimited(file: Path, delimiter: str) -> list[dict[str, Any]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        rows = []
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"line {reader.line_num} does not have {len(reader.fieldnames or ())} columns")
-            rows.append(row)
-        return rows
-
-
-def _read_json_lines(file: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("each line must be a JSON object")
-    return rows
-
-
-def _read_parquet(file: Path) -> list[dict[str, Any]]:
-    import pandas
-
-    rows: list[dict[str, Any]] = pandas.read_parquet(file).to_dict("records")
-    return rows
-
-
-_READERS: Mapping[str, Callable[[Path], list[dict[str, Any]]]] = {
-    ".csv": lambda file: _read_delimited(file, ","),
-    ".tsv": lambda file: _read_delimited(file, "\t"),
-    ".jsonl": _read_json_lines,
-    ".parquet": _read_parquet,
-}
 
 
 def write_table(rows: Sequence[Row], out: TextIO) -> None:
@@ -168,17 +138,23 @@ def _given_rows(given: argparse.Namespace, modality: str) -> list[dict[str, Any]
     return [{"text": text, "text_pair": pair} for text, pair in zip(given.text, given.text_pair, strict=True)]
 
 
-def _columns(given: argparse.Namespace, rows: Sequence[Row], candidates: Sequence[Sequence[str]]) -> Sequence[str]:
-    """The columns that hold the inputs: those that were asked for, or else the first candidates that are all there."""
+def _inputs(given: argparse.Namespace, rows: Sequence[Row], known: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """The cells with each row's input: in the columns asked for, or else in the first of those known that are there."""
+    if given.file is None:
+        return [tuple(row.values()) for row in rows]
     present = list(rows[0])
-    asked = given.columns.split(",") if given.columns else None
-    for names in [asked] if asked else candidates:
-        if all(name in row for name in names for row in rows):
-            return names
-    wanted = f"--columns {given.columns}" if asked else f"--file {given.file}"
-    looked_for = "" if asked else f"no {' or '.join(', '.join(names) for names in candidates)} in every row; "
-    hint = "" if asked else "; name the input's with --columns"
-    raise TensLoRAError(f"{wanted}: {looked_for}the columns are {', '.join(present)}{hint}")
+    choices = [given.columns.split(",")] if given.columns else known
+    columns = next((names for names in choices if set(names).issubset(present)), None)
+    if columns is None:
+        missing = f"--columns {given.columns}" if given.columns else f"--file {given.file}"
+        looked_for = " or ".join(", ".join(names) for names in choices)
+        hint = "" if given.columns else "; name the input's with --columns"
+        raise TensLoRAError(f"{missing}: has no column {looked_for}; the columns are {', '.join(present)}{hint}")
+    for number, row in enumerate(rows, start=1):
+        for name in columns:
+            if not isinstance(row[name], str) or not row[name].strip():
+                raise TensLoRAError(f"--file {given.file}: row {number} has no text in the column {name}")
+    return [tuple(row[name] for name in columns) for row in rows]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -190,7 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--text", action="append", help="a sentence, or the first of a pair; may be given several times"
     )
     parser.add_argument("--text_pair", action="append", help="the second sentence of a pair, once for each --text")
-    parser.add_argument("--file", type=Path, help="a .csv, .tsv, .jsonl or .parquet file with a row for each input")
+    parser.add_argument(
+        "--file", type=Path, help="a .csv, .tsv, .jsonl, .json or .parquet file with a row for each input"
+    )
     parser.add_argument("--columns", help="the columns of --file with the input: one, or two with a comma between them")
     parser.add_argument("--out", type=Path, help="a .csv, .tsv or .jsonl file to write; default: print")
     parser.add_argument("--format", choices=FORMATS, default="table", help="how to print; default: table")
@@ -227,13 +205,10 @@ def predict(given: argparse.Namespace) -> list[dict[str, Any]]:
     loaded = load_run(given.run, given.checkpoint)
     modality = loaded.run.model.modality
     rows = _given_rows(given, modality)
-    columns: Sequence[str] = list(rows[0])
-    if given.file is not None:
-        candidates = [[name] for name in IMAGE_COLUMNS] if modality == "image" else [loaded.text_columns]
-        columns = _columns(given, rows, candidates)
     if clash := {"prediction", "probabilities"}.intersection(rows[0]):
         raise TensLoRAError(f"--file {given.file}: has a column {min(clash)}, which the answer would replace")
-    inputs: list[Any] = [tuple(str(row[name]) for name in columns) for row in rows]
+    known = [[name] for name in IMAGE_COLUMNS] if modality == "image" else [loaded.text_columns]
+    inputs: list[Any] = _inputs(given, rows, known)
     if modality == "image":
         folder = given.file.parent if given.file else Path()
         inputs = [folder / path for path, *_ in inputs]

@@ -108,17 +108,21 @@ def test_a_file_of_images_names_them_relative_to_itself(digits_run: Path, digits
         (["--text", "a", "--out", "out.txt"], "--out out.txt: must end in one of .csv, .tsv, .jsonl"),
         (["--text", "a", "--device", "abacus"], "--device=abacus: must be auto, cpu, cuda or cuda:<index>"),
         (["--text", "a", "--batch_size", "0"], "batch_size=0: must be at least 1"),
-        (["--file", "in.xls"], "--file in.xls: must end in one of .csv, .tsv, .jsonl, .parquet"),
+        (["--file", "in.xls"], "--file in.xls: must end in one of .csv, .tsv, .jsonl"),
         (["--file", "in.csv"], "--file in.csv: no such file"),
-        (["--file", "{}"], "no sentence in every row; the columns are id, text; name the input's with --columns"),
-        (["--file", "{}", "--columns", "words"], "--columns words: the columns are id, text"),
-        (["--file", "{}.ragged.csv"], "cannot be read .line 3 does not have 2 columns"),
+        (["--file", "{}"], "has no column sentence; the columns are id, text; name the input's with --columns"),
+        (["--file", "{}", "--columns", "words"], "--columns words: has no column words; the columns are id, text"),
+        (["--file", "{}.ragged.csv"], "cannot be read .Error tokenizing data.*line 3"),
+        (["--file", "{}.empty.csv"], "row 2 has no text in the column sentence"),
+        (["--file", "{}.answered.csv"], "has a column prediction, which the answer would replace"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Path, tmp_path: Path) -> None:
     file = tmp_path / "in.csv"
     file.write_text("id,text\n1,the cat\n")
     Path(f"{file}.ragged.csv").write_text("id,sentence\n1,the cat\n2,the cat, again\n")
+    Path(f"{file}.empty.csv").write_text("id,sentence\n1,the cat\n2\n")
+    Path(f"{file}.answered.csv").write_text("sentence,prediction\nthe cat,yes\n")
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         main([str(sentences_run), *(word.format(file) for word in words)])
     assert "\n" not in str(caught.value)

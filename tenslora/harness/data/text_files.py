@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,15 +69,15 @@ def load_text_files(config: TextDatasetConfig, seed: int) -> Dataset:
     Raises:
         TensLoRAError: if files, columns, texts or labels are missing or contradict each other.
     """
-    train, test, classes = _read(config)
-    task = "classification" if classes else "regression"
-    if test is not None:
-        return Dataset(train, test, classes, task)
+    dataset, has_test = _read(config)
+    if has_test:
+        return dataset
+    train, classes = dataset.train, dataset.classes
     fraction = config.train_fraction or TRAIN_FRACTION
     chosen = draw(len(train), int(fraction * len(train)), seed)
     others = sorted(set(range(len(train))).difference(chosen))
     log.info("%s: no split to test on: %g of the %d rows are for training", config.name, fraction, len(train))
-    dataset = Dataset(train.select(chosen), train.select(others), classes, task)
+    dataset = replace(dataset, train=train.select(chosen), test=train.select(others))
     if unseen := set(range(len(classes))).difference(dataset.train.labels):
         names = shortened(classes[number] for number in sorted(unseen))
         log.warning("%s: with this seed, no training example is of the class %s", config.name, names)
@@ -85,8 +85,8 @@ def load_text_files(config: TextDatasetConfig, seed: int) -> Dataset:
 
 
 @cache_latest(1)
-def _read(config: TextDatasetConfig) -> tuple[Examples, Examples | None, tuple[str, ...]]:
-    """(training examples, test examples, classes); None for the test examples if there is no split for them."""
+def _read(config: TextDatasetConfig) -> tuple[Dataset, bool]:
+    """The dataset, and whether there is a split to test on. If there is none, all examples are for training."""
     source = _open_root(config.root) if config.root is not None else _open_hub(str(config.hub), config.hub_config)
     train_splits, test_split = _choose_splits(config, source)
     rows = {split: _rows(source, split) for split in train_splits}
@@ -113,13 +113,13 @@ def _read(config: TextDatasetConfig) -> tuple[Examples, Examples | None, tuple[s
     if classes and len(named := class_names(first, label)) > 1:
         classes = named
     train = Examples(sentences, numbers_of(values, classes, f"{source.setting}: the split {train_splits[-1]}"))
-    if test_split is None:
-        return train, None, classes
-    if config.validation is not None:  # the test split is not read
-        return train, NO_EXAMPLES, classes
+    task = "classification" if classes else "regression"
+    dataset = Dataset(train, NO_EXAMPLES, classes, task, text_columns=texts)
+    if test_split is None or config.validation is not None:  # with a validation split, the test split is not read
+        return dataset, test_split is not None
     sentences, values = read(test_split, _rows(source, test_split))
     numbers = numbers_of(values, classes, f"{source.setting}: the split {test_split}")
-    return train, Examples(sentences, numbers), classes
+    return replace(dataset, test=Examples(sentences, numbers)), True
 
 
 def _choose_splits(config: TextDatasetConfig, source: Source) -> tuple[tuple[str, ...], str | None]:
@@ -213,11 +213,24 @@ def _open_files(setting: str, splits: Mapping[str, list[Path]]) -> Source:
     if len(suffixes) > 1:
         raise TensLoRAError(f"{setting}: must hold files of one kind, but holds {', '.join(sorted(suffixes))}")
     (suffix,) = suffixes
-    return Source(setting, list(splits), lambda split: _read_files(splits[split], suffix), suffix in (".csv", ".tsv"))
+    return Source(setting, list(splits), lambda split: read_tables(splits[split]), suffix in (".csv", ".tsv"))
 
 
-def _read_files(files: list[Path], suffix: str) -> Rows:
+def read_tables(files: Sequence[Path]) -> Rows:
+    """Read files of one kind, a suffix in `FILES`, one after the other. All cells of .csv and .tsv files are strings.
+
+    Args:
+        files: the files.
+
+    Returns:
+        The rows of all files.
+
+    Raises:
+        Exception: of the datasets library, of pandas or of pyarrow, if a file cannot be read.
+    """
     import datasets
+
+    suffix = files[0].suffix.lower()
 
     datasets.disable_progress_bars()  # a download should show one, reading a file need not
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # the library would log what is raised too
