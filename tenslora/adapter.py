@@ -17,6 +17,7 @@ from tenslora.constructions import PROJECTION, SITE, Geometry, modes, stacked_ax
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import factorization_of
 from tenslora.files import read_safetensors, write_safetensors
+from tenslora.first_step import first_step, lora_first_step
 from tenslora.random_streams import stream_seed
 from tenslora.ranks import RankStrategy, rank_limits
 from tenslora.tensor import FactorizedTensor, thin_slices
@@ -37,12 +38,26 @@ class Adapter(nn.Module):
         geometry: the backbone's dimensions.
         ranks: the ranks, where they are known already, as in a saved adapter; None to let the config's strategy choose
             them.
+        first_step: the first step with a scale of 1, where it is known already, as in a saved adapter; None to find it.
+
+    Attributes:
+        scale: multiplies the updates. It is alpha, and with scaling="first_step" alpha times the ratio of LoRA's first
+            step, at config.rank_strategy.rank, to the adapter's own.
+        first_step: how far AdamW's first step with learning rate 1 moves the matrices: the root mean square, over all
+            adapted matrices, of their updates' Frobenius norms. LoRA's and that of an orthogonal start follow from
+            `first_step.first_step`; any other is measured on random gradients when the tensors are drawn.
 
     Raises:
         TensLoRAError: for settings that do not fit the geometry.
     """
 
-    def __init__(self, config: AdapterConfig, geometry: Geometry, ranks: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        config: AdapterConfig,
+        geometry: Geometry,
+        ranks: Sequence[int] | None = None,
+        first_step: float | None = None,
+    ) -> None:
         super().__init__()
         if config.adapt != geometry.adapt:
             raise TensLoRAError(f"adapt={config.adapt}: must be {geometry.adapt}, as in the geometry")
@@ -68,6 +83,39 @@ class Adapter(nn.Module):
             self.tensors.append(tensor)
         self.dropout = nn.Dropout(config.dropout)
         self.rank_dropout = nn.Dropout(config.rank_dropout)
+        self._unscaled_first_step = self._find_first_step() if first_step is None else first_step
+        self.scale = config.alpha
+        if config.scaling == "first_step":
+            self.scale *= lora_first_step(geometry, config.rank_strategy.rank) / self._unscaled_first_step
+        self.first_step = abs(self.scale) * self._unscaled_first_step
+
+    def _find_first_step(self) -> float:
+        config = self.config
+        if config.init == "orthogonal" or config.tensor_mode == "lora":
+            expected = first_step(config.tensor_mode, self.geometry, self.ranks, config.factorization)
+            if expected is not None:
+                return expected
+        return self._measure_first_step()
+
+    @torch.enable_grad()
+    def _measure_first_step(self, draws: int = 4) -> float:
+        # Each update gets a random gradient, and the parameters that start at zero take the signs of theirs. Random
+        # signs would not do: where columns are not orthogonal, the signs correlate, and the step is up to 1.7 times as
+        # large.
+        generator = torch.Generator().manual_seed(stream_seed("first_step", self.config.seed))
+        zeros = [cast(FactorizedTensor, tensor).get_parameter(self.zero_parameter) for tensor in self.tensors]
+        layers, squares = range(self.geometry.layers), 0.0
+        for _ in range(draws):
+            updates = [update for layer in layers for update in self.dense(layer)]
+            gradients = [torch.randn(update.shape, generator=generator) for update in updates]
+            steps = torch.autograd.grad(updates, zeros, gradients)
+            with torch.no_grad():
+                for zero, step in zip(zeros, steps, strict=True):
+                    zero.copy_(step.sign())
+                squares += sum(update.square().sum().item() for layer in layers for update in self.dense(layer))
+                for zero in zeros:
+                    zero.zero_()
+        return math.sqrt(squares / (draws * len(self.geometry.matrices) * len(layers)))
 
     def __repr__(self) -> str:
         # One line, also where the adapter is printed as a part of its model.
@@ -175,6 +223,7 @@ class Adapter(nn.Module):
             "config": dataclasses.asdict(self.config),
             "geometry": dataclasses.asdict(self.geometry),
             "ranks": list(self.ranks),
+            "first_step": self._unscaled_first_step,
         }
         return write_safetensors(Path(path), dict(self.state_dict()), header)
 
@@ -199,7 +248,7 @@ def load_adapter(path: Path) -> Adapter:
         strategy = settings.pop("rank_strategy")
         strategy["ranks"] = strategy["ranks"] and tuple(strategy["ranks"])
         config = AdapterConfig(rank_strategy=RankStrategy(**strategy), **settings)
-        adapter = Adapter(config, Geometry(**header["geometry"]), header["ranks"])
+        adapter = Adapter(config, Geometry(**header["geometry"]), header["ranks"], header.get("first_step"))
         adapter.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise TensLoRAError(f"{path}: its header does not fit its tensors ({error})") from error

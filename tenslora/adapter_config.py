@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from tenslora.constructions import HEAD_LAYOUTS, INITS, TENSOR_SEEDS, adapted_matrices, stacked_axes
+from tenslora.constructions import HEAD_LAYOUTS, INITS, SCALINGS, TENSOR_SEEDS, adapted_matrices, stacked_axes
 from tenslora.errors import TensLoRAError, require_one_of
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.ranks import RankStrategy
@@ -29,6 +29,8 @@ class AdapterConfig:
         head_layout: "aligned" or "interleaved", see `Factorization.slices`.
         tensor_seeds: "distinct" draws every tensor from a random stream of its own; "equal" starts all tensors of one
             shape alike, as the paper's released code does.
+        scaling: "direct" multiplies the updates by alpha; "first_step" multiplies them by alpha and by the one number
+            that gives the adapter the first step of LoRA at rank_strategy.rank, see `first_step.first_step`.
         seed: the seed of the tensors' random streams. Nothing else is drawn from these streams.
         factorization: one of `factorizations.FACTORIZATIONS`. It has no effect on lora, whose tensors are matrices.
         adapt: which matrices of a layer are adapted, see `constructions.adapted_matrices`.
@@ -48,6 +50,7 @@ class AdapterConfig:
     seed: int = 0
     factorization: str = "tucker"
     adapt: str = "qkv"
+    scaling: str = "direct"
 
     def __post_init__(self) -> None:
         stacked_axes(self.tensor_mode)
@@ -63,5 +66,6 @@ class AdapterConfig:
         require_one_of("init", self.init, INITS)
         require_one_of("head_layout", self.head_layout, HEAD_LAYOUTS)
         require_one_of("tensor_seeds", self.tensor_seeds, TENSOR_SEEDS)
+        require_one_of("scaling", self.scaling, SCALINGS)
         require_one_of("factorization", self.factorization, FACTORIZATIONS)
         adapted_matrices(self.adapt)

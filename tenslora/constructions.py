@@ -36,11 +36,12 @@ CONSTRUCTIONS: Mapping[str, frozenset[str]] = MappingProxyType(
 PAPER_CONSTRUCTIONS = tuple(name for name, stacked in CONSTRUCTIONS.items() if SITE not in stacked)
 """The rows of the paper's tables."""
 
-# The valid values of three settings. The lists stand here and not in the modules that use them, because checking the
+# The valid values of four settings. The lists stand here and not in the modules that use them, because checking the
 # settings must not import torch.
 INITS = ("orthogonal", "normal", "kaiming_uniform")
 HEAD_LAYOUTS = ("aligned", "interleaved")
 TENSOR_SEEDS = ("distinct", "equal")
+SCALINGS = ("direct", "first_step")
 
 _ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "output"}
 

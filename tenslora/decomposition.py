@@ -110,7 +110,7 @@ def approximate(adapter: Adapter, updates: Updates) -> Approximation:
     energy: dict[str, float] = {}
     for index, (tensor, module) in enumerate(zip(tensors, adapter.tensors, strict=True)):
         sizes = modes(config.tensor_mode, geometry, index // over_layers)
-        for name, value in factorization.decompose(tensor / config.alpha, sizes, adapter.ranks).items():
+        for name, value in factorization.decompose(tensor / adapter.scale, sizes, adapter.ranks).items():
             parameter = module.get_parameter(name)
             parameter.copy_(value.to(parameter))
             if name in factorization.rank_limits(sizes):
@@ -121,7 +121,7 @@ def approximate(adapter: Adapter, updates: Updates) -> Approximation:
     squared_error = 0.0
     for layer, of_matrices in enumerate(updates):
         for update, dense in zip(of_matrices, adapter.dense(layer), strict=True):
-            difference = update.double() - config.alpha * dense.to(update.device).double()
+            difference = update.double() - adapter.scale * dense.to(update.device).double()
             squared_error += difference.square().sum().item()
     return Approximation((squared_error / total) ** 0.5, {name: value / total for name, value in energy.items()})
 

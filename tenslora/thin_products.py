@@ -96,7 +96,7 @@ class MatrixGroup:
             The left (layers, inputs, r) and the right (layers, r, outputs) of each matrix. There is a single left if
             the matrices share it.
         """
-        lefts, rights = self.adapter.products(layers, self.matrices, scale=self.adapter.config.alpha)
+        lefts, rights = self.adapter.products(layers, self.matrices, scale=self.adapter.scale)
         if self.writes_to_stream:  # the transpose is applied: (left right)^T = right^T left^T
             return [right.mT for right in rights], [left.mT for left in lefts]
         return lefts, rights

@@ -29,6 +29,12 @@ class CP(Factorization):
     def zero_parameter(self, modes: Modes) -> str:
         return "d_head" if HEAD in modes else "d_out"
 
+    def first_step(self, modes: Modes, ranks: Sequence[int]) -> float:
+        # A column of U_i has the squared length min(1, n_i / R) on average.
+        (rank,) = ranks
+        zero = self.zero_parameter(modes)
+        return modes[zero] * rank * math.prod(min(1.0, n / rank) for name, n in modes.items() if name != zero)
+
     def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
         # dW[p] = U_in diag(w_p) U_out^T, where w_p is the product of the structure axes' rows.
         if HEAD in parameters:

@@ -85,6 +85,21 @@ class Factorization(ABC):
             projection nor site is stacked. r is the inner size of the product and need not be one of the ranks.
         """
 
+    def first_step(self, modes: Modes, ranks: Sequence[int]) -> float | None:
+        """The squared norm of the tensor after the first optimizer step, from an orthogonal start; see `first_step`.
+
+        Every entry of the parameter that starts at zero has moved by 1, up or down at random. All other parameters are
+        as `tensor.FactorizedTensor` draws them with init="orthogonal". The result is the expectation.
+
+        Args:
+            modes: the tensor's modes.
+            ranks: the tensor's ranks.
+
+        Returns:
+            The squared norm; None if there is no formula, which is the default.
+        """
+        return None
+
     @abstractmethod
     def ideal(self, modes: Modes, rule: str, t: float) -> list[float]:
         """Real-valued ranks that `isoparameters` raises together, by raising t, until they meet its budget.

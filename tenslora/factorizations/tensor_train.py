@@ -49,6 +49,15 @@ class TensorTrain(Factorization):
     def zero_parameter(self, modes: Modes) -> str:
         return _order(modes)[-1]
 
+    def first_step(self, modes: Modes, ranks: Sequence[int]) -> float:
+        # The columns of the product of all cores but the last are orthonormal, if none of these cores has more columns
+        # than rows; otherwise its squared norm shrinks by rows / columns on average.
+        *names, last = _order(modes)
+        norm = float(modes[last] * ranks[-1])
+        for name, before, after in zip(names, (1, *ranks), ranks, strict=False):
+            norm *= min(1.0, before * modes[name] / after)
+        return norm
+
     def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
         if HEAD in parameters:
             right = parameters[HEAD] @ parameters["d_head"]  # (r, heads, d_head)

@@ -30,6 +30,10 @@ class Tucker(Factorization):
     def zero_parameter(self, modes: Modes) -> str:
         return "core"
 
+    def first_step(self, modes: Modes, ranks: Sequence[int]) -> float:
+        # ||U_i||^2 is min(r_i, n_i), and the norm of the Kronecker product of the U_i is the product of their norms.
+        return float(math.prod(min(r, n) for r, n in zip(ranks, modes.values(), strict=True)))
+
     def slices(self, parameters: Mapping[str, Tensor], head_layout: str) -> tuple[Tensor, Tensor]:
         """The thin products, in whichever of two groupings takes fewer multiplications per token.
 

@@ -47,7 +47,7 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> tu
         adapter = load_adapter(RunFolder(folder).adapter)
         with torch.no_grad():
             layers = [adapter.dense(layer) for layer in range(adapter.geometry.layers)]
-            return adapter.geometry, [[adapter.config.alpha * update for update in layer] for layer in layers]
+            return adapter.geometry, [[adapter.scale * update for update in layer] for layer in layers]
     from transformers import AutoConfig, AutoModel
 
     name = model or read_config(folder).get("base_model_name_or_path")

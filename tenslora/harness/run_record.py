@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import Geometry
+from tenslora.first_step import lora_first_step
 from tenslora.harness.config import ImageDatasetConfig
 from tenslora.harness.results.table import percent_of_lora
 from tenslora.harness.training.metrics import METRICS
@@ -81,6 +82,10 @@ def facts_of(
         "image_input": asdict(image_input) if image_input else None,
         "adapter_parameters": _count(adapter.parameters()) if adapter else 0,
         "lora_parameters": parameter_count("lora", adapted.geometry, [run.rank_strategy.rank]),
+        "first_step": adapter.first_step if adapter else None,
+        "lora_first_step": abs(run.adapter.alpha) * lora_first_step(adapted.geometry, run.rank_strategy.rank)
+        if run.adapter
+        else None,
         "head_parameters": _count(adapted.head.values()),
         "trained_parameters": _count(p for p in model.parameters() if p.requires_grad),
         "total_parameters": _count(model.parameters()),

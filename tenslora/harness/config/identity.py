@@ -103,6 +103,8 @@ def identity(run: RunConfig) -> dict[str, Any]:
         for name, default in defaults.items():
             if relevant[group][name] == default:
                 del relevant[group][name]
+    if run.adapter and (run.adapter.scaling == "direct" or run.row_strategy == ""):
+        del relevant["adapter"]["scaling"]  # added later; LoRA has its own first step under either value
     if run.adapter is None:
         del relevant["rank_strategy"], relevant["warm_start"]
         del relevant["optimizer"]["core_lr_ratio"], relevant["optimizer"]["factor_weight_decay"]
