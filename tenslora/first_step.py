@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import PROJECTION, SITE, Geometry, modes, stacked_axes, tensor_grid
 from tenslora.factorizations import factorization_of
 
@@ -50,6 +51,32 @@ def first_step(
     if construction == "lora":
         total /= 3  # Kaiming-uniform columns have a squared length of 1/3 on average, orthonormal ones of 1
     return math.sqrt(total / (len(geometry.matrices) * geometry.layers))
+
+
+def relative_first_step(config: AdapterConfig, geometry: Geometry) -> float | None:
+    """An adapter's first step as a multiple of LoRA's at ``config.rank_strategy.rank`` and the same alpha.
+
+    >>> vit_base = Geometry(d_in=768, heads=12, d_head=64, layers=12)
+    >>> relative_first_step(AdapterConfig("att", RankStrategy("isorank")), vit_base)
+    0.25
+
+    Args:
+        config: the adapter's settings.
+        geometry: the backbone's dimensions.
+
+    Returns:
+        The multiple; None where the adapter's first step can only be measured.
+
+    Raises:
+        TensLoRAError: for settings that do not fit the geometry.
+    """
+    if config.scaling == "first_step":
+        return 1.0
+    if config.init != "orthogonal" and config.tensor_mode != "lora":
+        return None
+    ranks = config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization)
+    own = first_step(config.tensor_mode, geometry, ranks, config.factorization)
+    return own and own / lora_first_step(geometry, config.rank_strategy.rank)
 
 
 def lora_first_step(geometry: Geometry, rank: int) -> float:

@@ -59,6 +59,8 @@ def make_run(
         "ranks": list(ranks) if ranks else None,
         "adapter_parameters": parameters or 0,
         "lora_parameters": lora,
+        "first_step": 4.0 * len(ranks) / 3 if ranks and len(ranks) > 1 else 32.0 if ranks else None,
+        "lora_first_step": 32.0 if ranks else None,
         "head_parameters": 325,
         "train_examples": 1000,
         "test_examples": 400,

@@ -111,7 +111,7 @@ def test_a_saved_adapter_keeps_its_scale(tmp_path: Path, init: str) -> None:
 def test_a_merged_model_has_the_scaled_update() -> None:
     model, batch = build("separate"), inputs("separate")
     adapter = attached(model, "qkv_depth", scaling="first_step")
-    assert adapter.scale > 1.1 * adapter.config.alpha
+    assert adapter.scale != pytest.approx(adapter.config.alpha, rel=0.1)
     before = logits(model, batch)
     other = copy.deepcopy(model)
     merge(model)

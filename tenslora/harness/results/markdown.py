@@ -46,7 +46,7 @@ def to_markdown(summary: Summary) -> str:
 
 
 def _main_table(summary: Summary) -> str:
-    heads, alignments = list(ADAPTER_HEADS), ["---", "---", "---:", "---:"]
+    heads, alignments = list(ADAPTER_HEADS), ["---", "---", "---:", "---:", "---:"]
     for column in summary.columns:
         metric = f"{column.metric}, " if column.metric else ""
         heads.append(_escaped(f"{column.column.dataset} ({metric}{column.column.model})"))
@@ -54,7 +54,7 @@ def _main_table(summary: Summary) -> str:
         alignments += ["---:"] * (1 + column.has_paper)
     rows = []
     for row in summary.rows:
-        texts = [_escaped(row.row.label), row.ranks, row.parameters, row.percent_of_lora]
+        texts = [_escaped(row.row.label), *row.adapter_texts]
         for column, cell in zip(summary.columns, row.cells, strict=True):
             texts += [_score(cell), *[cell.paper_number] * column.has_paper]
         rows.append(texts)

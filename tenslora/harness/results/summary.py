@@ -16,7 +16,7 @@ from tenslora.harness.training.metrics import HUNDREDFOLD
 
 MINUS = "\N{MINUS SIGN}"
 
-ADAPTER_HEADS = ("construction", "ranks", "parameters", "% of LoRA")
+ADAPTER_HEADS = ("construction", "ranks", "parameters", "% of LoRA", "first step")
 """The main table's columns that come before the scores."""
 
 COMPARISON_HEADS = ("difference", "95 % interval", "p", "seeds")
@@ -136,6 +136,17 @@ class SummaryRow:
         """The number of parameters in per cent of LoRA's as text, joined as in `ranks`."""
         return _joined([size.texts[2] for size in self.sizes])
 
+    @property
+    def first_step(self) -> str:
+        """The first step as a multiple of LoRA's as text, joined as in `ranks`."""
+        steps = [size.relative_step for size in self.sizes]
+        return _joined([f"{step:.2f}" if step is not None else "-" for step in steps])
+
+    @property
+    def adapter_texts(self) -> tuple[str, str, str, str]:
+        """What `ADAPTER_HEADS` has after the construction: ranks, parameters, per cent of LoRA, and first step."""
+        return self.ranks, self.parameters, self.percent_of_lora, self.first_step
+
 
 @dataclass(frozen=True)
 class SummaryColumn:
@@ -250,11 +261,15 @@ class Summary:
             f"{self.score_name} {epoch}{self._units}, {numbers}.",
             "Bold: the best mean of a column among LoRA and the constructions.",
         ]
+        if any(size.relative_step is not None for row in self.rows for size in row.sizes):
+            sentences.append(
+                "First step: how far AdamW's first step moves the adapted matrices, as a multiple of LoRA's."
+            )
         if lower := dict.fromkeys(column.metric for column in self.columns if not column.larger_is_better):
             sentences.append(f"A lower {' or '.join(map(str, lower))} is better.")
         if any("/" in row.parameters + row.ranks for row in self.rows):
             models = dict.fromkeys(column.model for column in self.table.columns)
-            sentences.append(f"Ranks and parameters that differ between backbones: {' / '.join(models)}.")
+            sentences.append(f"Ranks, parameters and first steps that differ between backbones: {' / '.join(models)}.")
         if means := {mean.dataset: len(of) for mean, of in self.table.group_columns.items()}:
             counts_of = ", ".join(f"{name} ({count})" for name, count in means.items())
             sentences.append(f"Means over several columns, and their number: {counts_of}.")

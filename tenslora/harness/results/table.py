@@ -88,11 +88,13 @@ class AdapterSize:
         ranks: the ranks of each tensor; None without an adapter or where they are unknown.
         parameters: the adapter's number of parameters; None without an adapter or where it is unknown.
         lora_parameters: the number of parameters of LoRA at the run's rank; None where it is unknown.
+        relative_step: the adapter's first step as a multiple of LoRA's; None without an adapter or where it is unknown.
     """
 
     ranks: tuple[int, ...] | None
     parameters: int | None
     lora_parameters: int | None
+    relative_step: float | None = None
 
     @property
     def percent_of_lora(self) -> float | None:
@@ -125,6 +127,7 @@ class Run:
         record: the run's result.json; None if there is none yet.
         problem: why there is no score: "missing", "running", or what went wrong; empty for a completed run.
         folder: the run's folder; None if it is unknown.
+        relative_step: the adapter's first step as a multiple of LoRA's, from the declared geometry; None likewise.
     """
 
     row: Row
@@ -137,6 +140,7 @@ class Run:
     record: dict[str, Any] | None = None
     problem: str = "missing"
     folder: Path | None = None
+    relative_step: float | None = None
 
     @property
     def status(self) -> str:
@@ -159,11 +163,14 @@ class Run:
     def size(self) -> AdapterSize:
         """The adapter's size from the record, or from the declared geometry if there is no record."""
         if self.record is None:
-            return AdapterSize(self.ranks, self.parameters, self.lora_parameters)
+            return AdapterSize(self.ranks, self.parameters, self.lora_parameters, self.relative_step)
         lora_parameters = self.record["lora_parameters"]
         if not self.row.has_adapter:
             return AdapterSize(None, None, lora_parameters)
-        return AdapterSize(tuple(self.record["ranks"]), self.record["adapter_parameters"], lora_parameters)
+        step = self.relative_step  # records of earlier versions do not hold the first step
+        if self.record.get("first_step") is not None and self.record["lora_first_step"]:
+            step = self.record["first_step"] / self.record["lora_first_step"]
+        return AdapterSize(tuple(self.record["ranks"]), self.record["adapter_parameters"], lora_parameters, step)
 
     def score(self, which: str) -> float | None:
         """The headline metric of a completed run, as a fraction; None for any other run.

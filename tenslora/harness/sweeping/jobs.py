@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from tenslora.errors import TensLoRAError
+from tenslora.first_step import relative_first_step
 from tenslora.harness.config import SWEEP_KEYS, RunConfig, validate
 from tenslora.harness.results.table import Column, Row, Run
 from tenslora.harness.run_folder import RunFolder
@@ -103,13 +104,14 @@ class Job:
             The run of the table.
         """
         run, record = self.run, look.record
-        ranks = parameters = lora = None
+        ranks = parameters = lora = step = None
         if geometry := run.geometry:
             lora = parameter_count("lora", geometry, [run.rank_strategy.rank])
             if run.adapter:
                 factorization = run.adapter.factorization
                 ranks = run.rank_strategy.resolve(run.tensor_mode, geometry, factorization)
                 parameters = parameter_count(run.tensor_mode, geometry, ranks, factorization)
+                step = relative_first_step(run.adapter, geometry)
         elif record:
             ranks = record["ranks"] and tuple(record["ranks"])
             parameters, lora = record["adapter_parameters"], record["lora_parameters"]
@@ -119,7 +121,7 @@ class Job:
         problem = look.problem or ("" if record else without_record)
         return Run(
             self.row, self.column, run.seed, self.digest, ranks, parameters, lora, record, problem,
-            self.folder.path,
+            self.folder.path, step,
         )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ _WORDS = {
 
 
 def plan(table: Table, looks: Mapping[Job, Look]) -> str:
-    """The plan as text: each row's ranks, parameter count, percentage of LoRA's count, and how far its seeds have come.
+    """The plan as text: each row's ranks, parameter count and first step beside LoRA's, and how far its seeds are.
 
     A dash stands for what is not known before the model is loaded.
 
@@ -38,13 +38,16 @@ def plan(table: Table, looks: Mapping[Job, Look]) -> str:
                 count = unknown if first.parameters is None else f"{first.parameters:,}"
                 percent = percent_of_lora(first.parameters, first.lora_parameters)
                 share = unknown if percent is None else f"{percent:.1f} %"
-                rows.append((row.label, ranks, count, share, _counted(states[run.digest] for run in runs)))
-        head = ("", "ranks", "parameters", "of LoRA", "seeds")
-        widths = [max(len(line[i]) for line in [head, *rows]) for i in range(4)]
+                step = unknown if first.row.has_adapter else ""
+                step = step if first.size.relative_step is None else f"{first.size.relative_step:.2f}"
+                rows.append((row.label, ranks, count, share, step, _counted(states[run.digest] for run in runs)))
+        head = ("", "ranks", "parameters", "of LoRA", "first step", "seeds")
+        widths = [max(len(line[i]) for line in [head, *rows]) for i in range(5)]
         lines.append(f"\n{column.label}")
-        for label, ranks, count, share, seeds in [head, *rows]:
-            cells = (label.ljust(widths[0]), ranks.ljust(widths[1]), count.rjust(widths[2]), share.rjust(widths[3]))
-            lines.append("  ".join(("", *cells, seeds)).rstrip())
+        for label, ranks, count, share, step, seeds in [head, *rows]:
+            texts = [label.ljust(widths[0]), ranks.ljust(widths[1])]
+            numbers = [text.rjust(width) for text, width in zip((count, share, step), widths[2:], strict=True)]
+            lines.append("  ".join(("", *texts, *numbers, seeds)).rstrip())
     lines.append(f"\n{len(looks)} jobs: {_counted(states.values())}")
     return "\n".join(lines)
 

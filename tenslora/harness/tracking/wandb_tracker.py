@@ -28,9 +28,10 @@ TRAIN, TABLE = "train", "table"
 class WandbTracker(Tracker):
     """Reports a run as one W&B run of job type train.
 
-    The W&B run's config holds the settings and the facts of the run, `row` (construction and strategy as one word) and
-    `percent_of_lora`. Every metric of every epoch is logged under its own name, and the headline metric also as
-    `score`, with the optimizer step as the x axis. The trained weights become one artifact of type model.
+    The W&B run's config holds the settings and the facts of the run, `row` (construction and strategy as one word),
+    `percent_of_lora` and `relative_first_step`, which is a multiple of LoRA's. Every metric of every epoch is logged
+    under its own name, and the headline metric also as `score`, with the optimizer step as the x axis. The trained
+    weights become one artifact of type model.
 
     Args:
         run: the settings.
@@ -44,13 +45,14 @@ class WandbTracker(Tracker):
     def __init__(self, run: RunConfig, folder: Path, facts: dict[str, Any]) -> None:
         row = _one_word(Row(run.tensor_mode, run.row_strategy))
         percent = percent_of_lora(facts["adapter_parameters"], facts["lora_parameters"])
+        step = facts["first_step"] / facts["lora_first_step"] if facts.get("first_step") else None
         self._headline = facts["scores"][0]
         self._wandb_run = _start(
             run.logger,
             folder,
             name=f"{run.dataset.name}-{run.model.name}-{row}-seed{run.seed}",
             job_type=TRAIN,
-            config={**facts, **run.settings(), "row": row, "percent_of_lora": percent},
+            config={**facts, **run.settings(), "row": row, "percent_of_lora": percent, "relative_first_step": step},
         )
         if how := _offline(self._wandb_run):
             log.info("%s; to upload the run: wandb sync %s", how, Path(self._wandb_run.dir).parent)
@@ -215,6 +217,7 @@ def _place(run: Run) -> dict[str, Any]:
         "ranks": ", ".join(map(str, run.size.ranks or ())),
         "adapter_parameters": run.size.parameters,
         "percent_of_lora": run.size.percent_of_lora,
+        "relative_first_step": run.size.relative_step,
     }
 
 

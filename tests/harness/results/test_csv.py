@@ -35,6 +35,7 @@ def test_a_line_holds_what_was_recorded_at_full_precision() -> None:
         "seed": "3", "digest": "qkv-isorank-dtd-3", "status": "completed", "metric": "accuracy", "last": "0.2",
         "best": "0.3333333333333333", "best_epoch": "2", "epochs": "3", "steps": "48", "ranks": "4 4 4",
         "adapter_parameters": "74640", "lora_parameters": "221184", "percent_of_lora": repr(100 * 74640 / 221184),
+        "first_step": "4.0", "lora_first_step": "32.0", "relative_first_step": "0.125",
         "head_parameters": "325", "train_examples": "1000", "test_examples": "400", "validation_examples": "",
         "scored_on": "test", "problem": "",
     }  # fmt: skip

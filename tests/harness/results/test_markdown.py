@@ -30,11 +30,11 @@ def tables(text: str) -> list[list[list[str]]]:
 def test_a_line_is_label_ranks_counts_and_score_lora_first() -> None:
     main, against_lora, _ = tables(to_markdown(summarize(make_table(THREE_ROWS))))
     assert main == [
-        ["construction", "ranks", "parameters", "% of LoRA", "dtd (accuracy, vit_base)", "paper"],
-        ["---", "---", "---:", "---:", "---:", "---:"],
-        ["lora", "4", "221,184", "100.0", "50.0 ± 10.0", "73.13"],
-        ["qkv isorank", "4, 4, 4", "74,640", "33.7", "**60.0** ± 10.0", ""],
-        ["full", "-", "-", "-", "95.0", ""],
+        ["construction", "ranks", "parameters", "% of LoRA", "first step", "dtd (accuracy, vit_base)", "paper"],
+        ["---", "---", "---:", "---:", "---:", "---:", "---:"],
+        ["lora", "4", "221,184", "100.0", "1.00", "50.0 ± 10.0", "73.13"],
+        ["qkv isorank", "4, 4, 4", "74,640", "33.7", "0.12", "**60.0** ± 10.0", ""],
+        ["full", "-", "-", "-", "-", "95.0", ""],
     ]
     assert against_lora[0] == ["construction", "difference", "95 % interval", "p", "seeds"]
     assert against_lora[2] == ["qkv isorank", "+10.00", "[\N{MINUS SIGN}14.84, +34.84]", "0.225", "3"]

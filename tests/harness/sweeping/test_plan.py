@@ -22,6 +22,10 @@ VIT_BASE = {
     "qkv_depth": ("6,460", "2.9"),
     "att_qkv_depth": ("4,460", "2.0"),
 }
+FIRST_STEPS = {  # those of the design's section on the first step, divided by LoRA's 32
+    "lora": "1.00", "att": "0.25", "qkv": "0.12", "depth": "0.07",
+    "att_qkv": "0.25", "att_depth": "0.14", "qkv_depth": "0.07", "att_qkv_depth": "0.14",
+}  # fmt: skip
 
 
 def printed(jobs: list[Job]) -> list[str]:
@@ -38,12 +42,12 @@ def test_the_plan_has_each_rows_exact_count_and_share_of_loras(tmp_path: Path) -
     jobs = plan_jobs(composed, tmp_path)
     title, _, column, head, *rows, _, total = printed(jobs)
     assert (title, column) == ("A title", "dtd with vit_base")
-    assert head.split() == ["ranks", "parameters", "of", "LoRA", "seeds"]
+    assert head.split() == ["ranks", "parameters", "of", "LoRA", "first", "step", "seeds"]
     assert [row.split() for row in rows] == [
         [
             *([mode] if mode == "lora" else [mode, "isorank"]),
             *", ".join("4" * (1 if mode == "lora" else len(CONSTRUCTIONS[mode]) + 2)).split(),
-            *VIT_BASE[mode], "%", "1", "to", "run",
+            *VIT_BASE[mode], "%", FIRST_STEPS[mode], "1", "to", "run",
         ]
         for mode in VIT_BASE
     ]  # fmt: skip
@@ -81,8 +85,8 @@ def test_each_backbone_has_its_own_counts_and_unknown_ones_stay_empty(tmp_path: 
     jobs = [planned(tmp_path, *words), planned(tmp_path, *words, "dataset=cola"), planned(tmp_path, *undeclared)]
     lines = printed(jobs)
     at = [lines.index(head) for head in ("digits with vit_digits", "cola with roberta_base")]
-    assert lines[at[0] + 2].split()[-6:-3] == ["796", "13.0", "%"]
-    assert lines[at[1] + 2].split()[-6:-3] == ["6,460", "2.9", "%"]
+    assert lines[at[0] + 2].split()[-7:-3] == ["796", "13.0", "%", "0.43"]
+    assert lines[at[1] + 2].split()[-7:-3] == ["6,460", "2.9", "%", "0.07"]
     assert lines[at[1] + 3].split() == ["full", "1", "to", "run"]
 
 

@@ -62,7 +62,13 @@ def test_a_run_uploads_adapter_and_head_as_one_artifact(tracked: Tracked) -> Non
 def test_lora_has_no_strategy_in_its_name_and_a_run_that_breaks_off_has_failed(tmp_path: Path) -> None:
     run = configured("tensor_mode=lora", "dataset=cola", "model=minilm", "rank_strategy=isoparameters", "seed=3")
     run = replace(run, logger=OFFLINE)
-    facts = {"adapter_parameters": 100, "lora_parameters": 100, "scores": ["matthews", "accuracy"]}
+    facts = {
+        "adapter_parameters": 100,
+        "lora_parameters": 100,
+        "first_step": 8.0,
+        "lora_first_step": 8.0,
+        "scores": ["matthews", "accuracy"],
+    }
     with pytest.raises(KeyboardInterrupt), start_tracker(run, tmp_path, facts) as tracker:
         tracker.epoch({"epoch": 1, "step": 5, "matthews": 0.25, "accuracy": 0.75})
         raise KeyboardInterrupt
