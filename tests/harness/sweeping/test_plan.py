@@ -103,7 +103,7 @@ def test_a_generic_models_sizes_are_unknown_and_its_name_is_the_column(tmp_path:
         "dtd with deit_tiny_patch16_224",
     ]
     assert [line.split() for line in lines if line.startswith("  qkv")] == 2 * [
-        ["qkv", "isoparameters", "-", "-", "-", "1", "to", "run"]
+        ["qkv", "isoparameters", "-", "-", "-", "-", "1", "to", "run"]
     ]
     assert [line.split() for line in lines if line.startswith("  head_only")] == 2 * [
         ["head_only", "0", "1", "to", "run"]
