@@ -9,6 +9,7 @@ Neither form loses anything: every update is a product of two thin matrices, and
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from safetensors import SafetensorError
 
 from tenslora.attachment import detach, merge
 from tenslora.errors import TensLoRAError
+from tenslora.files import write_bytes, write_json
+from tenslora.harness.backbones.timm_models import create_arguments
 from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.harness.load_run import LoadedRun, load_run
+from tenslora.harness.model_card import base_model, model_card
 from tenslora.peft.to_lora import to_peft
 
 
 def export_peft(loaded: LoadedRun, folder: Path) -> None:
-    """Write a run's adapter and head as a PEFT adapter.
+    """Write a run's adapter and head as a PEFT adapter, with a model card.
 
     Args:
         loaded: the finished run; its model is changed in place.
@@ -36,26 +40,30 @@ def export_peft(loaded: LoadedRun, folder: Path) -> None:
         raise TensLoRAError(f"tensor_mode={run.tensor_mode}: has no adapter; --format merged writes its weights")
     with_parameters = [module for module in loaded.backbone.head if any(True for _ in module.parameters())]
     head = [path for path, module in model.named_modules() if any(module is own for own in with_parameters)]
-    peft_model = to_peft(model, head)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a setting with an old name
+        peft_model = to_peft(model, head)
     config = peft_model.peft_config["default"]
-    config.base_model_name_or_path = run.model.checkpoint or run.model.architecture
+    config.base_model_name_or_path = base_model(loaded)
     config.task_type = "SEQ_CLS" if run.model.modality == "text" else None
     # Without this setting PEFT looks on the hub whether the embeddings have changed.
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    _write_preprocessing(loaded, folder)
+    write_bytes(folder / "README.md", model_card(loaded).encode())  # in place of PEFT's template
 
 
 def export_merged(loaded: LoadedRun, folder: Path) -> None:
     """Write the backbone with its head and with the update in its weights, in the form of the backbone's own library.
 
-    A transformers model is written with its tokenizer and loaded by from_pretrained. A timm model is loaded by
-    timm.create_model("local-dir:<folder>", pretrained=True).
+    A transformers model is written with its tokenizer or image processor and loaded by from_pretrained. A timm model is
+    loaded by timm.create_model("local-dir:<folder>", pretrained=True), and its data config is that of the run.
 
     Args:
         loaded: the finished run; its model is changed in place.
         folder: an existing, empty folder.
     """
     model, settings = loaded.backbone.model, loaded.run.model
-    classes = [str(name) for name in loaded.record["classes"]]
+    classes = list(loaded.classes)
     if loaded.run.adapter:
         merge(model)
         detach(model)
@@ -69,24 +77,28 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
         else:
             model.config.problem_type = "regression"
         model.save_pretrained(str(folder))
-        if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(str(folder))
+        _write_preprocessing(loaded, folder)
         return
     from timm.models import save_for_hf
 
-    image_input = loaded.backbone.image_input
+    image_input = loaded.image_input
     assert image_input is not None
-
     save_for_hf(
         model,
         str(folder),
-        model_config={
-            "pretrained_cfg": {"mean": list(image_input.mean), "std": list(image_input.std)},
-            "label_names": classes,
-        },
-        model_args={"in_chans": image_input.channels, **settings.options},
+        model_config={"pretrained_cfg": image_input.as_timm_config(), "label_names": classes},
+        model_args=create_arguments(settings, loaded.backbone),
         safe_serialization=True,
     )
+
+
+def _write_preprocessing(loaded: LoadedRun, folder: Path) -> None:
+    """Write what turns an input into a batch: the tokenizer, or for an image model of transformers the processor."""
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(str(folder))
+    elif loaded.run.model.library == "transformers":
+        assert loaded.image_input is not None
+        write_json(folder / "preprocessor_config.json", loaded.image_input.as_transformers_config())
 
 
 FORMATS: Mapping[str, Callable[[LoadedRun, Path], None]] = {"peft": export_peft, "merged": export_merged}

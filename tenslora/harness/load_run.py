@@ -14,7 +14,8 @@ from tenslora.attachment import load
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
-from tenslora.harness.config import DatasetConfig, RunConfig, validate
+from tenslora.harness.backbones.image_input import ImageInput
+from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, RunConfig, validate
 from tenslora.harness.data import Dataset, Examples, load_dataset
 from tenslora.harness.data.encoding import encode
 from tenslora.harness.data.glue import GLUE_TASKS
@@ -59,6 +60,14 @@ class LoadedRun:
             return ()
         earlier = GLUE_TASKS.get(self.run.dataset.name)  # the only texts of earlier versions, whose records lack them
         return tuple(self.record.get("text_columns") or (earlier.sentences if earlier else ()))
+
+    @property
+    def image_input(self) -> ImageInput | None:
+        """How the run turned a test image into the model's input; None for a text model."""
+        image_input = self.backbone.image_input
+        if image_input is None or not isinstance(self.run.dataset, ImageDatasetConfig):
+            return None
+        return image_input.under(self.run.dataset.transform)
 
     def predict(
         self, inputs: Sequence[Any], *, device: str | None = None, batch_size: int | None = None

@@ -5,18 +5,23 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers
+import yaml
 from peft import PeftModel
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tenslora import TensLoRAError
 from tenslora.harness import export as module
 from tenslora.harness.backbones import load_backbone
+from tenslora.harness.data import load_dataset
 from tenslora.harness.export import export, main
 from tenslora.harness.load_run import LoadedRun, load_run
 from tenslora.harness.training.tasks import outputs_of
@@ -36,13 +41,39 @@ class Finished:
         torch.testing.assert_close(outputs_of(model.eval(), self.batch), self.logits, rtol=0, atol=1e-5)
 
 
-@pytest.fixture(scope="module", params=["digits_run", "sentences_run"])
+@pytest.fixture(scope="module")
+def images_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on images with a ViT of transformers, of random weights on disk."""
+    root = tmp_path_factory.mktemp("images_run")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    settings = transformers.ViTConfig(image_size=8, patch_size=4, **sizes)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    transformers.ViTForImageClassification(settings).save_pretrained(root / "vit")
+    random = np.random.default_rng(0)
+    for index in range(48):
+        red = (index % 2) * 255
+        pixels = random.integers(0, 256, (12, 10, 3), np.uint8) // 2 + np.array([red // 2, 0, 0], np.uint8)
+        path = root / "images" / ("train" if index < 32 else "test") / ("grey", "red")[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    run(
+        root / "run", "dataset=image_folder", f"dataset.root={root}/images", "model=hf_image",
+        f"model.checkpoint={root}/vit", "model.image_size=8", "model.channels=3", "model.mean=[0.5,0.4,0.3]",
+        "model.std=[0.5,0.5,0.6]", "trainer.epochs=2", "trainer.batch_size=8", "optimizer.lr=0.02", "tensor_mode=qkv",
+        "rank_strategy=isorank", "dataset.transform.crop_ratio=0.8", "dataset.transform.squash=true",
+        "dataset.transform.interpolation=bicubic",
+    )  # fmt: skip
+    return root / "run"
+
+
+@pytest.fixture(scope="module", params=["digits_run", "sentences_run", "images_run"])
 def finished(request: pytest.FixtureRequest) -> Finished:
     folder: Path = request.getfixturevalue(request.param)
     loaded = load_run(folder)
     generator = torch.Generator().manual_seed(0)
-    if loaded.run.model.modality == "image":
-        batch = {"x": torch.randn(3, 1, 8, 8, generator=generator)}
+    if image_input := loaded.image_input:
+        shape = (3, image_input.channels, image_input.size, image_input.size)
+        batch = {loaded.backbone.input_name: torch.randn(shape, generator=generator)}
     else:
         batch = {"input_ids": torch.randint(5, 50, (3, 7), generator=generator)}
     return Finished(folder, loaded, batch, outputs_of(loaded.backbone.model.eval(), batch))
@@ -58,17 +89,52 @@ def test_peft_loads_a_run_written_for_it(finished: Finished, tmp_path: Path) -> 
     finished.assert_equal_logits(PeftModel.from_pretrained(fresh, str(tmp_path / "peft")))
 
 
-def test_its_own_library_loads_a_merged_run(finished: Finished, tmp_path: Path) -> None:
-    out = tmp_path / "merged"
+def test_the_model_card_of_a_peft_adapter_says_what_it_is_and_its_code_loads_it(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    main([str(finished.folder), "--format", "peft", "--out", str(tmp_path / "peft")])
+    assert not recwarn.list
+    card, record = (tmp_path / "peft" / "README.md").read_text(), finished.loaded.record
+    _, metadata, text = card.split("---\n", maxsplit=2)
+    assert set(yaml.safe_load(metadata)) == {"base_model", "library_name", "pipeline_tag", "tags"}
+    for value in (
+        record["tensor_mode"], record["rank_strategy"], ", ".join(map(str, record["ranks"])), record["dataset"],
+        f"{record['metrics']['last']:.4f}", ", ".join(record["classes"]),
+    ):  # fmt: skip
+        assert value in text
+    _, begun, code = text.partition("```python\n")
+    if not finished.loaded.run.model.pretrained:
+        assert not begun
+        return
+    monkeypatch.chdir(tmp_path / "peft")
+    names: dict[str, Any] = {}
+    exec(code.partition("```")[0], names)
+    finished.assert_equal_logits(names["model"])
+
+
+def test_its_own_library_loads_a_merged_run_and_predicts_the_same(finished: Finished, tmp_path: Path) -> None:
+    out, loaded = tmp_path / "merged", finished.loaded
     main([str(finished.folder), "--format", "merged", "--out", str(out)])
-    if finished.loaded.run.model.library == "timm":
+    inputs = load_dataset(loaded.run.dataset, loaded.run.seed).test.inputs
+    if loaded.run.model.library == "timm":
         model = timm.create_model(f"local-dir:{out}", pretrained=True)
-        assert tuple(model.pretrained_cfg["mean"]) == finished.loaded.run.model.mean
+        transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        batch = {"x": torch.stack([transform(image) for image in inputs])}
+    elif loaded.tokenizer is None:
+        model = transformers.AutoModelForImageClassification.from_pretrained(out)
+        processor = transformers.AutoImageProcessor.from_pretrained(out, use_fast=False)
+        batch = processor(images=list(inputs), return_tensors="pt")
     else:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(out)
-        assert transformers.AutoTokenizer.from_pretrained(out)("the cat")["input_ids"]
-        assert model.config.id2label == dict(enumerate(finished.loaded.record["classes"]))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        batch = tokenizer([sentence for (sentence,) in inputs], padding=True, return_tensors="pt")
     finished.assert_equal_logits(model)
+    if loaded.run.model.library == "transformers":
+        assert model.config.id2label == dict(enumerate(loaded.classes))
+    with torch.no_grad():
+        made = outputs_of(model, dict(batch)).softmax(-1)
+    expected = [list(each.probabilities.values()) for each in loaded.predict(inputs)]
+    torch.testing.assert_close(made, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-5)
 
 
 def test_an_impossible_export_is_one_line(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

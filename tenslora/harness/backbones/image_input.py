@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +54,49 @@ class ImageInput:
         elif not transform.normalize:  # pixels stay in [0, 1]
             given["mean"], given["std"] = (0.0,) * self.channels, (1.0,) * self.channels
         return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def resized(self) -> int:
+        """The size that an image is resized to before its centre is cut out, in pixels."""
+        return round(self.size / self.crop_ratio)
+
+    def as_timm_config(self) -> dict[str, Any]:
+        """timm's data config, with which `timm.data.create_transform` makes the same input of an image."""
+        # timm rounds down where `resized` rounds to the nearest, so that its ratio may have to be a little smaller.
+        ratios = (self.crop_ratio, self.size / self.resized, self.size / (self.resized + 0.5))
+        return {
+            "input_size": [self.channels, self.size, self.size],
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "crop_pct": next(ratio for ratio in ratios if math.floor(self.size / ratio) == self.resized),
+            "crop_mode": "squash" if self.squash else "center",
+        }
+
+    def as_transformers_config(self) -> dict[str, Any]:
+        """The content of preprocessor_config.json, with which transformers makes the same input of an image.
+
+        The processor is CLIP's, because ViT's does not cut out the centre. Where the centre is cut out and an odd number
+        of pixels is left over, transformers' centre lies one pixel further left or up. Its fast processors resize
+        without PIL, which changes pixels a little; `use_fast=False` or `backend="pil"` avoids that.
+        """
+        from PIL import Image
+
+        squashed = {"height": self.resized, "width": self.resized}
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": self.channels == 3,
+            "do_resize": True,
+            "size": squashed if self.squash else {"shortest_edge": self.resized},
+            "resample": int(Image.Resampling[self.interpolation.upper()]),
+            "do_center_crop": True,
+            "crop_size": {"height": self.size, "width": self.size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
 
 
 def resolve_image_input(config: ModelConfig, own: ImageInput) -> ImageInput:

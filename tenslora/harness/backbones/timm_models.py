@@ -44,9 +44,23 @@ def load_timm(config: ModelConfig, classes: int) -> Backbone:
     require_whole_patches(config, image_input.size, getattr(getattr(model, "patch_embed", None), "patch_size", None))
     backbone = Backbone(model, head, "x", image_input)
     if config.pretrained and config.checkpoint is not None:
-        path = EMBEDDED if config.checkpoint == "embedded" else _weights_file(Path(config.checkpoint))
+        path = weights_file(config.checkpoint)
         _load_weights(backbone, config, path)
     return backbone
+
+
+def create_arguments(config: ModelConfig, backbone: Backbone) -> dict[str, Any]:
+    """The arguments with which timm.create_model makes a model like a loaded one, but for the number of classes.
+
+    Args:
+        config: the model's settings.
+        backbone: the loaded model.
+    """
+    assert backbone.image_input is not None
+    arguments = {"in_chans": backbone.image_input.channels, **config.options}
+    if vars(backbone.model)["pretrained_cfg"].get("fixed_input_size"):
+        arguments["img_size"] = backbone.image_input.size
+    return arguments
 
 
 def _require_known(timm: Any, config: ModelConfig, from_hub: bool) -> None:
@@ -129,8 +143,16 @@ def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:
     model.load_state_dict({name: weights[name] for name in expected}, strict=False)
 
 
-def _weights_file(path: Path) -> Path:
-    """A file of weights: `path` itself, or the one in the folder `path`."""
+def weights_file(checkpoint: str) -> Path:
+    """The file of weights that `model.checkpoint` names: "embedded", a file, or a folder with such a file.
+
+    Args:
+        checkpoint: the setting's value.
+
+    Raises:
+        TensLoRAError: if there is no such file.
+    """
+    path = EMBEDDED if checkpoint == "embedded" else Path(checkpoint)
     for file in (path, path / "model.safetensors", path / "pytorch_model.bin"):
         if file.is_file():
             return file

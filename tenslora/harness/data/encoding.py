@@ -260,7 +260,7 @@ def _transformed(examples: Examples, transform: TransformConfig, image_input: Im
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import v2 as T
 
-    size = round(image_input.size / image_input.crop_ratio)
+    size = image_input.resized
     interpolation = InterpolationMode(image_input.interpolation)
     prepare = T.Compose(
         [

@@ -114,15 +114,28 @@ class ImageFiles(Sequence["Image"]):
         path = self.paths[index]
         try:
             with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):
-                    # PIL would clip these pixels at 255, which makes most of them white.
-                    raise TensLoRAError(f"{path}: has pixels of more than 8 bits ({image.mode}); save it with 8 bits")
-                return image.convert("RGB")
+                return to_rgb(image, str(path))
         except Image.DecompressionBombError as error:
             raise TensLoRAError(f"{path}: the image is too large ({error})") from error
         except (OSError, SyntaxError, ValueError) as error:
             # Not all of PIL's messages name the file.
             raise TensLoRAError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+def to_rgb(image: Image, name: str) -> Image:
+    """Convert an image to RGB.
+
+    Args:
+        image: the image.
+        name: what a message calls it.
+
+    Raises:
+        TensLoRAError: if its pixels have more than 8 bits.
+    """
+    if image.mode.startswith(("I", "F")):
+        # PIL would clip these pixels at 255, which makes most of them white.
+        raise TensLoRAError(f"{name}: has pixels of more than 8 bits ({image.mode}); save it with 8 bits")
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True, eq=False)

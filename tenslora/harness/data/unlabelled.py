@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.data.examples import Examples, ImageFiles
+from tenslora.harness.data.examples import Examples, ImageFiles, to_rgb
 
 _INPUTS = {"image": "images", "text": "sentences or of pairs of sentences"}
 
@@ -52,7 +52,7 @@ class GivenImages(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         item = self.items[index]
-        return ImageFiles([item])[0] if isinstance(item, Path) else item.convert("RGB")
+        return ImageFiles([item])[0] if isinstance(item, Path) else to_rgb(item, f"image {index}")
 
 
 def _image(item: Any) -> Any:

@@ -1,0 +1,121 @@
+"""The model card of an exported adapter: what it was trained from and on, what it scores, and how to load it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tenslora.harness.backbones.timm_models import create_arguments, weights_file
+from tenslora.harness.load_run import LoadedRun
+
+
+def base_model(loaded: LoadedRun) -> str:
+    """Where the backbone's weights are: the absolute path of a file or folder, or a name on the Hugging Face hub.
+
+    Args:
+        loaded: the finished run.
+    """
+    settings = loaded.run.model
+    if settings.library == "timm":
+        if settings.checkpoint is None or not settings.pretrained:
+            return f"timm/{settings.architecture}"
+        return os.path.abspath(weights_file(settings.checkpoint))
+    name = str(settings.checkpoint or settings.architecture)
+    return os.path.abspath(name) if Path(name).exists() else name
+
+
+def model_card(loaded: LoadedRun) -> str:
+    """A README.md in Markdown, with the metadata that the Hugging Face hub reads.
+
+    Args:
+        loaded: the finished run.
+    """
+    run, record, base = loaded.run, loaded.record, base_model(loaded)
+    metadata = {
+        "base_model": base,
+        "library_name": "peft",
+        "pipeline_tag": "text-classification" if run.model.modality == "text" else "image-classification",
+        "tags": ["tenslora", "lora"],
+    }
+    factorization = "" if record["factorization"] == "matrix" else f", {record['factorization']} factorization"
+    rows = {
+        "base model": base if run.model.pretrained else f"{base}, with random weights of seed {run.seed}",
+        "construction": f"{record['tensor_mode']}{factorization}",
+        "ranks": f"{', '.join(map(str, record['ranks']))} ({record['rank_strategy']})",
+        "parameters": f"{record['adapter_parameters']:,} in the adapter, {record['head_parameters']:,} in the head",
+        "data": f"{record['dataset']}, {record['train_examples']:,} training examples",
+        "classes": ", ".join(loaded.classes) or "none, the output is a value",
+        "seed": str(run.seed),
+    }
+    scores = {record["metrics"]["name"]: record["metrics"]["last"], **record["metrics"]["others_last"]}
+    for name, score in scores.items():
+        rows[f"{name} ({record.get('scored_on', 'test')})"] = f"{score:.4f}"
+    lines = [
+        "---",
+        *(f"{name}: {json.dumps(value)}" for name, value in metadata.items()),
+        "---",
+        "",
+        f"# {record['tensor_mode']} adapter of {record['model']} for {record['dataset']}",
+        "",
+        "A TensLoRA adapter ([arXiv 2509.19391](https://arxiv.org/abs/2509.19391)), written as a LoRA that adds the "
+        "same update, and the trained head.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {_in_cell(value)} |" for name, value in rows.items()),
+        "",
+        "## How to load it",
+        "",
+    ]
+    if run.model.pretrained:
+        lines += ["```python", *(_timm_code if run.model.library == "timm" else _transformers_code)(loaded), "```"]
+    else:
+        lines += ["The base model's weights are random and in no file; `--format merged` exports all weights."]
+    return "\n".join([*lines, ""])
+
+
+def _in_cell(value: str) -> str:
+    return " ".join(value.replace("|", "\\|").split())
+
+
+def _transformers_code(loaded: LoadedRun) -> list[str]:
+    is_text = loaded.run.model.modality == "text"
+    auto_class = f"AutoModelFor{'Sequence' if is_text else 'Image'}Classification"
+    reader = "AutoTokenizer" if is_text else "AutoImageProcessor"
+    arguments = f'num_labels={max(1, len(loaded.classes))}, ignore_mismatched_sizes=True, dtype="float32"'
+    sentences = ", ".join(['"A sentence."', '"Another."'][: len(loaded.text_columns) or 1])
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {auto_class}, {reader}",
+        "",
+        'folder = "."  # where this file is',
+        f"base = {json.dumps(base_model(loaded))}",
+        f"model = {auto_class}.from_pretrained(base, {arguments})",
+        "model = PeftModel.from_pretrained(model, folder).eval()",
+        f"{'tokenizer' if is_text else 'processor'} = {reader}.from_pretrained(folder)",
+        f'logits = model(**tokenizer({sentences}, return_tensors="pt")).logits'
+        if is_text
+        else '# logits = model(**processor(images=image, return_tensors="pt")).logits',
+    ]
+
+
+def _timm_code(loaded: LoadedRun) -> list[str]:
+    settings = loaded.run.model
+    arguments: dict[str, Any] = {"num_classes": len(loaded.classes) or 1, **create_arguments(settings, loaded.backbone)}
+    if settings.checkpoint is not None:
+        arguments["pretrained_cfg_overlay"] = {"file": base_model(loaded)}
+    assert loaded.image_input is not None
+    return [
+        "import timm",
+        "from peft import PeftModel",
+        "",
+        'folder = "."  # where this file is',
+        f"arguments = {arguments!r}",
+        f'model = timm.create_model("{settings.architecture}", pretrained=True, **arguments)',
+        "model = PeftModel.from_pretrained(model, folder).eval()",
+        f"images = {loaded.image_input.as_timm_config()!r}",
+        "transform = timm.data.create_transform(**images)",
+        "# logits = model(transform(image)[None])",
+    ]
