@@ -6,9 +6,11 @@ Hydra looks for plugins in the package `hydra_plugins` only.
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -21,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from tenslora.errors import TensLoRAError
 
 LOOK_SECONDS = 5.0
+SAY_AGAIN_SECONDS = 300.0  # how long a wait may go on without a new line if only the number of pending jobs changes
 
 
 class TableSweeper(BasicSweeper):
@@ -113,7 +116,10 @@ class _Patient(submitit_launcher.BaseSubmititLauncher):
                 [Singleton.get_state()] * len(numbers),
             )
         except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
-            raise TensLoRAError(f"hydra/launcher: {self._EXECUTOR} takes no jobs ({error})") from error
+            advice = settings_for(str(error)) if self._EXECUTOR == "slurm" else ""
+            raise TensLoRAError(
+                f"hydra/launcher: {self._EXECUTOR} takes no jobs ({error}){advice and f'; {advice}'}"
+            ) from error
         print(f"submitted {len(jobs)} jobs to {self._EXECUTOR}: {_names(jobs)}", flush=True)
         outcomes: dict[str, JobReturn] = {}
         try:
@@ -147,16 +153,28 @@ class PatientLocalLauncher(_Patient, submitit_launcher.LocalLauncher):
 class PatientSlurmLauncher(_Patient, submitit_launcher.SlurmLauncher):
     """The launcher of hydra/launcher=submitit_slurm.
 
-    The launcher asks squeue which jobs are left. submitit asks sacct, which does not answer on a cluster without
-    accounting.
+    The launcher asks squeue which jobs are left, and why those that have not started are waiting. submitit asks sacct,
+    which does not answer on a cluster without accounting.
     """
 
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        self._pending = PendingJobs()
+
     def _are_under_way(self, jobs: Sequence[Any]) -> list[bool]:
+        from tqdm import tqdm
+
         left = [not job.paths.result_pickle.exists() for job in jobs]
-        asked = _ask("squeue", "--noheader", "--array", "--me", "--format=%i")
+        asked = _ask("squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r")
         if asked.returncode:  # the controller is busy or restarting, and may answer later
             return left
-        queued = set(asked.stdout.split())
+        queued = {
+            number: (state, why)
+            for number, state, why in (line.split("|", 2) for line in asked.stdout.split("\n") if line)
+        }
+        reasons = [queued[job.job_id][1] for job in jobs if queued.get(job.job_id, ("", ""))[0] == "PENDING"]
+        for line in self._pending.news(reasons):
+            tqdm.write(line)  # which moves the sweep's progress bar out of the way
         return [is_left and job.job_id in queued for is_left, job in zip(left, jobs, strict=True)]
 
     def _outcome(self, job: Any) -> JobReturn:
@@ -174,6 +192,68 @@ class PatientSlurmLauncher(_Patient, submitit_launcher.SlurmLauncher):
             f"Slurm job {job.job_id} is {state} without a result; see {job.paths.stderr}"
         )
         return failed
+
+
+class PendingJobs:
+    """What to say of the jobs that wait in Slurm's queue: how many there are and why, whenever the reasons change."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+        self.said_at = 0.0
+
+    def news(self, reasons: Sequence[str]) -> Iterator[str]:
+        """The lines that are new.
+
+        Args:
+            reasons: for each pending job the reason that squeue gives.
+        """
+        counts = Counter(reasons)
+        new = counts.keys() - self.said
+        if counts.keys() == self.said and time.monotonic() - self.said_at < SAY_AGAIN_SECONDS:
+            return
+        self.said, self.said_at = set(counts), time.monotonic()
+        if counts:
+            listed = ", ".join(f"{number} {_in_words(reason)}" for reason, number in counts.most_common())
+            yield f"pending in Slurm's queue: {listed}"
+        for reason in filter(is_permanent, sorted(new)):
+            advice = settings_for(reason)
+            yield f"{reason} does not clear by itself{advice and f'; {advice}'}; Ctrl-C and scancel end the wait"
+
+
+_PERMANENT = re.compile(
+    r"AccountNotAllowed|BadConstraints|DeadLine|DependencyNeverSatisfied|InvalidAccount|InvalidQOS|JobHeld\w+"
+    r"|JobHoldMaxRequeue|MaxMemPerLimit|Partition(Config|NodeLimit|TimeLimit)|QOSNotAllowed|ReservationDeleted"
+    r"|(Assoc|QOS)Max\w+Per(Job|Node)(Limit)?|QOSMin\w+"
+)
+"""The reasons of slurm.schedmd.com/job_reason_codes.html that neither time nor the end of other jobs removes."""
+
+_SETTINGS = {
+    "gres|generic resource": "hydra.launcher.gpus_per_node=0 asks for no GPU",
+    "mem": "see hydra.launcher.mem_gb",
+    "time|wall|minutes": "see hydra.launcher.timeout_min",
+    "cpu": "see hydra.launcher.cpus_per_task",
+    "account": "see hydra.launcher.account",
+    "qos": "see hydra.launcher.qos",
+    "feature": "see hydra.launcher.constraint",
+    "partition name|partition specified": "see hydra.launcher.partition",
+    "held|hold": "scontrol release starts it",
+    "node|constraints|PartitionConfig": "see hydra.launcher.cpus_per_task, mem_gb, gpus_per_node and partition",
+}
+"""What to do about a reason or a refusal of Slurm's that contains one of these words; the first that fits."""
+
+
+def is_permanent(reason: str) -> bool:
+    """Whether a job that is pending for this reason will never start, unless its request or the cluster changes."""
+    return _PERMANENT.fullmatch(re.split(r"[ ,]", reason)[0]) is not None
+
+
+def settings_for(text: str) -> str:
+    """What to do about a reason or a refusal of Slurm's; empty if nothing is known."""
+    return next((advice for words, advice in _SETTINGS.items() if re.search(words, text, re.IGNORECASE)), "")
+
+
+def _in_words(reason: str) -> str:
+    return "None (not yet considered)" if reason == "None" else reason
 
 
 PATIENT = {

@@ -68,9 +68,11 @@ class FakeSlurm:
         return returned
 
     def answers(self, *queued: str) -> None:
-        """Let squeue answer these lists of jobs, one after the other; "!" is a failure."""
+        """Let squeue answer these lists of jobs, one after the other; "!" is a failure, job:reason a pending job."""
         for number, answer in enumerate(queued, start=1):
-            (self.folder / "queue" / str(number)).write_text(answer.replace(" ", "\n") + "\n")
+            jobs = (job.partition(":") for job in answer.split())
+            lines = (f"{job}|PENDING|{why}" if why else f"{job}|RUNNING|None" for job, _, why in jobs)
+            (self.folder / "queue" / str(number)).write_text("\n".join([*lines, ""]))
 
     def arrives(self, number: int, job: str, outcome: tuple[str, Any]) -> None:
         """Let a job's result appear just before squeue's answer of this number."""
@@ -148,7 +150,7 @@ def test_a_job_that_vanishes_has_failed_and_the_others_are_waited_for(slurm: Fak
     assert (slurm.folder / "squeue-arguments").read_text().split()[:2] == ["--noheader", "--array"]
 
     lines = (slurm.folder / "submitted.sh").read_text().splitlines()
-    wanted = {"array=0-3%4", "partition=gpu", "gpus-per-node=2", "time=240", "mem=32GB", "cpus-per-task=8"}
+    wanted = {"array=0-3%4", "partition=gpu", "gpus-per-node=2", "time=240", "mem=12GB", "cpus-per-task=2"}
     assert {f"#SBATCH --{setting}" for setting in (*wanted, "signal=USR2@120")} <= set(lines)
     submitted = DelayedSubmission.load(slurm.results / "7_0_submitted.pkl")
     assert submitted._timeout_countdown == 20, "how often it may run out of time and is requeued"
@@ -160,6 +162,81 @@ def test_a_job_that_slurm_has_forgotten_is_gone(slurm: FakeSlurm) -> None:
     gone, there = slurm.launch(2)
     assert "Slurm job 7_0 is gone without a result" in str(gone._return_value)
     assert there.return_value == "there"
+
+
+def test_a_sweep_says_why_its_jobs_wait_and_at_once_what_will_not_change(slurm: FakeSlurm, capfd: Any) -> None:
+    reason = "ReqNodeNotAvail,UnavailableNodes:a1"
+    slurm.answers(
+        "7_0:None 7_1:None 7_2:None", "7_0 7_1:Priority 7_2:Priority", "7_0 7_2:Priority", "!",
+        f"7_0:{reason} 7_2:PartitionTimeLimit", f"7_0:{reason} 7_2:PartitionTimeLimit", "",
+    )  # fmt: skip
+    for job in ("7_0", "7_1", "7_2"):
+        slurm.arrives(7, job, ("success", completed(job)))
+    slurm.launch(3)
+    assert capfd.readouterr().out.splitlines() == [
+        "submitted 3 jobs to slurm: 7",
+        "pending in Slurm's queue: 3 None (not yet considered)",
+        "pending in Slurm's queue: 2 Priority",
+        f"pending in Slurm's queue: 1 {reason}, 1 PartitionTimeLimit",
+        "PartitionTimeLimit does not clear by itself; see hydra.launcher.timeout_min; Ctrl-C and scancel end the wait",
+    ]
+
+
+# From https://slurm.schedmd.com/job_reason_codes.html
+CLEARS = (
+    "AssocGrpGRES AssocGrpCPUMinutesLimit AssocMaxJobsLimit BeginTime Dependency JobArrayTaskLimit Licenses None "
+    "MaxCpuPerAccount NodeDown PartitionDown PartitionInactive Priority QOSGrpCpuLimit QOSMaxCpuPerUserLimit "
+    "QOSMaxJobsPerUserLimit QOSMaxGRESPerUser Resources Reservation SystemFailure"
+)
+NEVER_CLEARS = {
+    "AccountNotAllowed": "account",
+    "AssocMaxMemPerJob": "mem_gb",
+    "AssocMaxWallDurationPerJobLimit": "timeout_min",
+    "BadConstraints": "partition",
+    "InvalidQOS": "qos",
+    "MaxMemPerLimit": "mem_gb",
+    "PartitionConfig": "cpus_per_task",
+    "PartitionNodeLimit": "partition",
+    "PartitionTimeLimit": "timeout_min",
+    "QOSMaxCpuMinutesPerJobLimit": "timeout_min",
+    "QOSMaxCpuPerJobLimit": "cpus_per_task",
+    "QOSMaxGRESPerJob": "gpus_per_node",
+    "QOSMaxMemoryPerNode": "mem_gb",
+    "QOSMaxWallDurationPerJobLimit": "timeout_min",
+    "QOSMinCpuNotSatisfied": "cpus_per_task",
+    "QOSMinGRES": "gpus_per_node",
+    "QOSNotAllowed": "qos",
+    "JobHeldUser": "scontrol release",
+    "DependencyNeverSatisfied": "",
+}
+
+
+def test_slurms_reasons_are_told_apart() -> None:
+    plugin: Any = importlib.import_module(PLUGIN)
+    assert not any(map(plugin.is_permanent, [*CLEARS.split(), "ReqNodeNotAvail, May be reserved for other job"]))
+    for reason, setting in NEVER_CLEARS.items():
+        assert plugin.is_permanent(reason)
+        assert setting in plugin.settings_for(reason)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "advice"),
+    [
+        ("Invalid generic resource (gres) specification", "; hydra.launcher.gpus_per_node=0 asks for no GPU"),
+        ("invalid partition specified: nowhere", "; see hydra.launcher.partition"),
+        ("Memory specification can not be satisfied", "; see hydra.launcher.mem_gb"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "; see hydra.launcher.timeout_min"),
+        ("Requested node configuration is not available", "; see hydra.launcher.cpus_per_task, mem_gb"),
+        ("Slurm controller not responding", ""),
+    ],
+)
+def test_a_refusal_is_one_line_with_the_setting_that_mends_it(slurm: FakeSlurm, refusal: str, advice: str) -> None:
+    (slurm.folder / "refused").write_text(refusal)
+    with pytest.raises(TensLoRAError) as refused:
+        slurm.launch(1, "hydra.launcher.partition=nowhere")
+    line = str(refused.value)
+    assert line.startswith("hydra/launcher: slurm takes no jobs (") and refusal in line
+    assert line.rpartition(")")[2].startswith(advice) and bool(advice) == (not line.endswith(")"))
 
 
 def test_a_single_job_is_no_array(slurm: FakeSlurm) -> None:
@@ -182,12 +259,6 @@ def test_a_result_may_appear_after_the_job_has_left_the_queue(slurm: FakeSlurm) 
     slurm.sleep = sleep
     (late,) = slurm.launch(1)
     assert late.return_value == "late"
-
-
-def test_an_unknown_partition_is_one_line(slurm: FakeSlurm) -> None:
-    (slurm.folder / "refused").touch()
-    with pytest.raises(TensLoRAError, match=r"hydra/launcher: slurm takes no jobs \(.*invalid partition"):
-        slurm.launch(1, "hydra.launcher.partition=nowhere")
 
 
 def test_a_machine_without_slurm_is_one_line(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
