@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import ROOT
+from tests.hub_server import HubServer
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,17 @@ class Commands:
 
     Args:
         folder: for what the commands print.
+        hub: what stands in for the Hugging Face hub; the commands keep what they download from it below `folder`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, hub: HubServer) -> None:
+        self.folder, self.hub = folder, hub
         self.count = 0
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "huggingface")}
         command = [sys.executable, "-m", "tests.harness.command_server"]
-        self.server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.server = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def run(self, command: Command) -> Ended:
         """Carry out one command."""

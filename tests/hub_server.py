@@ -21,6 +21,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "1" * 40
 
+_MARK = ".repository"
+"""A file that tells a repository's folder from a user's."""
+
 
 class HubServer(ThreadingHTTPServer):
     """A server on 127.0.0.1.
@@ -55,6 +58,23 @@ def serving(folder: Path) -> Iterator[HubServer]:
             yield server
         finally:
             server.shutdown()
+
+
+def repository(hub: Path, kind: str, name: str) -> Path:
+    """Make an empty repository in the folder of a server.
+
+    Args:
+        hub: the folder that is served.
+        kind: "models" or "datasets".
+        name: the repository's name.
+
+    Returns:
+        The repository's folder.
+    """
+    folder = hub / kind / name
+    folder.mkdir(parents=True)
+    (folder / _MARK).touch()
+    return folder
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -103,14 +123,15 @@ class _Handler(BaseHTTPRequestHandler):
         # A repository's name has one word or two.
         for count in (2, 1):
             folder = self.server.folder / kind / "/".join(words[:count])
-            if (folder / ".repository").is_file():
+            if (folder / _MARK).is_file():
                 return folder, words[count:]
         return None, words
 
     def _send_file(self, repository: Path, name: str) -> None:
         file = repository / name
         if not file.is_file():
-            return self._refuse("EntryNotFound")
+            self._refuse("EntryNotFound")
+            return
         size, start = file.stat().st_size, 0
         wanted = self.headers.get("Range")
         end = size
@@ -174,7 +195,7 @@ def _description(repository: Path, kind: Path) -> dict[str, Any]:
         "likes": 0,
         "lastModified": "2026-01-01T00:00:00.000Z",
         "createdAt": "2026-01-01T00:00:00.000Z",
-        "siblings": [{"rfilename": file} for file in files if file != ".repository"],
+        "siblings": [{"rfilename": file} for file in files if file != _MARK],
     }
 
 

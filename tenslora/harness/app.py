@@ -54,6 +54,8 @@ def run_app(
     os.environ[_FULL_ERROR] = "1"
     # A launcher starts jobs in other processes, perhaps on other machines, which have to find this package.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    if not sys.stderr.isatty():  # the datasets library would fill a log with its progress bars
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # SIGTERM becomes KeyboardInterrupt, so that the code below can stop its own processes.
     signal.signal(signal.SIGTERM, guarded.interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores SIGINT

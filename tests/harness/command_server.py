@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import torch
 from hydra.core.plugins import Plugins
 
@@ -71,6 +72,8 @@ def _carry_out(command: dict[str, Any]) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (command["largest_file"],) * 2)
     os.environ.update(command["environment"])
+    # The hub's client has read its environment on import.
+    huggingface_hub.constants.HF_HUB_OFFLINE = "HF_HUB_OFFLINE" in command["environment"]
     root = Path.cwd()
     sys.path[0] = str(root)  # as for `python <root>/train.py`
     os.chdir(command["folder"])

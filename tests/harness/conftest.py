@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Commands
+from tests.hub_server import serving
 from tests.running import run
 
 _SIZES = "hidden_size:24,num_hidden_layers:2,num_attention_heads:3,intermediate_size:32"
@@ -21,9 +22,10 @@ TINY_BERT = (
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     """Carries out train.py and sweep.py."""
-    started = Commands(tmp_path_factory.mktemp("commands"))
-    yield started
-    started.stop()
+    with serving(tmp_path_factory.mktemp("hub")) as hub:
+        started = Commands(tmp_path_factory.mktemp("commands"), hub)
+        yield started
+        started.stop()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from tenslora.errors import TensLoRAError, first_line
@@ -43,6 +44,12 @@ def folder_or_repository(config: ModelConfig) -> str:
     return config.checkpoint
 
 
+@cache
+def _announce(name: str, repository: str) -> None:
+    # Cached, because a model's settings, its tokenizer and its weights are fetched one after the other.
+    log.info("%s: looking for %s", name, repository)
+
+
 def source_setting(config: ModelConfig) -> str:
     """The setting and the value that say which model it is, for the beginning of a message."""
     if config.checkpoint is not None:
@@ -69,7 +76,7 @@ def fetching(config: ModelConfig) -> Iterator[None]:
     is_local = config.checkpoint is not None and Path(config.checkpoint).exists()
     repository = config.checkpoint or config.architecture
     if not is_local:
-        log.info("%s: looking for %s", config.name, repository)
+        _announce(config.name, str(repository))
     try:
         yield
     except TensLoRAError:
