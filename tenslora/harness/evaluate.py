@@ -4,8 +4,8 @@
     python -m tenslora.harness.evaluate <run> dataset.root=<folder> # on other data of the same kind
 
 On the run's own data the scores are those of its record, to the last digit if the device and the number of processes
-are the same. Any setting of the dataset can be changed. Other data may lack some of the run's classes, but it must not
-have others.
+are the same. Any setting of the dataset can be changed. Other data may lack some of the run's classes, but must not
+have others. Other images or texts of your own need no training examples; without a test split, all of them are scored.
 """
 
 from __future__ import annotations
@@ -77,17 +77,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loaded = load_run(given.run, given.checkpoint)
         run = with_overrides(loaded.run, given.overrides)
         evaluation = loaded.evaluate(run.dataset, device=given.device)
-    split = run.dataset.scored_on
+    split = next(iter(evaluation.predictions))
     scores = {f"{split}_loss": evaluation.loss, **evaluation.scores}
     examples = sum(len(of_split.labels) for of_split in evaluation.predictions.values())
     if given.format == "jsonl":
         print(json.dumps({"dataset": run.dataset.name, "examples": examples, **scores}))
         return
+    place = run.dataset.name if run.dataset.root == loaded.run.dataset.root else run.dataset.root
     recorded = scores_of(loaded.record) if run.dataset == loaded.run.dataset else {}
-    print(f"{loaded.record['tensor_mode']} on {run.dataset.name}: {examples:,} {split} examples")
+    print(f"{loaded.record['tensor_mode']} on {place}: {examples:,} {split} examples")
     width = max(map(len, scores))
     for name, value in scores.items():
-        print(f"{name:<{width}}  {value!r:<20}" + (f"  in the record: {recorded.get(name)!r}" if recorded else ""))
+        in_the_record = f"  in the record: {recorded.get(name)!r}" if recorded else ""
+        print(f"{name:<{width}}  {value!r:<20}{in_the_record}".rstrip())
 
 
 if __name__ == "__main__":

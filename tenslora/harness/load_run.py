@@ -16,7 +16,7 @@ from tenslora.files import read_safetensors
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, RunConfig, validate
-from tenslora.harness.data import Dataset, Examples, load_dataset
+from tenslora.harness.data import OWN_FILES, Dataset, Examples, load_dataset, load_tests
 from tenslora.harness.data.encoding import encode
 from tenslora.harness.data.glue import GLUE_TASKS
 from tenslora.harness.data.unlabelled import unlabelled
@@ -111,7 +111,8 @@ class LoadedRun:
         On the device and with the number of processes of the run, the result is the record's to the last digit.
 
         Args:
-            dataset: the settings of the dataset to score the model on; None for the run's own.
+            dataset: the settings of the dataset to score the model on; None for the run's own. A user's own files in
+                another place need no examples for training. If they have no split to test on, all are for testing.
             device: auto, cpu, cuda or cuda:<index>; None for the run's own.
 
         Returns:
@@ -121,7 +122,12 @@ class LoadedRun:
             TensLoRAError: if the dataset cannot be loaded, or if it has a class that the run's dataset has not.
         """
         config = dataset or self.run.dataset
-        loaded = _renumbered(load_dataset(config, self.run.seed), self.task, self.classes, config)
+        if _place(config) == _place(self.run.dataset):
+            loaded = load_dataset(config, self.run.seed)
+        else:
+            config = replace(config, validation=None) if config.source in OWN_FILES else config
+            loaded = load_tests(config, self.run.seed, self.classes)
+        loaded = _renumbered(loaded, self.task, self.classes, config)
         # The training examples are not used, and need not be tokenized.
         data = encode(replace(loaded, train=loaded.scored), config, self.backbone, self.tokenizer)
         metrics = config.metrics or TASKS[self.task].metrics
@@ -189,6 +195,11 @@ def _finished(files: RunFolder) -> dict[str, Any]:
     if record["status"] != "completed":
         raise TensLoRAError(f"{files.path}: the run has {record['status']}; it left no weights")
     return record
+
+
+def _place(config: DatasetConfig) -> list[Any]:
+    """Where the test examples of a dataset are."""
+    return [getattr(config, name, None) for name in ("root", "hub", "hub_config", "test_list")]
 
 
 def _renumbered(dataset: Dataset, task: str, classes: Sequence[str], config: DatasetConfig) -> Dataset:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
+from PIL import Image
 
 from tenslora.harness.evaluate import main, scores_of
+from tenslora.harness.load_run import load_run
 from tenslora.harness.run_folder import RunFolder
 from tests.running import SHORT, record, run
 
@@ -50,3 +55,56 @@ def test_a_validation_split_or_the_test_split_is_scored(tmp_path: Path, capsys: 
 def test_a_mistake_is_one_line(word: str, message: str, sentences_run: Path) -> None:
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         main([str(sentences_run), word])
+
+
+def test_other_images_need_no_training_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    for index in range(40):
+        red = (index % 3) * 100
+        path = tmp_path / "images" / ("train" if index < 30 else "test") / ("a", "b", "c")[index % 3] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 50, (8, 8, 3), np.uint8) + np.array([red, 0, 0], np.uint8)).save(path)
+    folder = tmp_path / "run"
+    words = ["model=vit_digits", "trainer.epochs=3", "trainer.batch_size=8", "optimizer.lr=0.02"]
+    run(folder, "dataset=image_folder", f"dataset.root={tmp_path}/images", *words)
+    for split in ("b", "c"):  # without the class a, the other classes have other numbers
+        shutil.copytree(tmp_path / "images" / "train" / split, tmp_path / "others" / split)
+    on_others = scores(capsys, str(folder), f"dataset.root={tmp_path}/others")
+    images = sorted((tmp_path / "others").rglob("*.png"))
+    predictions = load_run(folder).predict(images)
+    right = [each.answer == image.parent.name for each, image in zip(predictions, images, strict=True)]
+    assert on_others["accuracy"] == sum(right) / len(right)
+    assert any(right)
+    shutil.copytree(tmp_path / "others" / "c", tmp_path / "unknown" / "d")
+    with pytest.raises(SystemExit, match="error: dataset=images: the run has no class d; its classes are a, b, c"):
+        main([str(folder), f"dataset.root={tmp_path}/unknown"])
+
+
+@pytest.mark.parametrize("labels", [("low", "high", "none"), (0.5, 2.5, 1.0)])
+def test_other_texts_need_no_training_examples(
+    labels: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pandas.DataFrame({"text": [f"the {'cat' if n % 3 else 'dog'} sat {n} times" for n in range(30)]})
+    table["label"] = [labels[n % 3] for n in range(30)]
+    table.to_csv(tmp_path / "mine.csv", index=False)
+    folder = tmp_path / "run"
+    model = [f"model.{word}" for word in ("pretrained=false", "geometry=null")]
+    sizes = "hidden_size:24,num_hidden_layers:2,num_attention_heads:3,intermediate_size:32"
+    model += [f"model.options={{model_type:bert,{sizes}}}"]
+    words = ["dataset=text", f"dataset.root={tmp_path}/mine.csv", "dataset.validation=0.2", "model=minilm", *model]
+    run(folder, *words, "trainer.epochs=1", "trainer.batch_size=8", "tensor_mode=depth", "rank_strategy=isorank")
+    assert scores(capsys, str(folder)) == scores_of(record(folder))
+    others = table[table["label"] != labels[1]].sample(frac=1, random_state=0)
+    others.to_json(tmp_path / "others.jsonl", orient="records", lines=True)
+    main([str(folder), f"dataset.root={tmp_path}/others.jsonl", "--format", "jsonl"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["examples"] == 20
+    predictions = load_run(folder).predict(list(others["text"]))
+    answers = [each.answer for each in predictions]
+    if isinstance(labels[0], str):
+        assert printed["accuracy"] == (others["label"] == answers).mean()
+        others.assign(label="huge").to_csv(tmp_path / "huge.csv", index=False)
+        with pytest.raises(SystemExit, match="has labels that the training split does not have: huge"):
+            main([str(folder), f"dataset.root={tmp_path}/huge.csv"])
+    else:
+        assert printed["pearson"] == pytest.approx(others["label"].corr(pandas.Series(answers, others.index)), abs=1e-6)

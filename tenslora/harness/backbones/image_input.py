@@ -76,9 +76,9 @@ class ImageInput:
     def as_transformers_config(self) -> dict[str, Any]:
         """The content of preprocessor_config.json, with which transformers makes the same input of an image.
 
-        The processor is CLIP's, because ViT's does not cut out the centre. Where the centre is cut out and an odd number
-        of pixels is left over, transformers' centre lies one pixel further left or up. Its fast processors resize
-        without PIL, which changes pixels a little; `use_fast=False` or `backend="pil"` avoids that.
+        The processor is CLIP's, because ViT's does not cut out the centre. If an odd number of pixels is cut off, the
+        centre of transformers lies one pixel further left or up. Its fast processors resize without PIL, which changes
+        pixels a little; `use_fast=False` or `backend="pil"` avoids that.
         """
         from PIL import Image
 

@@ -9,11 +9,15 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw
+from tenslora.harness.data.image_folder import load_test_images
 from tenslora.harness.data.images import load_images
-from tenslora.harness.data.text_files import load_text_files
+from tenslora.harness.data.text_files import load_test_texts, load_text_files
 from tenslora.harness.data.texts import load_texts
 
-__all__ = ["Dataset", "Examples", "load_dataset"]
+__all__ = ["OWN_FILES", "Dataset", "Examples", "load_dataset", "load_tests"]
+
+OWN_FILES = ("image_folder", "text_files")
+"""The sources of datasets that are a user's own files."""
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +59,28 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
         dataset.task if dataset.task == "regression" else f"{len(dataset.classes)} classes",
     )  # fmt: skip
     return dataset
+
+
+def load_tests(config: DatasetConfig, seed: int, classes: tuple[str, ...]) -> Dataset:
+    """Load examples to test a trained model on.
+
+    Args:
+        config: the dataset's settings.
+        seed: the seed of a random split.
+        classes: the names of the model's classes, by class number; () for a regression.
+
+    Returns:
+        The dataset. Of a user's own files only the examples to test on are read, or all if there is no split of them.
+
+    Raises:
+        TensLoRAError: if the data is missing or damaged.
+    """
+    if isinstance(config, TextDatasetConfig) and config.source == "text_files":
+        return load_test_texts(config, classes)
+    if isinstance(config, ImageDatasetConfig) and config.source == "image_folder":
+        test, own_classes = load_test_images(config)
+        return Dataset(NO_EXAMPLES, test, own_classes)
+    return load_dataset(config, seed)
 
 
 def _with_validation(dataset: Dataset, config: DatasetConfig, fraction: float, seed: int) -> Dataset:

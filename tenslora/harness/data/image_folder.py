@@ -37,10 +37,7 @@ def load_image_folder(config: ImageDatasetConfig, seed: int) -> Dataset:
     Raises:
         TensLoRAError: if images, folders or lists are missing or contradict each other.
     """
-    assert config.root is not None
-    root = Path(config.root).expanduser()
-    if not root.is_dir():
-        raise TensLoRAError(f"dataset.root={config.root}: no such folder")
+    root = _existing_root(config)
     if config.train_list is not None and config.test_list is not None:
         dataset = _listed(root, config.train_list, config.test_list)
     elif config.train_fraction is not None:
@@ -50,6 +47,42 @@ def load_image_folder(config: ImageDatasetConfig, seed: int) -> Dataset:
     if len(dataset.classes) < 2:
         raise TensLoRAError(f"dataset.root={root}: must have at least two classes, but has only {dataset.classes[0]}")
     return dataset
+
+
+def load_test_images(config: ImageDatasetConfig) -> tuple[Examples, tuple[str, ...]]:
+    """Load the images below `dataset.root` to test on, without images to train on.
+
+    Args:
+        config: the dataset's settings.
+
+    Returns:
+        (the images of `dataset.test_list` or of the folder to test on, the names of their classes). If there is no such
+        folder, all images are for testing.
+
+    Raises:
+        TensLoRAError: if images, folders or lists are missing.
+    """
+    root = _existing_root(config)
+    if config.test_list is not None:
+        images = read_image_list(root / config.test_list, root, f"dataset.test_list={config.test_list}")
+        classes = sorted(set(images.labels))
+        return Examples(ImageFiles(images.paths), list(map(classes.index, images.labels))), tuple(classes)
+    present = _subfolders(root)
+    if config.test_split is not None and config.test_split not in present:
+        raise TensLoRAError(
+            f"dataset.test_split={config.test_split}: there is no folder {root / config.test_split}; set it to null to "
+            f"test on class folders that lie directly in {root}"
+        )
+    found = [config.test_split] if config.test_split else [name for name in TEST_FOLDERS if name in present]
+    return _read_classes(root, root / found[0] if found else root)
+
+
+def _existing_root(config: ImageDatasetConfig) -> Path:
+    assert config.root is not None
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise TensLoRAError(f"dataset.root={config.root}: no such folder")
+    return root
 
 
 def _in_split_folders(root: Path, config: ImageDatasetConfig) -> Dataset:

@@ -87,24 +87,14 @@ def load_text_files(config: TextDatasetConfig, seed: int) -> Dataset:
 @cache_latest(1)
 def _read(config: TextDatasetConfig) -> tuple[Dataset, bool]:
     """The dataset, and whether there is a split to test on. If there is none, all examples are for training."""
-    source = _open_root(config.root) if config.root is not None else _open_hub(str(config.hub), config.hub_config)
+    source = _open(config)
     train_splits, test_split = _choose_splits(config, source)
     rows = {split: _rows(source, split) for split in train_splits}
     first = rows[train_splits[0]]
     texts, label = choose_columns(first.column_names, config.text_columns, config.label_column)
     log.info("%s: the texts are in %s, the labels in %s", config.name, " and ".join(texts), label)
 
-    def read(split: str, table: Rows) -> tuple[list[tuple[str, ...]], list[Any]]:
-        where = f"{source.setting}: the split {split}"
-        if lacking := [name for name in (*texts, label) if name not in table.column_names]:
-            raise TensLoRAError(
-                f"{where} must have the columns {', '.join((*texts, label))}, but lacks {', '.join(lacking)}; it has "
-                f"{shortened(table.column_names)}"
-            )
-        sentences = sentences_of(table, texts, where)
-        return sentences, labels_of(table, label, where, are_strings=source.are_strings)
-
-    parts = [read(split, table) for split, table in rows.items()]
+    parts = [_texts_and_labels(source, split, table, texts, label) for split, table in rows.items()]
     sentences = [example for part, _ in parts for example in part]
     values = [value for _, part in parts for value in part]
     if not values:
@@ -117,9 +107,57 @@ def _read(config: TextDatasetConfig) -> tuple[Dataset, bool]:
     dataset = Dataset(train, NO_EXAMPLES, classes, task, text_columns=texts)
     if test_split is None or config.validation is not None:  # with a validation split, the test split is not read
         return dataset, test_split is not None
-    sentences, values = read(test_split, _rows(source, test_split))
+    sentences, values = _texts_and_labels(source, test_split, _rows(source, test_split), texts, label)
     numbers = numbers_of(values, classes, f"{source.setting}: the split {test_split}")
     return replace(dataset, test=Examples(sentences, numbers)), True
+
+
+def load_test_texts(config: TextDatasetConfig, classes: tuple[str, ...]) -> Dataset:
+    """Load the texts in `dataset.root` or on `dataset.hub` to test on, without texts to train on.
+
+    Args:
+        config: the dataset's settings.
+        classes: the names of the classes, by class number; () for a regression.
+
+    Returns:
+        A dataset without training examples. If there is no split to test on, all texts are for testing.
+
+    Raises:
+        TensLoRAError: if files, columns, texts or labels are missing, and for a label that is not one of `classes`.
+    """
+    source = _open(config)
+    if config.test_split is not None and config.test_split not in source.splits:
+        raise TensLoRAError(
+            f"dataset.test_split={config.test_split}: is not a split there; the splits are {shortened(source.splits)}; "
+            f"null tests on one of {', '.join(TEST_SPLITS)}, or on all"
+        )
+    found = [name for name in TEST_SPLITS if name in source.splits]
+    splits = [config.test_split] if config.test_split else found[:1] or source.splits
+    tables = {split: _rows(source, split) for split in splits}
+    columns = next(iter(tables.values())).column_names
+    texts, label = choose_columns(columns, config.text_columns, config.label_column)
+    sentences: list[tuple[str, ...]] = []
+    numbers: list[float] = []
+    for split, table in tables.items():
+        of_split, values = _texts_and_labels(source, split, table, texts, label)
+        sentences += of_split
+        numbers += numbers_of(values, classes, f"{source.setting}: the split {split}")
+    task = "classification" if classes else "regression"
+    return Dataset(NO_EXAMPLES, Examples(sentences, numbers), classes, task, text_columns=texts)
+
+
+def _texts_and_labels(
+    source: Source, split: str, table: Rows, texts: tuple[str, ...], label: str
+) -> tuple[list[tuple[str, ...]], list[Any]]:
+    """The texts and the labels of all rows of a split."""
+    where = f"{source.setting}: the split {split}"
+    if lacking := [name for name in (*texts, label) if name not in table.column_names]:
+        raise TensLoRAError(
+            f"{where} must have the columns {', '.join((*texts, label))}, but lacks {', '.join(lacking)}; it has "
+            f"{shortened(table.column_names)}"
+        )
+    sentences = sentences_of(table, texts, where)
+    return sentences, labels_of(table, label, where, are_strings=source.are_strings)
 
 
 def _choose_splits(config: TextDatasetConfig, source: Source) -> tuple[tuple[str, ...], str | None]:
@@ -165,6 +203,10 @@ def _rows(source: Source, split: str) -> Rows:
         raise TensLoRAError(
             f"{source.setting}: the split {split} cannot be read ({first_line(error.__cause__ or error)})"
         ) from error
+
+
+def _open(config: TextDatasetConfig) -> Source:
+    return _open_root(config.root) if config.root is not None else _open_hub(str(config.hub), config.hub_config)
 
 
 def _open_hub(name: str, configuration: str | None) -> Source:
