@@ -48,4 +48,5 @@ def draw_head(head: Sequence[nn.Module], seed: int) -> None:
         for layer in module.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02, generator=generator)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)

@@ -137,6 +137,5 @@ def wrong_checkpoint(config: ModelConfig, path: Path | str, difference: str) -> 
     Returns:
         The error, which the caller raises.
     """
-    return TensLoRAError(
-        f"model.checkpoint={path}: is not a checkpoint of {config.name} ({config.architecture}): {difference}"
-    )
+    architecture = f" ({config.architecture})" if config.architecture is not None else ""
+    return TensLoRAError(f"model.checkpoint={path}: is not a checkpoint of {config.name}{architecture}: {difference}")

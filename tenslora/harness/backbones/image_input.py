@@ -119,8 +119,8 @@ def resolve_image_input(config: ModelConfig, own: ImageInput) -> ImageInput:
     for name, values in (("mean", resolved.mean), ("std", resolved.std)):
         if len(values) != resolved.channels:
             raise TensLoRAError(
-                f"model.{name}={list(values)}: must have one number for each channel, and the model has "
-                f"{resolved.channels}"
+                f"model.{name}=null: {config.name} has a {name} of {len(values)} channels, and the images have "
+                f"{resolved.channels}; set model.mean and model.std"
             )
     return resolved
 

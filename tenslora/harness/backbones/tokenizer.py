@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones.hub import fetching, folder_or_repository
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 @cache_latest(1)
@@ -19,7 +23,7 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
 
     A named model with random weights has no tokenizer yet. For such a model, a byte-level BPE is trained on the given
     sentences, deterministically, so that an architecture of full size can be run without a hub. A generic model has the
-    tokenizer of its checkpoint, whether or not it has the weights.
+    tokenizer of its checkpoint, even if its weights are random, unless the checkpoint has none.
 
     Args:
         config: the model's settings.
@@ -33,16 +37,32 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
     """
     if not config.pretrained and config.architecture is not None:
         return _train_tokenizer(sentences)
+    try:
+        tokenizer = _load_tokenizer(config)
+    except TensLoRAError as error:
+        if config.pretrained:
+            raise
+        log.info("%s; a tokenizer is trained on the training sentences", error)
+        return _train_tokenizer(sentences)
+    if tokenizer.pad_token is None:  # decoders have none; what is padded is masked, so any token does
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source = folder_or_repository(config)
     with fetching(config):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except ValueError as error:
+            if "backend tokenizer" in str(error):  # the message lists what may be installed
+                raise OSError("it has no tokenizer that transformers can read") from error
+            raise
         # In a folder without a tokenizer's files, transformers 5 makes one that knows the special tokens only.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise OSError("it has no tokenizer")
-    if tokenizer.pad_token is None:  # decoders have none; what is padded is masked, so any token does
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
 
 

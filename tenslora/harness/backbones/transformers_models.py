@@ -43,7 +43,7 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
 def _max_tokens(model: nn.Module) -> int | None:
     """The number of a model's learned positions; RoBERTa's begin after the number of the padding token."""
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 
@@ -158,8 +158,8 @@ def _own_input(config: ModelConfig, size: int | None, channels: int) -> ImageInp
         if not config.pretrained and size is not None:  # random weights have no statistics to keep to
             return ImageInput(size, channels, (0.5,) * channels, (0.5,) * channels)
         raise TensLoRAError(
-            f"{source_setting(config)}: does not say how it normalizes images; set model.image_size, model.channels, "
-            f"model.mean and model.std ({error})"
+            f"{source_setting(config)}: has no preprocessor_config.json that transformers can read; set "
+            f"model.image_size, model.channels, model.mean and model.std"
         ) from error
     mean, std = (0.0,) * channels, (1.0,) * channels
     # A processor multiplies pixels from 0 to 255 by a factor, usually 1 / 255, before it normalizes them.
