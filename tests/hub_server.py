@@ -150,7 +150,6 @@ class _Handler(BaseHTTPRequestHandler):
             with file.open("rb") as content:
                 content.seek(start)
                 shutil.copyfileobj(content, self.wfile) if end == size else self.wfile.write(content.read(end - start))
-        return None
 
     def _send_json(self, value: Any) -> None:
         self._send(200, {"Content-Type": "application/json"}, json.dumps(value).encode())

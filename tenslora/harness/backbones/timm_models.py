@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -70,7 +71,7 @@ def _require_known(timm: Any, config: ModelConfig, from_hub: bool) -> None:
     if not timm.is_model(name):
         known = [*timm.list_models(), *timm.list_pretrained()]
         similar = difflib.get_close_matches(name, known, n=3) or difflib.get_close_matches(architecture, known, n=3)
-        hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+        hint = f"; similar names are {', '.join(similar)}" if similar else ""
         raise TensLoRAError(f"model.architecture={name}: timm {timm.__version__} has no such model{hint}")
     with_weights = timm.list_pretrained(f"{architecture}.*") if tag or from_hub else []
     if tag and name not in with_weights:
@@ -100,14 +101,15 @@ def _own_input(model: nn.Module, config: ModelConfig, options: Mapping[str, Any]
             raise TensLoRAError(f"{file}: not a readable config of timm ({first_line(error)})") from error
     data = resolve_model_data_config(model, pretrained_cfg={**vars(model)["pretrained_cfg"], **saved})
     channels, height, width = data["input_size"]
-    if height != width and config.image_size is None:
+    size = config.image_size or options.get("img_size", height if height == width else None)
+    if not isinstance(size, int):
         raise TensLoRAError(f"model.image_size=null: {config.name} takes images of {height} x {width}; set one number")
     return ImageInput(
-        size=options.get("img_size", height),
+        size=size,
         channels=options.get("in_chans", channels),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
-        crop_ratio=float(data["crop_pct"]),
+        crop_ratio=size / math.floor(size / data["crop_pct"]),  # timm rounds the resized image's size down
         squash=data["crop_mode"] == "squash",
         interpolation=data["interpolation"],
     )

@@ -1,0 +1,136 @@
+"""Any timm name, and any folder of transformers, as the backbone of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.adapted_model import adapted_model
+from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
+from tenslora.harness.backbones.tokenizer import _train_tokenizer
+from tests.harness.backbones.tiny_models import SENTENCES, TEXT, trained_tokenizer
+from tests.running import configured
+
+SIZES = {key: value for key, value in TEXT["bert"].items() if key != "model_type"}
+
+
+def load(*words: str) -> Backbone:
+    """The backbone of a run, after its adapter was attached."""
+    run = configured(*words, "tensor_mode=depth", "rank_strategy=isorank")
+    tokenizer = load_tokenizer(run.model, SENTENCES) if run.model.modality == "text" else None
+    backbone = load_backbone(run.model, 3, 0, tokenizer)
+    adapted_model(run, backbone, torch.device("cpu"))
+    return backbone
+
+
+def save(folder: Path, kind: str, tokenizer: bool = True, **settings: Any) -> list[str]:
+    """Leave a small text model with random weights, and return the words that choose it."""
+    config = getattr(transformers, kind.partition("For")[0].removesuffix("Model") + "Config")
+    torch.manual_seed(0)
+    getattr(transformers, kind)(
+        config(**{"vocab_size": len(trained_tokenizer()), **SIZES, **settings})
+    ).save_pretrained(folder)
+    if tokenizer:
+        trained_tokenizer().save_pretrained(folder)
+    return ["dataset=cola", "model=hf_text", f"model.checkpoint={folder}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("model=timm model.architecture=vit_tiny_patch16_224.augreg_in21k", "vit_tiny_patch16_224.augreg_in21k"),
+        ("model=timm model.architecture=vit_tiny_patch16_224 model.checkpoint=weights/best.pth", "best.pth"),
+        ("model=hf_image model.checkpoint=google/vit-base", "google--vit-base"),
+        ("model=hf_image model.checkpoint=weights", "weights"),
+        ("model=hf_image model.checkpoint=weights/vit/", "vit"),
+        ("model=hf_image model.checkpoint=weights/vit/../vit", "vit"),
+        ("model=hf_image model.checkpoint=weights/vit model.name=mine", "mine"),
+    ],
+)
+def test_a_generic_model_is_named_after_its_checkpoint(
+    words: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights" / "vit").mkdir(parents=True)
+    (tmp_path / "weights" / "best.pth").touch()
+    monkeypatch.chdir(tmp_path)
+    run = configured("dataset=dtd", *words.split())
+    assert run.model.name == name
+    assert run.folder().startswith(f"dtd/{name}/")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "head"),
+    [
+        ("BertForSequenceClassification", 512, {"classifier"}),
+        ("BertForMaskedLM", 512, {"classifier", "bert.pooler.dense"}),  # pretraining on words alone leaves no pooler
+        ("RobertaForMaskedLM", 510, {"classifier.dense", "classifier.out_proj"}),
+        ("GPT2Model", 32, {"score"}),
+        ("LlamaForCausalLM", None, {"score"}),
+    ],
+)
+def test_a_text_models_positions_and_head(kind: str, tokens: int | None, head: set[str], tmp_path: Path) -> None:
+    settings = {"n_positions": 32} if kind == "GPT2Model" else {}
+    backbone = load(*save(tmp_path / "model", kind, **settings))
+    assert backbone.max_tokens == tokens
+    assert {name.rpartition(".")[0] for name in backbone.head_parameters()} == head
+
+
+def test_random_weights_come_from_the_config_with_its_options_replaced(tmp_path: Path) -> None:
+    words = save(tmp_path / "bert", "BertModel")
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    backbone = load(*words, "model.pretrained=false", "+model.options.num_hidden_layers=3")
+    assert len(vars(backbone.model)["_modules"]["bert"].encoder.layer) == 3
+
+
+def test_a_folder_without_a_tokenizer_gets_one_only_with_random_weights(tmp_path: Path) -> None:
+    words = save(tmp_path / "bert", "BertModel", tokenizer=False, vocab_size=8192)
+    with pytest.raises(TensLoRAError, match=r"model\.checkpoint=\S*bert: is not a checkpoint of bert \(it has no tok"):
+        load(*words)
+    model = configured(*words, "model.pretrained=false").model
+    tokenizer = load_tokenizer(model, SENTENCES)
+    assert tokenizer.get_vocab() == _train_tokenizer(SENTENCES).get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("model=timm model.architecture=resnet18", r"model\.architecture=resnet18: cannot be adapted: .*no attention"),
+        (
+            "model=timm model.architecture=vit_tinny_patch16_224",
+            r"no such model; similar names are vit_tiny_patch16_224",
+        ),
+        (
+            "model=timm model.architecture=vit_tiny_patch16_224.no",
+            r"no such weights; it has vit_tiny_patch16_224\.augr",
+        ),
+        ("model=timm model.architecture=vit_tiny_patch16_224 rank_strategy.rank=500", r"rank_strategy\.rank=500: must"),
+        ("model=timm", r"model\.architecture: is missing"),
+        ("model=hf_image", r"model\.checkpoint: is missing"),
+        ("model=hf_image model.checkpoint=null", r"model\.checkpoint=null: must be a folder, or a repository"),
+        ("model=hf_image model.checkpoint=./nowhere", r"model\.checkpoint=\./nowhere: no such folder"),
+        ("model=hf_image model.checkpoint=a/b/c", r"model\.checkpoint=a/b/c: no such folder"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_one_line(words: str, line: str) -> None:
+    with pytest.raises(TensLoRAError, match=line) as caught:
+        load("dataset=dtd", *words.split(), "model.pretrained=false")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pretrained", ["true", "false"])
+def test_a_folders_own_code_is_not_run(pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = save(tmp_path / "mine", "BertModel")
+    config = tmp_path / "mine" / "config.json"
+    classes = {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "mine", "auto_map": classes}))
+    (tmp_path / "mine" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    with pytest.raises(TensLoRAError, match=r"model\.checkpoint=\S*mine: .*custom code"):
+        load(*words, f"model.pretrained={pretrained}")
+    assert not (tmp_path / "ran").exists()
