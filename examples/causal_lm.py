@@ -21,9 +21,9 @@ def main(path: Path, steps: int = 150) -> list[float]:
     text = torch.tensor(list(path.read_bytes()))
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 160}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=256))
-    adapter = attach(model, AdapterConfig("qkv_depth", RankStrategy("isoparameters", rank=8), adapt="all"))
-    model.lm_head.requires_grad_(True)  # only because its weights are random; a pretrained head can stay frozen
-    print(f"the adapter has {sum(p.numel() for p in adapter.parameters()):,} parameters and ranks {adapter.ranks}")
+    config = AdapterConfig("qkv_depth", RankStrategy("isoparameters", rank=8), adapt="all")
+    adapter = attach(model, config, train=["lm_head"])  # whose weights are random; a pretrained head can stay frozen
+    print(adapter)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 import tenslora
-from tenslora import AdapterConfig, RankStrategy, attach, detach, merge
+from tenslora import AdapterConfig, attach, detach, merge
 
 # The embedded checkpoint; its architecture is that of conf/model/vit_digits.yaml.
 WEIGHTS = Path(tenslora.__file__).parent / "harness" / "backbones" / "vit_digits.safetensors"
@@ -31,10 +31,9 @@ def main(epochs: int = 10) -> tuple[float, float]:
 
     model = timm.create_model("vit_tiny_patch16_224", **SIZES, num_classes=5)
     model.load_state_dict(load_file(WEIGHTS), strict=False)
-    adapter = attach(model, AdapterConfig("qkv_depth", RankStrategy("isoparameters")))
-    model.get_classifier().requires_grad_(True)  # attach freezes everything else
+    adapter = attach(model, AdapterConfig("qkv_depth"), train=["head"])  # freezes everything else
     trained = [p for p in model.parameters() if p.requires_grad]
-    print(f"the adapter has {sum(p.numel() for p in adapter.parameters()):,} parameters and ranks {adapter.ranks}")
+    print(adapter)
 
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     for epoch in range(epochs):

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
-from tenslora import AdapterConfig, attach, load
+from tenslora import AdapterConfig, attach, load, save_pretrained
 
 
 class Majority(Dataset):
@@ -39,8 +39,7 @@ def backbone() -> BertForSequenceClassification:
 def main(steps: int = 300) -> tuple[float, float]:
     """Train, save, load on a fresh model, and return the test accuracy of both."""
     model = backbone()
-    adapter = attach(model, AdapterConfig("att_qkv_depth", adapt="all"))
-    model.classifier.requires_grad_(True)  # attach freezes everything else
+    attach(model, AdapterConfig("att_qkv_depth", adapt="all"), train=["classifier"])
 
     def accuracy(prediction: object) -> dict[str, float]:
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
@@ -54,10 +53,9 @@ def main(steps: int = 300) -> tuple[float, float]:
         trainer.train()
         trained = trainer.evaluate(Majority(500, 2))["eval_accuracy"]
 
-        adapter.save(f"{folder}/adapter.safetensors")
+        save_pretrained(model, f"{folder}/adapter")  # the adapter and the classifier
         again = backbone()
-        load(again, f"{folder}/adapter.safetensors")
-        again.classifier.load_state_dict(model.classifier.state_dict())
+        load(again, f"{folder}/adapter")
         loaded = Trainer(again, arguments, compute_metrics=accuracy).evaluate(Majority(500, 2))["eval_accuracy"]
     print(f"accuracy {trained:.3f}, loaded on a fresh backbone {loaded:.3f}")
     return trained, loaded

@@ -1,6 +1,8 @@
 """TensLoRA: tensor-factorised low-rank adapters for Transformers (arXiv 2509.19391).
 
-attach, load            put a new or a saved adapter on a model
+attach                  put a new adapter on a model
+save_pretrained, load   keep it in a folder with the head that was trained, and put both on a model again
+push_to_hub             the same on the Hugging Face hub
 merge, unmerge          add the updates to the weights, and subtract them again
 disabled, detach        leave the adapter out for a while, and take it off
 AdapterConfig           the settings of an adapter; RankStrategy says how its ranks are chosen
@@ -19,9 +21,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tenslora.adapter import Adapter
     from tenslora.adapter_config import AdapterConfig
-    from tenslora.attachment import attach, detach, disabled, load, merge, unmerge
+    from tenslora.attachment import attach, detach, disabled, merge, unmerge
     from tenslora.constructions import Geometry
     from tenslora.errors import TensLoRAError
+    from tenslora.pretrained import load, push_to_hub, save_pretrained
     from tenslora.ranks import RankStrategy
 
 _MODULES = {
@@ -30,11 +33,13 @@ _MODULES = {
     "attach": "attachment",
     "detach": "attachment",
     "disabled": "attachment",
-    "load": "attachment",
     "merge": "attachment",
     "unmerge": "attachment",
     "Geometry": "constructions",
     "TensLoRAError": "errors",
+    "load": "pretrained",
+    "push_to_hub": "pretrained",
+    "save_pretrained": "pretrained",
     "RankStrategy": "ranks",
 }
 __all__ = [
@@ -48,6 +53,8 @@ __all__ = [
     "disabled",
     "load",
     "merge",
+    "push_to_hub",
+    "save_pretrained",
     "unmerge",
 ]
 

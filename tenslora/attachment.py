@@ -6,16 +6,16 @@ the model's state dict stay as they were, and the adapter becomes the submodule 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from tenslora.adapted_linear import AdaptedLinear, SharedInput
-from tenslora.adapter import Adapter, load_adapter
+from tenslora.adapter import Adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError
 from tenslora.projections import features, find_projections
@@ -25,8 +25,8 @@ SUBMODULE = "tenslora"
 """The name of the adapter in the model."""
 
 
-def attach(model: nn.Module, adapter: AdapterConfig | Adapter) -> Adapter:
-    """Freeze `model` and put an adapter on its attention projections.
+def attach(model: nn.Module, adapter: AdapterConfig | Adapter, train: Sequence[str] = ()) -> Adapter:
+    """Freeze `model`, except for the modules to train, and put an adapter on its attention projections.
 
     The model's outputs do not change until the adapter is trained.
 
@@ -44,18 +44,21 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter) -> Adapter:
 
     Args:
         model: any Transformer in which `find_projections` finds the matrices to adapt. The model is changed in place,
-            and all its parameters are frozen: unfreeze a classification head afterwards.
+            and all its parameters are frozen except for those of `train`.
         adapter: the settings of a new adapter, or an existing adapter, such as `load_adapter` returns.
+        train: the modules that are trained too, such as a new head: ["classifier"]. Like PEFT's modules_to_save, a
+            name stands for every module whose path is that name or ends with it.
 
     Returns:
         The adapter, on the model's device; it is also ``model.tenslora``.
 
     Raises:
-        TensLoRAError: if the model has an adapter already, if the matrices to adapt are not found, or if the adapter
-            is for other dimensions; the message says which ones differ.
+        TensLoRAError: if the model has an adapter already, if the matrices to adapt or a module to train are not
+            found, or if the adapter is for other dimensions; the message says which ones differ.
     """
     if hasattr(model, SUBMODULE):
         raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
+    trained = _modules_named(model, train)
     geometry, targets = find_projections(
         model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt
     )
@@ -69,6 +72,8 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter) -> Adapter:
     if differing:
         raise TensLoRAError(f"the adapter does not fit {type(model).__name__}: {'; '.join(differing)}")
     model.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
     adapter.to(next(targets[0].linear.parameters()).device).train(model.training)
     cache = ForwardPassCache(model)
     groups: dict[range, MatrixGroup] = {}
@@ -83,22 +88,6 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter) -> Adapter:
         _replace(model, target.path, AdaptedLinear(target.linear, own, target.columns))
     model.add_module(SUBMODULE, adapter)
     return adapter
-
-
-def load(model: nn.Module, path: Path | str) -> Adapter:
-    """Attach the adapter that was saved in a file.
-
-    Args:
-        model: as for `attach`.
-        path: a safetensors file that `Adapter.save` wrote.
-
-    Returns:
-        The adapter.
-
-    Raises:
-        TensLoRAError: if the file is no adapter, or for the same reasons as in `attach`.
-    """
-    return attach(model, load_adapter(Path(path)))
 
 
 def detach(model: nn.Module) -> Adapter:
@@ -206,6 +195,27 @@ def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
     if any(linear.merged for linear in linears.values()):
         raise TensLoRAError(f"{type(model).__name__}: its adapter is merged; unmerge it first")
     return linears
+
+
+def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    if isinstance(names, str):
+        raise TensLoRAError(f"train={names}: must be a list of names, such as [{names!r}]")
+    holders = {
+        path: module for path, module in model.named_modules() if path and any(True for _ in module.parameters())
+    }
+    found = []
+    for name in names:
+        matching = [module for path, module in holders.items() if f".{path}".endswith(f".{name}")]
+        if not matching:
+            last_words = dict.fromkeys(path.rpartition(".")[2] for path in holders)
+            children = [path for path in holders if "." not in path]
+            candidates = dict.fromkeys([*get_close_matches(name, list(last_words), n=3), *children])
+            raise TensLoRAError(
+                f"train={name}: must be the name of a module with parameters in {type(model).__name__}, such as "
+                f"{', '.join(candidates)}"
+            )
+        found += matching
+    return found
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
     import torch
     from torch.nn import functional as F
 
-    from tenslora import AdapterConfig, RankStrategy, attach, detach, disabled, load, merge, unmerge
+    from tenslora import AdapterConfig, RankStrategy, attach, detach, disabled, load, merge, save_pretrained, unmerge
     from tests.plain_transformer import PlainTransformer
 
     torch.manual_seed(0)
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
     backbone = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = model(x)
 
-    adapter = attach(model, AdapterConfig("att_qkv_depth", RankStrategy("isoparameters"), adapt="all"))
+    attach(model, AdapterConfig("att_qkv_depth", RankStrategy("isoparameters"), adapt="all"), train=["head"])
     torch.testing.assert_close(model(x), before)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
@@ -92,9 +92,12 @@ def main(folder: Path) -> None:
 
     other = PlainTransformer()
     other.load_state_dict(backbone)
-    load(other, adapter.save(folder / "adapter.safetensors"))
+    load(other, save_pretrained(model, folder / "adapter"))
     assert torch.equal(other(x), trained)
 
+    with torch.no_grad():
+        model.head.load_state_dict({name: backbone[f"head.{name}"] for name in ("weight", "bias")})
+    trained = model(x).detach()
     with disabled(model):
         torch.testing.assert_close(model(x), before)
     merge(model)
@@ -109,6 +112,9 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     sys.meta_path[:] = [OnlyDependencies(list(sys.meta_path))]
     assert not any(
-        map(importlib.util.find_spec, ("hydra", "omegaconf", "transformers", "timm", "peft", "scipy", "yaml"))
+        map(
+            importlib.util.find_spec,
+            ("hydra", "omegaconf", "transformers", "timm", "peft", "scipy", "yaml", "huggingface_hub"),
+        )
     )
     main(Path(sys.argv[1]))

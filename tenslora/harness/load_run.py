@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from tenslora.attachment import load
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
@@ -25,6 +24,7 @@ from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.training.evaluation import Evaluation, evaluate, predict
 from tenslora.harness.training.processes import Processes
 from tenslora.harness.training.tasks import TASKS
+from tenslora.pretrained import load
 
 
 @dataclass(frozen=True)

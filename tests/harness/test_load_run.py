@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from tenslora import load
 from tenslora.attachment import adapter_of
 from tenslora.errors import TensLoRAError
-from tenslora.harness.backbones import EMBEDDED
+from tenslora.harness.backbones import EMBEDDED, load_backbone
 from tenslora.harness.data import Dataset, Examples, load_dataset
 from tenslora.harness.load_run import _renumbered, load_run
 from tenslora.harness.run_folder import RunFolder
@@ -22,6 +24,15 @@ def test_a_run_with_an_adapter_scores_what_its_record_says(finished: str, reques
     loaded = load_run(folder)
     assert adapter_of(loaded.backbone.model).ranks == tuple(loaded.record["ranks"])
     assert accuracy_of(loaded) == record(folder)["metrics"]["history"][-1]["accuracy"]
+
+
+def test_the_library_reads_the_folder_of_a_run(digits_run: Path) -> None:
+    loaded = load_run(digits_run)
+    model = load_backbone(loaded.run.model, len(loaded.classes), loaded.run.seed + 1).model
+    load(model, digits_run)
+    expected = loaded.backbone.model.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 def test_full_fine_tuning_scores_what_its_record_says(tmp_path: Path) -> None:

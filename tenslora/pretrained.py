@@ -1,0 +1,163 @@
+"""Keeps an adapter and the weights that were trained beside it in one folder, on disk or on the Hugging Face hub.
+
+| file | what it holds |
+|---|---|
+| adapter.safetensors | the adapter, as `Adapter.save` writes it |
+| head.safetensors | every other weight that was trained, by its name in the model; absent if there is none |
+
+A finished run of the harness that froze its backbone leaves the same two files, so `load` takes its folder too.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenslora.adapter import Adapter, load_adapter
+from tenslora.attachment import SUBMODULE, adapter_of, attach
+from tenslora.errors import TensLoRAError, first_line
+from tenslora.files import read_safetensors, write_safetensors
+
+_ADAPTER, _HEAD = "adapter.safetensors", "head.safetensors"
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
+    """Write the adapter of a model, and all other weights that require gradients, to one folder.
+
+    Args:
+        model: with an adapter. Weights whose gradients are switched off are not saved.
+        folder: the folder, which is created if it is missing. An adapter that it holds already is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TensLoRAError: if there is no adapter, or if a file cannot be written.
+    """
+    folder, adapter, head = Path(folder), adapter_of(model), _trained_weights(model)
+    if head:
+        write_safetensors(folder / _HEAD, head, {})
+    elif (folder / _HEAD).exists():  # of an earlier adapter, which the new one must not be loaded with
+        (folder / _HEAD).unlink()
+    adapter.save(folder / _ADAPTER)
+    return folder
+
+
+def load(model: nn.Module, source: Path | str, revision: str | None = None) -> Adapter:
+    """Attach a saved adapter, and give the model the weights that were trained beside it.
+
+    These weights are trainable, as they were when they were saved; all others are frozen.
+
+    Args:
+        model: as for `attach`. Its head must have the size of the saved one.
+        source: a folder that `save_pretrained` wrote; the folder of a run; the name of a repository on the hub
+            (user/name), where there is no such folder; or a single file of `Adapter.save`.
+        revision: a branch, a tag or a commit of the repository on the hub; None for the newest commit.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        TensLoRAError: if there is no adapter under that name, if the saved weights do not fit the model, or for the
+            same reasons as in `attach`. The model is then as it was.
+    """
+    path = Path(source)
+    if path.is_file():
+        return attach(model, load_adapter(path))
+    folder = path if path.is_dir() else _download(str(source), revision)
+    if not (folder / _ADAPTER).is_file():
+        raise TensLoRAError(f"{source}: must hold {_ADAPTER}, which save_pretrained writes")
+    adapter = load_adapter(folder / _ADAPTER)
+    head = read_safetensors(folder / _HEAD)[1] if (folder / _HEAD).is_file() else {}
+    places = _places(model)
+    for name, saved in head.items():
+        if name not in places:
+            raise TensLoRAError(f"{folder / _HEAD}: {type(model).__name__} has no weight {name}")
+        if places[name].shape != saved.shape:
+            raise TensLoRAError(
+                f"{folder / _HEAD}: {name} has the shape {tuple(saved.shape)}, and in {type(model).__name__} "
+                f"{tuple(places[name].shape)}; build the model with as many classes as the saved one"
+            )
+    attach(model, adapter)
+    with torch.no_grad():
+        for name, saved in head.items():
+            places[name].copy_(saved)
+            if isinstance(places[name], nn.Parameter):
+                places[name].requires_grad_(True)
+    return adapter
+
+
+def push_to_hub(model: nn.Module, repo_id: str, private: bool = False) -> str:
+    """Upload what `save_pretrained` writes to the Hugging Face hub, with the account that is logged in there.
+
+    Args:
+        model: as for `save_pretrained`.
+        repo_id: the repository, user/name; it is created if it is missing.
+        private: whether a repository that is created can be seen by its owner alone.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        TensLoRAError: if there is no adapter, if huggingface_hub is not installed, or if the hub refuses.
+    """
+    if not _REPOSITORY.fullmatch(repo_id):
+        raise TensLoRAError(f"repo_id={repo_id}: must be the name of a repository, user/name")
+    hub = _hub(repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        try:
+            hub.create_repo(repo_id, private=private, exist_ok=True)
+            # A head that an earlier adapter had must not stay beside this one.
+            commit = hub.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message="Upload a TensLoRA adapter", delete_patterns=_HEAD
+            )
+        except Exception as error:  # the client raises OSError, ValueError and the types of its HTTP library
+            raise TensLoRAError(f"repo_id={repo_id}: the hub refuses ({first_line(error)})") from error
+    return str(commit.commit_url)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    if not _REPOSITORY.fullmatch(name) or name.endswith(".safetensors"):
+        raise TensLoRAError(f"{name}: no such file or folder, and not the name of a repository on the hub (user/name)")
+    hub = _hub(name)
+    try:
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=[_ADAPTER, _HEAD]))
+    except Exception as error:  # the client raises OSError, ValueError and the types of its HTTP library
+        raise TensLoRAError(f"{name}: no such folder, and not found on the hub ({first_line(error)})") from error
+
+
+def _hub(name: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise TensLoRAError(f"{name}: the hub needs another package, pip install huggingface_hub") from error
+    return huggingface_hub
+
+
+def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    # A module's buffers, such as a batch norm's means, belong to its trained parameters.
+    of_adapter = f"{SUBMODULE}."
+    trained: dict[str, Tensor] = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith(of_adapter)
+    }
+    owners, kept = {_owner(name) for name in trained}, model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept and _owner(name) in owners}
+    return trained | buffers
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    # Tied parameters have several names, and a file may use any of them.
+    return dict(model.named_buffers()) | dict(model.named_parameters(remove_duplicate=False))
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -1,0 +1,196 @@
+"""An adapter and the head that was trained beside it, kept in one folder or on the hub."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tenslora import AdapterConfig, TensLoRAError, attach, detach, load, push_to_hub, save_pretrained
+from tests.hub_server import serving
+from tests.models import build, inputs, logits
+from tests.plain_transformer import PlainTransformer
+
+
+def trained(name: str = "hf_bert", head: str = "classifier") -> nn.Module:
+    """A model whose adapter and head have random entries, in float64."""
+    model = build(name)
+    attach(model, AdapterConfig("qkv_depth"), train=[head]).double()
+    scramble(model)
+    return model
+
+
+def scramble(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize(("name", "head"), [("hf_bert", "classifier"), ("hf_vit", "classifier"), ("timm_vit", "head")])
+def test_a_loaded_model_computes_what_the_saved_one_did_and_can_be_trained_on(
+    name: str, head: str, tmp_path: Path
+) -> None:
+    model, other = trained(name, head), build(name)
+    assert save_pretrained(model, tmp_path / "new") == tmp_path / "new"
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"adapter.safetensors", "head.safetensors"}
+    assert set(load_file(tmp_path / "new" / "head.safetensors")) == {f"{head}.weight", f"{head}.bias"}
+    load(other, tmp_path / "new").double()
+    assert torch.equal(logits(other, inputs(name)), logits(model, inputs(name)))
+    assert trainable(other) == trainable(model)
+
+
+def test_an_adapter_alone_replaces_an_adapter_with_a_head(tmp_path: Path) -> None:
+    save_pretrained(trained(), tmp_path)
+    alone = build("hf_bert")
+    attach(alone, AdapterConfig("depth"))
+    save_pretrained(alone, tmp_path)
+    other = build("hf_bert")
+    assert load(other, tmp_path).config.tensor_mode == "depth"
+    assert {name.partition(".")[0] for name in trainable(other)} == {"tenslora"}
+    single = build("hf_bert")
+    load(single, str(tmp_path / "adapter.safetensors"))
+    assert {name.partition(".")[0] for name in trainable(single)} == {"tenslora"}
+
+
+class TwoHeads(PlainTransformer):
+    """A batch norm and two heads that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(24)
+        self.out, self.again = nn.Linear(24, 2), nn.Linear(24, 2)
+        self.again.weight = self.out.weight
+
+
+def test_a_heads_buffers_and_tied_weights_are_kept(tmp_path: Path) -> None:
+    model, other = TwoHeads(), TwoHeads()
+    attach(model, AdapterConfig("qkv"), train=["norm", "out", "again"])
+    model.norm(torch.randn(8, 24))
+    save_pretrained(model, tmp_path)
+    load(other, tmp_path)
+    assert other.norm.state_dict().keys() == model.norm.state_dict().keys()
+    assert all(torch.equal(tensor, model.norm.state_dict()[name]) for name, tensor in other.norm.state_dict().items())
+    assert torch.equal(other.again.weight, model.out.weight)
+    assert other.again.weight is other.out.weight
+
+
+def test_a_name_stands_for_every_module_that_ends_with_it() -> None:
+    model = build("hf_bert")
+    attach(model, AdapterConfig("qkv"), train=["LayerNorm", "encoder.layer.1.output.dense"])
+    parts = {name.rpartition(".")[0] for name in trainable(model) if not name.startswith("tenslora.")}
+    assert "bert.encoder.layer.1.output.dense" in parts and "bert.encoder.layer.0.output.dense" not in parts
+    norms = {path for path, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
+    assert parts - {"bert.encoder.layer.1.output.dense"} == norms
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (["clasifier"], r"^train=clasifier: must be the name of a module .* in \w+, such as classifier, bert"),
+        (["dropout"], r"^train=dropout: must be the name of a module with parameters"),
+        (["ssifier"], r"^train=ssifier: must be"),
+        ([""], r"^train=: must be"),
+        ("classifier", r"^train=classifier: must be a list of names, such as \['classifier'\]$"),
+    ],
+)  # fmt: skip
+def test_a_module_that_is_not_there_is_one_line_and_changes_nothing(train: Any, message: str) -> None:
+    model = build("hf_bert")
+    with pytest.raises(TensLoRAError, match=message):
+        attach(model, AdapterConfig("qkv"), train=train)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not hasattr(model, "tenslora")
+
+
+def test_a_head_that_does_not_fit_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    model = PlainTransformer(classes=3)
+    attach(model, AdapterConfig("qkv"), train=["head"])
+    save_pretrained(model, tmp_path)
+    other = PlainTransformer(classes=2)
+    message = r"head\.bias has the shape \(3,\), and in PlainTransformer \(2,\); build the model with as many"
+    with pytest.raises(TensLoRAError, match=message):
+        load(other, tmp_path)
+    del other.head
+    with pytest.raises(TensLoRAError, match=r"PlainTransformer has no weight head\.bias$"):
+        load(other, tmp_path)
+    assert not hasattr(other, "tenslora")
+
+
+def test_what_holds_no_adapter_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"must hold adapter\.safetensors, which save_pretrained writes$"):
+        load(PlainTransformer(), tmp_path)
+    for name in (str(tmp_path / "missing"), "missing.safetensors", "a/missing.safetensors", "missing"):
+        with pytest.raises(TensLoRAError, match=r"no such file or folder, and not the name of a repository on the hub"):
+            load(PlainTransformer(), name)
+    with pytest.raises(TensLoRAError, match="has no adapter"):
+        save_pretrained(PlainTransformer(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_goes_to_the_hub_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models" / "someone" / "digits"
+
+    def create_repo(repo_id: str, private: bool, exist_ok: bool) -> None:
+        assert (repo_id, private, exist_ok) == ("someone/digits", True, True)
+        repository.mkdir(parents=True)
+        (repository / ".repository").touch()
+
+    def upload_folder(repo_id: str, folder_path: str, commit_message: str, delete_patterns: str) -> SimpleNamespace:
+        assert (repo_id, delete_patterns) == ("someone/digits", "head.safetensors")
+        shutil.copytree(folder_path, repository, dirs_exist_ok=True)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/{commit_message.split()[0]}")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
+    model, other = trained(), build("hf_bert")
+    assert push_to_hub(model, "someone/digits", private=True) == "https://hub/someone/digits/commit/Upload"
+
+    with serving(tmp_path) as server:
+        (repository / "large.bin").write_text("not wanted")
+        # The client reads these settings from the environment when it is imported.
+        settings = {"endpoint": server.endpoint, "cache_dir": tmp_path / "cache", "token": False}
+        download = partial(huggingface_hub.snapshot_download, **settings)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        load(other, "someone/digits").double()
+        fetched = [request for request in server.requests if "resolve" in request and request.startswith("GET")]
+        with pytest.raises(TensLoRAError) as missing:
+            load(build("hf_bert"), "someone/else")
+    assert torch.equal(logits(other, inputs("hf_bert")), logits(model, inputs("hf_bert")))
+    assert sorted(request.rpartition("/")[2] for request in fetched) == ["adapter.safetensors", "head.safetensors"]
+    assert str(missing.value).startswith("someone/else: no such folder, and not found on the hub (")
+    assert "\n" not in str(missing.value)
+
+
+def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create_repo(*_: Any, **__: Any) -> None:
+        raise OSError("401 Client Error: Unauthorized\nInvalid credentials")
+
+    model = trained()
+    with pytest.raises(TensLoRAError, match="repo_id=digits: must be the name of a repository, user/name"):
+        push_to_hub(model, "digits")
+    monkeypatch.setattr("huggingface_hub.create_repo", create_repo)
+    with pytest.raises(TensLoRAError, match=r"^repo_id=a/b: the hub refuses \(401 Client Error: Unauthorized\)$"):
+        push_to_hub(model, "a/b")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for wanted in (lambda: push_to_hub(model, "a/b"), lambda: load(detached(model), "a/b")):
+        with pytest.raises(TensLoRAError, match=r"^a/b: the hub needs another package, pip install huggingface_hub$"):
+            wanted()
+
+
+def detached(model: nn.Module) -> nn.Module:
+    detach(model)
+    return model
