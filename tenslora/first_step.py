@@ -57,6 +57,7 @@ def relative_first_step(config: AdapterConfig, geometry: Geometry) -> float | No
     """An adapter's first step as a multiple of LoRA's at ``config.rank_strategy.rank`` and the same alpha.
 
     >>> vit_base = Geometry(d_in=768, heads=12, d_head=64, layers=12)
+    >>> from tenslora.ranks import RankStrategy
     >>> relative_first_step(AdapterConfig("att", RankStrategy("isorank")), vit_base)
     0.25
 
