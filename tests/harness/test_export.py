@@ -45,8 +45,13 @@ class Finished:
 def images_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run on images with a ViT of transformers, of random weights on disk."""
     root = tmp_path_factory.mktemp("images_run")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    settings = transformers.ViTConfig(image_size=8, patch_size=4, **sizes)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
+    settings = transformers.ViTConfig(image_size=8, patch_size=4, **sizes)
     torch.manual_seed(0)
     transformers.ViTForImageClassification(settings).save_pretrained(root / "vit")
     random = np.random.default_rng(0)
