@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import signal
 from collections import deque
@@ -182,7 +183,7 @@ class _Worker:
         """The outcome of the job, once the connection is ready."""
         assert self.connection is not None and self.process is not None
         try:
-            outcome: JobReturn = self.connection.recv()
+            outcome: JobReturn = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             self.process.join()
             outcome = JobReturn()
@@ -217,7 +218,8 @@ def _carry_out_jobs(connection: Connection, gpu: str, threads: int) -> None:
         if outcome.status is JobStatus.FAILED and not isinstance(outcome._return_value, TensLoRAError):
             # Not every exception can be pickled, and none keeps its traceback. The job's log has both.
             outcome.return_value = RuntimeError(f"{type(outcome._return_value).__name__}: {outcome._return_value}")
-        connection.send(outcome)
+        # Hydra may have imported its plugins anew since the config was made. pickle then no longer knows their classes.
+        connection.send_bytes(cloudpickle.dumps(outcome))
 
 
 def _how_it_ended(status: int) -> str:

@@ -16,12 +16,12 @@ from typing import Any
 import cloudpickle
 import pytest
 from hydra._internal.callbacks import Callbacks
-from hydra.conf import HydraConf
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tenslora.errors import TensLoRAError
 from tests.conftest import ROOT
+from tests.running import composed
 
 
 def plugin() -> Any:
@@ -43,9 +43,10 @@ class Loader:
 
 
 def launch(folder: Path, task: Callable[[DictConfig], Any], jobs: int, gpus: Any, jobs_per_gpu: int) -> list[JobReturn]:
-    hydra = OmegaConf.structured(HydraConf)
-    hydra.output_subdir, hydra.job_logging = None, {"root": None}
-    hydra.sweep.dir, hydra.sweep.subdir, hydra.job.chdir, hydra.job.name = str(folder), "job", False, "job"
+    # As on the command line, composing makes Hydra import its plugins anew, and with them the classes of this config.
+    hydra = composed("hydra/job_logging=none", "hydra/hydra_logging=none", with_hydra=True).hydra
+    OmegaConf.set_struct(hydra, False)
+    hydra.output_subdir, hydra.sweep.dir, hydra.sweep.subdir = None, str(folder), "job"
     shared = OmegaConf.create({"hydra": hydra, "number": 0, "jobs": jobs, "folder": str(folder)})
     launcher = plugin().GpusLauncher(ListConfig(gpus), jobs_per_gpu)
     context = SimpleNamespace(config_loader=Loader(), callbacks=Callbacks())
