@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loaded = load_run(given.run, given.checkpoint)
         run = with_overrides(loaded.run, given.overrides)
         evaluation = loaded.evaluate(run.dataset, device=given.device)
+    if os.environ.get("RANK", "0") != "0":  # started by torchrun; the first process prints
+        return
     split = next(iter(evaluation.predictions))
     scores = {f"{split}_loss": evaluation.loss, **evaluation.scores}
     examples = sum(len(of_split.labels) for of_split in evaluation.predictions.values())

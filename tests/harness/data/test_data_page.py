@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tenslora.harness.data import load_dataset
+from tenslora.harness.evaluate import scores_of
+from tenslora.harness.load_run import load_run
 from tests.commands import Command, Commands
 from tests.conftest import ROOT
 
@@ -40,3 +43,18 @@ def test_the_pages_blocks_run(tmp_path: Path, commands: Commands, monkeypatch: p
         for log in logged:
             score = re.search(r"last (\S+), best", log)
             assert score and float(score[1]) > 0.5, f"{title}: {log}"  # chance is at most 1 in 3
+            check_finished(log, tmp_path)
+
+
+def check_finished(log: str, folder: Path) -> None:
+    """Check that a run, whose folder is in its log, scores again what its record says, and predicts what it did."""
+    record = re.search(r"record: (.+)/result\.json", log)
+    assert record
+    loaded = load_run(folder / record[1])
+    evaluation = loaded.evaluate()
+    (split, kept), *_ = evaluation.predictions.items()
+    assert {f"{split}_loss": evaluation.loss, **evaluation.scores} == scores_of(loaded.record)
+    inputs = load_dataset(loaded.run.dataset, loaded.run.seed).scored.inputs
+    predictions = loaded.predict([inputs[index] for index in range(len(inputs))])
+    names = [loaded.classes[number] for number in kept.predicted] if loaded.classes else kept.predicted.tolist()
+    assert [each.answer for each in predictions] == names
