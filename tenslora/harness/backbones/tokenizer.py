@@ -42,7 +42,7 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
     except TensLoRAError as error:
         if config.pretrained:
             raise
-        log.info("%s; a tokenizer is trained on the training sentences", error)
+        log.info("%s: no tokenizer (%s); one is trained on the training sentences", config.name, error.__cause__)
         return _train_tokenizer(sentences)
     if tokenizer.pad_token is None:  # decoders have none; what is padded is masked, so any token does
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

