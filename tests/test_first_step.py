@@ -13,7 +13,7 @@ import torch
 
 from tenslora.adapter import Adapter, load_adapter
 from tenslora.adapter_config import AdapterConfig
-from tenslora.attachment import merge
+from tenslora.attachment import adapter_of, merge
 from tenslora.constructions import CONSTRUCTIONS, Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import FACTORIZATIONS
@@ -34,7 +34,8 @@ def real_first_step(adapter: Adapter, lr: float = 1e-3) -> float:
     generator = torch.Generator().manual_seed(0)
     layers = range(adapter.geometry.layers)
     updates = [adapter.scale * update for layer in layers for update in adapter.dense(layer)]
-    torch.stack([(u * torch.randn(u.shape, generator=generator)).sum() for u in updates]).sum().backward()
+    loss = torch.stack([(u * torch.randn(u.shape, generator=generator)).sum() for u in updates]).sum()
+    torch.autograd.backward(loss)
     torch.optim.AdamW(adapter.parameters(), lr=lr, weight_decay=0.0, eps=1e-12).step()
     squares = [(adapter.scale * u).square().sum().item() for layer in layers for u in adapter.dense(layer)]
     return math.sqrt(sum(squares) / len(squares)) / lr
@@ -117,7 +118,7 @@ def test_a_merged_model_has_the_scaled_update() -> None:
     merge(model)
     torch.testing.assert_close(logits(model, batch), before)
     torch.testing.assert_close(logits(other, batch), before)
-    other.tenslora.scale = adapter.config.alpha  # the scale matters: without it, the outputs differ
+    adapter_of(other).scale = adapter.config.alpha  # the scale matters: without it, the outputs differ
     assert not torch.allclose(logits(other, batch), before, atol=1e-4)
 
 

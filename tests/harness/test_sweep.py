@@ -74,7 +74,7 @@ def test_a_dry_run_prints_the_plan_and_neither_writes_nor_loads_anything(tmp_pat
     assert lines[0] == "LoRA and tensor constructions, isorank"
     assert [line for line in lines if " with " in line] == ["cola with roberta_base", "dtd with vit_base"]
     (row,) = {" ".join(line.split()) for line in lines if line.startswith("  qkv_depth")}
-    assert row == "qkv_depth isorank 4, 4, 4, 4 6,460 2.9 % 3 to run"
+    assert row == "qkv_depth isorank 4, 4, 4, 4 6,460 2.9 % 0.07 3 to run"
     assert lines[-1] == "12 jobs: 12 to run"
     assert not list(tmp_path.iterdir())
 
@@ -92,8 +92,8 @@ def test_lists_on_the_command_line_narrow_and_widen_a_table(commands: Commands, 
     )
     assert [line.split()[0] for line in narrow] == ["lora", "qkv", "full", "3"]
     assert wide == [
-        "lora optimizer.lr=0.001 4 6,144 100.0 % 3 to run",
-        "lora optimizer.lr=0.002 4 6,144 100.0 % 3 to run",
+        "lora optimizer.lr=0.001 4 6,144 100.0 % 1.00 3 to run",
+        "lora optimizer.lr=0.002 4 6,144 100.0 % 1.00 3 to run",
         "full optimizer.lr=0.001 3 to run",
         "full optimizer.lr=0.002 3 to run",
         "12 jobs: 12 to run",
