@@ -98,10 +98,11 @@ def test_lists_on_the_command_line_narrow_and_widen_a_table(commands: Commands, 
         "full optimizer.lr=0.002 3 to run",
         "12 jobs: 12 to run",
     ]
-    # 4 layers: 64 * 2 + 64 * 3 + 3 * 1 + 2 * 3 * 1, and 64 * 5 + 64 * 5 + 3 * 3 + 5 * 5 * 3
+    # 4 layers: 64 * 2 + 64 * 3 + 3 * 1 + 2 * 3 * 1, and 64 * 5 + 64 * 5 + 3 * 3 + 5 * 5 * 3. The first steps are
+    # sqrt(2 * 3 * 1 / 3) and sqrt(5 * 5 * 3 / 3) of LoRA's sqrt(4 * 64 / 3).
     assert [line.split("] ")[1] for line in explicit[:2]] == [
-        "2, 3, 1 1,316 21.4 % 1 to run",
-        "5, 5, 3 2,896 47.1 % 1 to run",
+        "2, 3, 1 1,316 21.4 % 0.15 1 to run",
+        "5, 5, 3 2,896 47.1 % 0.54 1 to run",
     ]
     assert not list(tmp_path.iterdir())
 
