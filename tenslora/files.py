@@ -14,6 +14,9 @@ from tenslora.errors import TensLoRAError
 if TYPE_CHECKING:
     from torch import Tensor
 
+ADAPTER_FILE, HEAD_FILE = "adapter.safetensors", "head.safetensors"
+"""The names of an adapter and of the head trained beside it, in a folder of `save_pretrained` and in that of a run."""
+
 _HEADER = "tenslora"
 
 

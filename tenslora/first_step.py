@@ -23,7 +23,7 @@ def first_step(
     The result is the root mean square, over all adapted matrices, of the updates' Frobenius norms. The signs of the
     gradient's entries are taken as independent of the factors, which holds closely where no rank exceeds its mode's
     size. For Tucker's tensors of M matrices each, the result is sqrt(prod min(r_i, n_i) / M); see
-    `Factorization.first_step`. LoRA starts as PEFT's LoRA does, with variance 1 / (3 d_in), and its result is
+    `Factorization.squared_first_step`. LoRA starts as PEFT's LoRA does, with variance 1 / (3 d_in), and its result is
     sqrt(r d_out / 3).
 
     >>> vit_base = Geometry(d_in=768, heads=12, d_head=64, layers=12)
@@ -41,7 +41,7 @@ def first_step(
     """
     chosen = factorization_of(construction, factorization)
     rows, columns = tensor_grid(construction, geometry)
-    squares = [chosen.first_step(modes(construction, geometry, matrix), ranks) for matrix in range(rows)]
+    squares = [chosen.squared_first_step(modes(construction, geometry, matrix), ranks) for matrix in range(rows)]
     if None in squares:
         return None
     total = columns * sum(filter(None, squares))

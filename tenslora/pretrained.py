@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from tenslora.adapter import Adapter, load_adapter
 from tenslora.attachment import SUBMODULE, adapter_of, attach
 from tenslora.errors import TensLoRAError, first_line
-from tenslora.files import read_safetensors, write_safetensors
+from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, write_safetensors
 
-_ADAPTER, _HEAD = "adapter.safetensors", "head.safetensors"
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -42,10 +41,10 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
     """
     folder, adapter, head = Path(folder), adapter_of(model), _trained_weights(model)
     if head:
-        write_safetensors(folder / _HEAD, head, {})
-    elif (folder / _HEAD).exists():  # of an earlier adapter, which the new one must not be loaded with
-        (folder / _HEAD).unlink()
-    adapter.save(folder / _ADAPTER)
+        write_safetensors(folder / HEAD_FILE, head, {})
+    elif (folder / HEAD_FILE).exists():  # of an earlier adapter, which the new one must not be loaded with
+        (folder / HEAD_FILE).unlink()
+    adapter.save(folder / ADAPTER_FILE)
     return folder
 
 
@@ -71,17 +70,17 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
     if path.is_file():
         return attach(model, load_adapter(path))
     folder = path if path.is_dir() else _download(str(source), revision)
-    if not (folder / _ADAPTER).is_file():
-        raise TensLoRAError(f"{source}: must hold {_ADAPTER}, which save_pretrained writes")
-    adapter = load_adapter(folder / _ADAPTER)
-    head = read_safetensors(folder / _HEAD)[1] if (folder / _HEAD).is_file() else {}
+    if not (folder / ADAPTER_FILE).is_file():
+        raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
+    adapter = load_adapter(folder / ADAPTER_FILE)
+    head = read_safetensors(folder / HEAD_FILE)[1] if (folder / HEAD_FILE).is_file() else {}
     places = _places(model)
     for name, saved in head.items():
         if name not in places:
-            raise TensLoRAError(f"{folder / _HEAD}: {type(model).__name__} has no weight {name}")
+            raise TensLoRAError(f"{folder / HEAD_FILE}: {type(model).__name__} has no weight {name}")
         if places[name].shape != saved.shape:
             raise TensLoRAError(
-                f"{folder / _HEAD}: {name} has the shape {tuple(saved.shape)}, and in {type(model).__name__} "
+                f"{folder / HEAD_FILE}: {name} has the shape {tuple(saved.shape)}, and in {type(model).__name__} "
                 f"{tuple(places[name].shape)}; build the model with as many classes as the saved one"
             )
     attach(model, adapter)
@@ -116,7 +115,10 @@ def push_to_hub(model: nn.Module, repo_id: str, private: bool = False) -> str:
             hub.create_repo(repo_id, private=private, exist_ok=True)
             # A head that an earlier adapter had must not stay beside this one.
             commit = hub.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message="Upload a TensLoRA adapter", delete_patterns=_HEAD
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message="Upload a TensLoRA adapter",
+                delete_patterns=HEAD_FILE,
             )
         except Exception as error:  # the client raises OSError, ValueError and the types of its HTTP library
             raise TensLoRAError(f"repo_id={repo_id}: the hub refuses ({first_line(error)})") from error
@@ -128,7 +130,7 @@ def _download(name: str, revision: str | None) -> Path:
         raise TensLoRAError(f"{name}: no such file or folder, and not the name of a repository on the hub (user/name)")
     hub = _hub(name)
     try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=[_ADAPTER, _HEAD]))
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=[ADAPTER_FILE, HEAD_FILE]))
     except Exception as error:  # the client raises OSError, ValueError and the types of its HTTP library
         raise TensLoRAError(f"{name}: no such folder, and not found on the hub ({first_line(error)})") from error
 

@@ -85,7 +85,7 @@ def test_the_numbers_of_the_design_for_vit_base() -> None:
 def test_a_factorization_without_a_formula_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     config = AdapterConfig("qkv_depth", WITHIN_MODES)
     by_formula = Adapter(config, GEOMETRY)
-    monkeypatch.setattr("tenslora.factorizations.tucker.Tucker.first_step", Factorization.first_step)
+    monkeypatch.setattr("tenslora.factorizations.tucker.Tucker.squared_first_step", Factorization.squared_first_step)
     assert first_step("qkv_depth", GEOMETRY, by_formula.ranks) is None
     measured = Adapter(config, GEOMETRY)
     assert measured.first_step == pytest.approx(by_formula.first_step, rel=0.01)

@@ -29,7 +29,7 @@ class CP(Factorization):
     def zero_parameter(self, modes: Modes) -> str:
         return "d_head" if HEAD in modes else "d_out"
 
-    def first_step(self, modes: Modes, ranks: Sequence[int]) -> float:
+    def squared_first_step(self, modes: Modes, ranks: Sequence[int]) -> float:
         # A column of U_i has the squared length min(1, n_i / R) on average.
         (rank,) = ranks
         zero = self.zero_parameter(modes)

@@ -85,8 +85,8 @@ class Factorization(ABC):
             projection nor site is stacked. r is the inner size of the product and need not be one of the ranks.
         """
 
-    def first_step(self, modes: Modes, ranks: Sequence[int]) -> float | None:
-        """The squared norm of the tensor after the first optimizer step, from an orthogonal start; see `first_step`.
+    def squared_first_step(self, modes: Modes, ranks: Sequence[int]) -> float | None:
+        """The squared norm of the whole tensor after AdamW's first step with learning rate 1, from an orthogonal start.
 
         Every entry of the parameter that starts at zero has moved by 1, up or down at random. All other parameters are
         as `tensor.FactorizedTensor` draws them with init="orthogonal". The result is the expectation.

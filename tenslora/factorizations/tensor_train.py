@@ -49,7 +49,7 @@ class TensorTrain(Factorization):
     def zero_parameter(self, modes: Modes) -> str:
         return _order(modes)[-1]
 
-    def first_step(self, modes: Modes, ranks: Sequence[int]) -> float:
+    def squared_first_step(self, modes: Modes, ranks: Sequence[int]) -> float:
         # The columns of the product of all cores but the last are orthonormal, if none of these cores has more columns
         # than rows; otherwise its squared norm shrinks by rows / columns on average.
         *names, last = _order(modes)

@@ -30,7 +30,7 @@ class Tucker(Factorization):
     def zero_parameter(self, modes: Modes) -> str:
         return "core"
 
-    def first_step(self, modes: Modes, ranks: Sequence[int]) -> float:
+    def squared_first_step(self, modes: Modes, ranks: Sequence[int]) -> float:
         # ||U_i||^2 is min(r_i, n_i), and the norm of the Kronecker product of the U_i is the product of their norms.
         return float(math.prod(min(r, n) for r, n in zip(ranks, modes.values(), strict=True)))
 

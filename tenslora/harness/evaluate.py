@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_run_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="dataset.<setting>=<value>", help="settings of other data")
     parser.add_argument("--format", choices=("table", "jsonl"), default="table", help="how to print; default: table")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     with mistakes_in_one_line():
         from tenslora.harness.load_run import load_run
 

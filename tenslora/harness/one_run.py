@@ -65,13 +65,7 @@ def carry_out_once(composed: DictConfig, train: Callable[[RunConfig, Path], Mapp
 
 
 def _finished(run: RunConfig, folder: RunFolder) -> dict[str, Any] | None:
-    if run.overwrite:
-        return None
-    with contextlib.suppress(TensLoRAError):
-        record = folder.read_record()
-        if record["status"] == "completed" and record["digest"] == run.digest():
-            return record
-    return None
+    return None if run.overwrite else folder.finished_record(run.digest())
 
 
 def _score(record: Mapping[str, Any]) -> float:

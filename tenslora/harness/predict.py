@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a .csv, .tsv or .jsonl file to write; default: print")
     parser.add_argument("--format", choices=FORMATS, default="table", help="how to print; default: table")
     parser.add_argument("--batch_size", type=int, help="inputs per batch; default: as the run's tests")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     with mistakes_in_one_line():
         if given.out and given.out.suffix not in WRITERS:
             raise TensLoRAError(f"--out {given.out}: must end in one of {', '.join(WRITERS)}")

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from tenslora.errors import TensLoRAError
-from tenslora.files import write_bytes, write_json, write_safetensors
+from tenslora.files import ADAPTER_FILE, HEAD_FILE, write_bytes, write_json, write_safetensors
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -64,7 +64,7 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         """The trained adapter."""
-        return self.path / "adapter.safetensors"
+        return self.path / ADAPTER_FILE
 
     @property
     def predictions(self) -> Path:
@@ -97,7 +97,7 @@ class RunFolder:
         Args:
             tensor_mode: the run's tensor_mode.
         """
-        return self.path / ("model.safetensors" if tensor_mode == "full" else "head.safetensors")
+        return self.path / ("model.safetensors" if tensor_mode == "full" else HEAD_FILE)
 
     def write_weights(self, tensor_mode: str, weights: Mapping[str, Tensor]) -> Path:
         """Write the trained weights other than the adapter.
@@ -187,6 +187,21 @@ class RunFolder:
         if record.get("schema") != SCHEMA:
             raise TensLoRAError(f"{self.result}: schema {record.get('schema')}, this version reads {SCHEMA}")
         return record
+
+    def finished_record(self, digest: str) -> dict[str, Any] | None:
+        """The record of a completed run.
+
+        Args:
+            digest: the digest of the run's settings.
+
+        Returns:
+            The record; None if there is no readable record of these settings, or if the run has diverged.
+        """
+        with contextlib.suppress(TensLoRAError):
+            record = self.read_record()
+            if record["status"] == "completed" and record["digest"] == digest:
+                return record
+        return None
 
     def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write metrics.csv.

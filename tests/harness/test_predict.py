@@ -50,7 +50,7 @@ def test_images_get_the_classes_that_the_run_gave_them(
 def test_the_table_shows_the_likeliest_classes(
     digits_run: Path, digits: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([str(digits_run), str(digits[0])])
+    main([str(digits_run), "--device", "cpu", str(digits[0])])  # options may come first
     (prediction,) = load_run(digits_run).predict(digits[:1])
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["image", "prediction", "probabilities"]

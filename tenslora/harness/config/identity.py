@@ -31,6 +31,7 @@ _TRAINER_WITHOUT_EFFECT = ("compile", "device", "threads", "workers", "eval_batc
 """Settings of the trainer that only say where and how fast a run goes."""
 
 _LATER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adapter": {"scaling": "direct"},
     "dataset": {"validation": None},
     "trainer": {"score_every": 1},
 }
@@ -100,11 +101,10 @@ def identity(run: RunConfig) -> dict[str, Any]:
     for name in _TRAINER_WITHOUT_EFFECT:
         del relevant["trainer"][name]
     for group, defaults in _LATER_DEFAULTS.items():
+        of_group = relevant.get(group, {})  # a run without an adapter has no settings of one
         for name, default in defaults.items():
-            if relevant[group][name] == default:
-                del relevant[group][name]
-    if run.adapter and (run.adapter.scaling == "direct" or run.row_strategy == ""):
-        del relevant["adapter"]["scaling"]  # added later; LoRA has its own first step under either value
+            if name in of_group and of_group[name] == default:
+                del of_group[name]
     if run.adapter is None:
         del relevant["rank_strategy"], relevant["warm_start"]
         del relevant["optimizer"]["core_lr_ratio"], relevant["optimizer"]["factor_weight_decay"]
@@ -112,6 +112,7 @@ def identity(run: RunConfig) -> dict[str, Any]:
         del relevant["factorization"]
         if run.row_strategy == "":
             relevant["rank_strategy"] = {"rank": run.rank_strategy.rank}
+            relevant["adapter"].pop("scaling", None)  # LoRA has its own first step under either value
     normalized: dict[str, Any] = _with_whole_numbers(relevant)
     return normalized
 

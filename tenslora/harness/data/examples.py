@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,29 @@ def draw(count: int, size: int, seed: int, purpose: str = "split") -> list[int]:
     import numpy as np
 
     return sorted(np.random.default_rng(stream_seed(purpose, seed)).permutation(count)[:size].tolist())
+
+
+def shortened(names: Iterable[str], most: int = 12) -> str:
+    """A list of names for a message, with the number of names that are left out."""
+    listed = [name if len(name) <= 60 else f"{name[:57]}..." for name in names]
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def divided(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Divide examples at random.
+
+    Args:
+        examples: the examples.
+        fraction: the share of the first part; its size is rounded down.
+        seed: the seed of the choice.
+
+    Returns:
+        The first part and the rest, each in the order of `examples`.
+    """
+    count = len(examples)
+    chosen = draw(count, int(fraction * count), seed)
+    return examples.select(chosen), examples.select(sorted(set(range(count)).difference(chosen)))
 
 
 def warn_of_another_size(name: str, split: str, size: int, published: int | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import ImageDatasetConfig
-from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, ImageFiles, draw
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, ImageFiles, divided, shortened
 from tenslora.harness.data.image_lists import ImageList, read_image_list
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _in_split_folders(root: Path, config: ImageDatasetConfig) -> Dataset:
     needed = [("train_splits", split) for split in train_splits] + ([("test_split", test_split)] if tested else [])
     for setting, split in needed:
         if split not in present:
-            listed = _shortened(present) or "nothing"
+            listed = shortened(present) or "nothing"
             cause = "root" if getattr(config, setting) is None else setting
             value = root if cause == "root" else split
             raise TensLoRAError(
@@ -119,12 +119,10 @@ def _divided(root: Path, train_fraction: float, seed: int) -> Dataset:
             f"{', '.join(present)}; to divide one of these folders, set dataset.root to it"
         )
     examples, classes = _read_classes(root, root)
-    chosen = draw(len(examples), int(train_fraction * len(examples)), seed)
-    others = sorted(set(range(len(examples))).difference(chosen))
-    train, test = examples.select(chosen), examples.select(others)
+    train, test = divided(examples, train_fraction, seed)
     trained = set(train.labels)
     if train.labels and len(trained) < len(classes):
-        left_out = _shortened(name for number, name in enumerate(classes) if number not in trained)
+        left_out = shortened(name for number, name in enumerate(classes) if number not in trained)
         raise TensLoRAError(
             f"dataset.train_fraction={train_fraction}: with this seed, no image of {left_out} is for training; give a "
             f"larger fraction"
@@ -154,7 +152,7 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
     samples: list[tuple[str, int]] = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
     labels = [label for _, label in samples]
     if empty := set(range(len(classes))).difference(labels):
-        names = _shortened(classes[number] for number in sorted(empty))
+        names = shortened(classes[number] for number in sorted(empty))
         raise TensLoRAError(
             f"dataset.root={root}: each folder in {folder} must have images ({', '.join(IMG_EXTENSIONS)}), but there "
             f"are none in {names}"
@@ -185,7 +183,7 @@ def _listed(root: Path, train_list: str, test_list: str) -> Dataset:
 def _check_same_classes(setting: str, one: tuple[str, Iterable[str]], other: tuple[str, Iterable[str]]) -> None:
     """Check that two parts of a dataset, each given by its name and its classes, have the same classes."""
     differences = [
-        f"{_shortened(sorted(only))} only in {name}"
+        f"{shortened(sorted(only))} only in {name}"
         for (name, classes), (_, others) in ((one, other), (other, one))
         if (only := set(classes).difference(others))
     ]
@@ -198,9 +196,3 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise TensLoRAError(f"dataset.root: {folder} cannot be read ({error})") from error
-
-
-def _shortened(names: Iterable[str], most: int = 8) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more

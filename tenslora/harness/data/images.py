@@ -7,7 +7,7 @@ from typing import Any
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import ImageDatasetConfig
 from tenslora.harness.data.digits import load_digits
-from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, divided
 from tenslora.harness.data.image_folder import load_image_folder
 from tenslora.harness.data.torchvision_sources import SOURCES, read_split
 from tenslora.harness.data.vtab import load_vtab
@@ -45,9 +45,8 @@ def _random_split(config: ImageDatasetConfig, seed: int) -> Dataset:
             f"dataset.train_fraction=null: must be a number, such as 0.8, because {config.name} has no published splits"
         )
     examples, classes = read_split(config.name, config.root, None)
-    train = draw(len(examples), int(config.train_fraction * len(examples)), seed)
-    test = sorted(set(range(len(examples))).difference(train))
-    return Dataset(examples.select(train), examples.select(test), classes)
+    train, test = divided(examples, config.train_fraction, seed)
+    return Dataset(train, test, classes)
 
 
 def _published_splits(config: ImageDatasetConfig) -> Dataset:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError
+from tenslora.harness.data.examples import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -247,13 +248,6 @@ def numbers_of(values: Sequence[Any], classes: Sequence[str], where: str) -> lis
             f"split has {shortened(classes)}"
         )
     return [number[name] for name in names]
-
-
-def shortened(names: Iterable[str], most: int = 12) -> str:
-    """A list of names for a message, with the number of names that are left out."""
-    listed = [name if len(name) <= 60 else f"{name[:57]}..." for name in names]
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
 
 
 def _rows(numbers: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
-from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, divided, shortened
 from tenslora.harness.data.text_columns import (
     choose_columns,
     class_names,
@@ -20,7 +20,6 @@ from tenslora.harness.data.text_columns import (
     labels_of,
     numbers_of,
     sentences_of,
-    shortened,
 )
 
 if TYPE_CHECKING:
@@ -74,10 +73,9 @@ def load_text_files(config: TextDatasetConfig, seed: int) -> Dataset:
         return dataset
     train, classes = dataset.train, dataset.classes
     fraction = config.train_fraction or TRAIN_FRACTION
-    chosen = draw(len(train), int(fraction * len(train)), seed)
-    others = sorted(set(range(len(train))).difference(chosen))
     log.info("%s: no split to test on: %g of the %d rows are for training", config.name, fraction, len(train))
-    dataset = replace(dataset, train=train.select(chosen), test=train.select(others))
+    chosen, others = divided(train, fraction, seed)
+    dataset = replace(dataset, train=chosen, test=others)
     if unseen := set(range(len(classes))).difference(dataset.train.labels):
         names = shortened(classes[number] for number in sorted(unseen))
         log.warning("%s: with this seed, no training example is of the class %s", config.name, names)

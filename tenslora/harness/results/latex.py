@@ -17,7 +17,7 @@ from tenslora.harness.results.summary import (
 )
 from tenslora.harness.results.table import AdapterSize
 
-_SIZE_HEADS = ["ranks", "parameters", r"\% of LoRA"]
+_SIZE_HEADS = ["ranks", "parameters", r"\% of LoRA", "first step"]
 
 
 def to_latex(summary: Summary) -> str:
@@ -25,8 +25,8 @@ def to_latex(summary: Summary) -> str:
 
     The last two are left out if they would be empty. Each is a `table` environment with a caption, for the package
     booktabs. A table that is wider than the text is scaled down to its width, which needs graphicx. If there are
-    several backbones, ranks and parameters have a table of their own. The labels are tab:<name>, tab:<name>-sizes,
-    tab:<name>-by-setting (with -1, -2, ... if there are several columns) and tab:<name>-against-lora.
+    several backbones, ranks, parameters and first steps have a table of their own. The labels are tab:<name>,
+    tab:<name>-sizes, tab:<name>-by-setting (with -1, -2, ... if there are several columns) and tab:<name>-against-lora.
 
     Args:
         summary: the summary of the table.
@@ -59,7 +59,7 @@ def _main_tables(summary: Summary) -> list[str]:
         first += 1 + column.has_paper
 
     def scores(row: SummaryRow) -> list[str]:
-        texts = [row.ranks, row.parameters, row.percent_of_lora] if beside else []
+        texts = [*row.adapter_texts] if beside else []
         for column, cell in zip(summary.columns, row.cells, strict=True):
             texts += [_score(cell), *[cell.paper_number] * column.has_paper]
         return texts
@@ -67,22 +67,25 @@ def _main_tables(summary: Summary) -> list[str]:
     notes = [summary.caption]
     if any(cell.scores and cell.remark for row in summary.rows for cell in row.cells):
         notes.append("A superscript counts the seeds that have a score where some have none.")
-    alignment = ("llrr" if beside else "l") + "r" * (len(heads) - 1 - len(sizes))
+    alignment = ("llrrr" if beside else "l") + "r" * (len(heads) - 1 - len(sizes))
     caption = " ".join(map(_escaped, (f"{table.title}.", *table.notes, *notes)))
     top = [_row(datasets), " ".join(rules), _row(heads)]
     tables = [_environment(alignment, [*top, *_grouped(summary, scores, len(heads))], caption, f"tab:{table.name}")]
     if not beside:
-        names = ["", *(rf"\multicolumn{{3}}{{c}}{{{_escaped(model)}}}" for model in models)]
-        rules = [rf"\cmidrule(lr){{{2 + 3 * number}-{4 + 3 * number}}}" for number in range(len(models))]
+        names = ["", *(rf"\multicolumn{{{len(_SIZE_HEADS)}}}{{c}}{{{_escaped(model)}}}" for model in models)]
+        rules = [
+            rf"\cmidrule(lr){{{first}-{first + len(_SIZE_HEADS) - 1}}}"
+            for first in range(2, 2 + len(_SIZE_HEADS) * len(models), len(_SIZE_HEADS))
+        ]
         top = [_row(names), " ".join(rules), _row(["construction", *_SIZE_HEADS * len(models)])]
 
         def sizes_of(row: SummaryRow) -> list[str]:
             by_model = {run.column.model: cell.size for cell in row.cells for run in cell.runs}
             return [text for model in models for text in by_model.get(model, AdapterSize(None, None, None)).texts]
 
-        body = _grouped(summary, sizes_of, 1 + 3 * len(models))
-        caption = _escaped(f"{table.title}: ranks and parameters.")
-        tables += ["", _environment("l" + "lrr" * len(models), [*top, *body], caption, f"tab:{table.name}-sizes")]
+        body = _grouped(summary, sizes_of, 1 + len(_SIZE_HEADS) * len(models))
+        caption = _escaped(f"{table.title}: ranks, parameters and first steps.")
+        tables += ["", _environment("l" + "lrrr" * len(models), [*top, *body], caption, f"tab:{table.name}-sizes")]
     return tables
 
 

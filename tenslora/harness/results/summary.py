@@ -139,8 +139,7 @@ class SummaryRow:
     @property
     def first_step(self) -> str:
         """The first step as a multiple of LoRA's as text, joined as in `ranks`."""
-        steps = [size.relative_step for size in self.sizes]
-        return _joined([f"{step:.2f}" if step is not None else "-" for step in steps])
+        return _joined([size.texts[3] for size in self.sizes])
 
     @property
     def adapter_texts(self) -> tuple[str, str, str, str]:

@@ -102,13 +102,14 @@ class AdapterSize:
         return percent_of_lora(self.parameters, self.lora_parameters)
 
     @property
-    def texts(self) -> tuple[str, str, str]:
-        """Ranks, number of parameters and per cent of LoRA's; a dash where unknown."""
+    def texts(self) -> tuple[str, str, str, str]:
+        """Ranks, number of parameters, per cent of LoRA's, first step as a multiple of LoRA's; a dash where unknown."""
         percent = self.percent_of_lora
         return (
             ", ".join(map(str, self.ranks)) if self.ranks else "-",
             "-" if self.parameters is None else f"{self.parameters:,}",
             "-" if percent is None else f"{percent:.1f}",
+            "-" if self.relative_step is None else f"{self.relative_step:.2f}",
         )
 
 
@@ -168,8 +169,8 @@ class Run:
         if not self.row.has_adapter:
             return AdapterSize(None, None, lora_parameters)
         step = self.relative_step  # records of earlier versions do not hold the first step
-        if self.record.get("first_step") is not None and self.record["lora_first_step"]:
-            step = self.record["first_step"] / self.record["lora_first_step"]
+        if "first_step" in self.record:
+            step = multiple_of_lora(self.record["first_step"], self.record["lora_first_step"])
         return AdapterSize(tuple(self.record["ranks"]), self.record["adapter_parameters"], lora_parameters, step)
 
     def score(self, which: str) -> float | None:
@@ -331,6 +332,15 @@ def percent_of_lora(parameters: int | None, lora_parameters: int | None) -> floa
     25.0
     """
     return 100 * parameters / lora_parameters if parameters is not None and lora_parameters else None
+
+
+def multiple_of_lora(first_step: float | None, lora_first_step: float | None) -> float | None:
+    """An adapter's first step as a multiple of LoRA's; None where either is unknown or LoRA's is 0.
+
+    >>> multiple_of_lora(8.0, 32.0)
+    0.25
+    """
+    return first_step / lora_first_step if first_step is not None and lora_first_step else None
 
 
 def mean_and_deviation(scores: Iterable[float]) -> tuple[float, float | None]:

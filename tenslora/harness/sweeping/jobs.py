@@ -192,7 +192,7 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
 def _named_after(
     composed: Sequence[tuple[tuple[str, ...], DictConfig]], runs: Sequence[RunConfig], varied: Sequence[str]
 ) -> list[str]:
-    """The varied settings that a generic model's name, and so the column, tells apart already."""
+    """The varied settings that need not stand in a row, because the name of a generic model shows their values."""
     keys = []
     for key in {"model.architecture", "model.checkpoint"}.intersection(varied):
         names: dict[str, set[str]] = {}
@@ -244,10 +244,8 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
     with folder.claim() as ours:
         if not ours:
             return ELSEWHERE
-        with contextlib.suppress(TensLoRAError):
-            record = folder.read_record()
-            if record["status"] == "completed" and record["digest"] == run.digest():
-                return None
+        if folder.finished_record(run.digest()):
+            return None
         folder.begin_anew()
         try:
             train(_as_job(run, table), folder.path)

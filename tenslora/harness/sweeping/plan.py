@@ -38,8 +38,7 @@ def plan(table: Table, looks: Mapping[Job, Look]) -> str:
                 count = unknown if first.parameters is None else f"{first.parameters:,}"
                 percent = percent_of_lora(first.parameters, first.lora_parameters)
                 share = unknown if percent is None else f"{percent:.1f} %"
-                step = unknown if first.row.has_adapter else ""
-                step = step if first.size.relative_step is None else f"{first.size.relative_step:.2f}"
+                step = unknown if first.size.relative_step is None else f"{first.size.relative_step:.2f}"
                 rows.append((row.label, ranks, count, share, step, _counted(states[run.digest] for run in runs)))
         head = ("", "ranks", "parameters", "of LoRA", "first step", "seeds")
         widths = [max(len(line[i]) for line in [head, *rows]) for i in range(5)]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import LoggerConfig, RunConfig
 from tenslora.harness.results.summary import Summary, one_line, summarize
-from tenslora.harness.results.table import Row, Run, Table, percent_of_lora
+from tenslora.harness.results.table import Row, Run, Table, multiple_of_lora, percent_of_lora
 from tenslora.harness.tracking.tracker import SCORE, Tracker
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class WandbTracker(Tracker):
     def __init__(self, run: RunConfig, folder: Path, facts: dict[str, Any]) -> None:
         row = _one_word(Row(run.tensor_mode, run.row_strategy))
         percent = percent_of_lora(facts["adapter_parameters"], facts["lora_parameters"])
-        step = facts["first_step"] / facts["lora_first_step"] if facts.get("first_step") else None
+        step = multiple_of_lora(facts.get("first_step"), facts.get("lora_first_step"))
         self._headline = facts["scores"][0]
         self._wandb_run = _start(
             run.logger,

@@ -48,10 +48,11 @@ def test_latex_is_well_formed(columns: tuple[Column, ...]) -> None:
 
 
 def test_a_row_that_lacks_a_backbone_has_no_sizes_there() -> None:
-    runs = [make_run("lora"), make_run("lora", column=COLA), make_run("att", "isorank", column=COLA)]
+    pairs = [("lora", "", DTD), ("lora", "", COLA), ("att", "isorank", COLA)]
+    runs = [make_run(mode, strategy, epochs=[0.5], column=column) for mode, strategy, column in pairs]
     sizes = to_latex(summarize(make_table(runs))).partition("tab:sample-sizes")[2]
-    assert r"lora & 4 & 221,184 & 100.0 & 4 & 55,296 & 100.0 \\" in sizes.splitlines()
-    assert r"att & -- & -- & -- & 4, 4, 4 & 31,968 & 57.8 \\" in sizes.splitlines()
+    assert r"lora & 4 & 221,184 & 100.0 & 1.00 & 4 & 55,296 & 100.0 & 1.00 \\" in sizes.splitlines()
+    assert r"att & -- & -- & -- & -- & 4, 4, 4 & 31,968 & 57.8 & 0.12 \\" in sizes.splitlines()
 
 
 def test_a_superscript_counts_the_seeds_with_a_score() -> None:
@@ -84,11 +85,11 @@ def test_rules_set_lora_and_the_reference_rows_apart() -> None:
     body = text.partition(r"\end{tabular}")[0].partition(r"\toprule")[2].splitlines()
     names = [line.split(" & ")[0] for line in body if not line.startswith(r"\cmidrule")]
     assert names[2:] == [
-        "construction", r"\midrule", "lora", r"\midrule", r"\multicolumn{6}{l}{\emph{isorank}} \\", "qkv", r"\midrule",
+        "construction", r"\midrule", "lora", r"\midrule", r"\multicolumn{7}{l}{\emph{isorank}} \\", "qkv", r"\midrule",
         "full", r"\bottomrule",
     ]  # fmt: skip
-    assert r"qkv & 4, 4, 4 & 74,640 & 33.7 & \textbf{60.0} $\pm$ 10.0 &  \\" in body
-    assert r"full & -- & -- & -- & 95.0 &  \\" in body
+    assert r"qkv & 4, 4, 4 & 74,640 & 33.7 & 0.12 & \textbf{60.0} $\pm$ 10.0 &  \\" in body
+    assert r"full & -- & -- & -- & -- & 95.0 &  \\" in body
 
 
 def test_each_table_has_its_label() -> None:
