@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -51,14 +52,19 @@ class AdaptedLinear(nn.Linear):
         if self.merged or not self.enabled:
             plain: Tensor = self.base[0](x)
             return plain
-        # Given a matrix, Linear returns a new tensor, to which the update can be added in place. Given more dimensions,
-        # it returns a view, which autograd would copy first.
-        tokens = x.reshape(-1, self.in_features)
-        y = self._add_update(self.base[0](tokens), x, tokens)
-        return y.view(*x.shape[:-1], self.out_features)
+        return forward_with_updates(self.base[0], [self], x)
 
-    def _add_update(self, y: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
-        # y += h @ right, in place, in the columns of each matrix that this module holds. The products contain alpha.
+    def add_update(self, y: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
+        """Add the update's output to the Linear's, y += h @ right, in place; the products contain alpha.
+
+        Args:
+            y: the output so far, (tokens, outputs).
+            x: the input as the module received it, (..., inputs).
+            tokens: the same numbers as (tokens, inputs).
+
+        Returns:
+            y.
+        """
         if len(self.columns) == 1 and self.columns[0][1] == 0:
             # A Linear of a single matrix, such as BERT's query.
             h, right = self.shared.product_of(x, tokens, self.columns[0][0], y.dtype)
@@ -100,6 +106,26 @@ class AdaptedLinear(nn.Linear):
     def _replicate_for_data_parallel(self) -> NoReturn:
         # The matrices of a layer share tensors, which DataParallel's copies would share across devices.
         raise TensLoRAError("DataParallel: cannot copy an adapter; start one process per device instead (torchrun)")
+
+
+def forward_with_updates(linear: nn.Module, updates: Sequence[AdaptedLinear], x: Tensor) -> Tensor:
+    """The output of a Linear with any number of updates, ``x W^T + b + sum of alpha x dW``.
+
+    Args:
+        linear: the Linear itself.
+        updates: the updates to add, in this order; each is that of an adapter of its own.
+        x: (..., inputs).
+
+    Returns:
+        (..., outputs).
+    """
+    # Given a matrix, Linear returns a new tensor, to which an update can be added in place. Given more dimensions, it
+    # returns a view, which autograd would copy first.
+    tokens = x.reshape(-1, x.shape[-1])
+    y: Tensor = linear(tokens)
+    for update in updates:
+        y = update.add_update(y, x, tokens)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class SharedInput:

@@ -18,7 +18,7 @@ from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.adapter import Adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError
-from tenslora.projections import features, find_projections
+from tenslora.projections import TargetLinear, features, find_projections
 from tenslora.thin_products import ForwardPassCache, MatrixGroup
 
 SUBMODULE = "tenslora"
@@ -75,19 +75,37 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter, train: Sequence[s
     for module in trained:
         module.requires_grad_(True)
     adapter.to(next(targets[0].linear.parameters()).device).train(model.training)
-    cache = ForwardPassCache(model)
+    for path, linear in adapt_linears(adapter, targets, ForwardPassCache(model)).items():
+        _replace(model, path, linear)
+    model.add_module(SUBMODULE, adapter)
+    return adapter
+
+
+def adapt_linears(
+    adapter: Adapter, targets: Sequence[TargetLinear], cache: ForwardPassCache
+) -> dict[str, AdaptedLinear]:
+    """Build the layers that add an adapter's updates. They still have to take the places of their Linear layers.
+
+    Args:
+        adapter: the adapter, whose geometry is that of the targets.
+        targets: the Linear layers that hold the matrices, from `find_projections`.
+        cache: the cache of the model's forward pass.
+
+    Returns:
+        The layers by the paths of the Linear layers.
+    """
     groups: dict[range, MatrixGroup] = {}
     shared: dict[tuple[int, range], SharedInput] = {}
+    adapted = {}
     for target in targets:
         if target.group not in groups:
-            widths = geometry.widths[target.group.start : target.group.stop]
+            widths = adapter.geometry.widths[target.group.start : target.group.stop]
             side_by_side = tuple(enumerate(accumulate(widths[:-1], initial=0)))
             fused = target.columns == side_by_side and features(target.linear)[1] == sum(widths)
             groups[target.group] = MatrixGroup(adapter, target.group, target.writes_to_stream, fused, cache)
         own = shared.setdefault((target.layer, target.group), SharedInput(groups[target.group], target.layer))
-        _replace(model, target.path, AdaptedLinear(target.linear, own, target.columns))
-    model.add_module(SUBMODULE, adapter)
-    return adapter
+        adapted[target.path] = AdaptedLinear(target.linear, own, target.columns)
+    return adapted
 
 
 def detach(model: nn.Module) -> Adapter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,7 +59,9 @@ def features(linear: nn.Module) -> tuple[int, int]:
     return inputs, outputs
 
 
-def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, list[TargetLinear]]:
+def find_projections(
+    model: nn.Module, adapt: str = "qkv", layers: Collection[int] | None = None
+) -> tuple[Geometry, list[TargetLinear]]:
     """Find the matrices to adapt in every layer of a model.
 
     An attention block is a module with three Linear layers named query/key/value, q_proj/k_proj/v_proj or
@@ -70,6 +72,8 @@ def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, li
     Args:
         model: any Transformer.
         adapt: which matrices, see `constructions.adapted_matrices`.
+        layers: which of the model's layers to take, counted from 0; None for all. The layers that are taken are
+            numbered anew, from 0 and without gaps.
 
     Returns:
         The geometry that all layers share, and the Linear layers that hold the matrices, layer by layer.
@@ -84,11 +88,12 @@ def find_projections(model: nn.Module, adapt: str = "qkv") -> tuple[Geometry, li
         raise TensLoRAError(
             f"{type(model).__name__}: no attention projections found; they must be nn.Linear children named {known}"
         )
-    layers = [_inspect_layer(model, path, block, names, adapt) for path, block, names in blocks]
-    for layer in layers:
-        _require_same_sizes(model, layer, layers[0])
-    geometry = layers[0].sizes.geometry(len(layers), adapt)
-    targets = [target for index, layer in enumerate(layers) for target in _targets(index, layer, geometry)]
+    taken = blocks if layers is None else [block for index, block in enumerate(blocks) if index in layers]
+    found = [_inspect_layer(model, path, block, names, adapt) for path, block, names in taken]
+    for layer in found:
+        _require_same_sizes(model, layer, found[0])
+    geometry = found[0].sizes.geometry(len(found), adapt)
+    targets = [target for index, layer in enumerate(found) for target in _targets(index, layer, geometry)]
     _refuse_shared_weights(targets)
     return geometry, targets
 
