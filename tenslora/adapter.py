@@ -46,6 +46,7 @@ class Adapter(nn.Module):
         first_step: how far AdamW's first step with learning rate 1 moves the matrices: the root mean square, over all
             adapted matrices, of their updates' Frobenius norms. LoRA's and that of an orthogonal start follow from
             `first_step.first_step`; any other is measured on random gradients when the tensors are drawn.
+        unscaled_first_step: the first step with a scale of 1.
 
     Raises:
         TensLoRAError: for settings that do not fit the geometry.
@@ -83,11 +84,11 @@ class Adapter(nn.Module):
             self.tensors.append(tensor)
         self.dropout = nn.Dropout(config.dropout)
         self.rank_dropout = nn.Dropout(config.rank_dropout)
-        self._unscaled_first_step = self._find_first_step() if first_step is None else first_step
+        self.unscaled_first_step = self._find_first_step() if first_step is None else first_step
         self.scale = config.alpha
         if config.scaling == "first_step":
-            self.scale *= lora_first_step(geometry, config.rank_strategy.rank) / self._unscaled_first_step
-        self.first_step = abs(self.scale) * self._unscaled_first_step
+            self.scale *= lora_first_step(geometry, config.rank_strategy.rank) / self.unscaled_first_step
+        self.first_step = abs(self.scale) * self.unscaled_first_step
 
     def _find_first_step(self) -> float:
         config = self.config
@@ -223,7 +224,7 @@ class Adapter(nn.Module):
             "config": dataclasses.asdict(self.config),
             "geometry": dataclasses.asdict(self.geometry),
             "ranks": list(self.ranks),
-            "first_step": self._unscaled_first_step,
+            "first_step": self.unscaled_first_step,
         }
         return write_safetensors(Path(path), dict(self.state_dict()), header)
 

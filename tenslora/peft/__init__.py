@@ -1,1 +1,13 @@
-"""PEFT: reading a LoRA that PEFT saved, and turning an adapter into a PEFT LoRA."""
+"""PEFT: the tuner, reading a LoRA that PEFT saved, and turning an adapter into a PEFT LoRA.
+
+Importing this package makes PEFT know TensLoRA, so that `get_peft_model` takes a `TensLoraConfig` and
+`PeftModel.from_pretrained` loads what it saved. Where PEFT is not installed, a saved LoRA can still be read.
+"""
+
+from importlib.util import find_spec
+
+if find_spec("peft"):
+    from tenslora.peft.tuner import TensLoraConfig, TensLoraLinear, TensLoraModel, register
+
+    __all__ = ["TensLoraConfig", "TensLoraLinear", "TensLoraModel"]
+    register()

@@ -1,0 +1,454 @@
+"""TensLoRA as a method of PEFT: `get_peft_model(model, TensLoraConfig(...))`.
+
+PEFT wraps each adapted Linear in a tuner layer, and this tuner's layers only say which updates are active. The updates
+themselves come from the same `AdaptedLinear` and `Adapter` as in `attachment.attach`. An adapter's tensors belong to
+all layers at once, so they are submodules of the tuner, as the shared matrices of VeRA are.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
+
+import peft
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
+from peft.utils import register_peft_method
+from torch import Tensor, nn
+
+from tenslora.adapted_linear import AdaptedLinear, forward_with_updates
+from tenslora.adapter import Adapter
+from tenslora.adapter_config import AdapterConfig
+from tenslora.attachment import adapt_linears
+from tenslora.constructions import Geometry, adapted_matrices
+from tenslora.errors import TensLoRAError
+from tenslora.projections import TargetLinear, find_projections
+from tenslora.ranks import RankStrategy
+from tenslora.thin_products import ForwardPassCache
+
+METHOD = "tenslora"
+"""The method's name in PEFT. In adapter_config.json it is written in capitals, as `peft_type`."""
+
+_ADAPTERS = f"{METHOD}_adapters"
+
+
+def register() -> None:
+    """Make PEFT know the method.
+
+    PEFT takes only methods that its enumeration `PeftType` names, and it has no function that adds a name. An
+    enumeration keeps its members in three dicts, by name, by value and in order; the new member is put there as Python
+    itself would put it. Nothing else in PEFT is touched: `register_peft_method` does the rest.
+
+    Raises:
+        TensLoRAError: if this version of PEFT, or of Python, keeps its methods in some other way.
+    """
+    name = METHOD.upper()
+    if name in PeftType.__members__:
+        return
+    try:
+        member = str.__new__(PeftType, name)
+        member._name_, member._value_ = name, name
+        member._sort_order_ = len(PeftType)  # type: ignore[attr-defined]
+        member.__objclass__ = PeftType  # type: ignore[attr-defined]
+        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+        PeftType._member_names_.append(name)
+        type.__setattr__(PeftType, name, member)
+        if PeftType(name) is not member or member not in list(PeftType):
+            raise AttributeError(f"PeftType has no {name}")
+        register_peft_method(name=METHOD, config_cls=TensLoraConfig, model_cls=TensLoraModel)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TensLoRAError(
+            f"peft {peft.__version__}: cannot be extended with a method of its own here ({error}); tenslora.attach "
+            f"needs no PEFT"
+        ) from error
+
+
+@dataclasses.dataclass
+class TensLoraConfig(PeftConfig):  # type: ignore[misc]
+    """The settings of a TensLoRA adapter in PEFT.
+
+    They are those of `AdapterConfig`, with the fields of a rank strategy beside them, and PEFT's own for the choice of
+    modules.
+
+    Args:
+        tensor_mode: the construction, one of `constructions.CONSTRUCTIONS`.
+        rank_strategy: "isoparameters" or "isorank", see `ranks.RankStrategy`.
+        r: for isorank, the rank; for isoparameters, the LoRA rank whose number of parameters is matched.
+        ranks: the rank of each mode; None lets rank_strategy choose. The ranks that isoparameters has chosen are saved
+            here, so that a saved adapter does not depend on the rule that chose them.
+        rank_options: further fields of `ranks.RankStrategy`, such as {"rule": "uniform"}.
+        alpha: multiplies the update; unlike lora_alpha, it is not divided by the rank.
+        scaling: "direct", or "first_step" to give the adapter the first step of LoRA at rank r.
+        adapt: the matrices to adapt: letters of "qkvo", "mlp", or "all"; None means "qkv", or those that target_modules
+            matches.
+        factorization: "tucker", "cp" or "tensor_train".
+        init: how the factors start.
+        head_layout: "aligned" or "interleaved".
+        tensor_seeds: "distinct" or "equal".
+        seed: the seed of the tensors' random streams.
+        dropout: as in `AdapterConfig`.
+        rank_dropout: as in `AdapterConfig`.
+        target_modules: names or a regular expression, as in LoraConfig; None adapts all layers.
+        exclude_modules: names or a regular expression of modules to leave out, as in LoraConfig.
+        layers_to_transform: the indices of the layers to adapt, as in LoraConfig.
+        layers_pattern: the name of the list of layers, as in LoraConfig.
+        modules_to_save: modules that are trained and saved beside the adapter, such as a new head.
+        first_step: written when the adapter is made: the first step with a scale of 1, see `Adapter`.
+
+    Raises:
+        ValueError: for a value that is out of range; the message names the field, its value and what is valid.
+    """
+
+    tensor_mode: str = "qkv_depth"
+    rank_strategy: str = "isoparameters"
+    r: int = 4
+    ranks: list[int] | None = None
+    rank_options: dict[str, Any] | None = None
+    alpha: float = 4.0
+    scaling: str = "direct"
+    adapt: str | None = None
+    factorization: str = "tucker"
+    init: str = "orthogonal"
+    head_layout: str = "aligned"
+    tensor_seeds: str = "distinct"
+    seed: int = 0
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    first_step: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[METHOD.upper()]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))  # PEFT saves a set as a sorted list
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise TensLoRAError(f"layers_pattern={self.layers_pattern}: needs layers_to_transform beside it")
+        self.adapter_config(self.adapt or "qkv")
+
+    def adapter_config(self, adapt: str) -> AdapterConfig:
+        """The library's settings.
+
+        Args:
+            adapt: the matrices that are adapted.
+
+        Raises:
+            TensLoRAError: for a value that is out of range.
+        """
+        own = {field.name for field in dataclasses.fields(AdapterConfig)} - {"rank_strategy", "adapt"}
+        options = self.rank_options or {}
+        known = {field.name for field in dataclasses.fields(RankStrategy)} - {"name", "rank", "ranks"}
+        if unknown := sorted(set(options) - known):
+            raise TensLoRAError(f"rank_options={unknown[0]}: must be one of {', '.join(sorted(known))}")
+        strategy = RankStrategy(self.rank_strategy, self.r, **options)
+        if self.ranks is not None:
+            strategy = dataclasses.replace(strategy, name="explicit", ranks=tuple(self.ranks))
+        elif strategy.name == "explicit":
+            raise TensLoRAError("ranks=None: must be the rank of each mode with rank_strategy=explicit")
+        return AdapterConfig(rank_strategy=strategy, adapt=adapt, **{name: getattr(self, name) for name in own})
+
+
+class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """An adapted Linear in a PEFT model.
+
+    Args:
+        base_layer: the Linear (or Conv1D) itself.
+        adapters: the adapters of the whole model by name; they are the tuner's submodules, and not this layer's.
+    """
+
+    adapter_layer_names = (_ADAPTERS,)
+    other_param_names = ("updates",)
+    active_adapters: Sequence[str]  # this and the next are BaseTunerLayer's
+    get_base_layer: Callable[[], nn.Module]
+
+    def __init__(self, base_layer: nn.Module, adapters: nn.ModuleDict) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.updates: dict[str, AdaptedLinear] = {}
+        self._adapters = (adapters,)  # in a tuple, so that they are no submodules of every layer
+        self.merged_adapters: list[str] = []
+
+    @property
+    def tenslora_adapters(self) -> nn.ModuleDict:
+        """The adapters of the whole model, by name."""
+        return self._adapters[0]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the Linear, with the updates of all active adapters added.
+
+        Args:
+            x: (..., inputs).
+            *args: passed on to the Linear where it is called alone.
+            **kwargs: likewise.
+
+        Returns:
+            (..., outputs).
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [self.updates[name] for name in self.active_adapters if name in self.updates]
+        if self.disable_adapters or self.merged or not active:
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        return forward_with_updates(self.base_layer, active, x)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the Linear's weight, alpha dW, in the weight's own orientation.
+
+        Args:
+            adapter: the adapter's name.
+
+        Returns:
+            (outputs, inputs), or (inputs, outputs) for a Conv1D.
+        """
+        left, right = self.updates[adapter].as_lora()
+        update = left @ right
+        return update.T if isinstance(self.base_layer, nn.Linear) else update
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates to the Linear's weight.
+
+        Args:
+            safe_merge: whether to check first that the new weight has no NaN and no infinity.
+            adapter_names: the adapters whose updates to add; None for the active ones.
+
+        Raises:
+            ValueError: if safe_merge finds a NaN or an infinity; the weight is then as it was.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.updates:
+                continue
+            weight = self.get_base_layer().get_parameter("weight")
+            merged = weight + self.get_delta_weight(name).to(weight)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            weight.copy_(merged)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract the merged updates from the Linear's weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            weight = self.get_base_layer().get_parameter("weight")
+            weight.sub_(self.get_delta_weight(self.merged_adapters.pop()).to(weight))
+
+    def supports_lora_conversion(self, *_: Any) -> bool:
+        """Whether PEFT's `convert_to_lora` takes this layer: it does, for each of its adapters."""
+        return True
+
+    def __repr__(self) -> str:
+        return f"TensLora({self.base_layer!r})"
+
+
+class TensLoraModel(BaseTuner):  # type: ignore[misc]
+    """The tuner that `get_peft_model` puts around a model.
+
+    Args:
+        model: any Transformer in which `find_projections` finds the matrices to adapt.
+        peft_config: the settings by the adapter's name.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: as for PEFT's other tuners.
+        state_dict: as for PEFT's other tuners.
+    """
+
+    uses_shared_state = True
+    prefix = f"{METHOD}_"
+    tuner_layer_cls = TensLoraLinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _pre_injection_hook(self, *_: Any) -> None:
+        self.tenslora_adapters = nn.ModuleDict()
+        self._caches: dict[str, ForwardPassCache] = {}
+        self._planned: dict[str, AdaptedLinear] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Make an adapter and put it on the model.
+
+        Args:
+            model: the model.
+            adapter_name: the name of the adapter, whose settings are in `peft_config`.
+            *args: as for PEFT's other tuners.
+            **kwargs: likewise.
+
+        Raises:
+            TensLoRAError: if the adapter does not fit the model; see `attachment.attach`.
+        """
+        config = copy.copy(cast(TensLoraConfig, self.peft_config[adapter_name]))  # the user may have use for it again
+        with _linears_in_place(model):
+            geometry, targets = _chosen(model, config)
+        adapter = Adapter(config.adapter_config(geometry.adapt), geometry, first_step=config.first_step)
+        if config.rank_strategy == "isoparameters":
+            config.ranks = list(adapter.ranks)
+        config.first_step = adapter.unscaled_first_step
+        self.peft_config[adapter_name] = config
+        weight = targets[0].linear.get_parameter("weight")
+        on_meta = any(parameter.is_meta for parameter in adapter.parameters())  # low_cpu_mem_usage; loading fills them
+        adapter.to("meta" if on_meta else weight.device, weight.dtype if weight.is_floating_point() else None)
+        cache = ForwardPassCache(model)
+        self._planned = adapt_linears(adapter, targets, cache)
+        self.tenslora_adapters[adapter_name], self._caches[adapter_name] = adapter, cache
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self._forget(adapter_name)
+            raise
+        finally:
+            self._planned = {}
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, *_: Any) -> PeftConfig:
+        return peft_config  # target_modules may stay None, which means all layers
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+        if key in self._planned:
+            return True
+        # PEFT counts the modules that were excluded, and warns if there are none.
+        return cast(
+            bool, bool(peft_config.exclude_modules) and check_target_module_exists(_named(peft_config, ()), key)
+        )
+
+    def _create_and_replace(
+        self,
+        _: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **__: Any,
+    ) -> None:
+        if not isinstance(target, TensLoraLinear):
+            layer = TensLoraLinear(target, self.tenslora_adapters)
+            layer.train(target.training)
+            self._replace_module(parent, target_name, layer, target)
+            target = layer
+        target.updates[adapter_name] = self._planned[current_key]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        adapter = self.tenslora_adapters[adapter_name]
+        if autocast_adapter_dtype and next(adapter.parameters()).dtype in (torch.float16, torch.bfloat16):
+            adapter.float()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter.
+
+        Args:
+            adapter_name: its name.
+        """
+        super().delete_adapter(adapter_name)
+        self._forget(adapter_name)
+
+    def _forget(self, adapter_name: str) -> None:
+        self._caches.pop(adapter_name).remove_hooks()
+        if adapter_name in self.tenslora_adapters:
+            del self.tenslora_adapters[adapter_name]
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for cache in self._caches.values():
+            cache.remove_hooks()
+        return cast(nn.Module, model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("TensLoRA does not support adapter_names: its tensors belong to all samples at once.")
+        yield
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Not supported: a sum of factorised tensors is no tensor of the same ranks.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("TensLoRA does not support add_weighted_adapter; set_adapter takes several adapters.")
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        before, found, after = key.partition(f"{_ADAPTERS}.{adapter_name}.")
+        if found:
+            return f"{before}{_ADAPTERS}.{after}"
+        return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def _chosen(model: nn.Module, config: TensLoraConfig) -> tuple[Geometry, list[TargetLinear]]:
+    # The matrices that adapt, target_modules, exclude_modules and layers_to_transform leave, in the layers that they
+    # leave. PEFT's own function matches the names.
+    geometry, targets = _widest(model, config)
+    if not any((config.target_modules, config.exclude_modules, config.layers_to_transform is not None)):
+        return geometry, targets
+    matching = _named(config, config.target_modules or {target.path.rpartition(".")[2] for target in targets})
+    layers: dict[int, list[str]] = {}
+    for target in targets:
+        if check_target_module_exists(matching, target.path):
+            names = [geometry.matrices[target.group[index]] for index, _ in target.columns]
+            layers.setdefault(target.layer, []).extend(names)
+    if not layers:
+        raise TensLoRAError(
+            f"target_modules={config.target_modules}: must match some of the model's attention projections, such as "
+            f"{targets[0].path}, and not only modules that are excluded"
+        )
+    first = next(iter(layers))
+    for layer, names in layers.items():
+        if set(names) != set(layers[first]):
+            raise TensLoRAError(
+                f"target_modules={config.target_modules}: must match the same matrices in every layer, but match "
+                f"{', '.join(layers[first])} in layer {first} and {', '.join(names)} in layer {layer}"
+            )
+    return find_projections(model, _adapt_of(layers[first]), layers)
+
+
+def _named(config: PeftConfig, names: Any) -> PeftConfig:
+    named = copy.copy(config)
+    named.target_modules = names
+    return named
+
+
+def _widest(model: nn.Module, config: TensLoraConfig) -> tuple[Geometry, list[TargetLinear]]:
+    # All matrices among which target_modules can choose.
+    if config.adapt or not config.target_modules:
+        return find_projections(model, config.adapt or "qkv")
+    for adapt in ("all", "qkvo"):
+        try:
+            return find_projections(model, adapt)
+        except TensLoRAError:  # this model's feed-forward block, or its attention's output, is not known
+            continue
+    return find_projections(model, "qkv")
+
+
+def _adapt_of(names: Sequence[str]) -> str:
+    letters = "".join(letter for letter in "qkvo" if adapted_matrices(letter)[0] in names)
+    for adapt in (letters, "mlp", "all"):
+        if adapt and any(set(adapted_matrices(adapt, gated)) == set(names) for gated in (False, True)):
+            return adapt
+    raise TensLoRAError(
+        f"target_modules: match {', '.join(names)}; must match some of query, key, value and output, or the whole "
+        f"feed-forward block, or both"
+    )
+
+
+@contextmanager
+def _linears_in_place(model: nn.Module) -> Iterator[None]:
+    # find_projections looks for Linear layers, and an earlier adapter has put tuner layers around them.
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, TensLoraLinear)]
+    try:
+        for path, layer in layers:
+            model.set_submodule(path, layer.base_layer)
+        yield
+    finally:
+        for path, layer in layers:
+            model.set_submodule(path, layer)
+
+
+__all__ = ["TensLoraConfig", "TensLoraLinear", "TensLoraModel", "register"]

@@ -1,0 +1,317 @@
+"""TensLoRA inside PEFT, against `attach`, against PEFT's own LoRA, and through PEFT's own verbs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from peft import LoraConfig as PeftLora
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tenslora import AdapterConfig, TensLoRAError, attach
+from tenslora.adapter import Adapter
+from tenslora.constructions import CONSTRUCTIONS
+from tenslora.factorizations import FACTORIZATIONS
+from tenslora.peft import TensLoraConfig, TensLoraLinear
+from tests.models import build, inputs, logits
+
+NAMES = ["hf_bert", "hf_roberta", "hf_vit", "llama", "qwen2", "gemma", "gpt2"]
+CASES = [
+    (NAMES[index % len(NAMES)], mode, factorization)
+    for index, (mode, factorization) in enumerate(itertools.product(CONSTRUCTIONS, FACTORIZATIONS))
+    if mode != "lora" or factorization == "tucker"
+] + [(name, "qkv_depth", "tucker") for name in NAMES]
+
+
+def adapter_of(model: Any, name: str = "default") -> Adapter:
+    adapter = model.base_model.tenslora_adapters[name]
+    assert isinstance(adapter, Adapter)
+    return adapter
+
+
+def trained(model: Any, seed: int = 7, name: str = "default") -> Any:
+    """Random entries in all parameters of the adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_of(model, name).parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def train(model: nn.Module, parameters: list[nn.Parameter], batch: dict[str, Tensor]) -> list[Tensor]:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    seen = []
+    for _ in range(20):
+        loss = logits(model, batch).square().mean()
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        seen += [loss.detach(), *gradients]
+        optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize(("name", "mode", "factorization"), CASES)
+def test_training_equals_attach_to_the_bit(name: str, mode: str, factorization: str) -> None:
+    settings: dict[str, Any] = {"tensor_mode": mode, "factorization": factorization}
+    plain = build(name)
+    adapter = attach(plain, AdapterConfig(**settings)).double()
+    model = get_peft_model(build(name), TensLoraConfig(**settings, r=4))
+    own, others = list(adapter.parameters()), [p for p in model.parameters() if p.requires_grad]
+    assert [p.shape for p in own] == [p.shape for p in others]
+    batch = inputs(name)
+    for ours, theirs in zip(train(plain, own, batch), train(model, others, batch), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(own, others, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(logits(plain, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "timm_vit"])
+def test_merged_equals_adapted_and_unload_gives_the_backbone_back(name: str) -> None:
+    backbone, batch = build(name), inputs(name)
+    expected = logits(backbone, batch)
+    model = trained(get_peft_model(build(name), TensLoraConfig()))
+    adapted = logits(model, batch)
+    assert (adapted - expected).abs().max() > 1e-3
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model, batch), adapted, rtol=0, atol=1e-10)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, batch), adapted, rtol=0, atol=1e-10)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-10)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert not any("tenslora" in type(module).__name__.lower() for module in merged.modules())
+    torch.testing.assert_close(logits(merged, batch), adapted, rtol=0, atol=1e-10)
+    unloaded = model.unload()
+    torch.testing.assert_close(logits(unloaded, batch), expected, rtol=0, atol=1e-10)
+    assert unloaded.state_dict().keys() == backbone.state_dict().keys()
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_saved_adapter_is_loaded_again(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    config = TensLoraConfig(task_type="SEQ_CLS", scaling="first_step", alpha=2.0, rank_options={"rule": "uniform"})
+    model = trained(get_peft_model(build("hf_bert"), config))
+    batch = inputs("hf_bert")
+    expected = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    in_tensors = {name: w for name, w in weights.items() if "tenslora" in name}
+    assert sum(w.numel() for w in in_tensors.values()) == sum(p.numel() for p in adapter_of(model).parameters())
+    assert {name for name in weights if name not in in_tensors} == {
+        "base_model.model.classifier.weight",
+        "base_model.model.classifier.bias",
+    }
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["peft_type"], saved["ranks"]) == ("TENSLORA", list(adapter_of(model).ranks))
+    again = PeftModel.from_pretrained(
+        build("hf_bert"), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
+    ).eval()
+    torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-12)
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
+    frozen = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert isinstance(PeftConfig.from_pretrained(str(tmp_path)), TensLoraConfig)
+
+
+def test_the_state_dict_goes_from_one_model_to_another() -> None:
+    batch = inputs("hf_bert")
+    model = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
+    other = get_peft_model(build("hf_bert"), TensLoraConfig(seed=1))
+    state = get_peft_model_state_dict(model)
+    assert set(state) == {f"base_model.tenslora_adapters.{name}" for name, _ in adapter_of(model).named_parameters()}
+    result = set_peft_model_state_dict(other, state)
+    assert not result.unexpected_keys
+    torch.testing.assert_close(logits(other, batch), logits(model, batch), rtol=0, atol=1e-12)
+
+
+def test_an_auto_class_builds_the_backbone_too(tmp_path: Path) -> None:
+    backbone: Any = build("llama")
+    backbone.save_pretrained(tmp_path / "backbone")
+    model = trained(get_peft_model(backbone, TensLoraConfig(task_type="CAUSAL_LM")))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "backbone")
+    expected = logits(model, inputs("llama"))
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(again, inputs("llama")), expected, rtol=0, atol=1e-10)
+    generated = again.generate(**inputs("llama"), max_new_tokens=3, do_sample=False)
+    assert generated.shape == (2, 10)
+
+
+def test_several_adapters_are_switched_added_up_and_deleted() -> None:
+    batch = inputs("hf_bert")
+    model = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
+    alone = logits(model, batch)
+    hidden = model.base_model.model.bert.encoder.layer[1].attention.self.key
+    delta = hidden.get_delta_weight("default")
+    model.add_adapter("other", TensLoraConfig(tensor_mode="att_depth", adapt="qkvo"))
+    assert torch.equal(logits(model, batch), alone)  # an added adapter is not active
+    assert adapter_of(model).tensors[0].core.requires_grad  # type: ignore[union-attr]
+    trained(model, seed=8, name="other")
+    model.set_adapter("other")
+    other = logits(model, batch)
+    assert (other - alone).abs().max() > 1e-4
+    assert not any(p.requires_grad for p in adapter_of(model).parameters())
+    assert all(p.requires_grad for p in adapter_of(model, "other").parameters())
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model, batch)
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    torch.testing.assert_close(logits(merged, batch), both, rtol=0, atol=1e-10)
+    model.set_adapter("default")
+    assert torch.equal(hidden.get_delta_weight("default"), delta)
+    assert torch.equal(logits(model, batch), alone)
+    model.set_adapter("other")
+    with pytest.warns(UserWarning, match="Adapter other was active which is now deleted"):
+        model.delete_adapter("other")
+    assert list(model.base_model.tenslora_adapters) == ["default"]
+    assert torch.equal(logits(model, batch), alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "adapted"),
+    [
+        ("hf_bert", {"target_modules": ["query", "value"]}, ("qv", 2)),
+        ("hf_bert", {"target_modules": r".*layer\.1\..*(query|key|value)"}, ("qkv", 1)),
+        ("hf_bert", {"layers_to_transform": [0]}, ("qkv", 1)),
+        ("hf_bert", {"exclude_modules": ["key"]}, ("qv", 2)),
+        ("llama", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, ("qkvo", 2)),
+        ("llama", {"target_modules": ["gate_proj", "up_proj", "down_proj"]}, ("mlp", 2)),
+        ("timm_vit", {"adapt": "qv"}, ("qv", 2)),
+        ("timm_vit", {"adapt": "qv", "target_modules": ["blocks.1.attn.qkv"]}, ("qv", 1)),
+        ("gpt2", {"target_modules": ["c_attn"]}, ("qkv", 2)),
+    ],
+)
+def test_names_choose_matrices_and_layers(name: str, settings: dict[str, Any], adapted: tuple[str, int]) -> None:
+    model = get_peft_model(build(name), TensLoraConfig(**settings))
+    geometry = adapter_of(model).geometry
+    assert (geometry.adapt, geometry.layers) == adapted
+    held = [module for module in model.modules() if isinstance(module, TensLoraLinear)]
+    assert len(held) == len(model.base_model.targeted_module_names)
+    assert all(module.updates for module in held)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_mode": "nope"}, "nope"),
+        ({"dropout": 2.0}, "dropout=2.0: must be"),
+        ({"rank_options": {"nope": 1}}, "rank_options=nope: must be one of cap, rule, scale, tolerance"),
+        ({"layers_pattern": "layer"}, "layers_pattern=layer: needs layers_to_transform"),
+        ({"target_modules": ["classifier"]}, "must match some of the model's attention projections"),
+        ({"target_modules": ["layer.0.attention.self.query", "layer.1.attention.self.key"]}, "the same matrices"),
+        ({"target_modules": ["intermediate.dense"]}, "or the whole feed-forward block"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_the_model_as_it_was(settings: dict[str, Any], message: str) -> None:
+    model = build("hf_bert")
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(TensLoRAError, match=message) as caught:
+        get_peft_model(model, TensLoraConfig(**settings))
+    assert "\n" not in str(caught.value)
+    assert [type(module) for module in model.modules()] == modules
+    assert not model._forward_hooks
+
+
+def test_a_second_adapter_that_does_not_fit_leaves_the_first_as_it_was() -> None:
+    model = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
+    expected = logits(model, inputs("hf_bert"))
+    with pytest.raises(TensLoRAError):
+        model.add_adapter("other", TensLoraConfig(rank_strategy="explicit", ranks=[1, 2]))
+    assert list(model.peft_config) == list(model.base_model.tenslora_adapters) == ["default"]
+    assert torch.equal(logits(model, inputs("hf_bert")), expected)
+
+
+def test_what_shared_tensors_cannot_do_is_said() -> None:
+    model = get_peft_model(build("hf_bert"), TensLoraConfig())
+    with pytest.raises(ValueError, match="TensLoRA does not support adapter_names"):
+        model(**inputs("hf_bert"), adapter_names=["default", "default"])
+    with pytest.raises(NotImplementedError, match="does not support add_weighted_adapter"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises((ValueError, NotImplementedError), match="shared"):
+        inject_adapter_in_model(TensLoraConfig(), build("hf_bert"))
+
+
+def test_a_half_precision_backbone_gets_an_adapter_in_float32_unless_told_otherwise() -> None:
+    model = get_peft_model(build("hf_bert").to(torch.bfloat16), TensLoraConfig())
+    assert {p.dtype for p in adapter_of(model).parameters()} == {torch.float32}
+    assert logits(model, inputs("hf_bert")).dtype == torch.bfloat16
+    model = get_peft_model(build("hf_bert").to(torch.bfloat16), TensLoraConfig(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in adapter_of(model).parameters()} == {torch.bfloat16}
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        backbone: Any = build("llama")
+        if checkpointing:
+            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        model = trained(get_peft_model(backbone, TensLoraConfig(task_type="CAUSAL_LM"))).train()
+        batch = inputs("llama")
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        return [p.grad for p in adapter_of(model).parameters() if p.grad is not None]
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=0, atol=1e-12)
+
+
+def test_a_compiled_model_computes_the_same() -> None:
+    model = trained(get_peft_model(build("separate"), TensLoraConfig()))
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    batch = inputs("separate")
+    torch.testing.assert_close(logits(compiled, batch), logits(model, batch), rtol=0, atol=1e-12)
+
+
+def test_a_copy_trains_apart_from_its_original() -> None:
+    model = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
+    batch = inputs("hf_bert")
+    expected = logits(model, batch)
+    twin = copy.deepcopy(model)
+    trained(twin, seed=9)
+    assert not torch.equal(logits(twin, batch), expected)
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_a_new_head_is_trained_beside_it_as_beside_lora() -> None:
+    def others(config: PeftConfig) -> set[str]:
+        model = get_peft_model(build("hf_bert"), config)  # type: ignore[arg-type]
+        return {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+
+    ours = {n for n in others(TensLoraConfig(task_type="SEQ_CLS")) if "tenslora" not in n}
+    assert ours == others(PeftLora(task_type="SEQ_CLS")) != set()
+
+
+def test_the_method_is_registered_once() -> None:
+    import tenslora.peft.tuner
+
+    tenslora.peft.tuner.register()
+    assert [str(member.value) for member in PeftType].count("TENSLORA") == 1
+    assert PeftType("TENSLORA") is PeftType.TENSLORA is copy.deepcopy(PeftType["TENSLORA"])  # type: ignore[attr-defined]
+
+
+def test_a_prepared_model_starts_unchanged() -> None:
+    backbone = build("llama")
+    expected = logits(backbone, inputs("llama"))
+    model = get_peft_model(prepare_model_for_kbit_training(backbone), TensLoraConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(logits(model, inputs("llama")).double(), expected, rtol=0, atol=1e-4)
