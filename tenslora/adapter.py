@@ -12,14 +12,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tenslora.adapter_config import AdapterConfig
+from tenslora.adapter_config import LARGEST_SCALE, AdapterConfig
 from tenslora.constructions import PROJECTION, SITE, Geometry, modes, stacked_axes, tensor_grid
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import factorization_of
-from tenslora.files import read_safetensors, write_safetensors
+from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.first_step import first_step, lora_first_step
+from tenslora.forms import from_json, shown
 from tenslora.random_streams import stream_seed
-from tenslora.ranks import RankStrategy, rank_limits
+from tenslora.ranks import rank_limits
 from tenslora.tensor import FactorizedTensor, thin_slices
 
 FORMAT = "tenslora-1"
@@ -88,6 +89,11 @@ class Adapter(nn.Module):
         self.scale = config.alpha
         if config.scaling == "first_step":
             self.scale *= lora_first_step(geometry, config.rank_strategy.rank) / self.unscaled_first_step
+            if not abs(self.scale) <= LARGEST_SCALE:
+                raise TensLoRAError(
+                    f"alpha={config.alpha}: gives with scaling=first_step a scale of {self.scale:g}; must be at most "
+                    f"{LARGEST_SCALE:,.0f}"
+                )
         self.first_step = abs(self.scale) * self.unscaled_first_step
 
     def _find_first_step(self) -> float:
@@ -229,6 +235,38 @@ class Adapter(nn.Module):
         return write_safetensors(Path(path), dict(self.state_dict()), header)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    # The form of an adapter file's header.
+    format: str
+    config: AdapterConfig
+    geometry: Geometry
+    ranks: tuple[int, ...]
+    first_step: float | None = None
+
+    def __post_init__(self) -> None:
+        limits = rank_limits(self.config.tensor_mode, self.geometry, self.config.factorization)
+        if len(self.ranks) != len(limits) or min(self.ranks) < 1:
+            raise TensLoRAError(f"ranks={shown(self.ranks)}: must be {len(limits)} whole numbers from 1 up")
+        if self.first_step is not None and self.first_step <= 0:
+            raise TensLoRAError(f"first_step={self.first_step}: must be above 0")
+
+    def shapes(self, tensors: int) -> dict[str, tuple[int, ...]]:
+        # The shapes of Adapter's parameters, by name. Nothing is listed if the file's number of tensors is another: a
+        # damaged header may declare a billion layers.
+        mode, (rows, columns) = self.config.tensor_mode, tensor_grid(self.config.tensor_mode, self.geometry)
+        chosen = factorization_of(mode, self.config.factorization)
+        of_rows = [chosen.shapes(modes(mode, self.geometry, row), self.ranks) for row in range(rows)]
+        if (expected := columns * sum(map(len, of_rows))) != tensors:
+            raise TensLoRAError(f"its header declares {expected} tensors, and it holds {tensors}")
+        return {
+            f"tensors.{row * columns + column}.{name}": shape
+            for row, shapes in enumerate(of_rows)
+            for column in range(columns)
+            for name, shape in shapes.items()
+        }
+
+
 def load_adapter(path: Path) -> Adapter:
     """Read an adapter that `Adapter.save` wrote.
 
@@ -239,18 +277,17 @@ def load_adapter(path: Path) -> Adapter:
         The adapter, on the CPU.
 
     Raises:
-        TensLoRAError: if the file is missing, damaged, or not an adapter.
+        TensLoRAError: if the file is missing, damaged, or not an adapter; the message names the file and what is wrong
+            with it.
     """
-    header, tensors = read_safetensors(path)
-    if header.get("format") != FORMAT:
+    data, tensors = read_safetensors(path)
+    if data.get("format") != FORMAT:
         raise TensLoRAError(f"{path}: not a TensLoRA adapter (its header must say format={FORMAT})")
     try:
-        settings = dict(header["config"])
-        strategy = settings.pop("rank_strategy")
-        strategy["ranks"] = strategy["ranks"] and tuple(strategy["ranks"])
-        config = AdapterConfig(rank_strategy=RankStrategy(**strategy), **settings)
-        adapter = Adapter(config, Geometry(**header["geometry"]), header["ranks"], header.get("first_step"))
-        adapter.load_state_dict(tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise TensLoRAError(f"{path}: its header does not fit its tensors ({error})") from error
+        header = from_json(_Header, data)
+        require_tensors(tensors, header.shapes(len(tensors)))
+        adapter = Adapter(header.config, header.geometry, header.ranks, header.first_step)
+    except TensLoRAError as error:
+        raise TensLoRAError(f"{path}: not a readable adapter: {error}") from error
+    adapter.load_state_dict(tensors)
     return adapter

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from tenslora.constructions import HEAD_LAYOUTS, INITS, SCALINGS, TENSOR_SEEDS, adapted_matrices, stacked_axes
 from tenslora.errors import TensLoRAError, require_one_of
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.ranks import RankStrategy
+
+LARGEST_SCALE = 1e6
+"""The largest factor of the updates. With far larger ones the updates, or even their zeros, are NaN in float32."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class AdapterConfig:
         for name in ("dropout", "rank_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise TensLoRAError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")
-        if not math.isfinite(self.alpha):
-            raise TensLoRAError(f"alpha={self.alpha}: must be a finite number")
+        if not abs(self.alpha) <= LARGEST_SCALE:
+            raise TensLoRAError(f"alpha={self.alpha}: must be a finite number, from -1,000,000 to 1,000,000")
         require_one_of("init", self.init, INITS)
         require_one_of("head_layout", self.head_layout, HEAD_LAYOUTS)
         require_one_of("tensor_seeds", self.tensor_seeds, TENSOR_SEEDS)

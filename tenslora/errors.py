@@ -10,7 +10,14 @@ class TensLoRAError(ValueError):
     """Something the user asked for cannot be done.
 
     The message is one line that names the setting, its value and what would be valid.
+
+    Args:
+        message: the message. Line breaks and other characters that cannot be printed, which names in a file may have,
+            are written as in Python: ``\\n``.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
 
 
 def first_line(error: BaseException) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
+from tenslora.forms import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +85,26 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     return path
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file's path.
+
+    Returns:
+        What the file holds. Its form is not checked; `forms.from_json` does that.
+
+    Raises:
+        TensLoRAError: if the file is missing or not JSON.
+    """
+    if not path.is_file():
+        raise TensLoRAError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise TensLoRAError(f"{path}: not a readable JSON file ({first_line(error)})") from error
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a safetensors file.
 
@@ -104,6 +125,49 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            if not isinstance(header, dict):
+                raise ValueError(f"its header must be an object, not {shown(header)}")
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise TensLoRAError(f"{path}: not a readable safetensors file ({error})") from error
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise TensLoRAError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
+
+
+def require_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Check that a file holds tensors of the given names and shapes and no others, all with finite numbers.
+
+    Args:
+        tensors: the file's tensors by name.
+        shapes: the name and the shape of each tensor that the file must hold.
+
+    Raises:
+        TensLoRAError: if it does not; the message names the first tensor at fault.
+    """
+    for name in shapes:
+        if name not in tensors:
+            raise TensLoRAError(f"lacks {name}")
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise TensLoRAError(f"has {name}, which does not belong there")
+        if tuple(tensor.shape) != tuple(shapes[name]):
+            raise TensLoRAError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shapes[name])}")
+        require_finite(name, tensor)
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Check that a tensor holds floating-point numbers that are finite, also in float32.
+
+    Args:
+        name: what the tensor is called, for the message.
+        tensor: any tensor.
+
+    Raises:
+        TensLoRAError: if it does not.
+    """
+    import torch
+
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    if tensor.dtype not in floats:
+        valid = ", ".join(str(dtype).removeprefix("torch.") for dtype in floats)
+        raise TensLoRAError(f"{name} has the type {str(tensor.dtype).removeprefix('torch.')}; must be one of {valid}")
+    if not torch.isfinite(tensor.detach().to(torch.float32)).all():
+        raise TensLoRAError(f"{name} holds a NaN or an infinity")

@@ -7,11 +7,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tenslora.adapter import Adapter, load_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import CONSTRUCTIONS, Geometry
 from tenslora.errors import TensLoRAError
+from tenslora.files import read_safetensors, write_safetensors
 from tenslora.ranks import RankStrategy
 from tests.conftest import ROOT
 
@@ -127,12 +129,110 @@ def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
         load_adapter(tmp_path / "missing.safetensors")
 
 
+def changed(path: Path, changes: dict[str, Any] | None = None, **tensors: Tensor | None) -> Path:
+    """Write an adapter file whose header and tensors differ from a valid one.
+
+    Args:
+        path: the file.
+        changes: new values by their path in the header, such as {"config.alpha": 1}; ... deletes the entry.
+        tensors: new values by the end of the tensor's name, of its first tensor; None deletes it.
+    """
+    header, saved = read_safetensors(build_random("qkv_depth").save(path))
+    for place, value in (changes or {}).items():
+        group, _, name = place.rpartition(".")
+        entry = header[group] if group else header
+        if value is ...:
+            del entry[name]
+        else:
+            entry[name] = value
+    for name, tensor in tensors.items():
+        saved.pop(f"tensors.0.{name}", None)
+        if tensor is not None:
+            saved[f"tensors.0.{name}"] = tensor
+    return write_safetensors(path, saved, header)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"config": ...}, "config: is missing"),
+        ({"config": []}, r"config=\[\]: must be an object"),
+        ({"config.alpha": float("inf")}, "config.alpha=Infinity: must be a finite number"),
+        ({"config.alpha": 1e300}, "config.alpha=1e\\+300: must be a finite number, from -1,000,000"),
+        ({"config.dropout": "0"}, 'config.dropout="0": must be a finite number'),
+        ({"config.tensor_mode": "att"}, "ranks=.*: must be 3 whole numbers"),
+        ({"config.tensor_mode": "qkv"}, "ranks=.*: must be 3 whole numbers"),
+        ({"config.adapt": "qv"}, "adapt=qv: must be qkv, as in the geometry"),
+        ({"config.rank_strategy": {"ranks": "4"}}, 'config.rank_strategy.ranks="4": must be a list or null'),
+        ({"config.scaling": "first_step", "first_step": 1e-300}, "alpha=4.0: gives .* a scale of "),
+        ({"config.a\nb": 1}, r'config\."a\\nb": there is no such field'),
+        ({"first_step": 0.0}, "first_step=0.0: must be above 0"),
+        ({"ranks": []}, r"ranks=\[\]: must be 4 whole numbers"),
+        ({"ranks": [4, 4, 3]}, "ranks=.*: must be 4 whole numbers"),
+        ({"ranks": [4, 4, 3, 0]}, "ranks=.*: must be 4 whole numbers from 1 up"),
+        ({"geometry.layers": 10**9}, r"tensors.0.depth has the shape \(4, \d+\), not \(1000000000, "),
+        ({"geometry.layers": 10**300}, "geometry.layers=10+...: must be a whole number"),
+        ({"config.tensor_mode": "lora", "ranks": [4], "geometry.layers": 10**9}, "declares 6000000000 tensors, and"),
+        ({"geometry.heads": 0}, "geometry.heads=0: must be at least 1"),
+    ],
+)
+def test_a_header_of_another_form_is_refused_in_one_line(changes: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=f"a.safetensors: not a readable adapter: .*{problem}") as caught:
+        load_adapter(changed(tmp_path / "a.safetensors", changes))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("header", ["[]", "5", "null", "[" * 9999, '{"format": NaN}', '"'])
+def test_a_header_that_is_no_object_is_refused_in_one_line(header: str, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"tenslora": header})
+    with pytest.raises(TensLoRAError, match=r"a\.safetensors: not a (readable safetensors file|TensLoRA)") as caught:
+        load_adapter(tmp_path / "a.safetensors")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+DEPTH = torch.zeros(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "problem"),
+    [
+        (None, "declares 5 tensors, and it holds 4"),
+        (torch.zeros(4, 5), r"depth has the shape \(4, 5\), not \(4, 4\)"),
+        (DEPTH + float("nan"), "depth holds a NaN or an infinity"),
+        (DEPTH - float("inf"), "depth holds a NaN or an infinity"),
+        (DEPTH.double() + 1e300, "depth holds a NaN or an infinity"),  # in float32
+        (DEPTH.to(torch.complex64), "depth has the type complex64; must be one of float32"),
+        (DEPTH.int(), "depth has the type int32"),
+        (DEPTH.bool(), "depth has the type bool"),
+        (DEPTH.to(torch.float8_e4m3fn), "depth has the type float8_e4m3fn"),
+    ],
+)
+def test_tensors_of_another_form_are_refused(tensor: Tensor | None, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=rf"a\.safetensors: not a readable adapter: .*{problem}"):
+        load_adapter(changed(tmp_path / "a.safetensors", depth=tensor))
+
+
+def test_a_tensor_too_many_or_of_another_name_is_refused(tmp_path: Path) -> None:
+    for tensors in ({"other": DEPTH}, {"other": DEPTH, "depth": None}):
+        with pytest.raises(TensLoRAError, match=r"a\.safetensors: .*(it holds 6|lacks tensors\.0\.depth)"):
+            load_adapter(changed(tmp_path / "a.safetensors", **tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_an_adapter_in_another_precision_is_read_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    adapter = build_random("qkv_depth").to(dtype)
+    loaded = load_adapter(adapter.save(tmp_path / "a.safetensors"))
+    for ours, saved in zip(loaded.parameters(), adapter.parameters(), strict=True):
+        assert torch.equal(ours, saved.float())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"dropout": 1.0}, r"^dropout=1\.0: must be at least 0 and below 1$"),
         ({"rank_dropout": -0.1}, r"^rank_dropout=-0\.1: must be at least 0 and below 1$"),
-        ({"alpha": float("nan")}, r"^alpha=nan: must be a finite number$"),
+        ({"alpha": float("nan")}, r"^alpha=nan: must be a finite number, from -1,000,000 to 1,000,000$"),
+        ({"alpha": -1e7}, r"^alpha=-10000000\.0: must be a finite number, from -1,000,000 to 1,000,000$"),
         ({"init": "zeros"}, r"^init=zeros: must be one of orthogonal, normal, kaiming_uniform$"),
         ({"head_layout": "diagonal"}, r"^head_layout=diagonal: must be one of aligned, interleaved$"),
         ({"tensor_seeds": "some"}, r"^tensor_seeds=some: must be one of distinct, equal$"),

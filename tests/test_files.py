@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from tenslora.errors import TensLoRAError
-from tenslora.files import read_safetensors, write_bytes, write_json, write_safetensors
+from tenslora.files import read_json, read_safetensors, write_bytes, write_json, write_safetensors
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(4, dtype=torch.float16), "n": torch.tensor(3)}
 HEADER = {"construction": "qkv_depth", "ranks": [4, 4, 3, 4], "alpha": 4.0}
@@ -136,3 +136,18 @@ def test_a_damaged_file_is_named_in_one_line(damage: str, tmp_path: Path) -> Non
     with pytest.raises(TensLoRAError, match=r"adapter\.safetensors: not a readable safetensors file") as caught:
         read_safetensors(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 99999, "\xff", "9" * 9999])
+def test_a_file_that_is_no_json_is_named_in_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "value.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(TensLoRAError, match=r"value\.json: not a readable JSON file") as caught:
+        read_json(tmp_path / "value.json")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TensLoRAError, match="no such file"):
+        read_json(tmp_path)
+
+
+def test_an_error_is_one_line_whatever_it_quotes() -> None:
+    error = TensLoRAError("a\nb\x1b[2J\u2028\ud800é =")
+    assert str(error) == r"a\nb\x1b[2J\u2028\ud800é ="

@@ -28,7 +28,7 @@ REFUSED = {
     "dataset=cola dataset.max_length=2": "dataset.max_length=2: must be at least 4",
     "model.image_size=0": "model.image_size=0: must be at least 1",
     "model.geometry.heads=0": "model.geometry.heads=0: must be at least 1",
-    "adapter.alpha=nan": "adapter.alpha=nan: must be a finite number",
+    "adapter.alpha=nan": "adapter.alpha=nan: must be a finite number, from -1,000,000 to 1,000,000",
     "adapter.dropout=1": "adapter.dropout=1.0: must be at least 0 and below 1",
     "rank_strategy.tolerance=1.5": "rank_strategy.tolerance=1.5: must be at least 0 and below 1",
     "rank_strategy.rank=0": "rank_strategy.rank=0: must be at least 1",

@@ -1,0 +1,103 @@
+"""The form that data from a JSON file must have, declared as a dataclass. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from tenslora.errors import TensLoRAError
+
+Form = TypeVar("Form")
+
+_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    type(None): "null",
+    tuple: "a list",
+    dict: "an object",
+}
+
+_LARGEST = 2**53
+"""A float holds every integer up to this one exactly. A number that counts something is far smaller."""
+
+
+def from_json(form: type[Form], data: Any, *, ignore_others: bool = False) -> Form:
+    """Turn data that was read from JSON into an instance of a dataclass, after checking the type of every field.
+
+    >>> @dataclasses.dataclass
+    ... class Settings:
+    ...     alpha: float
+    ...     ranks: tuple[int, ...] | None = None
+    >>> from_json(Settings, {"alpha": 4, "ranks": [2, 3]})
+    Settings(alpha=4.0, ranks=(2, 3))
+
+    Args:
+        form: a dataclass. A field may be declared as bool, int, float, str or None; as another such dataclass; as
+            ``tuple[T, ...]`` or ``dict[str, T]`` of one of these; or as a union of them.
+        data: what json.loads returned.
+        ignore_others: whether `data` may have keys that are no fields of `form`. They are left out.
+
+    Returns:
+        The instance. All its numbers are finite.
+
+    Raises:
+        TensLoRAError: if `data` does not have that form, or for a value that the dataclass itself refuses. The message
+            begins with the name of the field.
+    """
+    if not isinstance(data, dict):
+        raise TensLoRAError(f"must be an object, not {shown(data)}")
+    types, fields = get_type_hints(form), {field.name: field for field in dataclasses.fields(cast(Any, form))}
+    for name in data:
+        if name not in fields and not ignore_others:
+            raise TensLoRAError(f"{shown(name)}: there is no such field")
+    values = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _checked(types[name], data[name], name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise TensLoRAError(f"{name}: is missing")
+    return form(**values)
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: as JSON, and shortened if it is long.
+
+    >>> shown([True, None, float("nan")]), shown("a" * 99)[-9:]
+    ('[true, null, NaN]', 'aaaaaa...')
+
+    Args:
+        value: what json.loads returned.
+    """
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "lists within lists"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _checked(declared: Any, value: Any, name: str) -> Any:
+    options = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+    for option in options:
+        kind, parts = get_origin(option) or option, get_args(option)
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            try:
+                return from_json(cast(type[Any], kind), value)
+            except TensLoRAError as error:
+                raise TensLoRAError(f"{name}.{error}") from error
+        if kind is tuple and isinstance(value, list):
+            return tuple(_checked(parts[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+        if kind is dict and isinstance(value, dict):
+            return {key: _checked(parts[1], item, f"{name}[{shown(key)}]") for key, item in value.items()}
+        if kind is float and type(value) is float and math.isfinite(value):
+            return value
+        if kind in (int, float) and type(value) is int and abs(value) <= _LARGEST:
+            return kind(value)
+        if kind in (bool, str, type(None)) and type(value) is kind:
+            return value
+    wanted = " or ".join(_NAMES.get(get_origin(option) or option, "an object") for option in options)
+    raise TensLoRAError(f"{name}={shown(value)}: must be {wanted}")
