@@ -9,7 +9,6 @@ A sweep that is started again goes on where it stopped. Its results are in outpu
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
+
+    from tenslora.harness.sweeping.jobs import Job, Look
 
 
 def run_job(composed: DictConfig) -> str | None:
@@ -38,13 +39,14 @@ def run_job(composed: DictConfig) -> str | None:
     from tenslora.harness.config import validate
     from tenslora.harness.run_folder import RunFolder
     from tenslora.harness.sweeping.jobs import carry_out
+    from tenslora.harness.sweeping.tuning import tune_of
     from train import train
 
     hydra_config = HydraConfig.get()
     # Progress bars of several processes would overwrite each other.
     in_this_process = hydra_config.launcher._target_.endswith("BasicLauncher")
     return carry_out(
-        validate(composed),
+        replace(validate(composed), tuned=tune_of(composed)),
         RunFolder(Path(hydra_config.runtime.output_dir)),
         composed.table.name,
         lambda run, path: train(run, path, show_progress=in_this_process),
@@ -67,67 +69,71 @@ def sweep(
     Raises:
         TensLoRAError: if jobs have failed; the results are written first.
     """
-    from hydra.core.utils import JobStatus
-
     from tenslora.harness.results import write_results
     from tenslora.harness.results.paper import stand_in
     from tenslora.harness.results.settings import command_of, settings_of
     from tenslora.harness.results.table import Table, groups_of
-    from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, overwrite, plan_jobs
-    from tenslora.harness.sweeping.plan import announcements, plan
+    from tenslora.harness.sweeping.jobs import State, launch_jobs, overwrite, plan_jobs
+    from tenslora.harness.sweeping.plan import announcements, cost, news, plan, tuning_plan
     from tenslora.harness.sweeping.progress import Progress
+    from tenslora.harness.sweeping.tuning import Known, Stages, name_of, tune_of
     from tenslora.harness.tracking import track_table
 
-    outputs = Path(config.hydra.sweep.dir)
-    folder = outputs / "tables" / config.table.name
-    jobs = plan_jobs(composed, outputs)
+    outputs, name, tune = Path(config.hydra.sweep.dir), name_of(config), tune_of(config)
+    title = f"{config.table.title}, tuned over {tune.setting}" if tune else config.table.title
+    folder = outputs / "tables" / name
+    stages = Stages(plan_jobs(composed, outputs), tune)
+    groups = groups_of(config.table.groups)
+    known = stages.look()
     if config.overwrite and not config.dry_run:
-        overwrite(jobs, config.collect_only)
-    groups, settings = groups_of(config.table.groups), settings_of(job.run.settings() for job in jobs)
+        overwrite(list(known.looks), config.collect_only)
+        known = stages.look()
 
-    def collect(looks: Mapping[Job, Look]) -> Table:
-        runs = tuple(job.in_table(look) for job, look in looks.items())
-        table = Table(config.table.name, config.table.title, runs, config.table.score, groups=groups)
-        notes = tuple(filter(None, [stand_in(table)]))
-        return replace(table, notes=notes, command=command_of(sys.argv), settings=settings)
+    def collect(known: Known) -> Table:
+        table = Table(name, title, stages.runs(known), config.table.score, groups=groups)
+        tuning = stages.tuning(known, name, title)
+        notes = tuple(filter(None, [stand_in(table), tuning.edge_note if tuning else ""]))
+        settings = settings_of(job.run.settings() for job in known.jobs if job in known.looks)
+        return replace(table, notes=notes, command=command_of(sys.argv), settings=settings, tuning=tuning)
 
-    looks = {job: job.look() for job in jobs}
-    print(plan(collect(looks), looks), flush=True)
+    if tune:
+        print(tuning_plan(known), end="\n\n")
+    print(plan(collect(known), known.looks))
+    print(cost(known.open), end="", flush=True)
     if config.dry_run:
         return
 
-    todo = [] if config.collect_only else [job for job, look in looks.items() if look.state is not State.DONE]
+    tried: set[Job] = set()
     if not config.collect_only:
-        print("\n".join(["", *announcements(looks)]), flush=True)
-    if todo:
+        print("\n".join(["", *announcements(known.looks)]), flush=True)
+        if known.open:
+            print(f"report: {folder / 'report.html'}, written anew as jobs end\n", flush=True)
+    while todo := [job for job in known.open if job not in tried and not config.collect_only]:
         from tenslora.harness.results.report import write_report
 
-        print(f"report: {folder / 'report.html'}, written anew as jobs end\n", flush=True)
-        with Progress(jobs, looks, lambda looks, goes_on: write_report(collect(looks), folder, goes_on)):
-            while todo:
-                elsewhere = []
-                for job, outcome in zip(todo, launch([job.overrides for job in todo]), strict=True):
-                    if outcome.status is JobStatus.FAILED:
-                        if job.look().problem is None:  # the job was killed before it could write a reason
-                            job.folder.write_failure(outcome._return_value)
-                    elif outcome.return_value == ELSEWHERE:
-                        elsewhere.append(job)
-                # Another sweep carries out these jobs. If that sweep stops, this sweep takes them over.
-                while any(job.look().state is State.RUNNING for job in elsewhere):
-                    time.sleep(1)
-                todo = [job for job in elsewhere if job.look().state is not State.DONE]
+        def report(looks: Mapping[Job, Look], goes_on: bool, known: Known = known) -> None:
+            write_report(collect(replace(known, looks={**known.looks, **looks})), folder, goes_on)
 
-    looks = {job: job.look() for job in jobs}
-    table = collect(looks)
+        shown = [job for job, look in known.looks.items() if job in todo or look.state is State.DONE]
+        with Progress(shown, known.looks, report):
+            launch_jobs(todo, launch)
+        tried.update(todo)
+        earlier, known = known, stages.look()
+        print("".join(f"{line}\n" for line in news(earlier, known)), end="", flush=True)
+
+    table = collect(known)
     files = write_results(table, folder)
-    offline = track_table(jobs[0].run.logger, folder, table, files)
+    offline = track_table(stages.jobs[0].run.logger, folder, table, files)
     print("\n".join(["", *(str(file) for file in files)]))
     if offline:
         print(f"\n{offline}; to upload: find {outputs} -name 'offline-run-*' -prune -exec wandb sync {{}} +")
-    failed = {job: look.problem for job, look in looks.items() if look.problem}
-    if failed:
+    if failed := known.failed:
         print("\n".join(["", "failed:", *(f"  {job.label}: {problem}" for job, problem in failed.items())]))
-        raise TensLoRAError(f"{len(failed)} of {len(jobs)} jobs failed; the same command runs them again")
+        raise TensLoRAError(f"{len(failed)} of {len(known.looks)} jobs failed; the same command runs them again")
+    if untuned := [
+        f"{search.jobs[0].label}: {choice.problem}" for search, choice in known.choices.items() if choice.problem
+    ]:
+        raise TensLoRAError(f"tune.values: no value works for {len(untuned)} rows, such as {untuned[0]}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tenslora.harness.config.schema import (
     TrainerConfig,
     TransformConfig,
 )
+from tenslora.harness.config.tuning import TuneConfig, tune_config
 
 __all__ = [
     "REFERENCES",
@@ -41,12 +42,14 @@ __all__ = [
     "TextDatasetConfig",
     "TrainerConfig",
     "TransformConfig",
+    "TuneConfig",
     "check_ranks",
     "register_resolvers",
+    "tune_config",
     "validate",
 ]
 
-SWEEP_KEYS = ("table", "dry_run", "collect_only")
+SWEEP_KEYS = ("table", "tune", "dry_run", "collect_only")
 """The keys that the config of a sweep's job has in addition to the settings of the run."""
 
 

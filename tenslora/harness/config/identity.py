@@ -21,8 +21,8 @@ _STRATEGY_SETTINGS = {
 }
 """The settings that each rank strategy reads, which are those of its file in conf/rank_strategy."""
 
-_WITHOUT_EFFECT = ("logger", "resume", "overwrite", "preset")
-"""Settings that cannot change a result: the loggers, how the run was started, and the name of the preset."""
+_WITHOUT_EFFECT = ("logger", "resume", "overwrite", "preset", "tuned")
+"""Settings that cannot change a result: the loggers, how the run was started, and where its settings come from."""
 
 TEXT_FILES_SETTINGS = ("hub", "hub_config", "text_columns", "label_column", "task", "train_fraction")
 """The settings that only a user's own texts have."""
@@ -61,6 +61,8 @@ def settings(run: RunConfig) -> dict[str, Any]:
         "trainer": asdict(run.trainer),
         "logger": asdict(run.logger),
     }
+    if run.tuned is not None:
+        nested["tuned"] = asdict(run.tuned)
     if run.adapter is not None:
         adapter = asdict(run.adapter)
         for name in ("tensor_mode", "rank_strategy", "seed"):

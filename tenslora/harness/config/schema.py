@@ -29,6 +29,7 @@ from tenslora.harness.config.checks import (
     one_of,
     within,
 )
+from tenslora.harness.config.tuning import TuneConfig
 from tenslora.harness.training.metrics import METRICS
 from tenslora.ranks import RankStrategy
 
@@ -302,6 +303,7 @@ class RunConfig:
         logger: the loggers of the run.
         preset: the name of the published method that the settings follow, or "none".
         overwrite: whether to train a run anew that is finished.
+        tuned: how one of the settings was chosen, by other runs; None if no sweep has chosen it.
 
     Raises:
         TensLoRAError: for settings that are each valid but do not fit each other.
@@ -322,6 +324,7 @@ class RunConfig:
     logger: LoggerConfig = LoggerConfig()
     preset: str = "none"
     overwrite: bool = False
+    tuned: TuneConfig | None = None
 
     def __post_init__(self) -> None:
         model, dataset = self.model, self.dataset

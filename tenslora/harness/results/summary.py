@@ -292,14 +292,14 @@ class Summary:
         setting = self.table.swept_setting
         if setting is None:
             return []
-        values = tuple(dict.fromkeys(value for row in self.rows for value in row.row.values))
+        values = tuple(dict.fromkeys(value for row in self.rows if (value := row.row.value_of(setting)) is not None))
         grids = []
         for number, column in enumerate(self.table.columns):
-            cells = {(row.row.without_variant, *row.row.values): row.cells[number] for row in self.rows}
+            cells = {(row.row.without(setting), row.row.value_of(setting)): row.cells[number] for row in self.rows}
             rows = tuple(
                 # A row that the setting does not change has no value of it, and the same score under each.
-                (row, tuple(cells.get((row, value), cells.get((row,))) for value in values))
-                for row in self.table.rows_without_variants
+                (row, tuple(cells.get((row, value), cells.get((row, None))) for value in values))
+                for row in self.table.rows_without_setting
             )
             grids.append(Grid(column, setting, values, rows))
         return grids

@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config.schema import TENSOR_MODES
 from tenslora.harness.training.metrics import METRICS, Metric
+
+if TYPE_CHECKING:
+    from tenslora.harness.results.tuning import Tuning
 
 ROW_ORDER = TENSOR_MODES
 """The order of the rows: LoRA, the paper's constructions in the paper's order, the others, and the reference rows."""
@@ -41,15 +44,14 @@ class Row:
         """The row's name, such as "qkv isorank adapter.alpha=8"."""
         return " ".join(filter(None, (self.tensor_mode, self.strategy, *self.variant)))
 
-    @property
-    def values(self) -> tuple[str, ...]:
-        """The values of the variant's settings."""
-        return tuple(assignment.partition("=")[2] for assignment in self.variant)
+    def value_of(self, setting: str | None) -> str | None:
+        """The value of one of the variant's settings; None if the row does not depend on this setting."""
+        values = [value for key, _, value in (word.partition("=") for word in self.variant) if key == setting]
+        return values[0] if values else None
 
-    @property
-    def without_variant(self) -> Row:
-        """The row of the same construction and strategy without further settings."""
-        return replace(self, variant=())
+    def without(self, setting: str | None) -> Row:
+        """The same row without one of the variant's settings."""
+        return replace(self, variant=tuple(word for word in self.variant if word.partition("=")[0] != setting))
 
     @property
     def has_adapter(self) -> bool:
@@ -197,6 +199,8 @@ class Table:
         groups: the datasets of each group whose mean the table shows.
         command: the command that makes the table; empty if it is unknown.
         settings: the settings of the runs, see `settings_of`; empty if they are unknown.
+        by: the setting by whose values the scores are shown, if several vary beside construction, strategy and seed.
+        tuning: how one setting was chosen for each row; None if nothing was tuned.
     """
 
     name: str
@@ -207,6 +211,8 @@ class Table:
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     command: str = ""
     settings: tuple[tuple[str, str], ...] = ()
+    by: str | None = None
+    tuning: Tuning | None = None
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -223,9 +229,10 @@ class Table:
         return sorted(rows, key=position)
 
     @cached_property
-    def rows_without_variants(self) -> list[Row]:
-        """The constructions and strategies of the rows, each once, in the order of `rows`."""
-        return replace(self, runs=tuple(replace(run, row=run.row.without_variant) for run in self.runs)).rows
+    def rows_without_setting(self) -> list[Row]:
+        """The rows without the setting that is swept, each once, in the order of `rows`."""
+        setting = self.swept_setting
+        return replace(self, runs=tuple(replace(run, row=run.row.without(setting)) for run in self.runs)).rows
 
     @cached_property
     def columns(self) -> list[Column]:
@@ -252,7 +259,12 @@ class Table:
 
     @cached_property
     def swept_setting(self) -> str | None:
-        """The setting that is swept beside construction, strategy and seed; None if there is none, or several."""
+        """The setting that is swept beside construction, strategy and seed; None if there is none, or several.
+
+        Of several it is `by`.
+        """
+        if self.by is not None:
+            return self.by
         settings = {assignment.partition("=")[0] for row in self.rows for assignment in row.variant}
         return settings.pop() if len(settings) == 1 else None
 

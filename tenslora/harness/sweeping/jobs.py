@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tenslora.errors import TensLoRAError
 from tenslora.first_step import relative_first_step
 from tenslora.harness.config import SWEEP_KEYS, RunConfig, validate
+from tenslora.harness.config.checks import shown
 from tenslora.harness.results.table import Column, Row, Run
 from tenslora.harness.run_folder import RunFolder
 from tenslora.ranks import parameter_count
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +69,7 @@ class Job:
         column: the run's column in the table.
         digest: the digest of the run's settings.
         folder: the run's folder.
+        composed: the config that Hydra composed from the overrides; its seed is any of the sweep's.
     """
 
     overrides: tuple[str, ...]
@@ -72,11 +78,49 @@ class Job:
     column: Column
     digest: str
     folder: RunFolder
+    composed: DictConfig
 
     @property
     def label(self) -> str:
         """The job in a few words, for people."""
         return f"{self.column.dataset} {self.row.label} seed {self.run.seed}"
+
+    def changed(self, settings: Mapping[str, Any], seeds: Iterable[int]) -> list[Job]:
+        """The same job with other settings, once for each seed, in the same row and column of the table.
+
+        Args:
+            settings: the settings to change and their values: numbers, texts, truth values, None, or lists of these.
+            seeds: the seeds.
+
+        Returns:
+            The jobs.
+
+        Raises:
+            TensLoRAError: for a value that is not valid.
+        """
+        # Without Hydra's own settings, which would take most of the time to copy.
+        names = [name for name in self.composed if name != "hydra"]
+        composed = DictConfig({name: self.composed._get_node(name) for name in names})
+        for setting, value in settings.items():
+            OmegaConf.update(composed, setting, value)
+        run = validate(composed)
+        kept = [word for word in self.overrides if word.partition("=")[0] not in {*settings, "seed"}]
+        words = [f"{setting}={shown(value).replace(', ', ',')}" for setting, value in settings.items()]
+        outputs = self.folder.path.parents[len(Path(self.run.folder()).parts) - 1]
+        jobs = []
+        for seed in seeds:
+            seeded = run.with_seed(seed)
+            jobs.append(
+                replace(
+                    self,
+                    overrides=(*kept, *words, f"seed={seed}"),
+                    run=seeded,
+                    digest=seeded.digest(),
+                    folder=RunFolder(outputs / seeded.folder()),
+                    composed=composed,
+                )
+            )
+        return jobs
 
     def look(self) -> Look:
         """Read the job's folder."""
@@ -168,7 +212,7 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
     for digest, (words, _) in zip(digests, composed, strict=True):
         spellings.setdefault(digest, []).append(words)
     jobs: dict[str, Job] = {}
-    for run, digest, (words, _) in zip(runs, digests, composed, strict=True):
+    for run, digest, (words, config) in zip(runs, digests, composed, strict=True):
         if digest in jobs:
             continue
         variant = tuple(
@@ -185,6 +229,7 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
             column=Column(run.dataset.name, run.model.name),
             digest=digest,
             folder=RunFolder(outputs / run.folder()),
+            composed=config,
         )
     return list(jobs.values())
 
@@ -224,6 +269,32 @@ def overwrite(jobs: Sequence[Job], collect_only: bool) -> None:
             with job.folder.claim() as ours:
                 if ours:
                     job.folder.begin_anew(keep_checkpoint=False)
+
+
+def launch_jobs(jobs: Sequence[Job], launch: Callable[[Sequence[Sequence[str]]], Sequence[JobReturn]]) -> None:
+    """Carry out jobs through Hydra's launcher, and wait for those that another sweep carries out.
+
+    A job that was killed before it could write a reason gets one, which its folder then says.
+
+    Args:
+        jobs: the jobs.
+        launch: a function that runs jobs, each given by its overrides, and returns when all of them have ended.
+    """
+    from hydra.core.utils import JobStatus
+
+    todo = list(jobs)
+    while todo:
+        elsewhere = []
+        for job, outcome in zip(todo, launch([job.overrides for job in todo]), strict=True):
+            if outcome.status is JobStatus.FAILED:
+                if job.look().problem is None:
+                    job.folder.write_failure(outcome._return_value)
+            elif outcome.return_value == ELSEWHERE:
+                elsewhere.append(job)
+        # Another sweep carries out these jobs. If that sweep stops, this sweep takes them over.
+        while any(job.look().state is State.RUNNING for job in elsewhere):
+            time.sleep(1)
+        todo = [job for job in elsewhere if job.look().state is not State.DONE]
 
 
 def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[RunConfig, Path], Any]) -> str | None:

@@ -50,8 +50,8 @@ def test_a_row_is_lora_a_construction_or_a_reference() -> None:
 def test_a_rows_label_has_what_sets_it_apart() -> None:
     row = Row("lora", "explicit", ("a=1", "b=2"))
     assert row.label == "lora explicit a=1 b=2"
-    assert row.values == ("1", "2")
-    assert row.without_variant == Row("lora", "explicit")
+    assert (row.value_of("b"), row.value_of("c")) == ("2", None)
+    assert row.without("a").variant == ("b=2",)
 
 
 def test_an_adapters_size_is_as_recorded_or_else_as_planned() -> None:

@@ -35,9 +35,10 @@ def score_by_setting(panels: Sequence[Panel]) -> Figure:
 def _draw(place: SubFigure, panel: Panel) -> None:
     points = panel.points
     # A panel of rows that the setting does not change has no value to name.
-    values = list(dict.fromkeys(value for row in panel.cells for value in row.values)) or [""]
+    setting = panel.setting
+    values = list(dict.fromkeys(v for row in panel.cells if (v := row.value_of(setting)) is not None)) or [""]
     numbers = all(map(_is_number, values))
-    rows = [row for row in panel.constructions if any(point.row.without_variant == row for point in points)]
+    rows = [row for row in panel.constructions if any(point.row.without(setting) == row for point in points)]
     names = text_width(max(len(name_of(row, panel.width)) for row in rows))
     note = panel.note("mean ± standard deviation over seeds")
     axes = axes_in(place, panel, left=0.6, right=0.4 + names, note=note)
@@ -53,14 +54,14 @@ def _draw(place: SubFigure, panel: Panel) -> None:
 
     ends: list[tuple[float, float]] = []  # (x, score) where each row ends and the line to the row's name begins
     for number, row in enumerate(rows):
-        own = [point for point in points if point.row.without_variant == row]
-        if not own[0].row.variant:
+        own = [point for point in points if point.row.without(setting) == row]
+        if own[0].row.value_of(setting) is None:
             axes.axhspan(own[0].mean - own[0].deviation, own[0].mean + own[0].deviation, color=INK, alpha=0.08, lw=0)
             axes.axhline(own[0].mean, color=own[0].colour, linewidth=0.8, linestyle=(0, (4, 2)))
             ends.append((len(values) - 0.5, own[0].mean))
             continue
         shift = 0.5 * ((number + 0.5) / len(rows) - 0.5)  # so that error bars do not hide each other
-        x = [values.index(point.row.values[0]) + shift for point in own]
+        x = [values.index(point.row.value_of(setting) or "") + shift for point in own]
         axes.errorbar(
             x, [point.mean for point in own], yerr=[point.deviation for point in own], fmt=own[0].marker,
             color=own[0].colour, markersize=4.5, elinewidth=1.1, capsize=0, linestyle="-" if numbers else "none",

@@ -42,7 +42,7 @@ class Panel:
         setting: the setting that is swept beside construction, strategy and seed; None if there is none, or several.
         cells: the cells by row, in the order of the table's rows. Rows without a strategy are in the panels of all
             strategies.
-        constructions: the rows without their variants, each once.
+        constructions: the rows without the setting that is swept, each once.
         width: the panel's width in inches.
     """
 
@@ -142,8 +142,8 @@ def panels_of(summary: Summary) -> list[Panel]:
                 if row.row.strategy in ("", strategy) and row.cells[number].runs
             }
             setting = table.swept_setting if any(row.variant for row in cells) else None
-            shown = {row.without_variant for row in cells}
-            constructions = tuple(row for row in table.rows_without_variants if row in shown)
+            shown = {row.without(table.swept_setting) for row in cells}
+            constructions = tuple(row for row in table.rows_without_setting if row in shown)
             own_strategy = strategy if any(row.strategy for row in cells) else ""
             panel = Panel(
                 column.column, own_strategy, column.metric, column.unit, column.factor, table.score, setting, cells,

@@ -1,0 +1,94 @@
+"""The settings of a sweep that tunes one setting of each row of its table: the group tune of conf/."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.config.checks import NonNegativeInt, in_one_line, shown, within
+
+Value = float | int | bool | str | None
+"""A value that can be tuned."""
+
+_CHOSEN_OTHERWISE = ("seed", "dataset.validation", "trainer.score_every")
+"""Settings that cannot be tuned, because they say how it is tuned."""
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How one setting is tuned: its values, and the runs that choose among them.
+
+    Args:
+        setting: the setting, such as "optimizer.lr".
+        values: the values to choose from, each once; numbers in rising order.
+        seeds: the seeds of the runs that choose.
+        validation: the fraction of the training split that these runs are scored on.
+
+    Raises:
+        TensLoRAError: for fewer than two different values, or fewer than one seed.
+    """
+
+    setting: str
+    values: tuple[Value, ...]
+    seeds: tuple[NonNegativeInt, ...]
+    validation: Annotated[float, within(0, 1, above=True, below=True)]
+
+    def __post_init__(self) -> None:
+        if self.setting in _CHOSEN_OTHERWISE:
+            raise TensLoRAError(f"setting={self.setting}: must be another setting, because tune itself sets this one")
+        if len(set(self.values)) < len(self.values) or len(self.values) < 2:
+            raise TensLoRAError(f"values={shown(self.values)}: must be at least two values, all different")
+        for value in self.values:
+            if isinstance(value, str) and not re.fullmatch(r"[\w./-]+", value):
+                raise TensLoRAError(f"values={shown(self.values)}: must be numbers or words")
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            raise TensLoRAError(f"seeds={shown(self.seeds)}: must be at least one seed, all different")
+        if self.is_numeric:
+            object.__setattr__(self, "values", tuple(sorted(self.values, key=_number)))
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether all values are numbers, so that a grid of them has two edges."""
+        return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.values)
+
+    @property
+    def name(self) -> str:
+        """The setting without its group, such as "lr"."""
+        return self.setting.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class _Group:
+    tune: TuneConfig
+
+
+def tune_config(composed: Mapping[str, Any]) -> TuneConfig | None:
+    """The checked settings of the group tune.
+
+    Args:
+        composed: the plain values of the group: `setting`, `values`, `seeds` and `validation`.
+
+    Returns:
+        The settings; None if nothing is tuned.
+
+    Raises:
+        TensLoRAError: for an invalid setting. The message names it, its value and what would be valid.
+    """
+    if composed.get("setting") is None:
+        if composed.get("values"):
+            raise TensLoRAError(f"tune.setting=null: must be the setting whose values are {shown(composed['values'])}")
+        return None
+    try:
+        return TypeAdapter(_Group).validate_python({"tune": dict(composed)}).tune
+    except ValidationError as error:
+        raise in_one_line(error, _Group) from error
+
+
+def _number(value: Value) -> float:
+    assert isinstance(value, (int, float))
+    return float(value)
