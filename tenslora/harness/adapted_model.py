@@ -18,7 +18,6 @@ from tenslora.harness.backbones import Backbone
 from tenslora.harness.backbones.hub import source_setting
 from tenslora.harness.config import RunConfig, check_ranks
 from tenslora.harness.run_folder import RunFolder
-from tenslora.peft.saved_lora import read_updates
 from tenslora.projections import find_projections
 
 log = logging.getLogger(__name__)
@@ -87,6 +86,8 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
     if run.adapter:
         adapter = attach(model, run.adapter)
         if run.warm_start is not None:
+            from tenslora.peft.saved_lora import read_updates  # imports PEFT, which takes seconds
+
             warm_start = approximate(adapter, read_updates(Path(run.warm_start), geometry, targets))
             log.info("warm start from %s: relative error %.4f", run.warm_start, warm_start.error)
     else:

@@ -22,7 +22,6 @@ from tenslora.harness.backbones.timm_models import create_arguments
 from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.harness.load_run import LoadedRun, load_run
 from tenslora.harness.model_card import base_model, model_card
-from tenslora.peft.to_lora import to_peft
 
 
 def export_peft(loaded: LoadedRun, folder: Path) -> None:
@@ -35,6 +34,8 @@ def export_peft(loaded: LoadedRun, folder: Path) -> None:
     Raises:
         TensLoRAError: for a run without an adapter.
     """
+    from tenslora.peft.to_lora import to_peft  # imports PEFT, which takes seconds
+
     run, model = loaded.run, loaded.backbone.model
     if run.adapter is None:
         raise TensLoRAError(f"tensor_mode={run.tensor_mode}: has no adapter; --format merged writes its weights")
