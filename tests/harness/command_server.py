@@ -29,6 +29,7 @@ IMPORTED = (
     "scipy.stats",
     "sklearn.metrics",
     "submitit",
+    "tenslora.harness.adapted_model",
     "tenslora.harness.backbones",
     "tenslora.harness.results.figures",
     "tenslora.harness.results.report",
@@ -36,6 +37,7 @@ IMPORTED = (
     "timm",
     "torchvision",
     "train",
+    "transformers.models.bert.modeling_bert",
 )
 """What a command would otherwise import itself."""
 

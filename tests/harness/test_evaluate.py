@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 from tenslora.harness.evaluate import main, scores_of
 from tenslora.harness.load_run import load_run
 from tenslora.harness.run_folder import RunFolder
+from tests.harness.data.image_folders import TINY_DTD, write_dtd, write_eurosat
 from tests.running import SHORT, record, run
 
 
@@ -23,7 +26,7 @@ def scores(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, float]:
     return {name: value for name, value in printed.items() if name not in ("dataset", "examples")}
 
 
-@pytest.mark.parametrize("finished", ["digits_run", "sentences_run"])
+@pytest.mark.parametrize("finished", ["digits_run", "sentences_run", "regression_run"])
 def test_the_scores_are_those_of_the_record_to_the_last_digit(
     finished: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -33,6 +36,17 @@ def test_the_scores_are_those_of_the_record_to_the_last_digit(
     first, *lines = capsys.readouterr().out.splitlines()
     assert f"{record(folder)['test_examples']} test examples" in first
     assert all(line.split()[1] == line.split()[-1] for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("dtd", functools.partial(write_dtd, splits=TINY_DTD)), ("eurosat", write_eurosat)]
+)
+def test_the_scores_of_torchvisions_datasets_are_those_of_the_record(
+    name: str, write: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write(tmp_path)
+    run(tmp_path / "run", f"dataset={name}", f"dataset.root={root}", "model=vit_digits", "trainer.epochs=1")
+    assert scores(capsys, str(tmp_path / "run")) == scores_of(record(tmp_path / "run"))
 
 
 def test_a_validation_split_or_the_test_split_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import transformers
 
 from tenslora.harness.data import load_dataset
 from tenslora.harness.data.encoding import encode
+from tenslora.harness.evaluate import scores_of
 from tenslora.harness.export import export
 from tenslora.harness.load_run import LoadedRun, load_run
 from tenslora.harness.run_record import describe_run
@@ -68,3 +69,5 @@ def test_mnli_is_scored_on_both_of_its_validation_splits(tmp_path: Path) -> None
     assert metrics["others_last"] == {"accuracy_mismatched": metrics["history"][-1]["accuracy_mismatched"]}
     assert 0 < metrics["last"] + metrics["others_last"]["accuracy_mismatched"] <= 1
     assert ", accuracy_mismatched " in describe_run(saved)
+    evaluation = load_run(tmp_path / "run").evaluate()
+    assert {"test_loss": evaluation.loss, **evaluation.scores} == scores_of(saved)
