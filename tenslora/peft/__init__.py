@@ -11,3 +11,7 @@ if find_spec("peft"):
 
     __all__ = ["TensLoraConfig", "TensLoraLinear", "TensLoraModel"]
     register()
+else:
+
+    def __getattr__(name: str) -> None:
+        raise ImportError(f"tenslora.peft.{name}: needs PEFT (pip install 'peft>=0.21')")

@@ -50,6 +50,8 @@ def register() -> None:
     name = METHOD.upper()
     if name in PeftType.__members__:
         return
+    if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
+        raise TensLoRAError(f"peft {peft.__version__}: must be 0.21 or later for a TensLoraConfig")
     try:
         member = str.__new__(PeftType, name)
         member._name_, member._value_ = name, name
