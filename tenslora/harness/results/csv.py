@@ -1,4 +1,4 @@
-"""A table as CSV, to compute with."""
+"""A table and its comparison with LoRA as CSV, to compute with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from typing import Any
 
 from tenslora.harness.results.summary import Summary, one_line
 from tenslora.harness.results.table import Run
+
+_PLACE = ("dataset", "model", "tensor_mode", "rank_strategy", "variant")
+
+_NUMBERS = (
+    "seeds", "mean", "low", "high", "p", "holm_p", "permutation_p", "smallest_permutation_p", "detectable", "above",
+)  # fmt: skip
 
 
 def to_csv(summary: Summary) -> str:
@@ -21,8 +27,29 @@ def to_csv(summary: Summary) -> str:
     """
     metrics = {column.column: column.metric for column in summary.columns}
     lines = [_line(run, metrics[run.column]) for run in summary.runs]
+    return _csv(list(lines[0]) if lines else [], lines)
+
+
+def comparison_to_csv(summary: Summary) -> str:
+    """The comparison with LoRA as CSV: one line per row and column that is compared.
+
+    The numbers are those of `statistics.Difference` by their names, in the metric's unit: in points for an accuracy.
+
+    Args:
+        summary: the summary of the table.
+    """
+    lines = []
+    for against in summary.comparisons:
+        row, column = against.row, against.column
+        place = (column.dataset, column.model, row.tensor_mode, row.strategy, ";".join(row.variant))
+        numbers = [getattr(against.difference, name, None) for name in _NUMBERS]
+        lines.append(dict(zip((*_PLACE, *_NUMBERS), (*place, *numbers), strict=True)))
+    return _csv([*_PLACE, *_NUMBERS], lines)
+
+
+def _csv(heads: list[str], lines: list[dict[str, Any]]) -> str:
     content = io.StringIO()
-    writer = csv.DictWriter(content, list(lines[0]) if lines else [], lineterminator="\n")
+    writer = csv.DictWriter(content, heads, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return content.getvalue()

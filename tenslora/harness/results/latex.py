@@ -115,12 +115,12 @@ def _comparison_table(summary: Summary) -> str:
     body = [_row(["construction", *heads])]
     for column in (each.column for each in summary.columns):
         name = _escaped(f"{column.dataset} ({column.model})")
-        body += [r"\midrule", rf"\multicolumn{{5}}{{l}}{{\emph{{{name}}}}} \\"]
+        body += [r"\midrule", rf"\multicolumn{{{1 + len(heads)}}}{{l}}{{\emph{{{name}}}}} \\"]
         for against in summary.comparisons:
             if against.column == column:
                 body.append(_row(_with_dash(_escaped(text)) for text in (against.row.label, *against.texts)))
     caption = _escaped(f"{summary.table.title}: each row against LoRA. {COMPARISON_NOTE}")
-    return _environment("lrrrr", body, caption, f"tab:{summary.table.name}-against-lora")
+    return _environment("l" + "r" * len(heads), body, caption, f"tab:{summary.table.name}-against-lora")
 
 
 def _score(cell: Cell) -> str:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from tenslora.constructions import PAPER_CONSTRUCTIONS
-from tenslora.harness.results.statistics import paired_difference
+from tenslora.harness.results.statistics import paired_differences
 from tenslora.harness.results.table import Column, Row, Table, percent_of_lora
 
 
@@ -66,8 +66,8 @@ def stand_in(table: Table) -> str | None:
 def verdicts(table: Table) -> list[Verdict]:
     """The verdicts of a table's runs on the paper's claims about the table's rank strategies.
 
-    A row beats another on a dataset if the whole 95 % interval of their paired difference lies above 0. It does not
-    beat the other row if no part of the interval lies above 0. Otherwise the comparison is undecided
+    A row beats another on a dataset, or is beaten by it, if the paired t-test of their difference says so after Holm's
+    correction for all rows of the dataset that are compared with the other row. Otherwise the comparison is undecided
     (`Difference.above`). A claim about several rows or datasets holds if it holds for each, does not hold if it fails
     for one, and is not decided otherwise. Claims about numbers of parameters need no runs.
     """
@@ -150,15 +150,22 @@ _RULES = {
 
 def _compare(table: Table, pairs: Sequence[tuple[Row, Row | None]]) -> dict[str, bool | None]:
     """Whether the first row of each pair beats the second row on each dataset, by a name for the comparison."""
-    beats: dict[str, bool | None] = {}
-    for row, other in pairs:
+    above: dict[tuple[Row, Column], bool | None] = {}
+    for other in dict.fromkeys(other for _, other in pairs if other):
+        # The differences from LoRA are corrected for all of them, as in the comparison that the table shows.
+        rows = table.compared_with(other) if other.is_lora else [row for row, of in pairs if of == other]
         for column in table.columns:
-            pair = (row, other) if table.scale(column).larger_is_better else (other, row)
-            difference = other and paired_difference(*(table.scores(each, column) for each in pair if each))
+            scores = {row: table.scores(row, column) for row in rows}
+            for row, difference in paired_differences(scores, table.scores(other, column)).items():
+                above[row, column] = difference.above if difference else None
+    beats: dict[str, bool | None] = {}
+    for row, _ in pairs:
+        for column in table.columns:
             same = [other for other in table.columns if other.dataset == column.dataset]
             where = f" on {column.dataset}" if len(table.columns) > 1 else ""
             where += f" with {column.model}" if len(same) > 1 else ""
-            beats[f"{row.label}{where}"] = difference.above if difference else None
+            higher = above.get((row, column))
+            beats[f"{row.label}{where}"] = higher if higher is None else higher is table.scale(column).larger_is_better
     return beats
 
 

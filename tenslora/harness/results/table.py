@@ -303,6 +303,10 @@ class Table:
         candidates = [other for other in lora_rows if other.variant == row.variant] or lora_rows
         return candidates[0] if len(candidates) == 1 else None
 
+    def compared_with(self, lora: Row) -> list[Row]:
+        """The rows that a LoRA row is the reference of, without other LoRA rows."""
+        return [row for row in self.rows if not row.is_lora and self.reference(row) == lora]
+
     def metric(self, column: Column) -> str | None:
         """The name of a column's headline metric, as recorded by its runs; None before the first record."""
         if column in self.group_columns:

@@ -181,6 +181,9 @@ def _result_lines(summary: Summary) -> list[dict[str, Any]]:
                     "low": _fraction(difference.low if difference else None),
                     "high": _fraction(difference.high if difference else None),
                     "p": difference.p if difference else None,
+                    "holm_p": difference.holm_p if difference else None,
+                    "permutation_p": difference.permutation_p if difference else None,
+                    "detectable": _fraction(difference.detectable if difference else None),
                     "problems": "; ".join(cell.problems),
                 }
             )

@@ -6,7 +6,9 @@ import csv
 import io
 from dataclasses import replace
 
-from tenslora.harness.results.csv import to_csv
+import pytest
+
+from tenslora.harness.results.csv import comparison_to_csv, to_csv
 from tenslora.harness.results.summary import summarize
 from tenslora.harness.results.table import Run, Table
 from tests.tables import make_run, make_table, sample_table
@@ -49,6 +51,23 @@ def test_a_failed_run_has_no_score_and_a_missing_one_has_its_planned_size() -> N
     assert failed["problem"] == "diverged"
     assert (failed["adapter_parameters"], failed["ranks"]) == ("123840", "4 4 4")
     assert (missing["status"], missing["adapter_parameters"], missing["ranks"]) == ("missing", "74640", "4 4 4")
+
+
+def test_a_comparison_is_a_line_with_its_tests_in_points() -> None:
+    def compared(runs: list[Run]) -> list[dict[str, str]]:
+        return list(csv.DictReader(io.StringIO(comparison_to_csv(summarize(make_table(runs))))))
+
+    runs = [make_run("lora", seed=seed, epochs=[0.5]) for seed in range(3)]
+    assert compared(runs) == []
+    runs += [make_run("qkv", "isorank", seed=seed, epochs=[0.6 + seed / 8], variant=("a=1",)) for seed in range(3)]
+    runs += [make_run("att", "isorank", seed=9, epochs=[0.6])]
+    qkv, att = sorted(compared(runs), key=lambda line: line["variant"], reverse=True)
+    place = {"dataset": "dtd", "model": "vit_base", "tensor_mode": "qkv", "rank_strategy": "isorank", "variant": "a=1"}
+    assert qkv.items() >= {**place, "seeds": "3", "permutation_p": "0.25", "smallest_permutation_p": "0.25"}.items()
+    assert float(qkv["mean"]) == pytest.approx(22.5)
+    assert qkv["p"] == qkv["holm_p"]
+    assert qkv["above"] == ""
+    assert (att["tensor_mode"], att["mean"], att["p"], att["seeds"]) == ("att", "", "", "")
 
 
 def test_nothing_depends_on_time_place_or_version() -> None:

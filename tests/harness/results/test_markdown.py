@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from tenslora.harness.results.markdown import to_markdown
-from tenslora.harness.results.summary import summarize
+from tenslora.harness.results.summary import COMPARISON_HEADS, summarize
 from tests.tables import COLA, make_run, make_table, sample_table
 
 THREE_ROWS = [
@@ -36,8 +36,9 @@ def test_a_line_is_label_ranks_counts_and_score_lora_first() -> None:
         ["qkv isorank", "4, 4, 4", "74,640", "33.7", "0.12", "**60.0** ± 10.0", ""],
         ["full", "-", "-", "-", "-", "95.0", ""],
     ]
-    assert against_lora[0] == ["construction", "difference", "95 % interval", "p", "seeds"]
-    assert against_lora[2] == ["qkv isorank", "+10.00", "[\N{MINUS SIGN}14.84, +34.84]", "0.225", "3"]
+    assert against_lora[0] == ["construction", *COMPARISON_HEADS]
+    interval = "[\N{MINUS SIGN}14.84, +34.84]"
+    assert against_lora[2] == ["qkv isorank", "+10.00", interval, "0.225", "0.225", "0.5000 (0.2500)", "32.64", "3"]
 
 
 def test_a_swept_setting_has_a_table_of_its_own() -> None:

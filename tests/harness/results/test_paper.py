@@ -163,6 +163,19 @@ def test_att_is_judged_under_every_strategy_that_there_is() -> None:
     assert verdict([*isorank, *runs_of(strongest, "isoparameters")[lora:]], ATT)[0] == DOES_NOT
 
 
+def test_a_row_that_is_ahead_by_chance_alone_does_not_decide_a_claim() -> None:
+    # Each difference has p = 0.0194: it would decide alone, and does not beside six others like it.
+    above, wobble = 0.0124, (0.003, -0.003, 0.0)
+    for modes, expected in ((["qkv"], DOES_NOT), (MODES, OPEN)):
+        runs = [make_run("lora", seed=seed, epochs=[0.7]) for seed in range(3)]
+        runs += [
+            make_run(mode, "isorank", seed=seed, epochs=[0.7 + above + shift])
+            for mode in modes
+            for seed, shift in enumerate(wobble)
+        ]
+        assert verdict(runs, NO_BETTER)[0] == expected
+
+
 def test_few_parameters_is_decided_by_counting_alone() -> None:
     # Of ViT-B's LoRA: att_qkv_depth 2.0 %, qkv_depth 2.9, att_depth 5.0, depth 8.5, att_qkv 19.8, qkv 33.7, att 56.0.
     runs = [make_run(mode, "" if mode == "lora" else "isorank") for mode in PAPER_CONSTRUCTIONS]
