@@ -81,6 +81,14 @@ class AdaptedLinear(nn.Linear):
         updated: Tensor = _AddToColumns.apply(y, [start for _, start in self.columns], *rights, *hs)
         return updated
 
+    # The state dict is the original module's, which may keep more beside its parameters, as a quantised one does.
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base[0]._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.base[0]._load_from_state_dict(*args, **kwargs)
+
     def as_lora(self) -> tuple[Tensor, Tensor]:
         """The update of the whole module as one product, alpha dW = left @ right.
 

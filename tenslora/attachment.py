@@ -6,10 +6,13 @@ the model's state dict stay as they were, and the adapter becomes the submodule 
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,8 +21,11 @@ from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.adapter import Adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError
-from tenslora.projections import TargetLinear, features, find_projections
+from tenslora.projections import TargetLinear, features, find_projections, is_plain
 from tenslora.thin_products import ForwardPassCache, MatrixGroup
+
+if TYPE_CHECKING:
+    from tenslora.peft.quantised import QuantisedWeights
 
 SUBMODULE = "tenslora"
 """The name of the adapter in the model."""
@@ -134,13 +140,14 @@ def detach(model: nn.Module) -> Adapter:
 def merge(model: nn.Module) -> None:
     """Add the updates to the weights, W <- W + alpha dW^T. A forward pass then costs as much as without an adapter.
 
-    Merging a second time changes nothing.
+    Merging a second time changes nothing. Quantised weights are dequantised and quantised again, by PEFT's functions
+    for bitsandbytes and torchao; a warning says by how much the rounding changes them.
 
     Args:
         model: with an adapter; its weights are changed in place.
 
     Raises:
-        TensLoRAError: if there is no adapter, or if a weight is not a plain matrix of floats, as when it is quantised.
+        TensLoRAError: if there is no adapter, or if a weight is of a kind that cannot be quantised again.
     """
     _move_updates(model, into_weights=True)
 
@@ -239,19 +246,41 @@ def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 @torch.no_grad()
 def _move_updates(model: nn.Module, into_weights: bool) -> None:
     adapter_of(model)
-    for path, linear in _adapted_linears(model).items():
-        if not linear.weight.is_floating_point() or {*linear.weight.shape} != {linear.in_features, linear.out_features}:
-            kind = type(linear.base[0]).__name__
-            raise TensLoRAError(
-                f"{path}: an update cannot be added to the weight of this {kind}; leave the adapter unmerged"
-            )
-    for linear in _adapted_linears(model).values():
-        if linear.merged != into_weights:
-            left, right = linear.as_lora()
-            update = left @ right  # (inputs, outputs), as Conv1D stores its weight; Linear stores the transpose
-            update = update.T if isinstance(linear.base[0], nn.Linear) else update
-            linear.weight.add_(update.to(linear.weight), alpha=1 if into_weights else -1)
-            linear.merged = into_weights
+    to_move = {path: linear for path, linear in _adapted_linears(model).items() if linear.merged != into_weights}
+    # Every layer is looked at before the first weight is changed.
+    quantised = {path: _backend(path, linear, model) for path, linear in to_move.items() if not is_plain(linear)}
+    rounding = size = 0.0
+    for path, linear in to_move.items():
+        left, right = linear.as_lora()
+        update = left @ right  # (inputs, outputs), as Conv1D stores its weight; Linear stores the transpose
+        update = update if type(linear.base[0]).__name__ == "Conv1D" else update.T
+        update = update if into_weights else -update
+        if path in quantised:
+            errors = quantised[path].add(linear.base[0], update)
+            rounding, size = rounding + errors[0], size + errors[1]
+        else:
+            linear.weight.add_(update.to(linear.weight))
+        linear.merged = into_weights
+    if size:
+        warnings.warn(
+            f"{type(model).__name__}: its weights are quantised and were rounded again, which changes them by "
+            f"{math.sqrt(rounding / size):.1%} of the update's size",
+            stacklevel=3,
+        )
+
+
+def _backend(path: str, linear: AdaptedLinear, model: nn.Module) -> QuantisedWeights:
+    try:
+        from tenslora.peft.quantised import QuantisedWeights
+    except ImportError as error:
+        raise TensLoRAError(
+            f"{path}: to merge into the weight of this {type(linear.base[0]).__name__} needs PEFT "
+            f"(pip install 'peft>=0.21'); or leave the adapter unmerged"
+        ) from error
+    try:
+        return QuantisedWeights(linear.base[0], model)
+    except TensLoRAError as error:
+        raise TensLoRAError(f"{path}: {error}") from error
 
 
 def _adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
@@ -52,11 +52,18 @@ class TargetLinear:
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
-    """The numbers of inputs and outputs of a Linear or a Conv1D."""
-    if isinstance(linear, nn.Linear):
-        return linear.in_features, linear.out_features
+    """The numbers of inputs and outputs of a Linear, quantised or not, or of a Conv1D."""
+    if hasattr(linear, "in_features"):
+        return cast(int, linear.in_features), cast(int, linear.out_features)
     inputs, outputs = linear.get_parameter("weight").shape
     return inputs, outputs
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether the weight of a Linear is a plain matrix of floats, to which an update can be added; not if quantised."""
+    weight, sizes = getattr(linear, "weight", None), {*features(linear)}
+    plain = type(weight) in (nn.Parameter, Tensor)
+    return plain and cast(Tensor, weight).is_floating_point() and {*cast(Tensor, weight).shape} == sizes
 
 
 def find_projections(
@@ -112,7 +119,11 @@ def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[
 
 
 def _is_linear(module: object) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    # Quantised Linear layers of some packages are no nn.Linear, but have its sizes.
+    sizes = isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    )
+    return isinstance(module, nn.Module) and (sizes or type(module).__name__ == "Conv1D")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from tenslora.adapter_config import AdapterConfig
 from tenslora.attachment import adapt_linears
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
-from tenslora.projections import TargetLinear, find_projections
+from tenslora.peft.quantised import QuantisedWeights
+from tenslora.projections import TargetLinear, find_projections, is_plain
 from tenslora.ranks import RankStrategy
 from tenslora.thin_products import ForwardPassCache
 
@@ -166,6 +167,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     Args:
         base_layer: the Linear (or Conv1D) itself.
         adapters: the adapters of the whole model by name; they are the tuner's submodules, and not this layer's.
+        model: the whole model, which knows how it was quantised.
     """
 
     adapter_layer_names = (_ADAPTERS,)
@@ -173,11 +175,11 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     active_adapters: Sequence[str]  # this and the next are BaseTunerLayer's
     get_base_layer: Callable[[], nn.Module]
 
-    def __init__(self, base_layer: nn.Module, adapters: nn.ModuleDict) -> None:
+    def __init__(self, base_layer: nn.Module, adapters: nn.ModuleDict, model: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.updates: dict[str, AdaptedLinear] = {}
-        self._adapters = (adapters,)  # in a tuple, so that they are no submodules of every layer
+        self._adapters, self._model = (adapters,), (model,)  # in tuples, so that they are no submodules of every layer
         self.merged_adapters: list[str] = []
 
     @property
@@ -214,28 +216,24 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """
         left, right = self.updates[adapter].as_lora()
         update = left @ right
-        return update.T if isinstance(self.base_layer, nn.Linear) else update
+        return update if type(self.get_base_layer()).__name__ == "Conv1D" else update.T
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates to the Linear's weight.
 
         Args:
-            safe_merge: whether to check first that the new weight has no NaN and no infinity.
+            safe_merge: whether to check first that the update has no NaN and no infinity.
             adapter_names: the adapters whose updates to add; None for the active ones.
 
         Raises:
             ValueError: if safe_merge finds a NaN or an infinity; the weight is then as it was.
+            TensLoRAError: if the weight is of a kind that cannot be quantised again.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.updates:
-                continue
-            weight = self.get_base_layer().get_parameter("weight")
-            merged = weight + self.get_delta_weight(name).to(weight)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            weight.copy_(merged)
-            self.merged_adapters.append(name)
+            if name in self.updates:
+                self._add_to_weight(self.get_delta_weight(name), name if safe_merge else None)
+                self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -243,8 +241,16 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            weight = self.get_base_layer().get_parameter("weight")
-            weight.sub_(self.get_delta_weight(self.merged_adapters.pop()).to(weight))
+            self._add_to_weight(-self.get_delta_weight(self.merged_adapters.pop()))
+
+    def _add_to_weight(self, update: Tensor, checked: str | None = None) -> None:
+        linear = self.get_base_layer()
+        if checked is not None and not torch.isfinite(update).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {checked} seems to be broken")
+        if is_plain(linear):
+            linear.get_parameter("weight").add_(update.to(linear.get_parameter("weight")))
+        else:
+            QuantisedWeights(linear, self._model[0]).add(linear, update)
 
     def supports_lora_conversion(self, *_: Any) -> bool:
         """Whether PEFT's `convert_to_lora` takes this layer: it does, for each of its adapters."""
@@ -331,7 +337,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         **__: Any,
     ) -> None:
         if not isinstance(target, TensLoraLinear):
-            layer = TensLoraLinear(target, self.tenslora_adapters)
+            layer = TensLoraLinear(target, self.tenslora_adapters, self.model)
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
             target = layer

@@ -1,0 +1,58 @@
+"""Merging into quantised weights, which PEFT knows how to dequantise and to quantise again."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+
+from tenslora.errors import TensLoRAError, first_line
+
+_UNMERGED = "an update cannot be added to a weight of this kind; leave the adapter unmerged"
+_REPLACES_THE_LAYER = "hqq"
+
+
+class QuantisedWeights:
+    """How the weight of a quantised Linear is changed.
+
+    Args:
+        linear: the Linear.
+        model: the model that it belongs to, which knows how it was quantised where transformers has done it.
+
+    Raises:
+        TensLoRAError: if this kind of weight cannot be quantised again.
+    """
+
+    def __init__(self, linear: nn.Module, model: nn.Module) -> None:
+        weight = getattr(linear, "weight", None)
+        kind = type(linear).__name__ if type(weight) in (nn.Parameter, type(None)) else type(weight).__name__
+        try:
+            self._backend = resolve_quantization_backend(linear, **get_quantization_kwargs(model))
+        except ValueError as error:
+            raise TensLoRAError(f"{kind}: {_UNMERGED} ({first_line(error)})") from error
+        backend = self._backend
+        if backend is None or not backend.supports_merge or backend.backend_name == _REPLACES_THE_LAYER:
+            raise TensLoRAError(f"{kind}: {_UNMERGED}")
+        try:
+            backend.get_base_weight(linear)
+        except NotImplementedError as error:
+            raise TensLoRAError(f"{kind}: {_UNMERGED} ({first_line(error)})") from error
+
+    @torch.no_grad()
+    def add(self, linear: nn.Module, update: Tensor) -> tuple[float, float]:
+        """Dequantise the weight, add an update, and quantise the sum.
+
+        Args:
+            linear: the Linear.
+            update: what to add, (outputs, inputs).
+
+        Returns:
+            The squared Frobenius norms of the rounding error and of the update.
+        """
+        before = self._backend.get_base_weight(linear)
+        wanted = before + update.to(before)
+        self._backend.set_base_weight(SimpleNamespace(get_base_layer=lambda: linear), wanted)
+        rounding = self._backend.get_base_weight(linear) - wanted
+        return rounding.square().sum().item(), update.square().sum().item()
