@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,11 +38,11 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
     """One short run and one table as W&B holds them offline."""
     from tests.offline import hide_wandb_keys, track_run_and_table
 
     folder = tmp_path_factory.mktemp("tracked")
     with pytest.MonkeyPatch.context() as patch:
         hide_wandb_keys(patch, folder)
-        yield track_run_and_table(folder)
+        return track_run_and_table(folder)

@@ -64,9 +64,9 @@ class Tracked:
 
 def hide_wandb_keys(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Make W&B find no key, as on a machine where no one has ever logged in, and keep its own files below `folder`."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
         patch.delenv(name, raising=False)
-    for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
+    for name in ("NETRC", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR"):
         patch.setenv(name, str(folder / name))
 
 
