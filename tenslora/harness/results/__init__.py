@@ -11,8 +11,8 @@ def write_results(table: Table, folder: Path) -> list[Path]:
     """Write a table as Markdown, LaTeX, CSV, figures and a report.
 
     The files are table.md, table.tex, table.csv, against_lora.csv, report.html and, once a run has a score,
-    figures/*.png and figures/*.svg. The report shows the whole table and the figures on one page. If a file cannot be
-    written, its earlier version stays.
+    figures/*.png and figures/*.svg; of a tuned table also trials.csv, with a line for each trial. The report shows the
+    whole table and the figures on one page. If a file cannot be written, its earlier version stays.
 
     Args:
         table: the table, finished or not.
@@ -39,6 +39,9 @@ def write_results(table: Table, folder: Path) -> list[Path]:
     for name, form in forms.items():
         write_bytes(folder / name, form(summary).encode())
         paths.append(folder / name)
+    if summary.trials:
+        write_bytes(folder / "trials.csv", to_csv(summary.trials).encode())
+        paths.append(folder / "trials.csv")
     paths += write_figures(summary, folder / "figures")
     write_bytes(folder / "report.html", to_html(summary).encode())
     return [*paths, folder / "report.html"]

@@ -27,6 +27,11 @@ def to_csv(summary: Summary) -> str:
     """
     metrics = {column.column: column.metric for column in summary.columns}
     lines = [_line(run, metrics[run.column]) for run in summary.runs]
+    if tuning := summary.table.tuning:
+        for line, run in zip(lines, summary.runs, strict=True):
+            value = tuning.value(run.row, run.column)
+            line["tuned"] = f"{tuning.setting}={value}" if value else ""
+            line["at_edge"] = (run.row, run.column) in tuning.at_edge
     return _csv(list(lines[0]) if lines else [], lines)
 
 

@@ -23,10 +23,11 @@ _SIZE_HEADS = ["ranks", "parameters", r"\% of LoRA", "first step"]
 def to_latex(summary: Summary) -> str:
     """The table as LaTeX: the scores, the scores by the swept setting, and the comparison of each row with LoRA.
 
-    The last two are left out if they would be empty. Each is a `table` environment with a caption, for the package
-    booktabs. A table that is wider than the text is scaled down to its width, which needs graphicx. If there are
-    several backbones, ranks, parameters and first steps have a table of their own. The labels are tab:<name>,
-    tab:<name>-sizes, tab:<name>-by-setting (with -1, -2, ... if there are several columns) and tab:<name>-against-lora.
+    A tuned table has the scores of its trials too. What would be empty is left out. Each is a `table` environment with
+    a caption, for the package booktabs. A table that is wider than the text is scaled down to its width, which needs
+    graphicx. If there are several backbones, ranks, parameters and first steps have a table of their own. The labels
+    are tab:<name>, tab:<name>-sizes, tab:<name>-by-setting and tab:<name>-trials (with -1, -2, ... if there are several
+    columns), and tab:<name>-against-lora.
 
     Args:
         summary: the summary of the table.
@@ -38,6 +39,10 @@ def to_latex(summary: Summary) -> str:
     for number, grid in enumerate(summary.grids, start=1):
         suffix = f"-{number}" if len(summary.columns) > 1 else ""
         parts += ["", _grid_table(grid, summary.table.title, f"tab:{summary.table.name}-by-setting{suffix}")]
+    for number, grid in enumerate(summary.trials.grids if summary.trials and summary.trials.has_scores else []):
+        suffix = f"-{number + 1}" if len(summary.columns) > 1 else ""
+        label = f"tab:{summary.table.name}-trials{suffix}"
+        parts += ["", _grid_table(grid, summary.table.title, label, summary.trials_caption)]
     if summary.comparisons:
         parts += ["", _comparison_table(summary)]
     return "\n".join(parts) + "\n"
@@ -53,15 +58,17 @@ def _main_tables(summary: Summary) -> list[str]:
     datasets, heads, rules = ["", *sizes], ["construction", *(_SIZE_HEADS if beside else [])], []
     for column in summary.columns:
         name = _escaped(f"{column.column.dataset} ({column.column.model})")
-        datasets.append(rf"\multicolumn{{{1 + column.has_paper}}}{{c}}{{{name}}}")
-        heads += [_escaped(column.metric or ""), *["paper"] * column.has_paper]
-        rules.append(rf"\cmidrule(lr){{{first}-{first + column.has_paper}}}")
-        first += 1 + column.has_paper
+        beside_score = ["paper"] * column.has_paper + [_escaped(column.tuned)] * bool(column.tuned)
+        datasets.append(rf"\multicolumn{{{1 + len(beside_score)}}}{{c}}{{{name}}}")
+        heads += [_escaped(column.metric or ""), *beside_score]
+        rules.append(rf"\cmidrule(lr){{{first}-{first + len(beside_score)}}}")
+        first += 1 + len(beside_score)
 
     def scores(row: SummaryRow) -> list[str]:
         texts = [*row.adapter_texts] if beside else []
         for column, cell in zip(summary.columns, row.cells, strict=True):
-            texts += [_score(cell), *[cell.paper_number] * column.has_paper]
+            tuned = [_escaped(cell.tuned)] * bool(column.tuned)
+            texts += [_score(cell), *[cell.paper_number] * column.has_paper, *tuned]
         return texts
 
     notes = [summary.caption]
@@ -103,10 +110,10 @@ def _grouped(summary: Summary, texts: Callable[[SummaryRow], list[str]], width: 
     return lines
 
 
-def _grid_table(grid: Grid, title: str, label: str) -> str:
+def _grid_table(grid: Grid, title: str, label: str, note: str = "") -> str:
     body = [_row(["construction", *map(_escaped, grid.values)]), r"\midrule"]
     body += [_row([_escaped(row.label), *(_score(cell) if cell else "" for cell in cells)]) for row, cells in grid.rows]
-    caption = _escaped(f"{title}: {grid.column.dataset} ({grid.column.model}) by {grid.setting}.")
+    caption = _escaped(f"{title}: {grid.column.dataset} ({grid.column.model}) by {grid.setting}. {note}".strip())
     return _environment("l" + "r" * len(grid.values), body, caption, label)
 
 

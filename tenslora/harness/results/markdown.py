@@ -26,6 +26,10 @@ def to_markdown(summary: Summary) -> str:
     for grid in summary.grids:
         heading = f"## {grid.column.dataset} ({grid.column.model}) by {grid.setting}"
         blocks += [_escaped(heading), _grid_table(grid)]
+    if summary.trials and summary.trials.has_scores:
+        blocks += [_escaped(f"## The choice of {summary.trials.table.by}"), _escaped(summary.trials_caption)]
+        for grid in summary.trials.grids:
+            blocks += [_escaped(f"{grid.column.dataset} ({grid.column.model}):"), _grid_table(grid)]
     if summary.failures:
         lines = [f"{run.row.label}, {run.column.label}, seed {run.seed}: {run.problem}" for run in summary.failures]
         blocks.append("Failed:\n\n" + "\n".join(f"- {_escaped(line)}" for line in lines))
@@ -50,13 +54,14 @@ def _main_table(summary: Summary) -> str:
     for column in summary.columns:
         metric = f"{column.metric}, " if column.metric else ""
         heads.append(_escaped(f"{column.column.dataset} ({metric}{column.column.model})"))
-        heads += ["paper"] * column.has_paper
-        alignments += ["---:"] * (1 + column.has_paper)
+        beside = ["paper"] * column.has_paper + [_escaped(column.tuned)] * bool(column.tuned)
+        heads += beside
+        alignments += ["---:"] * (1 + len(beside))
     rows = []
     for row in summary.rows:
         texts = [_escaped(row.row.label), *row.adapter_texts]
         for column, cell in zip(summary.columns, row.cells, strict=True):
-            texts += [_score(cell), *[cell.paper_number] * column.has_paper]
+            texts += [_score(cell), *[cell.paper_number] * column.has_paper, *[cell.tuned] * bool(column.tuned)]
         rows.append(texts)
     return _table(heads, alignments, rows)
 

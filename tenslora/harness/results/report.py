@@ -54,7 +54,7 @@ def to_html(summary: Summary, written: datetime | None = None) -> str:
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("tenslora.harness.results") / "report.html").read_text(encoding="utf-8"))
-    figures = [(figure, [Markup(svg) for svg in inline_svgs(summary, figure)]) for figure in figures_of(summary)]
+    figures = [(figure, [Markup(svg) for svg in inline_svgs(figure)]) for figure in figures_of(summary)]
     statuses = [run.status for run in summary.runs]
     reach = _reach(summary.comparisons)
     columns = {column.column: column for column in summary.columns}
@@ -65,6 +65,7 @@ def to_html(summary: Summary, written: datetime | None = None) -> str:
         written=written,
         word=lambda status: "waiting" if written and status == "missing" else status,
         unfinished=_unfinished(summary.runs),
+        trials_ended=sum(run.record is not None for run in summary.trials.runs) if summary.trials else 0,
         comparisons=[
             (column, [(one, _interval(one.difference, reach, columns[column].larger_is_better)) for one in compared])
             for column, compared in groupby(

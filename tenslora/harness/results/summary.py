@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -46,6 +46,7 @@ class Cell:
         paper: the paper's score in per cent; None where we have no source for it.
         difference: the difference from LoRA in the metric's unit; None for LoRA itself, or if no seed is finished for
             both.
+        tuned: the value of the tuned setting with which the runs trained, as text; empty if the row is not tuned.
     """
 
     runs: tuple[Run, ...]
@@ -56,6 +57,7 @@ class Cell:
     best: bool
     paper: float | None
     difference: Difference | None
+    tuned: str = ""
 
     @property
     def size(self) -> AdapterSize:
@@ -162,6 +164,7 @@ class SummaryColumn:
         factor: what a score is multiplied by to be in this unit.
         larger_is_better: whether a larger score of this metric is a better one.
         has_paper: whether we have any score of the paper for this column.
+        tuned: the name of the tuned setting without its group; empty if nothing is tuned.
     """
 
     column: Column
@@ -170,6 +173,7 @@ class SummaryColumn:
     factor: int
     larger_is_better: bool
     has_paper: bool
+    tuned: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,40 @@ class Summary:
         splits = {run.scored_on for run in self.runs if run.scored_on} or {"test"}
         return f"{splits.pop()} score".capitalize() if len(splits) == 1 else "Score"
 
+    @cached_property
+    def trials(self) -> Summary | None:
+        """The summary of a tuned table's trials, in which the chosen values are the best; None for any other table."""
+        tuning = self.table.tuning
+        if tuning is None:
+            return None
+        chosen = {(row, column) for (_, column), row in tuning.chosen.items()}
+        summary = summarize(tuning.trials, compare=False)
+        rows = tuple(
+            replace(
+                row,
+                cells=tuple(
+                    replace(cell, best=(row.row, column.column) in chosen)
+                    for cell, column in zip(row.cells, summary.columns, strict=True)
+                ),
+            )
+            for row in summary.rows
+        )
+        return replace(summary, rows=rows)
+
+    @property
+    def trials_caption(self) -> str:
+        """A few sentences that explain the scores of a tuned table's trials; empty for any other table."""
+        if self.trials is None or self.table.tuning is None:
+            return ""
+        seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in self.trials.runs}))
+        sentences = [
+            f"{self.trials.score_name} after the last epoch with each value of {self.table.tuning.setting}. The runs "
+            f"have the seeds {seeds} and train on a part of the training split; the best mean decides.",
+            "Bold: the chosen value.",
+            self.table.tuning.edge_note,
+        ]
+        return " ".join(filter(None, sentences))
+
     @property
     def caption(self) -> str:
         """A few sentences that explain the numbers of the main table."""
@@ -272,6 +310,9 @@ class Summary:
             sentences.append(
                 "First step: how far AdamW's first step moves the adapted matrices, as a multiple of LoRA's."
             )
+        if self.table.tuning:
+            name, setting = self.table.tuning.name, self.table.tuning.setting
+            sentences.append(f"{name}: the row's {setting}, chosen on other seeds by its validation score.")
         if lower := dict.fromkeys(column.metric for column in self.columns if not column.larger_is_better):
             sentences.append(f"A lower {' or '.join(map(str, lower))} is better.")
         if any("/" in row.parameters + row.ranks for row in self.rows):
@@ -313,14 +354,15 @@ class Summary:
         return grids
 
 
-def summarize(table: Table) -> Summary:
+def summarize(table: Table, compare: bool = True) -> Summary:
     """Compute the summary of a table.
 
     Args:
         table: the table, finished or not.
+        compare: whether the rows are compared with LoRA, and with the paper's claims.
     """
     columns_shown = [*table.columns, *table.group_columns]
-    differences = _differences(table, columns_shown)
+    differences = _differences(table, columns_shown) if compare else {}
     means = {
         (row, column): mean_and_deviation(table.scale(column).factor * score for score in scores.values())
         for row in table.rows
@@ -345,6 +387,7 @@ def summarize(table: Table) -> Summary:
             best=mean is not None and row.has_adapter and f"{mean:.1f}" == f"{best[column]:.1f}",
             paper=paper_value(row, column),
             difference=differences.get((row, column)),
+            tuned=table.tuning.text(row, column) if table.tuning else "",
         )
 
     groups = [(row.is_lora, row.is_construction, row.strategy) for row in table.rows]
@@ -361,13 +404,14 @@ def summarize(table: Table) -> Summary:
             factor=table.scale(column).factor,
             larger_is_better=table.scale(column).larger_is_better,
             has_paper=any(row.cells[number].paper is not None for row in rows),
+            tuned=table.tuning.name if table.tuning and column in table.columns else "",
         )
         for number, column in enumerate(columns_shown)
     )
     comparisons = tuple(Comparison(row, column, difference) for (row, column), difference in differences.items())
     if not any(comparison.difference for comparison in comparisons):
         comparisons = ()
-    return Summary(table, columns, rows, comparisons, tuple(verdicts(table)))
+    return Summary(table, columns, rows, comparisons, tuple(verdicts(table)) if compare else ())
 
 
 def signed(value: float) -> str:

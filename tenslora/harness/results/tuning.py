@@ -34,6 +34,15 @@ class Tuning:
         chosen = self.chosen.get((row, column))
         return chosen.value_of(self.setting) or "" if chosen else ""
 
+    def text(self, row: Row, column: Column) -> str:
+        """The value as a table shows it: with a remark if it is at the edge of what was tried."""
+        return self.value(row, column) + " (edge)" * ((row, column) in self.at_edge)
+
+    @property
+    def name(self) -> str:
+        """The setting without its group, such as "lr"."""
+        return self.setting.rpartition(".")[2]
+
     @property
     def edge_note(self) -> str:
         """A sentence on the rows whose value is at the edge of what was tried; empty if there are none."""

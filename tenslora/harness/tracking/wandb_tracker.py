@@ -79,7 +79,8 @@ def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[P
 
     The W&B run is in the group of the table's runs, which is the table's name unless the settings name another group.
     It logs a W&B Table `results` with a line for each row and column, and a W&B Table `runs` with a line for each run.
-    Scores in both are fractions, as runs log them. PNG files become the images `figures`, an HTML file becomes
+    A tuned table has its chosen values in `results`, and a W&B Table `trials` with a line for each value of a row.
+    Scores in all of them are fractions, as runs log them. PNG files become the images `figures`, an HTML file becomes
     `report`, and all files together become one artifact of type table.
 
     Args:
@@ -99,7 +100,10 @@ def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[P
     about = {"table": {"name": table.name, "title": table.title, "score": table.score, "notes": list(table.notes)}}
     with _start(config, folder, name=table.name, job_type=TABLE, config=about) as wandb_run:
         content: dict[str, Any] = {}
-        for name, lines in (("results", _result_lines(summary)), ("runs", _run_lines(summary))):
+        tables = {"results": _result_lines(summary), "runs": _run_lines(summary)}
+        if summary.trials and summary.trials.runs:
+            tables["trials"] = _result_lines(summary.trials)
+        for name, lines in tables.items():
             data = [list(line.values()) for line in lines]
             content[name] = wandb.Table(columns=list(lines[0]), data=data)
         figures = [wandb.Image(str(file), caption=file.stem) for file in files if file.suffix == ".png"]
@@ -185,6 +189,7 @@ def _result_lines(summary: Summary) -> list[dict[str, Any]]:
                     "permutation_p": difference.permutation_p if difference else None,
                     "detectable": _fraction(difference.detectable if difference else None),
                     "problems": "; ".join(cell.problems),
+                    **({column.tuned: cell.tuned} if column.tuned else {}),
                 }
             )
     return lines

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tenslora.harness.results.figures.panels import Panel, panels_of
 from tenslora.harness.results.figures.style import GREY, svg, write_figure
 from tenslora.harness.results.summary import Summary
 
-FIGURE_NAMES = ("score_by_setting", "score_vs_parameters", "learning_curves")
+FIGURE_NAMES = ("trials", "score_by_setting", "score_vs_parameters", "learning_curves")
 """The names of all figures that a table can have, and of their files."""
 
 _PAGE_WIDTH = 3.7
@@ -37,12 +38,14 @@ class TableFigure:
         title: the figure's title in the report.
         remark: a sentence that the report prints beside the figure.
         draw: a function that draws the panels that it is given.
+        panels: the figure's panels.
     """
 
     name: str
     title: str
     remark: str
     draw: Callable[[Sequence[Panel]], Figure]
+    panels: Sequence[Panel]
 
 
 def figures_of(summary: Summary) -> list[TableFigure]:
@@ -51,27 +54,42 @@ def figures_of(summary: Summary) -> list[TableFigure]:
     Args:
         summary: the summary of the table.
     """
-    setting = summary.table.swept_setting
+    setting, panels, trials = summary.table.swept_setting, panels_of(summary), summary.trials
+    of_trials = [
+        TableFigure(
+            "trials",
+            f"Validation score by {trials.table.by}",
+            "A ring marks the value that was chosen for a row.",
+            partial(score_by_setting, ring_best=True),
+            panels_of(trials),
+        )
+        for trials in ([trials] if trials and trials.has_scores else [])
+    ]
     by_setting = TableFigure(
         "score_by_setting",
         f"Score by {setting}",
         "A row that the setting does not change is drawn across.",
         score_by_setting,
+        panels,
     )
     by_parameters = TableFigure(
         "score_vs_parameters",
         "Score against parameters",
         "Where all rows of a panel have nearly the same count, they are listed below each other.",
         score_by_parameters,
+        panels,
     )
     over_epochs = TableFigure(
         "learning_curves",
         "Learning curves",
         "The steep first epochs may lie below the axis.",
         learning_curves,
+        panels,
     )
-    most_rows = max((len(panel.cells) for panel in panels_of(summary)), default=0)
-    return [by_setting] * (setting is not None) + [by_parameters, over_epochs] * (most_rows <= _MOST_ROWS)
+    most_rows = max((len(panel.cells) for panel in panels), default=0)
+    has_curves = any(len(run.metrics["history"]) > 1 for run in summary.runs if run.metrics)
+    readable = [by_parameters, *[over_epochs] * has_curves] if most_rows <= _MOST_ROWS else []
+    return [*of_trials, *[by_setting] * (setting is not None), *readable]
 
 
 def write_figures(summary: Summary, folder: Path) -> list[Path]:
@@ -87,30 +105,28 @@ def write_figures(summary: Summary, folder: Path) -> list[Path]:
     Raises:
         TensLoRAError: if a file cannot be written.
     """
-    figures = figures_of(summary) if summary.has_scores else []
+    figures = [figure for figure in figures_of(summary) if any(panel.has_scores for panel in figure.panels)]
     for name in set(FIGURE_NAMES) - {figure.name for figure in figures}:
         for suffix in ("png", "svg"):
             with suppress(OSError):
                 (folder / f"{name}.{suffix}").unlink()
-    panels = panels_of(summary)
-    return [path for figure in figures for path in write_figure(figure.draw(panels), folder, figure.name)]
+    return [path for figure in figures for path in write_figure(figure.draw(figure.panels), folder, figure.name)]
 
 
-def inline_svgs(summary: Summary, figure: TableFigure) -> list[str]:
+def inline_svgs(figure: TableFigure) -> list[str]:
     """A figure as <svg> elements for an HTML page, one for each panel that has a score.
 
     The elements fill the width that the page gives them. Their ids begin with the figure's name, so that several
     figures can be on one page. Each element has a label for screen readers.
 
     Args:
-        summary: the summary of the table.
-        figure: one of `figures_of(summary)`.
+        figure: a figure of the table.
 
     Returns:
         The elements, as HTML.
     """
     elements = []
-    for number, panel in enumerate(panels_of(summary)):
+    for number, panel in enumerate(figure.panels):
         if not panel.has_scores:
             continue
         document = svg(figure.draw([replace(panel, width=_PAGE_WIDTH)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from matplotlib.figure import Figure, SubFigure
 
@@ -20,7 +21,7 @@ from tenslora.harness.results.figures.panels import (
 from tenslora.harness.results.figures.style import FONT_SIZE, INK, shortened, text_width
 
 
-def score_by_setting(panels: Sequence[Panel]) -> Figure:
+def score_by_setting(panels: Sequence[Panel], ring_best: bool = False) -> Figure:
     """Draw scores over the values of the setting that is swept: means over seeds with their standard deviations.
 
     A construction's means are connected if the values are numbers. A row that the setting does not change is a line
@@ -28,11 +29,12 @@ def score_by_setting(panels: Sequence[Panel]) -> Figure:
 
     Args:
         panels: the panels of one table.
+        ring_best: whether a ring marks the best cells.
     """
-    return figure_of(panels, _draw, lines=lambda panel: len(panel.constructions))
+    return figure_of(panels, partial(_draw, ring_best=ring_best), lines=lambda panel: len(panel.constructions))
 
 
-def _draw(place: SubFigure, panel: Panel) -> None:
+def _draw(place: SubFigure, panel: Panel, ring_best: bool) -> None:
     points = panel.points
     # A panel of rows that the setting does not change has no value to name.
     setting = panel.setting
@@ -40,7 +42,7 @@ def _draw(place: SubFigure, panel: Panel) -> None:
     numbers = all(map(_is_number, values))
     rows = [row for row in panel.constructions if any(point.row.without(setting) == row for point in points)]
     names = text_width(max(len(name_of(row, panel.width)) for row in rows))
-    note = panel.note("mean ± standard deviation over seeds")
+    note = panel.note("mean ± standard deviation over seeds" + ("; ring: chosen" if ring_best else ""))
     axes = axes_in(place, panel, left=0.6, right=0.4 + names, note=note)
     low, high = limits_of(points)
     axes.set_xlim(-0.5, len(values) - 0.5)
@@ -67,6 +69,9 @@ def _draw(place: SubFigure, panel: Panel) -> None:
             color=own[0].colour, markersize=4.5, elinewidth=1.1, capsize=0, linestyle="-" if numbers else "none",
             linewidth=1.1, zorder=3,
         )  # fmt: skip
+        for place, point in zip(x, own, strict=True):
+            if ring_best and panel.cells[point.row].best:
+                axes.scatter([place], [point.mean], s=70, facecolors="none", edgecolors=point.colour, zorder=4)
         ends.append((x[-1], own[-1].mean))
 
     marks = [((x + 0.5) / len(values) * width, (score - low) / (high - low) * height) for x, score in ends]

@@ -66,6 +66,8 @@ class Panel:
     def axis_label(self) -> str:
         """The name of the score's axis."""
         metric = self.metric or "score"
+        if {run.scored_on for cell in self.cells.values() for run in cell.runs if run.record} == {"validation"}:
+            metric = f"validation {metric}"
         name = f"best {metric}" if self.score == "best" else f"{metric} after the last epoch"
         return self.with_unit(name)
 
