@@ -50,7 +50,7 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> tu
             return adapter.geometry, [[adapter.scale * update for update in layer] for layer in layers]
     from transformers import AutoConfig, AutoModel
 
-    name = model or read_config(folder).get("base_model_name_or_path")
+    name = model or read_config(folder).base_model_name_or_path
     try:
         with torch.device("meta"):  # allocates nothing: only the shapes are used
             backbone = AutoModel.from_config(AutoConfig.from_pretrained(name))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
-from tenslora.files import read_safetensors
+from tenslora.files import read_json, read_safetensors, require_finite, require_tensors
+from tenslora.forms import from_json, shown
+from tenslora.peft.patterns import first_matches
 from tenslora.projections import TargetLinear, features
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -21,37 +23,121 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # The values of PEFT's init_lora_weights that leave the backbone's own weights as they are.
 _INITS_OF_LORA_ALONE = (True, False, "gaussian", "eva", "orthogonal")
+# PEFT's settings with which an adapter does something else than to add one product of two matrices to each weight.
+_OTHER_METHODS = (
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SavedLora:
+    """The settings of a saved LoRA that its updates depend on, under PEFT's names.
+
+    Args:
+        peft_type: the method, "LORA".
+        r: the rank.
+        lora_alpha: multiplies the updates, after division by r or, with use_rslora, by sqrt(r).
+        use_rslora: see lora_alpha.
+        use_dora: whether the adapter is a DoRA, which is refused.
+        rank_pattern: the ranks of the modules that have another one, by regular expressions of their paths.
+        alpha_pattern: likewise for lora_alpha.
+        bias: which biases were trained; only "none" is accepted.
+        init_lora_weights: the initialisation; those that change the backbone are refused.
+        base_model_name_or_path: the folder or the hub's name of the backbone.
+
+    Raises:
+        TensLoRAError: for a value that is out of range, or if the adapter does more than add a product of two matrices
+            to each weight.
+    """
+
+    peft_type: str
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    bias: str = "none"
+    init_lora_weights: bool | str | None = True
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        for rank in (self.r, *(self.rank_pattern or {}).values()):
+            if rank < 1:
+                raise TensLoRAError(f"r={rank}: must be at least 1")
+        if self.bias != "none":
+            raise TensLoRAError(f"bias={self.bias}: must be none, because a tensor of updates cannot hold biases")
+        if self.init_lora_weights not in _INITS_OF_LORA_ALONE:
+            raise TensLoRAError(
+                f"init_lora_weights={self.init_lora_weights}: changes the backbone's weights too; save the adapter "
+                f"again with PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
+            )
+
+    def ranks(self, names: Sequence[str]) -> dict[str, int]:
+        """The rank of each of some modules.
+
+        Args:
+            names: the modules' paths.
+
+        Raises:
+            TensLoRAError: if rank_pattern cannot be matched.
+        """
+        patterns = self.rank_pattern or {}
+        matching = first_matches(list(patterns), names)
+        return {name: patterns[matching[name]] if name in matching else self.r for name in names}
+
+    def scalings(self, names: Sequence[str]) -> dict[str, float]:
+        """What the product of the two matrices of each of some modules is multiplied by.
+
+        Args:
+            names: the modules' paths.
+
+        Raises:
+            TensLoRAError: if a pattern cannot be matched.
+        """
+        patterns = self.alpha_pattern or {}
+        matching = first_matches(list(patterns), names)
+        alphas = {name: patterns[matching[name]] if name in matching else self.lora_alpha for name in names}
+        return {
+            name: alphas[name] / (rank**0.5 if self.use_rslora else rank) for name, rank in self.ranks(names).items()
+        }
+
+
+def read_config(folder: Path) -> SavedLora:
     """Read the settings of a saved LoRA.
 
     Args:
         folder: a folder that PEFT's `save_pretrained` wrote.
 
     Returns:
-        The contents of its adapter_config.json.
+        The settings in its adapter_config.json.
 
     Raises:
-        TensLoRAError: if there are no settings, or if the adapter does more than add a product of two matrices to each
-            weight, as DoRA, biases and some initialisations do.
+        TensLoRAError: if there are no settings, or if they are not those of a plain LoRA; see `SavedLora`.
     """
     path = folder / CONFIG
+    data = read_json(path)
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise TensLoRAError(f"{path}: cannot be read as the settings of a PEFT adapter ({error})") from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-        raise TensLoRAError(f"{path}: must be a plain LoRA, whose updates are products of two matrices, not {kind}")
-    if config.get("lora_bias"):
-        raise TensLoRAError(f"{path}: lora_bias=true: must be false, because a tensor of updates cannot hold biases")
-    if (init := config.get("init_lora_weights", True)) not in _INITS_OF_LORA_ALONE:
-        raise TensLoRAError(
-            f"{path}: init_lora_weights={init}: changes the backbone's weights too; save the adapter again with PEFT's "
-            f"path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
-        )
-    return config
+        kind = isinstance(data, dict) and ("DoRA" if data.get("use_dora") is True else data.get("peft_type", "LORA"))
+        if kind and kind != "LORA":
+            raise TensLoRAError(f"must be a plain LoRA, whose updates are products of two matrices, not {kind}")
+        lora = from_json(SavedLora, data, ignore_others=True)
+        for setting in _OTHER_METHODS:
+            if value := data.get(setting):
+                raise TensLoRAError(
+                    f"{setting}={shown(value)}: must be off, because the updates are more than products"
+                )
+    except TensLoRAError as error:
+        raise TensLoRAError(f"{path}: {error}") from error
+    return lora
 
 
 def read_updates(folder: Path, geometry: Geometry, targets: list[TargetLinear]) -> list[list[Tensor]]:
@@ -70,27 +156,28 @@ def read_updates(folder: Path, geometry: Geometry, targets: list[TargetLinear]) 
         TensLoRAError: if the LoRA adapts anything beside the geometry's matrices, if its sizes are not the model's, or
             if all of its updates are zero.
     """
-    config = read_config(folder)
-    _, weights = read_safetensors(folder / WEIGHTS)
-    updates = [[torch.zeros(geometry.d_in, width) for width in geometry.widths] for _ in range(geometry.layers)]
-    saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(_PREFIX)) for key in weights if ".lora_" in key}
-    left_out: list[str] = []
-    any_matches = False
+    config, path = read_config(folder), folder / WEIGHTS
+    matrices = {key: tensor for key, tensor in read_safetensors(path)[1].items() if ".lora_" in key}
+    saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(_PREFIX)) for key in matrices}
+    found: dict[str, TargetLinear] = {}
     for target in targets:
         # A model with a head has a prefix in front of the backbone's paths. Either model may have a head: the LoRA's
         # own model, or the one that is adapted.
         name = next((name for name in saved if _ends_with(name, target.path) or _ends_with(target.path, name)), None)
-        if name is None:
-            continue
-        saved.remove(name)
-        any_matches = True
-        a, b = (weights[f"{_PREFIX}{name}.lora_{which}.weight"].float() for which in "AB")
-        update = (b @ a).T * _scaling(config, name)  # (inputs, outputs)
-        if update.shape != features(target.linear):
-            raise TensLoRAError(
-                f"{folder}: its update of {name} has the shape {tuple(update.shape)}, but the model's Linear has "
-                f"{features(target.linear)}"
-            )
+        if name is not None:
+            saved.remove(name)
+            found[name] = target
+    if saved and not found:
+        raise TensLoRAError(f"{folder}: adapts {min(saved)} and others; this model has none of them")
+    if saved:
+        raise _left_out(folder, min(saved), geometry)
+    try:
+        products = _products(config, matrices, found)
+    except TensLoRAError as error:
+        raise TensLoRAError(f"{path}: {error}") from error
+    updates = [[torch.zeros(geometry.d_in, width) for width in geometry.widths] for _ in range(geometry.layers)]
+    for name, target in found.items():
+        update = products[name]
         remainder = update.clone()
         for index, start in target.columns:
             matrix = target.group[index]
@@ -99,30 +186,34 @@ def read_updates(folder: Path, geometry: Geometry, targets: list[TargetLinear]) 
             updates[target.layer][matrix] = update[:, columns].T if target.writes_to_stream else update[:, columns]
             remainder[:, columns] = 0
         if remainder.any():  # the Linear holds other matrices too, which the geometry leaves out
-            left_out.append(name)
-    left_out += saved
-    if left_out and not any_matches:
-        raise TensLoRAError(f"{folder}: adapts {min(left_out)} and others; this model has none of them")
-    if left_out:
-        raise TensLoRAError(
-            f"{folder}: adapts {min(left_out)}, which adapt={geometry.adapt} leaves out; choose more matrices"
-        )
+            raise _left_out(folder, name, geometry)
     if not any(update.any() for layer in updates for update in layer):
         raise TensLoRAError(f"{folder}: its updates are all zero, as before any training")
     return updates
+
+
+def _left_out(folder: Path, name: str, geometry: Geometry) -> TensLoRAError:
+    return TensLoRAError(f"{folder}: adapts {name}, which adapt={geometry.adapt} leaves out; choose more matrices")
 
 
 def _ends_with(path: str, end: str) -> bool:
     return f".{path}".endswith(f".{end}")
 
 
-def _scaling(config: dict[str, Any], name: str) -> float:
-    # PEFT's lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; patterns give some modules values of their own.
-    def value_of(setting: str, patterns: str) -> float:
-        for pattern, value in (config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", name):  # as PEFT matches them
-                return float(value)
-        return float(config[setting])
-
-    rank = value_of("r", "rank_pattern")
-    return value_of("lora_alpha", "alpha_pattern") / (rank**0.5 if config.get("use_rslora") else rank)
+def _products(
+    config: SavedLora, matrices: Mapping[str, Tensor], found: Mapping[str, TargetLinear]
+) -> dict[str, Tensor]:
+    # The update of each module by its path, (inputs, outputs).
+    names = list(found)
+    ranks, scalings = config.ranks(names), config.scalings(names)
+    keys = {name: [f"{_PREFIX}{name}.lora_{which}.weight" for which in "AB"] for name in names}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, target in found.items():
+        inputs, outputs = features(target.linear)
+        shapes |= zip(keys[name], [(ranks[name], inputs), (outputs, ranks[name])], strict=True)
+    require_tensors(matrices, shapes)
+    products = {}
+    for name, (a, b) in keys.items():
+        products[name] = (matrices[b].float() @ matrices[a].float()).T * scalings[name]
+        require_finite(f"the update of {name}", products[name])
+    return products

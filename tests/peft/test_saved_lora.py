@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from tenslora import TensLoRAError
-from tenslora.peft.saved_lora import read_updates
+from tenslora.peft.saved_lora import read_config, read_updates
 from tenslora.projections import find_projections
 from tests.models import build
 
@@ -133,11 +135,83 @@ def test_other_sizes_and_other_kinds_of_adapter_are_refused(tmp_path: Path) -> N
     save_random_lora(build("hf_bert").float(), tmp_path, r=2, target_modules=["query"])
     wide = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
     other = transformers.BertForSequenceClassification(transformers.BertConfig(**wide, vocab_size=50))
-    with pytest.raises(TensLoRAError, match=r"query has the shape \(24, 24\), but the model's Linear has \(36, 36\)"):
+    with pytest.raises(TensLoRAError, match=r"query.lora_A.weight has the shape \(2, 24\), not \(2, 36\)"):
         read_updates(tmp_path, *find_projections(other))
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"LORA"', '"IA3"'))
     with pytest.raises(TensLoRAError, match=r"must be a plain LoRA, .* not IA3"):
         read_updates(tmp_path, *find_projections(other))
-    with pytest.raises(TensLoRAError, match="cannot be read as the settings of a PEFT adapter"):
+    with pytest.raises(TensLoRAError, match=r"adapter_config\.json: no such file"):
         read_updates(tmp_path / "nowhere", *find_projections(other))
+
+
+def edited(folder: Path, changes: dict[str, Any]) -> None:
+    """Change settings of a saved LoRA; ... deletes one."""
+    path = folder / "adapter_config.json"
+    settings = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in settings.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"r": 0}, "r=0: must be at least 1"),
+        ({"r": ...}, "r: is missing"),
+        ({"r": "2"}, 'r="2": must be a whole number'),
+        ({"lora_alpha": float("inf")}, "lora_alpha=Infinity: must be a finite number"),
+        ({"lora_alpha": 1e300}, "the update of .*query holds a NaN or an infinity"),
+        ({"peft_type": 3}, "must be a plain LoRA, .* not 3"),
+        ({"peft_type": ...}, "peft_type: is missing"),
+        ({"bias": "all"}, "bias=all: must be none"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\]: must be off"),
+        ({"use_rslora": 1}, "use_rslora=1: must be true or false"),
+        ({"rank_pattern": {"query": 0}}, "r=0: must be at least 1"),
+        ({"rank_pattern": {"query": 3}}, r"query.lora_A.weight has the shape \(2, 24\), not \(3, 24\)"),
+        ({"rank_pattern": []}, r"rank_pattern=\[\]: must be an object or null"),
+        ({"rank_pattern": {"(": 2}}, r'\["\("\]: not a regular expression'),
+        ({"alpha_pattern": {"(": 2}}, r'\["\("\]: not a regular expression'),
+        ({"alpha_pattern": {"a" * 1001: 2}}, r'"a+\.\.\.: must have at most 1,000 characters'),
+    ],
+)
+def test_settings_of_another_form_are_refused_in_one_line(
+    changes: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    model = build("hf_bert").float()
+    save_random_lora(model, tmp_path, r=2, target_modules=["query"])
+    edited(tmp_path, changes)
+    with pytest.raises(TensLoRAError, match=rf"adapter_(config\.json|model\.safetensors): .*{problem}") as caught:
+        read_updates(tmp_path, *find_projections(model))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", "", "{", "[" * 99999])
+def test_settings_that_are_no_object_are_refused_in_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(TensLoRAError, match=r"adapter_config\.json: (must be an object|not a readable JSON)"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("end", "tensor", "problem"),
+    [
+        ("lora_B.weight", None, "lacks .*lora_B.weight"),
+        ("lora_A.weight", torch.full((2, 24), float("nan")), "lora_A.weight holds a NaN or an infinity"),
+        ("lora_A.weight", torch.full((2, 24), 3e38), "the update of .*query holds a NaN or an infinity"),
+        ("lora_A.weight", torch.zeros(24), r"lora_A.weight has the shape \(24,\), not \(2, 24\)"),
+        ("lora_A.weight", torch.zeros(2, 24, dtype=torch.int64), "lora_A.weight has the type int64"),
+        ("lora_B.weight", torch.zeros(24, 10**6), r"lora_B.weight has the shape \(24, 1000000\), not \(24, 2\)"),
+        ("lora_magnitude_vector", torch.zeros(24), "has .*lora_magnitude_vector, which does not belong there"),
+    ],
+)
+def test_matrices_of_another_form_are_refused(end: str, tensor: Tensor | None, problem: str, tmp_path: Path) -> None:
+    model = build("hf_bert").float()
+    save_random_lora(model, tmp_path, r=2, target_modules=["query"])
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = next(name for name in weights if "lora_B" in name).replace("lora_B.weight", end)
+    weights.pop(name, None)
+    if tensor is not None:
+        weights[name] = tensor
+    save_file(weights, path)
+    with pytest.raises(TensLoRAError, match=rf"adapter_model\.safetensors: .*{problem}"):
+        read_updates(tmp_path, *find_projections(model))

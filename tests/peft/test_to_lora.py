@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,22 @@ def test_the_peft_model_gives_the_same_logits(name: str, mode: str) -> None:
     peft_model = to_peft(model)
     assert isinstance(peft_model, PeftModel)
     torch.testing.assert_close(logits(peft_model, inputs(name)), expected, rtol=0, atol=1e-11)
+
+
+def test_matrices_of_different_ranks_in_one_adapter_are_saved_with_their_ranks(tmp_path: Path) -> None:
+    name = "timm_vit"
+    model, fresh = build(name), build(name)
+    attached(model, "depth", adapt="all", rank_strategy=RankStrategy("explicit", ranks=(4, 5, 2)))
+    expected = logits(model, inputs(name))
+    products = {path: b @ a for path, (a, b) in lora_weights(model).items()}
+    # One Linear holds query, key and value, each with a left of its own; the others hold a matrix each.
+    assert {len(a) for a, _ in lora_weights(model).values()} == {12, 4}
+    to_peft(model).save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path))
+    torch.testing.assert_close(logits(loaded, inputs(name)), expected, rtol=0, atol=1e-6)  # saved in float32
+    for path, product in products.items():
+        update = loaded.base_model.model.get_submodule(path).get_delta_weight("default")
+        torch.testing.assert_close(update.double(), product, rtol=0, atol=1e-6)
 
 
 def test_modules_that_were_trained_without_an_adapter_are_saved_with_the_lora() -> None:

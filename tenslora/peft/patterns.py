@@ -1,0 +1,81 @@
+"""Matches the regular expressions of PEFT's settings, in limited time.
+
+A regular expression can take longer than anyone can wait, by trying every way of dividing a name among its parts, and
+Python's own cannot be interrupted in every thread. Those that are more than a name are matched by another process.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from tenslora.errors import TensLoRAError
+from tenslora.forms import shown
+
+LONGEST = 1000
+"""The largest number of characters in a pattern."""
+
+_MATCH = """
+import json, re, sys
+expressions, names = json.load(sys.stdin)
+try:
+    compiled = [re.compile(expression) for expression in expressions]
+except (re.error, RecursionError, OverflowError) as error:
+    sys.exit(f"not a regular expression ({error})")
+print(json.dumps([next((i for i, one in enumerate(compiled) if one.match(name)), None) for name in names]))
+"""
+
+
+def first_matches(
+    patterns: Sequence[str], names: Sequence[str], form: str = r"(.*\.)?({})$", seconds: float = 5.0
+) -> dict[str, str]:
+    """Find the first pattern that matches each name.
+
+    Args:
+        patterns: regular expressions.
+        names: paths of modules.
+        form: the expression that a pattern is put into, in the place of {}. By default it is PEFT's for rank_pattern
+            and alpha_pattern: the pattern has to match the end of a path, from the beginning of one of its parts.
+        seconds: how long matching may take if any pattern is more than a name.
+
+    Returns:
+        The pattern by the name. Names that no pattern matches are left out.
+
+    Raises:
+        TensLoRAError: if a pattern is no regular expression, or too long, or if matching takes too long.
+    """
+    for pattern in patterns:
+        if len(pattern) > LONGEST:
+            raise TensLoRAError(f"{shown(pattern)}: must have at most {LONGEST:,} characters")
+    # replace, because format would take the braces of a pattern for its own
+    expressions = [form.replace("{}", pattern) for pattern in patterns]
+    if all(re.fullmatch(r"[\w.-]*", pattern) for pattern in patterns) and len(patterns) * len(names) < 100_000:
+        compiled = [re.compile(expression) for expression in expressions]
+        found = [next((i for i, one in enumerate(compiled) if one.match(name)), None) for name in names]
+    else:
+        found = _in_another_process(patterns, expressions, names, seconds)
+    return {name: patterns[index] for name, index in zip(names, found, strict=True) if index is not None}
+
+
+def _in_another_process(
+    patterns: Sequence[str], expressions: Sequence[str], names: Sequence[str], seconds: float
+) -> list[int | None]:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCH],
+            input=json.dumps([expressions, list(names)]),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TensLoRAError(
+            f"{shown(list(patterns))}: matching the names of the modules takes more than {seconds:g} seconds"
+        ) from error
+    if done.returncode:
+        raise TensLoRAError(f"{shown(list(patterns))}: {(done.stderr.splitlines() or ['cannot be matched'])[-1]}")
+    found: list[int | None] = json.loads(done.stdout)
+    return found
