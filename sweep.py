@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
     from omegaconf import DictConfig
 
-    from tenslora.harness.sweeping.jobs import Job, Look
+    from tenslora.harness.sweeping.jobs import Composed, Job, Look
 
 
 def run_job(composed: DictConfig) -> str | None:
@@ -55,14 +55,14 @@ def run_job(composed: DictConfig) -> str | None:
 
 def sweep(
     config: DictConfig,
-    composed: list[tuple[tuple[str, ...], DictConfig]],
+    composed: list[Composed],
     launch: Callable[[Sequence[Sequence[str]]], Sequence[JobReturn]],
 ) -> None:
     """Carry out a sweep: plan it, run the jobs that are not done, collect the results.
 
     Args:
         config: the composed config, without the swept values.
-        composed: (overrides, composed config) of each job.
+        composed: what the overrides of each job make.
         launch: a function that runs jobs, each given by its overrides, through Hydra's launcher, and returns when all
             of them have ended.
 

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from tenslora.errors import TensLoRAError
+from tenslora.harness.sweeping.composing import Composer, words_of_jobs
 
 LOOK_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0  # how long a wait may go on without a new line if only the number of pending jobs changes
@@ -29,9 +29,9 @@ SAY_AGAIN_SECONDS = 300.0  # how long a wait may go on without a new line if onl
 class TableSweeper(BasicSweeper):
     """Hydra's basic sweeper, except that the app decides what is run.
 
-    The sweeper composes the config of every job and calls ``task.sweep(config, jobs, launch)``. ``config`` is composed
-    without the swept values, and ``jobs`` are pairs of (overrides, composed config). ``launch`` runs jobs, each given
-    by its overrides, through the launcher, at most `max_batch_size` at a time.
+    The sweeper checks the settings of every job and calls ``task.sweep(config, jobs, launch)``. ``config`` is composed
+    without the swept values, and each of ``jobs`` is a `Composed`. ``launch`` runs jobs, each given by its overrides,
+    through the launcher, at most `max_batch_size` at a time.
     """
 
     task: Any
@@ -50,20 +50,8 @@ class TableSweeper(BasicSweeper):
             raise TensLoRAError(f"hydra.sweeper.max_batch_size={size}: must be at least 1, or null for all at once")
         loader, config, launcher = self.hydra_context.config_loader, self.config, self.launcher
         defaults = [f"{key}={value}" for key, value in (self.params or {}).items()]
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*defaults, *arguments])
-        [overrides] = self.split_arguments(parsed, None)  # a later value of a key replaces an earlier one
-        base: dict[tuple[str, ...], DictConfig] = {}
-        jobs = []
-        for words in overrides:
-            # Hydra takes a tenth of a second to compose a config, so jobs that differ only in the seed share one.
-            seeds = [word for word in words if word.startswith("seed=")]
-            others = tuple(word for word in words if word not in seeds)
-            if others not in base:
-                base[others] = loader.load_sweep_config(config, list(words))
-            composed = copy.deepcopy(base[others])
-            if seeds:
-                composed.seed = OmegaConf.create(seeds[-1].replace("=", ": ", 1)).seed
-            jobs.append((tuple(words), composed))
+        composer = Composer(loader, config)
+        jobs = [composer.composed(words) for words in words_of_jobs(loader, [*defaults, *arguments])]
 
         def launch(chosen: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
             returned: list[JobReturn] = []

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tenslora.constructions import Geometry, modes, tensor_grid
 from tenslora.errors import TensLoRAError, require_one_of
@@ -175,6 +176,9 @@ def isoparameters(
     return min(search.candidates(ideal, tolerance), key=distances)
 
 
+_isoparameters = lru_cache(maxsize=4096)(isoparameters)  # the jobs of a sweep ask for the same ranks again and again
+
+
 class _Search:
     """The search of `isoparameters`. Counts and the budget are of one layer, or of all layers if depth is stacked."""
 
@@ -271,4 +275,4 @@ class RankStrategy:
             return isorank(construction, geometry, self.rank, self.cap, factorization)
         if self.name == "explicit":
             return explicit(construction, geometry, self.ranks, factorization)
-        return isoparameters(construction, geometry, self.rank, self.rule, self.tolerance, factorization, self.scale)
+        return _isoparameters(construction, geometry, self.rank, self.rule, self.tolerance, factorization, self.scale)

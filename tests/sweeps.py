@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from omegaconf import DictConfig
 
+from tenslora.harness.config import validate
 from tenslora.harness.run_folder import RunFolder
-from tenslora.harness.sweeping.jobs import Job, plan_jobs
+from tenslora.harness.sweeping.jobs import Composed, Job, plan_jobs
 from tests.conftest import ROOT
 from tests.running import composed
 
 
-def swept(*overrides: str) -> tuple[tuple[str, ...], DictConfig]:
-    """What sets one job apart, and its config."""
-    return overrides, composed(*overrides, config_name="sweep")
+def swept(*overrides: str) -> Composed:
+    """One job of a sweep."""
+    config = composed(*overrides, config_name="sweep")
+    return Composed(overrides, validate(config), lambda: config)
 
 
 def planned(outputs: Path, *overrides: str) -> Job:

@@ -86,7 +86,7 @@ class FakeSlurm:
         return int((self.folder / "asked").read_text())
 
 
-def table_sweeper(most: int | None, batches: list[list[list[str]]]) -> Any:
+def table_sweeper(most: int | None, batches: list[list[list[str]]], patch: pytest.MonkeyPatch) -> Any:
     """A sweeper of the values of `x` whose launcher notes what it is given."""
 
     class Launcher:
@@ -96,28 +96,31 @@ def table_sweeper(most: int | None, batches: list[list[list[str]]]) -> Any:
             return [completed(words[0]) for words in job_overrides]
 
     def run_all(_: Any, jobs: Sequence[Any], launch: Callable[..., Sequence[JobReturn]]) -> None:
-        returned = launch([words for words, _ in jobs])
-        assert [outcome.return_value for outcome in returned] == [words[0] for words, _ in jobs]
+        returned = launch(jobs)
+        assert [outcome.return_value for outcome in returned] == [words[0] for words in jobs]
 
-    sweeper = importlib.import_module(PLUGIN).TableSweeper(most)
-    loader = SimpleNamespace(load_sweep_config=lambda _, words: OmegaConf.create(words))
-    sweeper.hydra_context, sweeper.config = SimpleNamespace(config_loader=loader), OmegaConf.create()
+    plugin: Any = importlib.import_module(PLUGIN)
+    patch.setattr(plugin, "Composer", lambda *_: SimpleNamespace(composed=lambda words: words))
+    sweeper = plugin.TableSweeper(most)
+    sweeper.hydra_context, sweeper.config = SimpleNamespace(config_loader=None), OmegaConf.create()
     sweeper.launcher, sweeper.task = Launcher(), SimpleNamespace(sweep=run_all)
     return sweeper
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(None, [5]), (5, [5]), (2, [2, 2, 1]), (1, [1] * 5)])
-def test_the_launcher_gets_at_most_so_many_jobs_at_once(most: int | None, sizes: list[int]) -> None:
+def test_the_launcher_gets_at_most_so_many_jobs_at_once(
+    most: int | None, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     batches: list[list[list[str]]] = []
-    table_sweeper(most, batches).sweep(["x=0,1,2,3,4"])
+    table_sweeper(most, batches, monkeypatch).sweep(["x=0,1,2,3,4"])
     assert [len(batch) for batch in batches] == sizes
     assert [job for batch in batches for job in batch] == [[f"x={number}"] for number in range(5)]
 
 
 @pytest.mark.parametrize("most", [0, -1])
-def test_a_batch_has_at_least_one_job(most: int) -> None:
+def test_a_batch_has_at_least_one_job(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TensLoRAError, match=f"hydra.sweeper.max_batch_size={most}: must be at least 1"):
-        table_sweeper(most, []).sweep(["x=0,1"])
+        table_sweeper(most, [], monkeypatch).sweep(["x=0,1"])
 
 
 @pytest.fixture

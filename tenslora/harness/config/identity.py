@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,17 +54,17 @@ def settings(run: RunConfig) -> dict[str, Any]:
         "warm_start": run.warm_start,
         "preset": {"name": run.preset},
         "tensor_mode": {"name": run.tensor_mode},
-        "rank_strategy": {name: getattr(strategy, name) for name in _STRATEGY_SETTINGS[strategy.name]},
-        "model": asdict(run.model),
-        "dataset": asdict(run.dataset),
-        "optimizer": asdict(run.optimizer),
-        "trainer": asdict(run.trainer),
-        "logger": asdict(run.logger),
+        "rank_strategy": {name: _plain(getattr(strategy, name)) for name in _STRATEGY_SETTINGS[strategy.name]},
+        "model": _fields(run.model),
+        "dataset": _fields(run.dataset),
+        "optimizer": _fields(run.optimizer),
+        "trainer": _fields(run.trainer),
+        "logger": _fields(run.logger),
     }
     if run.tuned is not None:
-        nested["tuned"] = asdict(run.tuned)
+        nested["tuned"] = _fields(run.tuned)
     if run.adapter is not None:
-        adapter = asdict(run.adapter)
+        adapter = _fields(run.adapter)
         for name in ("tensor_mode", "rank_strategy", "seed"):
             del adapter[name]
         nested["factorization"] = {"name": adapter.pop("factorization")}
@@ -89,8 +89,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
     if run.model.modality == "text":
         for name in ("image_size", "channels", "mean", "std"):  # schema.IMAGE_SETTINGS, whose module imports this one
             del nested["model"][name]
-    plain: dict[str, Any] = _plain(nested)
-    return plain
+    return nested
 
 
 def identity(run: RunConfig) -> dict[str, Any]:
@@ -137,14 +136,20 @@ def folder(run: RunConfig) -> str:
         run: the typed settings of the run.
     """
     row = "-".join(filter(None, (run.tensor_mode, run.row_factorization, run.row_strategy)))
-    return f"{run.dataset.name}/{run.model.name}/{row}-seed{run.seed}-{digest(run)}"
+    return f"{run.dataset.name}/{run.model.name}/{row}-seed{run.seed}-{run.digest()}"
+
+
+def _fields(settings: Any) -> dict[str, Any]:
+    return {field.name: _plain(getattr(settings, field.name)) for field in fields(settings)}
 
 
 def _plain(value: Any) -> Any:
-    # Turns tuples into lists, as JSON and YAML have only lists.
+    # JSON and YAML have only lists, and no dataclasses.
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return _fields(value) if is_dataclass(value) else value
 
 
 def _with_whole_numbers(value: Any) -> Any:

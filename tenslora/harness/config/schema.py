@@ -393,6 +393,10 @@ class RunConfig:
 
     def digest(self) -> str:
         """Twelve hexadecimal digits that are equal for equal identities."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         return identity.digest(self)
 
     def folder(self) -> str:

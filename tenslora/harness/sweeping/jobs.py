@@ -58,6 +58,21 @@ class Look:
     problem: str | None
 
 
+@dataclass(frozen=True)
+class Composed:
+    """What the overrides of a job make.
+
+    Args:
+        words: the overrides.
+        run: the settings.
+        compose: gives the config that Hydra composes from the overrides; its seed is any of the sweep's.
+    """
+
+    words: tuple[str, ...]
+    run: RunConfig
+    compose: Callable[[], DictConfig]
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """One run of a table.
@@ -69,7 +84,7 @@ class Job:
         column: the run's column in the table.
         digest: the digest of the run's settings.
         folder: the run's folder.
-        composed: the config that Hydra composed from the overrides; its seed is any of the sweep's.
+        compose: gives the config that Hydra composes from the overrides; its seed is any of the sweep's.
     """
 
     overrides: tuple[str, ...]
@@ -78,7 +93,12 @@ class Job:
     column: Column
     digest: str
     folder: RunFolder
-    composed: DictConfig
+    compose: Callable[[], DictConfig]
+
+    @property
+    def composed(self) -> DictConfig:
+        """The config that Hydra composes from the overrides; its seed is any of the sweep's."""
+        return self.compose()
 
     @property
     def label(self) -> str:
@@ -117,7 +137,7 @@ class Job:
                     run=seeded,
                     digest=seeded.digest(),
                     folder=RunFolder(outputs / seeded.folder()),
-                    composed=composed,
+                    compose=lambda: composed,
                 )
             )
         return jobs
@@ -169,52 +189,43 @@ class Job:
         )  # fmt: skip
 
 
-def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: Path) -> list[Job]:
-    """The jobs of a sweep, in the order in which they were composed, each run once.
+def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
+    """The jobs of a sweep, in the order in which they are given, each run once.
 
     Overrides that give the same run, such as those of LoRA under both strategies, are one job. Dataset and model are
     the column; construction and strategy are the row. Any other setting that varies becomes part of the row, unless it
     does not change the run.
 
     Args:
-        composed: (overrides, the config composed from them) of each job.
+        composed: what each job's overrides make.
         outputs: the folder of all runs.
 
     Returns:
         The jobs.
 
     Raises:
-        TensLoRAError: for the first job whose settings are at fault, or if a setting of the whole sweep has several
-            values.
+        TensLoRAError: if a setting of the whole sweep has several values.
     """
     values: dict[str, dict[str, None]] = {}
-    for words, _ in composed:
-        for key, _, value in (word.partition("=") for word in words):
+    for each in composed:
+        for key, _, value in (word.partition("=") for word in each.words):
             values.setdefault(key, {})[value] = None
     varied = [key for key, given in values.items() if len(given) > 1]
     for key in varied:
         if key.split(".")[0] in (*SWEEP_KEYS, "logger", "overwrite"):  # the last two do not make another run
             raise TensLoRAError(f"{key}={','.join(values[key])}: one value for the whole sweep, not several")
 
-    # Runs that differ in the seed alone are validated once, which is the slow part.
-    validated: dict[tuple[str, ...], RunConfig] = {}
-    runs: list[RunConfig] = []
-    for words, config in composed:
-        key_words = tuple(word for word in words if not word.startswith("seed="))
-        if key_words not in validated:
-            validated[key_words] = validate(config)
-        runs.append(validated[key_words].with_seed(config.seed))
+    in_column = {*_COLUMNS_AND_SEED, *_named_after(composed, varied)}
 
-    in_column = {*_COLUMNS_AND_SEED, *_named_after(composed, runs, varied)}
-
-    digests = [run.digest() for run in runs]
+    digests = [each.run.digest() for each in composed]
     spellings: dict[str, list[tuple[str, ...]]] = {}
-    for digest, (words, _) in zip(digests, composed, strict=True):
-        spellings.setdefault(digest, []).append(words)
+    for digest, each in zip(digests, composed, strict=True):
+        spellings.setdefault(digest, []).append(each.words)
     jobs: dict[str, Job] = {}
-    for run, digest, (words, config) in zip(runs, digests, composed, strict=True):
+    for digest, each in zip(digests, composed, strict=True):
         if digest in jobs:
             continue
+        words, run = each.words, each.run
         variant = tuple(
             word
             for word in words
@@ -229,22 +240,20 @@ def plan_jobs(composed: Sequence[tuple[tuple[str, ...], DictConfig]], outputs: P
             column=Column(run.dataset.name, run.model.name),
             digest=digest,
             folder=RunFolder(outputs / run.folder()),
-            composed=config,
+            compose=each.compose,
         )
     return list(jobs.values())
 
 
-def _named_after(
-    composed: Sequence[tuple[tuple[str, ...], DictConfig]], runs: Sequence[RunConfig], varied: Sequence[str]
-) -> list[str]:
+def _named_after(composed: Sequence[Composed], varied: Sequence[str]) -> list[str]:
     """The varied settings that need not stand in a row, because the name of a generic model shows their values."""
     keys = []
     for key in {"model.architecture", "model.checkpoint"}.intersection(varied):
         names: dict[str, set[str]] = {}
-        for (words, config), run in zip(composed, runs, strict=True):
-            if config.model.name is None:
-                names.setdefault(run.model.name, set()).update(word for word in words if word.startswith(f"{key}="))
-        if names and all(len(values) == 1 for values in names.values()):
+        for each in composed:
+            given = {word for word in each.words if word.startswith(f"{key}=")}
+            names.setdefault(each.run.model.name, set()).update(given)
+        if all(len(values) <= 1 for values in names.values()):
             keys.append(key)
     return keys
 

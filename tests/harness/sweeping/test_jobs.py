@@ -54,20 +54,20 @@ def test_overrides_that_make_the_same_run_make_one_job(tmp_path: Path) -> None:
 
 
 def test_loras_at_different_ranks_are_different_rows(tmp_path: Path) -> None:
-    composed = [swept("tensor_mode=lora", f"rank_strategy.rank={rank}", s) for rank in (2, 4) for s in STRATEGIES]
-    jobs = plan_jobs(composed, tmp_path)
+    runs = [swept("tensor_mode=lora", f"rank_strategy.rank={rank}", s) for rank in (2, 4) for s in STRATEGIES]
+    jobs = plan_jobs(runs, tmp_path)
     assert [job.row.label for job in jobs] == ["lora rank_strategy.rank=2", "lora rank_strategy.rank=4"]
     assert [in_table(job).parameters for job in jobs] == [12 * 2 * 128, 12 * 4 * 128]
 
 
 def test_a_further_setting_that_varies_becomes_part_of_the_row(tmp_path: Path) -> None:
-    composed = [
+    runs = [
         swept("trainer.epochs=3", f"optimizer.lr={rate}", f"dataset={dataset}", "rank_strategy=isorank", f"seed={seed}")
         for rate in ("1e-3", "2e-3")
         for dataset in ("digits", "dtd")
         for seed in (0, 1)
     ]
-    jobs = plan_jobs(composed, tmp_path)
+    jobs = plan_jobs(runs, tmp_path)
     assert len(jobs) == 8
     variants = [("optimizer.lr=1e-3",), ("optimizer.lr=2e-3",)]
     assert list(dict.fromkeys(job.row for job in jobs)) == [Row("qkv_depth", "isorank", v) for v in variants]
@@ -80,8 +80,8 @@ def test_a_further_setting_that_varies_becomes_part_of_the_row(tmp_path: Path) -
 
 def test_a_setting_that_varies_without_effect_is_in_no_row(tmp_path: Path) -> None:
     modes, alphas = ("qkv", "head_only"), ("adapter.alpha=1", "adapter.alpha=2")
-    composed = [swept(f"tensor_mode={mode}", STRATEGIES[0], alpha) for mode in modes for alpha in alphas]
-    labels = [job.row.label for job in plan_jobs(composed, tmp_path)]
+    runs = [swept(f"tensor_mode={mode}", STRATEGIES[0], alpha) for mode in modes for alpha in alphas]
+    labels = [job.row.label for job in plan_jobs(runs, tmp_path)]
     assert labels == [f"qkv isoparameters {alphas[0]}", f"qkv isoparameters {alphas[1]}", "head_only"]
 
 
@@ -90,17 +90,9 @@ def test_a_setting_that_varies_without_effect_is_in_no_row(tmp_path: Path) -> No
     [("table", "digits", "isorank"), ("dry_run", "true", "false"), ("logger", "csv", "none")],
 )
 def test_a_sweep_is_of_one_table_with_the_same_loggers(key: str, first: str, second: str, tmp_path: Path) -> None:
-    composed = [swept(f"{key}={value}", f"seed={seed}") for value in (first, second) for seed in (0, 1)]
+    runs = [swept(f"{key}={value}", f"seed={seed}") for value in (first, second) for seed in (0, 1)]
     with pytest.raises(TensLoRAError, match=f"{key}={first},{second}: one value for the whole sweep"):
-        plan_jobs(composed, tmp_path)
-
-
-@pytest.mark.parametrize("wrong", ["seed=-1", "trainer.epochs=0", "rank_strategy.rank=65"])
-def test_a_wrong_setting_in_one_job_ends_the_planning(wrong: str, tmp_path: Path) -> None:
-    composed = [swept("rank_strategy=isorank"), swept("rank_strategy=isorank", wrong)]
-    with pytest.raises(TensLoRAError, match=f"^{wrong}: must be "):
-        plan_jobs(composed, tmp_path)
-    assert not list(tmp_path.iterdir())
+        plan_jobs(runs, tmp_path)
 
 
 # Looking

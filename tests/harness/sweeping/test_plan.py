@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tenslora.constructions import CONSTRUCTIONS, PAPER_CONSTRUCTIONS
@@ -34,12 +35,12 @@ def printed(jobs: list[Job]) -> list[str]:
 
 
 def test_the_plan_has_each_rows_exact_count_and_share_of_loras(tmp_path: Path) -> None:
-    composed = []
+    runs = []
     for mode in PAPER_CONSTRUCTIONS:
         # The name is all that these options hold; to compose each of them would take Hydra a second.
-        _, config = swept("dataset=dtd", "rank_strategy=isorank", f"tensor_mode.name={mode}")
-        composed.append(((f"tensor_mode={mode}",), config))
-    jobs = plan_jobs(composed, tmp_path)
+        job = swept("dataset=dtd", "rank_strategy=isorank", f"tensor_mode.name={mode}")
+        runs.append(replace(job, words=(f"tensor_mode={mode}",)))
+    jobs = plan_jobs(runs, tmp_path)
     title, _, column, head, *rows, _, total = printed(jobs)
     assert (title, column) == ("A title", "dtd with vit_base")
     assert head.split() == ["ranks", "parameters", "of", "LoRA", "first", "step", "seeds"]
@@ -91,13 +92,13 @@ def test_each_backbone_has_its_own_counts_and_unknown_ones_stay_empty(tmp_path: 
 
 
 def test_a_generic_models_sizes_are_unknown_and_its_name_is_the_column(tmp_path: Path) -> None:
-    composed = []
+    runs = []
     for architecture in ("vit_tiny_patch16_224", "deit_tiny_patch16_224"):
         for mode in ("qkv", "head_only"):
             words = (f"model.architecture={architecture}", f"tensor_mode={mode}")
-            _, config = swept("dataset=dtd", "model=timm", f"model.architecture={architecture}", f"tensor_mode={mode}")
-            composed.append((words, config))
-    lines = printed(plan_jobs(composed, tmp_path))
+            job = swept("dataset=dtd", "model=timm", f"model.architecture={architecture}", f"tensor_mode={mode}")
+            runs.append(replace(job, words=words))
+    lines = printed(plan_jobs(runs, tmp_path))
     assert [line for line in lines if " with " in line] == [
         "dtd with vit_tiny_patch16_224",
         "dtd with deit_tiny_patch16_224",
