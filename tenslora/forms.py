@@ -19,6 +19,7 @@ _NAMES: dict[Any, str] = {
     str: "text",
     type(None): "null",
     tuple: "a list",
+    list: "a list",
     dict: "an object",
 }
 
@@ -38,7 +39,7 @@ def from_json(form: type[Form], data: Any, *, ignore_others: bool = False) -> Fo
 
     Args:
         form: a dataclass. A field may be declared as bool, int, float, str or None; as another such dataclass; as
-            ``tuple[T, ...]`` or ``dict[str, T]`` of one of these; or as a union of them.
+            ``tuple[T, ...]``, ``list[T]`` or ``dict[str, T]`` of one of these; or as a union of them.
         data: what json.loads returned.
         ignore_others: whether `data` may have keys that are no fields of `form`. They are left out.
 
@@ -58,7 +59,7 @@ def from_json(form: type[Form], data: Any, *, ignore_others: bool = False) -> Fo
     values = {}
     for name, field in fields.items():
         if name in data:
-            values[name] = _checked(types[name], data[name], name)
+            values[name] = typed(types[name], data[name], name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise TensLoRAError(f"{name}: is missing")
     return form(**values)
@@ -74,13 +75,26 @@ def shown(value: Any) -> str:
         value: what json.loads returned.
     """
     try:
-        text = json.dumps(value)
+        text = json.dumps(value, default=repr)
     except RecursionError:
         return "lists within lists"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _checked(declared: Any, value: Any, name: str) -> Any:
+def typed(declared: Any, value: Any, name: str) -> Any:
+    """Check the type of one value.
+
+    Args:
+        declared: its type, one of those that a field of `from_json` may have.
+        value: what json.loads returned.
+        name: what the value is called, for the message.
+
+    Returns:
+        The value, with lists as tuples where a tuple is declared, and dataclasses in place of objects.
+
+    Raises:
+        TensLoRAError: if it has another type.
+    """
     options = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
     for option in options:
         kind, parts = get_origin(option) or option, get_args(option)
@@ -89,12 +103,12 @@ def _checked(declared: Any, value: Any, name: str) -> Any:
                 return from_json(cast(type[Any], kind), value)
             except TensLoRAError as error:
                 raise TensLoRAError(f"{name}.{error}") from error
-        if kind is tuple and isinstance(value, list):
-            return tuple(_checked(parts[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+        if kind in (tuple, list) and isinstance(value, list):
+            return kind(typed(parts[0], item, f"{name}[{index}]") for index, item in enumerate(value))
         if kind is dict and isinstance(value, dict):
-            return {key: _checked(parts[1], item, f"{name}[{shown(key)}]") for key, item in value.items()}
-        if kind is float and type(value) is float and math.isfinite(value):
-            return value
+            return {key: typed(parts[1], item, f"{name}[{shown(key)}]") for key, item in value.items()}
+        if kind is float and isinstance(value, float) and math.isfinite(value):
+            return float(value)
         if kind in (int, float) and type(value) is int and abs(value) <= _LARGEST:
             return kind(value)
         if kind in (bool, str, type(None)) and type(value) is kind:

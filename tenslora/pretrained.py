@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tenslora.adapter import Adapter, load_adapter
 from tenslora.attachment import SUBMODULE, adapter_of, attach
 from tenslora.errors import TensLoRAError, first_line
-from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, write_safetensors
+from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -73,16 +73,8 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
     if not (folder / ADAPTER_FILE).is_file():
         raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
     adapter = load_adapter(folder / ADAPTER_FILE)
-    head = read_safetensors(folder / HEAD_FILE)[1] if (folder / HEAD_FILE).is_file() else {}
+    head = read_weights(folder / HEAD_FILE, model) if (folder / HEAD_FILE).is_file() else {}
     places = _places(model)
-    for name, saved in head.items():
-        if name not in places:
-            raise TensLoRAError(f"{folder / HEAD_FILE}: {type(model).__name__} has no weight {name}")
-        if places[name].shape != saved.shape:
-            raise TensLoRAError(
-                f"{folder / HEAD_FILE}: {name} has the shape {tuple(saved.shape)}, and in {type(model).__name__} "
-                f"{tuple(places[name].shape)}; build the model with as many classes as the saved one"
-            )
     attach(model, adapter)
     with torch.no_grad():
         for name, saved in head.items():
@@ -90,6 +82,38 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
             if isinstance(places[name], nn.Parameter):
                 places[name].requires_grad_(True)
     return adapter
+
+
+def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Read weights that were trained beside an adapter.
+
+    Args:
+        path: the file, such as the head.safetensors of `save_pretrained`.
+        model: the model that they are for. It is not changed.
+
+    Returns:
+        The weights by their names in the model.
+
+    Raises:
+        TensLoRAError: if the file is missing or damaged, if a weight is not in the model or has another shape or type
+            there, or if one holds a NaN or an infinity.
+    """
+    _, weights = read_safetensors(path)
+    places = _places(model)
+    for name, saved in weights.items():
+        if name not in places:
+            raise TensLoRAError(f"{path}: {type(model).__name__} has no weight {name}")
+        place = places[name]
+        if place.shape != saved.shape:
+            raise TensLoRAError(
+                f"{path}: {name} has the shape {tuple(saved.shape)}, and in {type(model).__name__} "
+                f"{tuple(place.shape)}; build the model with as many classes as the saved one"
+            )
+        if place.is_floating_point():
+            require_finite(f"{path}: {name}", saved)
+        elif place.dtype != saved.dtype:
+            raise TensLoRAError(f"{path}: {name} has the type {saved.dtype}, and in the model {place.dtype}")
+    return weights
 
 
 def push_to_hub(model: nn.Module, repo_id: str, private: bool = False) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from tenslora import AdapterConfig, TensLoRAError, attach, detach, load, push_to_hub, save_pretrained
 from tests.hub_server import serving
@@ -194,3 +194,43 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 def detached(model: nn.Module) -> nn.Module:
     detach(model)
     return model
+
+
+@pytest.mark.parametrize(
+    ("weight", "problem"),
+    [
+        (torch.full((2, 24), float("nan")), "classifier.weight holds a NaN or an infinity"),
+        (torch.full((2, 24), 1e300, dtype=torch.float64), "classifier.weight holds a NaN or an infinity"),
+        (torch.zeros(2, 24, dtype=torch.int64), "classifier.weight has the type int64; must be one of float32"),
+        (torch.zeros(2, 24, dtype=torch.complex64), "classifier.weight has the type complex64"),
+        (
+            torch.zeros(3, 24),
+            r"classifier.weight has the shape \(3, 24\), and in BertForSequenceClassification \(2, 24\)",
+        ),
+    ],
+)
+def test_a_damaged_head_is_refused_and_leaves_the_model_as_it_was(weight: Tensor, problem: str, tmp_path: Path) -> None:
+    save_pretrained(trained(), tmp_path)
+    save_file({"classifier.weight": weight}, tmp_path / "head.safetensors")
+    model = build("hf_bert")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(TensLoRAError, match=rf"head\.safetensors: {problem}"):
+        load(model, tmp_path)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_the_counters_of_a_trained_batch_norm_are_loaded_as_integers(tmp_path: Path) -> None:
+    def with_norm() -> nn.Module:
+        model = build("separate")
+        model.add_module("norm", nn.BatchNorm1d(24))
+        return model
+
+    model, other = with_norm(), with_norm()
+    attach(model, AdapterConfig("depth"), train=["norm"])
+    model.get_buffer("norm.num_batches_tracked").fill_(5)
+    load(other, save_pretrained(model, tmp_path))
+    assert other.get_buffer("norm.num_batches_tracked") == 5
+    weights = load_file(tmp_path / "head.safetensors")
+    save_file({**weights, "norm.num_batches_tracked": torch.tensor(5.0)}, tmp_path / "head.safetensors")
+    with pytest.raises(TensLoRAError, match=r"norm.num_batches_tracked has the type torch.float32"):
+        load(with_norm(), tmp_path)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from tenslora.errors import TensLoRAError
-from tenslora.files import read_safetensors
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, RunConfig, validate
@@ -24,7 +23,7 @@ from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.training.evaluation import Evaluation, evaluate, predict
 from tenslora.harness.training.processes import Processes
 from tenslora.harness.training.tasks import TASKS
-from tenslora.pretrained import load
+from tenslora.pretrained import load, read_weights
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,11 @@ def load_run(folder: str | Path, checkpoint: str | None = None) -> LoadedRun:
     backbone = load_backbone(run.model, len(record["classes"]) or 1, run.seed, tokenizer)
     if run.adapter:
         load(backbone.model, files.adapter)
-    _, weights = read_safetensors(files.weights(run.tensor_mode))
+    path = files.weights(run.tensor_mode)
+    weights = read_weights(path, backbone.model)
+    trained = dict(backbone.model.named_parameters()) if run.tensor_mode == "full" else backbone.head_parameters()
+    if lacking := sorted(trained.keys() - weights.keys()):
+        raise TensLoRAError(f"{path}: lacks {lacking[0]}")
     backbone.model.load_state_dict(weights, strict=False)
     return LoadedRun(run, record, backbone, tokenizer)
 

@@ -12,7 +12,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, get_type_hints
 
 import peft
 import torch
@@ -27,6 +27,9 @@ from tenslora.adapter_config import AdapterConfig
 from tenslora.attachment import adapt_linears
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
+from tenslora.files import require_tensors
+from tenslora.forms import from_json, typed
+from tenslora.peft.patterns import first_matches
 from tenslora.peft.quantised import QuantisedWeights
 from tenslora.projections import TargetLinear, find_projections, is_plain
 from tenslora.ranks import RankStrategy
@@ -132,6 +135,11 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[METHOD.upper()]
+        types = get_type_hints(TensLoraConfig)
+        for name in vars(TensLoraConfig)["__annotations__"]:
+            value = getattr(self, name)
+            if name != "rank_options":  # whose values the rank strategy knows
+                typed(types[name], list(value) if isinstance(value, (set, tuple)) else value, name)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))  # PEFT saves a set as a sorted list
@@ -150,10 +158,11 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         """
         own = {field.name for field in dataclasses.fields(AdapterConfig)} - {"rank_strategy", "adapt"}
         options = self.rank_options or {}
-        known = {field.name for field in dataclasses.fields(RankStrategy)} - {"name", "rank", "ranks"}
-        if unknown := sorted(set(options) - known):
-            raise TensLoRAError(f"rank_options={unknown[0]}: must be one of {', '.join(sorted(known))}")
-        strategy = RankStrategy(self.rank_strategy, self.r, **options)
+        known = sorted({field.name for field in dataclasses.fields(RankStrategy)} - {"name", "rank", "ranks"})
+        for name in options if isinstance(options, dict) else [options]:
+            if name not in known:
+                raise TensLoRAError(f"rank_options={name}: must be one of {', '.join(known)}")
+        strategy = from_json(RankStrategy, {"name": self.rank_strategy, "rank": self.r, **options})
         if self.ranks is not None:
             strategy = dataclasses.replace(strategy, name="explicit", ranks=tuple(self.ranks))
         elif strategy.name == "explicit":
@@ -294,6 +303,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             TensLoRAError: if the adapter does not fit the model; see `attachment.attach`.
         """
         config = copy.copy(cast(TensLoraConfig, self.peft_config[adapter_name]))  # the user may have use for it again
+        _require_timely_patterns(config, [path for path, _ in model.named_modules()])
         with _linears_in_place(model):
             geometry, targets = _chosen(model, config)
         adapter = Adapter(config.adapter_config(geometry.adapt), geometry, first_step=config.first_step)
@@ -304,6 +314,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         weight = targets[0].linear.get_parameter("weight")
         on_meta = any(parameter.is_meta for parameter in adapter.parameters())  # low_cpu_mem_usage; loading fills them
         adapter.to("meta" if on_meta else weight.device, weight.dtype if weight.is_floating_point() else None)
+        adapter.register_load_state_dict_pre_hook(_require_adapters_tensors)  # type: ignore[no-untyped-call]
         cache = ForwardPassCache(model)
         self._planned = adapt_linears(adapter, targets, cache)
         self.tenslora_adapters[adapter_name], self._caches[adapter_name] = adapter, cache
@@ -388,6 +399,33 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         if found:
             return f"{before}{_ADAPTERS}.{after}"
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def _require_timely_patterns(config: TensLoraConfig, paths: Sequence[str]) -> None:
+    # PEFT matches these by itself, for as long as it takes.
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := getattr(config, name), str):
+            _first_matches(name, [pattern], paths, "(?:{})$")
+    layers = config.layers_pattern or []
+    _first_matches("layers_pattern", [layers] if isinstance(layers, str) else layers, paths, r".*\.{}\.(\d+)\.")
+
+
+def _first_matches(setting: str, patterns: Sequence[str], paths: Sequence[str], form: str) -> None:
+    try:
+        first_matches(patterns, paths, form)
+    except TensLoRAError as error:
+        raise TensLoRAError(f"{setting}={error}") from error
+
+
+def _require_adapters_tensors(adapter: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    # PEFT would copy whatever a file holds, and take no notice of what it lacks. A file of another adapter holds
+    # nothing for this one.
+    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if own:
+        try:
+            require_tensors(own, {name: parameter.shape for name, parameter in adapter.named_parameters()})
+        except TensLoRAError as error:
+            raise TensLoRAError(f"{prefix.rstrip('.')}: the saved adapter does not fit: {error}") from error
 
 
 def _chosen(model: nn.Module, config: TensLoraConfig) -> tuple[Geometry, list[TargetLinear]]:

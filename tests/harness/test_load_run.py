@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tenslora import load
 from tenslora.attachment import adapter_of
@@ -38,6 +39,25 @@ def test_the_library_reads_the_folder_of_a_run(digits_run: Path) -> None:
 def test_full_fine_tuning_scores_what_its_record_says(tmp_path: Path) -> None:
     run(tmp_path, *SHORT, "tensor_mode=full", "optimizer.lr=0.001")
     assert accuracy_of(load_run(tmp_path)) == record(tmp_path)["metrics"]["last"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"head.bias": None}, "lacks head.bias"),
+        ({"head.bias": torch.full((5,), float("inf"))}, "head.bias holds a NaN or an infinity"),
+        ({"other": torch.zeros(1)}, "VisionTransformer has no weight other"),
+    ],
+)
+def test_a_damaged_head_is_refused(
+    changes: dict[str, torch.Tensor | None], problem: str, digits_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits_run, tmp_path / "run")
+    head = tmp_path / "run" / "head.safetensors"
+    weights = {**load_file(head), **changes}
+    save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, head)
+    with pytest.raises(TensLoRAError, match=rf"head\.safetensors: {problem}"):
+        load_run(tmp_path / "run")
 
 
 def test_the_backbone_may_have_moved(digits_run: Path, tmp_path: Path) -> None:

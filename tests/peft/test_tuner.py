@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft import LoraConfig as PeftLora
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tenslora import AdapterConfig, TensLoRAError, attach
@@ -31,6 +32,7 @@ from tenslora.adapter import Adapter
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.peft import TensLoraConfig, TensLoraLinear
+from tenslora.peft.patterns import first_matches
 from tests.models import build, inputs, logits
 
 NAMES = ["hf_bert", "hf_roberta", "hf_vit", "llama", "qwen2", "gemma", "gpt2"]
@@ -216,6 +218,13 @@ def test_names_choose_matrices_and_layers(name: str, settings: dict[str, Any], a
     [
         ({"tensor_mode": "nope"}, "nope"),
         ({"dropout": 2.0}, "dropout=2.0: must be"),
+        ({"alpha": "4"}, 'alpha="4": must be a finite number'),
+        ({"r": 2.5}, r"r=2\.5: must be a whole number"),
+        ({"ranks": [4, None]}, r"ranks\[1\]=null: must be a whole number"),
+        ({"target_modules": 5}, "target_modules=5: must be a list or text or null"),
+        ({"target_modules": "("}, r'target_modules=\["\("\]: not a regular expression'),
+        ({"rank_options": [1]}, r"rank_options=\[1\]: must be one of cap"),
+        ({"rank_options": {"cap": 1}}, "cap=1: must be true or false"),
         ({"rank_options": {"nope": 1}}, "rank_options=nope: must be one of cap, rule, scale, tolerance"),
         ({"layers_pattern": "layer"}, "layers_pattern=layer: needs layers_to_transform"),
         ({"target_modules": ["classifier"]}, "must match some of the model's attention projections"),
@@ -231,6 +240,36 @@ def test_a_mistake_is_one_line_and_leaves_the_model_as_it_was(settings: dict[str
     assert "\n" not in str(caught.value)
     assert [type(module) for module in model.modules()] == modules
     assert not model._forward_hooks
+
+
+def test_a_pattern_that_would_take_hours_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tenslora.peft.tuner.first_matches", partial(first_matches, seconds=0.3))
+    with pytest.raises(TensLoRAError, match=r"target_modules=.*takes more than 0\.3 seconds"):
+        get_peft_model(build("hf_bert"), TensLoraConfig(target_modules=r"((\w*)*\.*)*x!"))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "problem"),
+    [
+        (None, "lacks tensors.0.core"),
+        (torch.full((1,), float("nan")), r"tensors.0.core has the shape \(1,\), not"),
+        (float("nan"), "tensors.0.core holds a NaN or an infinity"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_when_it_is_loaded(
+    tensor: Tensor | float | None, problem: str, tmp_path: Path
+) -> None:
+    get_peft_model(build("hf_bert"), TensLoraConfig()).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    (name,) = [name for name in weights if name.endswith("core")]
+    core = weights.pop(name)
+    if tensor is not None:
+        weights[name] = torch.full_like(core, tensor) if isinstance(tensor, float) else tensor
+    save_file(weights, path)
+    with pytest.raises(TensLoRAError, match=f"the saved adapter does not fit: {problem}") as caught:
+        PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_second_adapter_that_does_not_fit_leaves_the_first_as_it_was() -> None:
