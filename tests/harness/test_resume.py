@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.commands import Command, Commands, Ended
 from tests.running import SHORT, record
 
-OVERRIDES = [*SHORT, "trainer.epochs=3", "trainer.batch_size=16", "adapter.dropout=0.2", "dataset.transform.flip=true"]
+SETTINGS = [*SHORT, "trainer.epochs=3", "trainer.batch_size=16", "adapter.dropout=0.2", "dataset.transform.flip=true"]
 STEPS_PER_EPOCH = 4
 
 KILLS = [
-    "step 2",  # in the first epoch: there is nothing to resume from
-    "write checkpoint.safetensors 1",
-    f"step {STEPS_PER_EPOCH + 3}",  # in the second epoch
-    "rename checkpoint.safetensors 1",
-    "write checkpoint.safetensors 2",  # in the third epoch
-    "write adapter.safetensors 1",
-    "rename result.json 1",
+    "kill step 2",  # in the first epoch: there is nothing to resume from
+    "kill write checkpoint.safetensors 1",
+    f"kill step {STEPS_PER_EPOCH + 3}",  # in the second epoch
+    "kill rename checkpoint.safetensors 1",
+    "kill write checkpoint.safetensors 2",  # in the third epoch
+    "kill write adapter.safetensors 1",
+    "kill rename result.json 1",
 ]
 
 
-def test_a_run_killed_anywhere_and_resumed_equals_one_that_was_not(tmp_path: Path) -> None:
+def test_a_run_killed_anywhere_and_resumed_equals_one_that_was_not(commands: Commands, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    plan = [
-        (whole, "", []),
-        *((broken, kill, ["resume=true"]) for kill in KILLS),
-        (broken, "", ["resume=true"]),
-        (whole, "step 1", ["resume=true"]),  # makes no step, and so is not killed
-        (whole, "", ["resume=true", "optimizer.lr=0.5"]),
-    ]
-    words = json.dumps([(str(folder), kill, settings) for folder, kill, settings in plan])
-    driver = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), words, *OVERRIDES]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(driver, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    ends = [int(line) for line in done.stdout.splitlines() if line.lstrip("-").isdigit()]
-    assert ends == [0, *[9] * len(KILLS), 0, 0, -1], done.stderr
-    assert "is of a run with other settings" in done.stderr.splitlines()[-1]
+
+    def train(folder: Path, *words: str, accident: str = "") -> Ended:
+        return commands.run(Command("train.py", [*SETTINGS, f"hydra.run.dir={folder}", *words], tmp_path, accident))
+
+    assert train(whole).status == 0
+    for kill in KILLS:
+        ended = train(broken, "resume=true", accident=kill)
+        assert ended.status == -9, f"{kill}: {ended.err}"
+    assert train(broken, "resume=true").status == 0
+    assert train(whole, "resume=true", accident="kill step 1").status == 0  # makes no step, and so is not killed
+    refused = train(whole, "resume=true", "optimizer.lr=0.5")
+    assert refused.status == 1
+    assert "is of a run with other settings" in refused.err.splitlines()[-1]
 
     assert len(record(whole)["metrics"]["history"]) == 3
     assert record(broken)["metrics"] == record(whole)["metrics"]
