@@ -10,7 +10,7 @@ from tenslora.harness.results.table import Table
 def write_results(table: Table, folder: Path) -> list[Path]:
     """Write a table as Markdown, LaTeX, CSV, figures and a report.
 
-    The files are table.md, table.tex, table.csv, against_lora.csv, report.html and, once a run has a score,
+    The files are table.md, table.tex, table.csv, against_lora.csv, claims.csv, report.html and, once a run has a score,
     figures/*.png and figures/*.svg; of a tuned table also trials.csv, with a line for each trial. The report shows the
     whole table and the figures on one page. If a file cannot be written, its earlier version stays.
 
@@ -26,7 +26,7 @@ def write_results(table: Table, folder: Path) -> list[Path]:
     """
     # Imported here, because matplotlib and jinja2 take seconds to import and every command imports this package.
     from tenslora.files import write_bytes
-    from tenslora.harness.results.csv import comparison_to_csv, to_csv
+    from tenslora.harness.results.csv import claims_to_csv, comparison_to_csv, to_csv
     from tenslora.harness.results.figures import write_figures
     from tenslora.harness.results.latex import to_latex
     from tenslora.harness.results.markdown import to_markdown
@@ -35,7 +35,13 @@ def write_results(table: Table, folder: Path) -> list[Path]:
 
     summary = summarize(table)
     paths = []
-    forms = {"table.md": to_markdown, "table.tex": to_latex, "table.csv": to_csv, "against_lora.csv": comparison_to_csv}
+    forms = {
+        "table.md": to_markdown,
+        "table.tex": to_latex,
+        "table.csv": to_csv,
+        "against_lora.csv": comparison_to_csv,
+        "claims.csv": claims_to_csv,
+    }
     for name, form in forms.items():
         write_bytes(folder / name, form(summary).encode())
         paths.append(folder / name)

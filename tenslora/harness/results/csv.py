@@ -1,13 +1,19 @@
-"""A table and its comparison with LoRA as CSV, to compute with."""
+"""A table, its comparison with LoRA and its verdicts as CSV, to compute with, and the way back to its runs."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
+from dataclasses import astuple, fields
+from pathlib import Path
 from typing import Any
 
+from tenslora.errors import TensLoRAError
+from tenslora.harness.results.paper import Verdict
 from tenslora.harness.results.summary import Summary, one_line
-from tenslora.harness.results.table import Run
+from tenslora.harness.results.table import Column, Row, Run
+from tenslora.harness.run_folder import RunFolder
 
 _PLACE = ("dataset", "model", "tensor_mode", "rank_strategy", "variant")
 
@@ -50,6 +56,65 @@ def comparison_to_csv(summary: Summary) -> str:
         numbers = [getattr(against.difference, name, None) for name in _NUMBERS]
         lines.append(dict(zip((*_PLACE, *_NUMBERS), (*place, *numbers), strict=True)))
     return _csv([*_PLACE, *_NUMBERS], lines)
+
+
+def claims_to_csv(summary: Summary) -> str:
+    """The verdicts on the paper's claims as CSV: one line per claim and protocol.
+
+    Args:
+        summary: the summary of the table.
+    """
+    names = [field.name for field in fields(Verdict)]
+    return _csv(names, [dict(zip(names, astuple(verdict), strict=True)) for verdict in summary.verdicts])
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Read a table back: its runs from table.csv, and their records from the runs' folders.
+
+    A run that was missing when the table was written, and is finished now, has its record.
+
+    Args:
+        folder: the folder of the table, which is outputs/tables/<name>; the runs' folders are below outputs.
+
+    Returns:
+        The runs, in the order of table.csv.
+
+    Raises:
+        TensLoRAError: if there is no table, if it has another form, or if the record of a finished run is gone.
+    """
+    file = folder / "table.csv"
+    try:
+        lines = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TensLoRAError(f"{folder}: must be the folder of a table, with its table.csv ({error})") from error
+    folders = {path.name.rpartition("-")[2]: path for path in folder.resolve().parents[1].glob("*/*/*-*")}
+    try:
+        return [_read_run(line, folders) for line in lines]
+    except (KeyError, ValueError, TypeError) as error:
+        raise TensLoRAError(f"{file}: not a table that this version can read ({error!r})") from error
+
+
+def _read_run(line: dict[str, str], folders: Mapping[str, Path]) -> Run:
+    row = Row(line["tensor_mode"], line["rank_strategy"], tuple(filter(None, line["variant"].split(";"))))
+    column, digest = Column(line["dataset"], line["model"]), line["digest"]
+    folder = folders.get(digest)
+    record = RunFolder(folder).finished_record(digest) if folder else None
+    if record is None and line["status"] == "completed":
+        raise TensLoRAError(f"{row.label}, {column.label}, seed {line['seed']}: its result.json ({digest}) is gone")
+    step = line.get("relative_first_step")  # tables of earlier versions do not have it
+    return Run(
+        row,
+        column,
+        int(line["seed"]),
+        digest,
+        ranks=tuple(map(int, line["ranks"].split())) or None,
+        parameters=int(line["adapter_parameters"]) if line["adapter_parameters"] else None,
+        lora_parameters=int(line["lora_parameters"]) if line["lora_parameters"] else None,
+        record=record,
+        problem="" if record else line["problem"] or line["status"],
+        folder=folder,
+        relative_step=float(step) if step else None,
+    )
 
 
 def _csv(heads: list[str], lines: list[dict[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from tenslora.harness.results.paper import VERDICTS_NOTE
 from tenslora.harness.results.summary import (
     COMPARISON_HEADS,
     COMPARISON_NOTE,
@@ -21,13 +22,13 @@ _SIZE_HEADS = ["ranks", "parameters", r"\% of LoRA", "first step"]
 
 
 def to_latex(summary: Summary) -> str:
-    """The table as LaTeX: the scores, the scores by the swept setting, and the comparison of each row with LoRA.
+    """The table as LaTeX: the scores, the scores by the swept setting, each row against LoRA, and the paper's claims.
 
     A tuned table has the scores of its trials too. What would be empty is left out. Each is a `table` environment with
     a caption, for the package booktabs. A table that is wider than the text is scaled down to its width, which needs
     graphicx. If there are several backbones, ranks, parameters and first steps have a table of their own. The labels
     are tab:<name>, tab:<name>-sizes, tab:<name>-by-setting and tab:<name>-trials (with -1, -2, ... if there are several
-    columns), and tab:<name>-against-lora.
+    columns), tab:<name>-against-lora and tab:<name>-claims.
 
     Args:
         summary: the summary of the table.
@@ -45,6 +46,8 @@ def to_latex(summary: Summary) -> str:
         parts += ["", _grid_table(grid, summary.table.title, label, summary.trials_caption)]
     if summary.comparisons:
         parts += ["", _comparison_table(summary)]
+    if summary.verdicts:
+        parts += ["", _claims_table(summary)]
     return "\n".join(parts) + "\n"
 
 
@@ -128,6 +131,18 @@ def _comparison_table(summary: Summary) -> str:
                 body.append(_row(_with_dash(_escaped(text)) for text in (against.row.label, *against.texts)))
     caption = _escaped(f"{summary.table.title}: each row against LoRA. {COMPARISON_NOTE}")
     return _environment("l" + "r" * len(heads), body, caption, f"tab:{summary.table.name}-against-lora")
+
+
+def _claims_table(summary: Summary) -> str:
+    protocols = summary.protocols
+    heads = ["claim", "table", *(protocols if len(protocols) > 1 else ["verdict"])]
+    body = [_row(map(_escaped, heads)), r"\midrule"]
+    for of_claim in summary.verdicts_by_claim:
+        words = {verdict.protocol: verdict.verdict for verdict in of_claim}
+        texts = (of_claim[0].claim, of_claim[0].table, *(words.get(name, "-") for name in protocols))
+        body.append(_row(_with_dash(_escaped(text)) for text in texts))
+    caption = _escaped(f"{summary.table.title}: verdicts on the paper's claims. {VERDICTS_NOTE}")
+    return _environment("l" * len(heads), body, caption, f"tab:{summary.table.name}-claims")
 
 
 def _score(cell: Cell) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from tenslora.harness.results.paper import VERDICTS_NOTE
 from tenslora.harness.results.summary import (
     ADAPTER_HEADS,
     COMPARISON_HEADS,
@@ -43,10 +44,28 @@ def to_markdown(summary: Summary) -> str:
         alignments = ["---"] * (1 + several) + ["---:"] * len(COMPARISON_HEADS)
         blocks += ["## Against LoRA", COMPARISON_NOTE, _table(heads, alignments, rows)]
     if summary.verdicts:
-        rows = [[_escaped(text) for text in (v.claim, v.table, v.verdict, v.because)] for v in summary.verdicts]
-        heads = ["claim", "table", "verdict", "because"]
-        blocks += ["## The paper's claims", _table(heads, ["---"] * 4, rows)]
+        blocks += ["## The paper's claims", VERDICTS_NOTE, *_claims(summary)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _claims(summary: Summary) -> list[str]:
+    """The verdicts with their reasons; with several protocols, the verdicts side by side and then the reasons."""
+    several = len(summary.protocols) > 1
+    reasons = [
+        [_escaped(text) for text in (v.claim, *[v.protocol] * several, v.table, v.verdict, v.because)]
+        for v in summary.verdicts
+    ]
+    heads = ["claim", *["protocol"] * several, "table", "verdict", "because"]
+    tables = [_table(heads, ["---"] * len(heads), reasons)]
+    if several:
+        rows = []
+        for of_claim in summary.verdicts_by_claim:
+            words = {verdict.protocol: verdict.verdict for verdict in of_claim}
+            texts = (of_claim[0].claim, of_claim[0].table, *(words.get(name, "-") for name in summary.protocols))
+            rows.append([_escaped(text) for text in texts])
+        heads = ["claim", "table", *map(_escaped, summary.protocols)]
+        tables.insert(0, _table(heads, ["---"] * len(heads), rows))
+    return tables
 
 
 def _main_table(summary: Summary) -> str:

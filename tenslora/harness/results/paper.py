@@ -12,6 +12,14 @@ from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.harness.results.statistics import paired_differences
 from tenslora.harness.results.table import Column, Row, Table, percent_of_lora
 
+PROTOCOL = "protocol"
+"""The setting of the rows of a table that shows several protocols side by side, see `protocols.side_by_side`."""
+
+VERDICTS_NOTE = (
+    "One row is above or below another where the paired t-test says so with Holm's p of at most 0.05; otherwise the "
+    "comparison is undecided."
+)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -22,12 +30,14 @@ class Verdict:
         table: the table of the paper that the claim is about: isorank, isoparameters or both.
         verdict: "holds", "does not hold" or "not decided by these runs".
         because: the numbers behind the verdict, in a sentence.
+        protocol: the protocol of the runs that are judged; empty for a table of one.
     """
 
     claim: str
     table: str
     verdict: str
     because: str
+    protocol: str = ""
 
 
 @cache
@@ -64,21 +74,29 @@ def stand_in(table: Table) -> str | None:
 
 
 def verdicts(table: Table) -> list[Verdict]:
-    """The verdicts of a table's runs on the paper's claims about the table's rank strategies.
+    """The verdicts of a table's runs on the paper's claims about the table's rank strategies, under each protocol.
 
     A row beats another on a dataset, or is beaten by it, if the paired t-test of their difference says so after Holm's
     correction for all rows of the dataset that are compared with the other row. Otherwise the comparison is undecided
     (`Difference.above`). A claim about several rows or datasets holds if it holds for each, does not hold if it fails
     for one, and is not decided otherwise. Claims about numbers of parameters need no runs.
     """
-    strategies = [s for s in ("isorank", "isoparameters") if any(row.strategy == s for row in _paper_rows(table))]
+    tables = {"": table}
+    if table.swept_setting == PROTOCOL:
+        values = dict.fromkeys(row.value_of(PROTOCOL) for row in table.rows)
+        tables = {value: table.at(PROTOCOL, value) for value in values if value is not None}
     answers = []
     for entry in paper()["claims"]:
-        judged = [strategy for strategy in strategies if entry["table"] in (strategy, "both")]
-        if judged:
-            truth, because = _RULES[entry["claim"]](table, judged)
-            words = {True: "holds", False: "does not hold", None: "not decided by these runs"}
-            answers.append(Verdict(entry["claim"], entry["table"], words[truth], because))
+        for protocol, judged in tables.items():
+            strategies = [s for s in ("isorank", "isoparameters") if any(r.strategy == s for r in _paper_rows(judged))]
+            of_claim = [strategy for strategy in strategies if entry["table"] in (strategy, "both")]
+            if of_claim:
+                truth, because = _RULES[entry["claim"]](judged, of_claim)
+                if absent := [column.label for column in table.columns if column not in judged.columns]:
+                    truth = False if truth is False else None  # it would hold on fewer datasets than under others
+                    because += f"; not in this table: {', '.join(absent)}"
+                words = {True: "holds", False: "does not hold", None: "not decided by these runs"}
+                answers.append(Verdict(entry["claim"], entry["table"], words[truth], because, protocol))
     return answers
 
 

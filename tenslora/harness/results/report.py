@@ -19,6 +19,7 @@ from markupsafe import Markup
 from tenslora.files import write_bytes
 from tenslora.harness.results.by_class import by_class
 from tenslora.harness.results.figures import figures_of, inline_svgs
+from tenslora.harness.results.paper import VERDICTS_NOTE
 from tenslora.harness.results.statistics import Difference
 from tenslora.harness.results.summary import COMPARISON_NOTE, Comparison, Summary, summarize
 from tenslora.harness.results.table import ROW_ORDER, Column, Row, Run, Table
@@ -73,6 +74,7 @@ def to_html(summary: Summary, written: datetime | None = None) -> str:
             )
         ],
         comparison_note=COMPARISON_NOTE,
+        verdicts_note=VERDICTS_NOTE,
         by_class=by_class(summary),
         figures=[(figure, svgs) for figure, svgs in figures if svgs],
         counts={status: statuses.count(status) for status in ("completed", "failed", "running", "missing")},

@@ -231,7 +231,7 @@ class Summary:
         columns: the columns of the main table.
         rows: the rows of the main table.
         comparisons: the comparison of each other row with LoRA, by column; empty if there is no difference to show.
-        verdicts: the runs' verdicts on the paper's claims.
+        verdicts: the runs' verdicts on the paper's claims, by claim and protocol.
     """
 
     table: Table
@@ -239,6 +239,19 @@ class Summary:
     rows: tuple[SummaryRow, ...]
     comparisons: tuple[Comparison, ...]
     verdicts: tuple[Verdict, ...]
+
+    @property
+    def protocols(self) -> list[str]:
+        """The protocols under which the paper's claims are judged; a single empty name for a table of one."""
+        return list(dict.fromkeys(verdict.protocol for verdict in self.verdicts))
+
+    @property
+    def verdicts_by_claim(self) -> list[list[Verdict]]:
+        """The verdicts on each claim, one for each protocol."""
+        by_claim: dict[str, list[Verdict]] = {}
+        for verdict in self.verdicts:
+            by_claim.setdefault(verdict.claim, []).append(verdict)
+        return list(by_claim.values())
 
     @cached_property
     def runs(self) -> list[Run]:

@@ -234,6 +234,18 @@ class Table:
         setting = self.swept_setting
         return replace(self, runs=tuple(replace(run, row=run.row.without(setting)) for run in self.runs)).rows
 
+    def at(self, setting: str, value: str) -> Table:
+        """The part of the table with one value of a setting, which its rows then no longer name.
+
+        Rows that do not depend on the setting are part of it.
+
+        Args:
+            setting: the setting.
+            value: its value, as text.
+        """
+        runs = [run for run in self.runs if run.row.value_of(setting) in (value, None)]
+        return replace(self, runs=tuple(replace(run, row=run.row.without(setting)) for run in runs), by=None)
+
     @cached_property
     def columns(self) -> list[Column]:
         """The columns, in the order in which they were swept."""

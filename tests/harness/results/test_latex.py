@@ -29,8 +29,8 @@ def test_latex_is_well_formed(columns: tuple[Column, ...]) -> None:
     text = to_latex(summarize(replace(table, title="50 % of_a & b # c", notes=("{x} ~ $y^2$ \\ <z>",))))
     assert text.startswith("% Needs \\usepackage{booktabs,graphicx}.\n")
     begun, ended = (re.findall(rf"\\{word}\{{(\w+)\}}", text) for word in ("begin", "end"))
-    # the scores, with the sizes beside them or in a table of their own, and the comparison
-    assert sorted(begun) == sorted(ended) == sorted(["table", "tabular"] * (1 + len(columns)))
+    # the scores, with the sizes beside them or in a table of their own, the comparison and the verdicts
+    assert sorted(begun) == sorted(ended) == sorted(["table", "tabular"] * (2 + len(columns)))
     bare = re.sub(r"\\[{}]", "", text)
     assert bare.count("{") == bare.count("}")
     assert len(re.findall(r"(?<!\\)\$", text)) % 2 == 0

@@ -17,7 +17,7 @@ def test_every_form_is_written_and_nothing_else(small_results: list[Path]) -> No
     figures = [
         f"figures/{name}.{kind}" for name in ("score_vs_parameters", "learning_curves") for kind in ("png", "svg")
     ]
-    names = ["table.md", "table.tex", "table.csv", "against_lora.csv", *figures, "report.html"]
+    names = ["table.md", "table.tex", "table.csv", "against_lora.csv", "claims.csv", *figures, "report.html"]
     assert small_results == [folder / name for name in names]
     assert {path for path in folder.rglob("*") if path.is_file()} == set(small_results)
     assert all(path.stat().st_size for path in small_results)
@@ -25,7 +25,14 @@ def test_every_form_is_written_and_nothing_else(small_results: list[Path]) -> No
 
 def test_before_the_first_score_there_are_no_figures(tmp_path: Path) -> None:
     paths = write_results(make_table([make_run("lora"), make_run("att", "isorank")]), tmp_path)
-    assert [path.name for path in paths] == ["table.md", "table.tex", "table.csv", "against_lora.csv", "report.html"]
+    assert [path.name for path in paths] == [
+        "table.md",
+        "table.tex",
+        "table.csv",
+        "against_lora.csv",
+        "claims.csv",
+        "report.html",
+    ]
     text = paths[-1].read_text()
     assert "0 of 2 runs finished, 2 missing." in text
     assert 'role="img"' not in text

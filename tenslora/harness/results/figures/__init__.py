@@ -17,6 +17,7 @@ from tenslora.harness.results.figures.by_setting import score_by_setting
 from tenslora.harness.results.figures.learning_curves import learning_curves
 from tenslora.harness.results.figures.panels import Panel, panels_of
 from tenslora.harness.results.figures.style import GREY, svg, write_figure
+from tenslora.harness.results.paper import PROTOCOL
 from tenslora.harness.results.summary import Summary
 
 FIGURE_NAMES = ("trials", "score_by_setting", "score_vs_parameters", "learning_curves")
@@ -87,8 +88,9 @@ def figures_of(summary: Summary) -> list[TableFigure]:
         panels,
     )
     most_rows = max((len(panel.cells) for panel in panels), default=0)
+    are_readable = most_rows <= _MOST_ROWS and setting != PROTOCOL
     has_curves = any(len(run.metrics["history"]) > 1 for run in summary.runs if run.metrics)
-    readable = [by_parameters, *[over_epochs] * has_curves] if most_rows <= _MOST_ROWS else []
+    readable = [by_parameters, *[over_epochs] * has_curves] if are_readable else []
     return [*of_trials, *[by_setting] * (setting is not None), *readable]
 
 

@@ -131,6 +131,8 @@ def _crosses(line: Line | None, box: Box) -> bool:
     if line is None:
         return False
     (ax, ay), (bx, by) = line
+    if max(ax, bx) < box[0] - 2 or min(ax, bx) > box[2] + 2 or max(ay, by) < box[1] - 2 or min(ay, by) > box[3] + 2:
+        return False
     steps = [(ax + (bx - ax) * k / 16, ay + (by - ay) * k / 16) for k in range(17)]
     return any(box[0] - 2 <= x <= box[2] + 2 and box[1] - 2 <= y <= box[3] + 2 for x, y in steps)
 

@@ -1,0 +1,57 @@
+"""Finished tables of the same runs under several protocols, side by side in one table.
+
+A protocol says how the learning rates of a table's rows are set: as in the paper, with equal first steps, or each row
+tuned. In the joint table it is one more setting of each row, so that every form of a table shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tenslora.errors import TensLoRAError
+from tenslora.harness.results.csv import read_runs
+from tenslora.harness.results.paper import PROTOCOL, stand_in
+from tenslora.harness.results.settings import settings_of
+from tenslora.harness.results.table import Run, Table
+
+
+def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: str = "") -> Table:
+    """One table of several finished ones, whose rows have their protocol as a further setting.
+
+    Each protocol's rows are compared with the LoRA of the same protocol, and the paper's claims are judged under each.
+
+    Args:
+        protocols: for each protocol, the folders of its tables, such as one for each dataset.
+        name: the name of the joint table.
+        command: the command that makes it; empty if it is unknown.
+
+    Returns:
+        The table.
+
+    Raises:
+        TensLoRAError: if a folder does not hold a table, if the record of a finished run is gone, or if two tables of
+            one protocol have different runs for the same row, dataset and seed.
+    """
+    runs: list[Run] = []
+    for protocol, folders in protocols.items():
+        of_protocol: dict[object, Run] = {}
+        for folder in folders:
+            for run in read_runs(folder):
+                other = of_protocol.setdefault((run.row, run.column, run.seed), run)
+                if other.digest != run.digest:
+                    place = f"{run.row.label}, {run.column.label}, seed {run.seed}"
+                    raise TensLoRAError(
+                        f"{protocol}={folder}: must not have another run than the tables before it for {place}; "
+                        f"give it a protocol of its own"
+                    )
+        assignment = f"{PROTOCOL}={protocol}"
+        runs += [
+            replace(run, row=replace(run.row, variant=(*run.row.variant, assignment))) for run in of_protocol.values()
+        ]
+    words = [f"{protocol}: {', '.join(map(str, folders))}" for protocol, folders in protocols.items()]
+    table = Table(name, "LoRA and tensor constructions by protocol", tuple(runs), by=PROTOCOL, command=command)
+    notes = (*filter(None, [stand_in(table)]), f"The protocols and their tables: {'; '.join(words)}.")
+    settings = settings_of(run.record["config"] for run in runs if run.record and "config" in run.record)
+    return replace(table, notes=notes, settings=settings)

@@ -1,0 +1,182 @@
+"""Tables under several protocols side by side, from the files of tables whose outcome was made to order."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tenslora.constructions import PAPER_CONSTRUCTIONS
+from tenslora.errors import TensLoRAError
+from tenslora.harness.results import write_results
+from tenslora.harness.results.csv import read_runs, to_csv
+from tenslora.harness.results.latex import to_latex
+from tenslora.harness.results.markdown import to_markdown
+from tenslora.harness.results.protocols import side_by_side
+from tenslora.harness.results.report import to_html
+from tenslora.harness.results.summary import summarize
+from tenslora.harness.results.table import Column, Run
+from tenslora.harness.run_folder import RunFolder
+from tests.tables import COLA, DTD, make_run, make_table
+
+NO_BETTER, TWO_BETTER = "no construction beats LoRA", "qkv_depth and att_qkv_depth beat LoRA on 4 of 4 datasets"
+MODES = [mode for mode in PAPER_CONSTRUCTIONS if mode != "lora"]
+
+
+def written(outputs: Path, name: str, runs: list[Run]) -> Path:
+    """The folder of a finished table, and the folders of its runs, as a sweep leaves them."""
+    named = []
+    for run in runs:
+        score = run.record["metrics"]["last"] if run.record else None
+        digest = hashlib.sha256(f"{run.digest} {score}".encode()).hexdigest()[:12]
+        if run.record:
+            folder = outputs / run.column.dataset / run.column.model / f"{run.row.tensor_mode}-{digest}"
+            RunFolder(folder).write_record({**run.record, "digest": digest})
+        named.append(replace(run, digest=digest))
+    folder = outputs / "tables" / name
+    folder.mkdir(parents=True)
+    (folder / "table.csv").write_text(to_csv(summarize(make_table(named))))
+    return folder
+
+
+def runs_of(above_lora: Mapping[str, float], column: Column = DTD) -> list[Run]:
+    """LoRA at 0.7 and both strategies' constructions above it, with differences that seven tests can see."""
+    runs = [make_run("lora", seed=seed, epochs=[0.7], column=column) for seed in range(5)]
+    return runs + [
+        make_run(mode, strategy, seed=seed, epochs=[0.7 + gain + 0.001 * seed], column=column)
+        for strategy in ("isorank", "isoparameters")
+        for mode, gain in above_lora.items()
+        for seed in range(5)
+    ]
+
+
+BELOW, ABOVE = dict.fromkeys(MODES, -0.05), dict.fromkeys(MODES, 0.05)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder with four tables."""
+    folder = tmp_path_factory.mktemp("outputs")
+    written(folder, "direct", runs_of(BELOW))
+    written(folder, "first_step", runs_of(ABOVE))
+    written(folder, "direct_cola", runs_of(BELOW, COLA))
+    few = {mode: gain for mode, gain in ABOVE.items() if mode in ("att", "qkv_depth")}
+    written(folder, "tuned", runs_of(few))
+    return folder
+
+
+def folders(outputs: Path, *names: str) -> dict[str, list[Path]]:
+    return {name: [outputs / "tables" / name] for name in names}
+
+
+def test_a_table_is_read_back_as_it_was_written(outputs: Path) -> None:
+    runs = read_runs(outputs / "tables" / "direct")
+    assert [run.score("last") for run in runs] == [run.score("last") for run in runs_of(BELOW)]
+    table = make_table(runs)
+    assert to_csv(summarize(table)) == (outputs / "tables" / "direct" / "table.csv").read_text()
+    assert all(run.folder and run.folder.is_dir() for run in runs)
+
+
+def test_runs_without_a_record_are_read_back_too(tmp_path: Path) -> None:
+    runs = [
+        make_run("lora", epochs=[0.5]),
+        make_run("att", "isorank", problem="out of memory"),
+        make_run("qkv", "isorank", variant=("a=1", "b=2")),
+        make_run("head_only"),
+    ]
+    folder = written(tmp_path, "open", runs)
+    lora, *others, head = read_runs(folder)
+    assert {(run.row.label, run.status, run.problem) for run in others} == {
+        ("att isorank", "failed", "out of memory"),
+        ("qkv isorank a=1 b=2", "missing", "missing"),
+    }
+    assert (others[0].ranks, others[0].parameters) == (runs[1].ranks, runs[1].parameters)
+    assert (lora.status, head.ranks) == ("completed", None)
+
+
+def test_a_run_that_has_finished_since_has_its_record(tmp_path: Path) -> None:
+    folder = written(tmp_path, "open", [make_run("lora")])
+    (missing,) = read_runs(folder)
+    finished = make_run("lora", epochs=[0.5])
+    RunFolder(tmp_path / "dtd" / "vit_base" / f"lora-{missing.digest}").write_record(
+        {**(finished.record or {}), "digest": missing.digest}
+    )
+    assert [run.score("last") for run in read_runs(folder)] == [0.5]
+
+
+def test_each_claim_is_judged_under_each_protocol_with_its_own_lora(outputs: Path) -> None:
+    summary = summarize(side_by_side(folders(outputs, "direct", "first_step", "tuned"), "joint"))
+    words = {(verdict.claim, verdict.protocol): verdict.verdict for verdict in summary.verdicts}
+    assert [words[NO_BETTER, protocol] for protocol in summary.protocols] == ["holds", "does not hold", "does not hold"]
+    assert [words[TWO_BETTER, protocol] for protocol in summary.protocols] == [
+        "does not hold",
+        "holds",
+        "not decided by these runs",
+    ]
+    assert len(words) == 4 * 3
+    alone = summarize(make_table(read_runs(outputs / "tables" / "direct")))
+    assert [(v.claim, v.verdict, v.because) for v in alone.verdicts] == [
+        (v.claim, v.verdict, v.because) for v in summary.verdicts if v.protocol == "direct"
+    ]
+    for against, single in zip(
+        (c for c in summary.comparisons if "protocol=direct" in c.row.variant), alone.comparisons, strict=True
+    ):
+        assert against.difference == single.difference, "Holm's correction is for the rows of one protocol"
+
+
+def test_a_claim_that_holds_on_fewer_datasets_is_not_decided(outputs: Path) -> None:
+    tables = folders(outputs, "direct", "first_step")
+    tables["direct"].append(outputs / "tables" / "direct_cola")
+    verdicts = {(v.claim, v.protocol): v for v in summarize(side_by_side(tables, "joint")).verdicts}
+    assert verdicts[NO_BETTER, "direct"].verdict == "holds"
+    assert verdicts[NO_BETTER, "first_step"].verdict == "does not hold"
+    assert verdicts[TWO_BETTER, "first_step"].verdict == "not decided by these runs"
+    assert verdicts[TWO_BETTER, "first_step"].because.endswith("; not in this table: cola with minilm")
+
+
+def test_every_form_has_the_verdicts_side_by_side(outputs: Path, tmp_path: Path) -> None:
+    table = side_by_side(folders(outputs, "direct", "first_step"), "joint", command="python -m compare")
+    summary = summarize(table)
+    text = to_markdown(summary)
+    assert "| claim | table | direct | first_step |" in text
+    assert f"| {NO_BETTER} | isorank | holds | does not hold |" in text
+    assert re.search(rf"\| {NO_BETTER} \| first_step \| isorank \| does not hold \| above LoRA: att isorank, ", text)
+    assert "## dtd (vit_base) by protocol" in text
+    assert rf"{NO_BETTER} & isorank & holds & does not hold \\" in to_latex(summary).splitlines()
+    html = to_html(summary)
+    of_claim = html[html.index(f">{NO_BETTER} ") :].partition("</li>")[0]
+    assert re.findall(r"<span>(\w+)</span>\s*<span class=\"verdict (\w+)", of_claim) == [
+        ("direct", "good"),
+        ("first_step", "bad"),
+    ]
+    write_results(table, tmp_path)
+    lines = list(csv.DictReader((tmp_path / "claims.csv").open()))
+    assert [line["protocol"] for line in lines] == ["direct", "first_step"] * 4
+    assert lines[0].items() >= {"claim": NO_BETTER, "table": "isorank", "verdict": "holds"}.items()
+    assert (tmp_path / "figures" / "score_by_setting.svg").is_file()
+
+
+def test_a_run_that_two_tables_of_a_protocol_share_counts_once(outputs: Path) -> None:
+    direct = outputs / "tables" / "direct"
+    assert len(side_by_side({"direct": [direct, direct]}, "joint").runs) == len(read_runs(direct))
+    with pytest.raises(TensLoRAError, match=r"tuned=.*first_step: must not have another run .* att isorank, dtd with"):
+        side_by_side({"tuned": [direct, outputs / "tables" / "first_step"]}, "joint")
+
+
+def test_what_is_no_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"nothing: must be the folder of a table, with its table\.csv"):
+        side_by_side({"direct": [tmp_path / "nothing"]}, "joint")
+    folder = written(tmp_path, "gone", [make_run("lora", epochs=[0.5])])
+    for record in tmp_path.rglob("result.json"):
+        record.unlink()
+    with pytest.raises(TensLoRAError, match=r"lora, dtd with vit_base, seed 0: its result.json \(\w{12}\) is gone"):
+        read_runs(folder)
+    for text in ("a,b\n1,2\n", (folder / "table.csv").read_text().replace("221184", "many")):
+        (folder / "table.csv").write_text(text)
+        with pytest.raises(TensLoRAError, match=r"table\.csv: not a table that this version can read"):
+            read_runs(folder)
