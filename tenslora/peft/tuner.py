@@ -125,8 +125,8 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
     seed: int = 0
     dropout: float = 0.0
     rank_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -304,12 +304,12 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         """
         config = copy.copy(cast(TensLoraConfig, self.peft_config[adapter_name]))  # the user may have use for it again
         _require_timely_patterns(config, [path for path, _ in model.named_modules()])
-        with _linears_in_place(model):
-            geometry, targets = _chosen(model, config)
+        geometry, targets = self.targets(adapter_name)
         adapter = Adapter(config.adapter_config(geometry.adapt), geometry, first_step=config.first_step)
         if config.rank_strategy == "isoparameters":
             config.ranks = list(adapter.ranks)
-        config.first_step = adapter.unscaled_first_step
+        config.first_step, config.adapt = adapter.unscaled_first_step, geometry.adapt
+        config.target_modules = config.target_modules or {_last_name(target) for target in targets}
         self.peft_config[adapter_name] = config
         weight = targets[0].linear.get_parameter("weight")
         on_meta = any(parameter.is_meta for parameter in adapter.parameters())  # low_cpu_mem_usage; loading fills them
@@ -326,8 +326,17 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         finally:
             self._planned = {}
 
+    def targets(self, adapter_name: str) -> tuple[Geometry, list[TargetLinear]]:
+        """The dimensions of the matrices that an adapter adapts, and the Linear layers that hold them.
+
+        Args:
+            adapter_name: the adapter's name.
+        """
+        with _linears_in_place(self.model):
+            return _chosen(self.model, cast(TensLoraConfig, self.peft_config[adapter_name]))
+
     def _prepare_adapter_config(self, peft_config: PeftConfig, *_: Any) -> PeftConfig:
-        return peft_config  # target_modules may stay None, which means all layers
+        return peft_config  # PEFT would choose target_modules by the model's type
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         if key in self._planned:
@@ -434,7 +443,7 @@ def _chosen(model: nn.Module, config: TensLoraConfig) -> tuple[Geometry, list[Ta
     geometry, targets = _widest(model, config)
     if not any((config.target_modules, config.exclude_modules, config.layers_to_transform is not None)):
         return geometry, targets
-    matching = _named(config, config.target_modules or {target.path.rpartition(".")[2] for target in targets})
+    matching = _named(config, config.target_modules or {_last_name(target) for target in targets})
     layers: dict[int, list[str]] = {}
     for target in targets:
         if check_target_module_exists(matching, target.path):
@@ -453,6 +462,10 @@ def _chosen(model: nn.Module, config: TensLoraConfig) -> tuple[Geometry, list[Ta
                 f"{', '.join(layers[first])} in layer {first} and {', '.join(names)} in layer {layer}"
             )
     return find_projections(model, _adapt_of(layers[first]), layers)
+
+
+def _last_name(target: TargetLinear) -> str:
+    return target.path.rpartition(".")[2]
 
 
 def _named(config: PeftConfig, names: Any) -> PeftConfig:

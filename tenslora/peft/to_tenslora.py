@@ -1,0 +1,103 @@
+"""Turns an adapter of the library, or a LoRA that PEFT saved, into a TensLoRA adapter in PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import nn
+
+from tenslora.adapter import Adapter
+from tenslora.adapter_config import AdapterConfig
+from tenslora.attachment import adapted_linears, detach
+from tenslora.decomposition import Approximation, approximate
+from tenslora.files import read_safetensors
+from tenslora.peft.saved_lora import WEIGHTS, read_updates
+from tenslora.peft.tuner import TensLoraConfig
+from tenslora.ranks import RankStrategy
+
+
+def peft_config(config: AdapterConfig, ranks: Sequence[int], modules_to_save: Sequence[str] = ()) -> TensLoraConfig:
+    """The settings of an adapter as PEFT knows them.
+
+    Args:
+        config: the settings in the library.
+        ranks: the adapter's ranks.
+        modules_to_save: modules that were trained beside the adapter.
+    """
+    strategy = config.rank_strategy
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    del settings["rank_strategy"]
+    options = {
+        field.name: getattr(strategy, field.name)
+        for field in dataclasses.fields(RankStrategy)
+        if field.name not in ("name", "rank", "ranks") and getattr(strategy, field.name) != field.default
+    }
+    return TensLoraConfig(
+        **settings,
+        rank_strategy="isorank" if strategy.name == "isorank" else "isoparameters",
+        r=strategy.rank,
+        ranks=None if strategy.name == "isorank" else list(ranks),
+        rank_options=options or None,
+        modules_to_save=list(modules_to_save) or None,
+    )
+
+
+def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftModel:
+    """Turn an adapted model into a PEFT model with the same adapter.
+
+    PEFT saves the adapter's own tensors, which are smaller than the LoRA that `to_lora.to_peft` makes of them.
+
+    Args:
+        model: with an adapter. It is changed in place: the adapter is taken off, and PEFT puts its own layers on.
+        modules_to_save: paths of modules that were trained without an adapter, such as a classification head. PEFT
+            saves them together with the adapter.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        TensLoRAError: if there is no adapter, or if the adapter is merged.
+    """
+    adapted_linears(model)  # raises if the adapter is merged
+    adapter = detach(model)
+    peft_model = get_peft_model(model, peft_config(adapter.config, adapter.ranks, modules_to_save))  # type: ignore[arg-type]
+    own = _adapter_of(peft_model)
+    own.to(next(adapter.parameters()).dtype).load_state_dict(adapter.state_dict())
+    return peft_model
+
+
+def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> tuple[PeftModel, Approximation]:
+    """Put a new TensLoRA adapter on a model and start it from a LoRA, as closely as its ranks allow.
+
+    Args:
+        model: the model that the LoRA is for, without the LoRA. It is changed in place.
+        folder: a folder that PEFT's `save_pretrained` wrote. The modules that were saved with the LoRA, such as a head,
+            are loaded too if modules_to_save names them.
+        config: the settings of the new adapter.
+
+    Returns:
+        The PEFT model, and how close the new adapter is to the LoRA.
+
+    Raises:
+        TensLoRAError: if the LoRA adapts other matrices than the new adapter, or if the factorization is CP, for which
+            there is no such method.
+    """
+    folder = Path(folder)
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    tuner = peft_model.base_model
+    approximation = approximate(_adapter_of(peft_model), read_updates(folder, *tuner.targets("default")))
+    _, weights = read_safetensors(folder / WEIGHTS)
+    others = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    with torch.no_grad():
+        set_peft_model_state_dict(peft_model, others)
+    return peft_model, approximation
+
+
+def _adapter_of(peft_model: PeftModel) -> Adapter:
+    adapter = peft_model.base_model.tenslora_adapters["default"]
+    assert isinstance(adapter, Adapter)
+    return adapter

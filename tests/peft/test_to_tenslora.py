@@ -1,0 +1,82 @@
+"""Adapters that move between the library, PEFT's LoRA and the TensLoRA tuner in PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+
+from tenslora import AdapterConfig, RankStrategy, TensLoRAError, attach, merge
+from tenslora.peft import TensLoraConfig
+from tenslora.peft.to_tenslora import from_lora, to_tenslora
+from tests.models import attached, build, inputs, logits
+
+
+@pytest.mark.parametrize(
+    "strategy", [RankStrategy("isorank"), RankStrategy(), RankStrategy("explicit", 4, (3, 4, 2, 2))]
+)
+@pytest.mark.parametrize("name", ["hf_bert", "timm_vit", "gpt2"])
+def test_an_adapter_of_the_library_is_saved_by_peft(name: str, strategy: RankStrategy, tmp_path: Path) -> None:
+    model = build(name)
+    adapter = attached(model, "qkv_depth", rank_strategy=strategy, alpha=2.5, scaling="first_step")
+    expected, count = logits(model, inputs(name)), sum(p.numel() for p in adapter.parameters())
+    peft_model = to_tenslora(model)
+    assert torch.equal(logits(peft_model, inputs(name)), expected)
+    peft_model.save_pretrained(str(tmp_path))
+    again: Any = PeftModel.from_pretrained(build(name), str(tmp_path))  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(again, inputs(name)), expected, rtol=0, atol=1e-12)
+    assert sum(p.numel() for p in again.base_model.tenslora_adapters.parameters()) == count
+
+
+def test_a_merged_adapter_is_not_exported_a_second_time() -> None:
+    model = build("hf_bert")
+    attached(model, "qkv_depth")
+    merge(model)
+    with pytest.raises(TensLoRAError, match="its adapter is merged; unmerge it first"):
+        to_tenslora(model)
+
+
+def lora(folder: Path) -> Any:
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["query", "key", "value"], modules_to_save=["classifier"])
+    model = get_peft_model(build("hf_bert"), config)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(str(folder))
+    return model.eval()
+
+
+def test_a_lora_becomes_a_tenslora_adapter_and_a_lora_again(tmp_path: Path) -> None:
+    expected = logits(lora(tmp_path), inputs("hf_bert"))
+    # Six matrices of rank 2 need no more than rank 12 over d_in and d_out, and all of the other two modes.
+    config = TensLoraConfig(ranks=[12, 12, 3, 2], modules_to_save=["classifier"], alpha=2.0)
+    model, approximation = from_lora(build("hf_bert"), tmp_path, config)
+    assert approximation.error < 1e-6
+    torch.testing.assert_close(logits(model, inputs("hf_bert")), expected, rtol=0, atol=1e-5)
+    lora_config, state = convert_to_lora(model, rank=2)
+    again = get_peft_model(model.unload(), lora_config)
+    set_peft_model_state_dict(again, state)
+    torch.testing.assert_close(logits(again, inputs("hf_bert")), expected, rtol=0, atol=1e-5)
+
+
+def test_ranks_that_are_too_low_lose_something_and_say_how_much(tmp_path: Path) -> None:
+    lora(tmp_path)
+    _, approximation = from_lora(build("hf_bert"), tmp_path, TensLoraConfig(ranks=[4, 4, 3, 2]))
+    assert 0.1 < approximation.error < 1
+
+
+def test_settings_that_differ_from_the_defaults_survive() -> None:
+    strategy = RankStrategy("isoparameters", 3, rule="uniform", scale=2.0)
+    config = AdapterConfig("att_depth", strategy, init="normal", dropout=0.1, seed=4, adapt="qv")
+    model = build("hf_bert")
+    adapter = attach(model, config)
+    settings = to_tenslora(model).peft_config["default"]
+    assert isinstance(settings, TensLoraConfig)
+    again = settings.adapter_config("qv")
+    assert (again.init, again.dropout, again.seed, again.adapt) == ("normal", 0.1, 4, "qv")
+    assert settings.ranks == list(adapter.ranks) and settings.rank_options == {"rule": "uniform", "scale": 2.0}
