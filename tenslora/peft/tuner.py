@@ -125,8 +125,8 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
     seed: int = 0
     dropout: float = 0.0
     rank_dropout: float = 0.0
-    target_modules: set[str] | list[str] | str | None = None
-    exclude_modules: set[str] | list[str] | str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -309,7 +309,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         if config.rank_strategy == "isoparameters":
             config.ranks = list(adapter.ranks)
         config.first_step, config.adapt = adapter.unscaled_first_step, geometry.adapt
-        config.target_modules = config.target_modules or {_last_name(target) for target in targets}
+        names: Any = {_last_name(target) for target in targets}  # PEFT keeps a set, and saves it as a list
+        config.target_modules = config.target_modules or names
         self.peft_config[adapter_name] = config
         weight = targets[0].linear.get_parameter("weight")
         on_meta = any(parameter.is_meta for parameter in adapter.parameters())  # low_cpu_mem_usage; loading fills them
