@@ -69,9 +69,9 @@ def _draw(place: SubFigure, panel: Panel, ring_best: bool) -> None:
             color=own[0].colour, markersize=4.5, elinewidth=1.1, capsize=0, linestyle="-" if numbers else "none",
             linewidth=1.1, zorder=3,
         )  # fmt: skip
-        for place, point in zip(x, own, strict=True):
+        for at, point in zip(x, own, strict=True):
             if ring_best and panel.cells[point.row].best:
-                axes.scatter([place], [point.mean], s=70, facecolors="none", edgecolors=point.colour, zorder=4)
+                axes.scatter([at], [point.mean], s=70, facecolors="none", edgecolors=point.colour, zorder=4)
         ends.append((x[-1], own[-1].mean))
 
     marks = [((x + 0.5) / len(values) * width, (score - low) / (high - low) * height) for x, score in ends]
