@@ -170,6 +170,11 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
             "rank_strategy": plain.get("rank_strategy"),
             "seed": plain.get("seed"),
         }
+    trainer = plain.get("trainer")
+    if isinstance(trainer, dict) and "score_every" in trainer:  # from a record of a version with this name
+        trainer = dict(trainer)
+        every = trainer.pop("score_every")
+        arranged["trainer"] = {**trainer, "evaluate": "last" if every is None else every}
     logger = plain.get("logger")
     if isinstance(logger, dict) and "name" in logger:  # from a record of a version with one logger at a time
         name = logger["name"]

@@ -96,8 +96,9 @@ _NAMES_ELSEWHERE = {
     "target_modules": "adapt",
     "gradient_accumulation_steps": "accumulation",
     "max_grad_norm": "clip_norm",
+    "score_every": "evaluate",
 }
-"""What PEFT's LoraConfig and transformers' TrainingArguments call some settings."""
+"""What PEFT's LoraConfig, transformers' TrainingArguments and earlier versions of this project call some settings."""
 
 _TYPES = {
     "int": "must be a whole number",
@@ -132,7 +133,8 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
     if isinstance(cause, TensLoRAError):  # from one of the dataclasses; it begins with the name of its field
         return TensLoRAError(as_typed(".".join([*path, str(cause)])))
     if kind == "unexpected_keyword_argument":
-        settings = list(_settings_of(schema))
+        # A sweep sets how a run was tuned, not the user.
+        settings = [known for known in _settings_of(schema) if not known.startswith("tuned.")]
         if setting in settings:
             return TensLoRAError(as_typed(f"{setting}: there is no such setting for a dataset of {modality}s"))
         return TensLoRAError(as_typed(no_such_setting(setting, [as_typed(known) for known in settings])))

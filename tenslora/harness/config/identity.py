@@ -101,6 +101,8 @@ def identity(run: RunConfig) -> dict[str, Any]:
     relevant = {key: value for key, value in settings(run).items() if key not in _WITHOUT_EFFECT}
     for name in _TRAINER_WITHOUT_EFFECT:
         del relevant["trainer"][name]
+    del relevant["trainer"]["evaluate"]
+    relevant["trainer"]["score_every"] = run.trainer.evaluate_every  # the setting's name in earlier versions
     for group, defaults in _LATER_DEFAULTS.items():
         of_group = relevant.get(group, {})  # a run without an adapter has no settings of one
         for name, default in defaults.items():

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import permutations
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import CONSTRUCTIONS, Geometry
@@ -252,6 +252,14 @@ class OptimizerConfig:
                 raise TensLoRAError(f"factor_weight_decay.{factor}: must be one of {', '.join(FACTORS)}")
 
 
+def _evaluations(value: Any) -> str | int:
+    if value in ("every_epoch", "last"):
+        return str(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return "every_epoch" if value == 1 else value
+    raise ValueError("must be every_epoch, last, or a number of epochs, at least 1")
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """How long a run trains, in which batches and precision, and on which device."""
@@ -267,7 +275,12 @@ class TrainerConfig:
     device: str
     threads: CountOrNull
     workers: NonNegativeInt
-    score_every: CountOrNull = 1
+    evaluate: Annotated[Any, AfterValidator(_evaluations)] = "every_epoch"
+
+    @property
+    def evaluate_every(self) -> int | None:
+        """How many epochs lie between two evaluations; None if there is one alone, after the last epoch."""
+        return {"every_epoch": 1, "last": None}.get(self.evaluate, self.evaluate)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tenslora.harness.config.checks import NonNegativeInt, in_one_line, shown, w
 Value = float | int | bool | str | None
 """A value that can be tuned."""
 
-_CHOSEN_OTHERWISE = ("seed", "dataset.validation", "trainer.score_every")
+_CHOSEN_OTHERWISE = ("seed", "dataset.validation", "trainer.evaluate")
 """Settings that cannot be tuned, because they say how it is tuned."""
 
 

@@ -119,8 +119,8 @@ class Job:
             TensLoRAError: for a value that is not valid.
         """
         # Without Hydra's own settings, which would take most of the time to copy.
-        names = [name for name in self.composed if name != "hydra"]
-        composed = DictConfig({name: self.composed._get_node(name) for name in names})
+        own = self.composed
+        composed = DictConfig({name: own._get_node(name) for name in own if name != "hydra"})
         for setting, value in settings.items():
             OmegaConf.update(composed, setting, value)
         run = validate(composed)

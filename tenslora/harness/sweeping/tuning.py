@@ -28,7 +28,7 @@ from tenslora.harness.training.metrics import METRICS
 MOST_EXTENSIONS = 3
 """How often the grid of a row is extended by one value."""
 
-_LAST_EPOCH = {"trainer.score_every": None}
+_LAST_EPOCH = {"trainer.evaluate": "last"}
 _NOT_TUNED: dict[str, Any] = {"tune.setting": None, "tune.values": []}
 _TABLE = "table.name"
 
@@ -343,8 +343,8 @@ def _check(jobs: Sequence[Job], tune: TuneConfig) -> None:
     for key, _, value in (word.partition("=") for job in jobs for word in job.overrides):
         if key == tune.setting:
             raise TensLoRAError(f"{key}={value}: must not be given, because tune.setting={tune.setting} chooses it")
-        if key in _LAST_EPOCH and value != "null":
-            raise TensLoRAError(f"{key}={value}: must be null with tune, because the test split is read only once")
+        if key in _LAST_EPOCH and value != "last":
+            raise TensLoRAError(f"{key}={value}: must be last with tune, because the test split is read only once")
     configs = {id(job.composed): job.composed for job in jobs}.values()
     names = dict.fromkeys(setting for config in configs for setting in _settings(config))
     settings = [name for name in names if name.partition(".")[0] not in ("hydra", *SWEEP_KEYS)]

@@ -79,7 +79,7 @@ def fit(
             with the entries in the checkpoint.
 
     Returns:
-        How far the run has come. Its history has an entry for each epoch that `run.trainer.score_every` asks to score:
+        How far the run has come. Its history has an entry for each epoch that `run.trainer.evaluate` asks to score:
         epoch, step, lr, train_loss, test_loss and the metrics. The latter two are computed on all examples to score
         after the epoch. If these are a validation split, their loss is called validation_loss. The scores of a further
         test split, such as "mismatched", are named accuracy_mismatched and the like. The predictions are the last
@@ -112,7 +112,7 @@ def fit(
         pin_memory=processes.device.type == "cuda",
     )
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
-    metrics, score_every = run.dataset.metrics or task.metrics, run.trainer.score_every
+    metrics, every = run.dataset.metrics or task.metrics, run.trainer.evaluate_every
     evaluate_epoch = partial(evaluate, optimization.wrapped, data, metrics, trainer=run.trainer, processes=processes)
     with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
         while state.steps < steps:
@@ -120,7 +120,7 @@ def fit(
             torch.manual_seed(stream_seed("epoch", run.seed, epoch, processes.index))
             with state.timed("train"):
                 train_loss, rate = optimization.epoch(batches.epoch(epoch), steps, state, bar)
-            is_scored = state.steps == steps or (score_every is not None and epoch % score_every == 0)
+            is_scored = state.steps == steps or (every is not None and epoch % every == 0)
             if is_scored:
                 with state.timed("evaluate"):
                     evaluation = evaluate_epoch()

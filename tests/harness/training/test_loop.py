@@ -125,10 +125,10 @@ def test_a_test_loss_that_is_not_finite_stops_the_run_too(tmp_path: Path) -> Non
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
-@pytest.mark.parametrize(("every", "scored"), [("2", [2, 4, 5]), ("9", [5]), ("null", [5])])
+@pytest.mark.parametrize(("every", "scored"), [("2", [2, 4, 5]), ("9", [5]), ("last", [5])])
 def test_epochs_that_are_not_scored_change_nothing(every: str, scored: list[int], tmp_path: Path) -> None:
     entries: list[dict[str, Any]] = []
-    words = ["trainer.epochs=5", f"trainer.score_every={every}"]
+    words = ["trainer.epochs=5", f"trainer.evaluate={every}"]
     history = fit_toy(tmp_path / "whole", "trainer.epochs=5").history
     some = fit_toy(tmp_path / "some", *words, on_epoch=entries.append)
     assert some.history == entries == [history[epoch - 1] for epoch in scored]
@@ -138,7 +138,7 @@ def test_epochs_that_are_not_scored_change_nothing(every: str, scored: list[int]
 def test_a_run_killed_after_an_epoch_that_was_not_scored_goes_on_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["trainer.epochs=3", "trainer.score_every=null"]
+    words = ["trainer.epochs=3", "trainer.evaluate=last"]
     whole = fit_toy(tmp_path / "whole", *words)
     step, steps = torch.optim.AdamW.step, 0
 
