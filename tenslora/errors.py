@@ -21,8 +21,12 @@ class TensLoRAError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its type if it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, or the name of its type if it has no message.
+
+    A first line that ends with a colon only announces the next one, which is then added.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:

@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 from tenslora.adapter import load_adapter
 from tenslora.constructions import Geometry
 from tenslora.decomposition import Updates, spectra
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.files import write_json
+from tenslora.harness.backbones.transformers_models import read_hub_config
 from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.harness.results.figures.style import COLOURS, GREY, HEIGHT, INK, WIDTH, styled, write_figure
 from tenslora.harness.run_folder import RunFolder
@@ -48,15 +49,20 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> tu
         with torch.no_grad():
             layers = [adapter.dense(layer) for layer in range(adapter.geometry.layers)]
             return adapter.geometry, [[adapter.scale * update for update in layer] for layer in layers]
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     name = model or read_config(folder).base_model_name_or_path
+    if name is None:
+        raise TensLoRAError(f"--model: is missing, and {folder / CONFIG} names no backbone")
     try:
         with torch.device("meta"):  # allocates nothing: only the shapes are used
-            backbone = AutoModel.from_config(AutoConfig.from_pretrained(name))
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise TensLoRAError(f"--model {name}: must be a folder or hub name with a model's config ({reason})") from error
+            backbone = AutoModel.from_config(read_hub_config(name), trust_remote_code=False)
+    except TensLoRAError:
+        raise
+    except Exception as error:  # transformers raises whatever its configs and models come upon
+        raise TensLoRAError(
+            f"--model {name}: must be a folder or hub name with a model's config ({first_line(error)})"
+        ) from error
     geometry, targets = find_projections(backbone, adapt)
     return geometry, read_updates(folder, geometry, targets)
 

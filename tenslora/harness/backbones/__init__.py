@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones.head import Backbone, draw_head
+from tenslora.harness.backbones.hub import source_setting
 from tenslora.harness.backbones.timm_models import EMBEDDED, load_timm
 from tenslora.harness.backbones.tokenizer import load_tokenizer
 from tenslora.harness.backbones.transformers_models import load_transformers
@@ -58,4 +60,14 @@ def _load(config: ModelConfig, classes: int, seed: int, tokenizer: PreTrainedTok
         else:
             backbone = load_transformers(config, classes, tokenizer)
     backbone.model.float()
+    if config.pretrained:
+        _require_finite_weights(config, backbone)
     return backbone
+
+
+def _require_finite_weights(config: ModelConfig, backbone: Backbone) -> None:
+    # The training would only say that its loss is NaN. The head is drawn anew, whatever the file has for it.
+    of_head = backbone.head_parameters().keys()
+    for name, weight in backbone.model.state_dict().items():
+        if name not in of_head and weight.is_floating_point() and not weight.isfinite().all():
+            raise TensLoRAError(f"{source_setting(config)}: its weight {name} holds a NaN or an infinity")

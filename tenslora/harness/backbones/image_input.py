@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tenslora.errors import TensLoRAError
+from tenslora.forms import shown
 from tenslora.harness.config import ModelConfig, TransformConfig
 from tenslora.harness.config.schema import IMAGENET
+
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+"""torchvision's names of Pillow's methods of resizing, in the order of Pillow's numbers."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,30 @@ def resolve_image_input(config: ModelConfig, own: ImageInput) -> ImageInput:
                 f"model.{name}=null: {config.name} has a {name} of {len(values)} channels, and the images have "
                 f"{resolved.channels}; set model.mean and model.std"
             )
+    _require_usable(config, resolved)
     return resolved
+
+
+def _require_usable(config: ModelConfig, images: ImageInput) -> None:
+    """Check what the files of a model say of its images."""
+    ranges = [
+        ("size", [images.size], 1, 4096),
+        ("channels", [images.channels], 1, 4096),
+        ("mean", images.mean, -1e6, 1e6),
+        ("std", images.std, 1e-6, 1e6),
+        ("crop_ratio", [images.crop_ratio], 0.01, 1),
+    ]
+    for name, values, low, high in ranges:
+        for value in values:
+            if not isinstance(value, (int, float)) or not low <= value <= high:
+                raise TensLoRAError(
+                    f"model={config.name}: its images have {name}={shown(value)}; must be from {low:g} to {high:g}"
+                )
+    if images.interpolation not in INTERPOLATIONS:
+        raise TensLoRAError(
+            f"model={config.name}: its images have interpolation={shown(images.interpolation)}; must be one of "
+            f"{', '.join(INTERPOLATIONS)}"
+        )
 
 
 def require_whole_patches(config: ModelConfig, size: int, patch_size: object) -> None:

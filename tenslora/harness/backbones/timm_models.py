@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tenslora.errors import TensLoRAError, first_line
+from tenslora.files import read_json
 from tenslora.harness.backbones.head import Backbone
 from tenslora.harness.backbones.hub import building, fetching, wrong_checkpoint
 from tenslora.harness.backbones.image_input import ImageInput, require_whole_patches, resolve_image_input
@@ -95,11 +95,26 @@ def _own_input(model: nn.Module, config: ModelConfig, options: Mapping[str, Any]
     saved: dict[str, Any] = {}
     file = Path(config.checkpoint or "") / "config.json"
     if config.checkpoint is not None and file.is_file():
-        try:
-            saved = dict(json.loads(file.read_text()).get("pretrained_cfg") or {})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise TensLoRAError(f"{file}: not a readable config of timm ({first_line(error)})") from error
-    data = resolve_model_data_config(model, pretrained_cfg={**vars(model)["pretrained_cfg"], **saved})
+        saved = _pretrained_config(file)
+    try:
+        data = resolve_model_data_config(model, pretrained_cfg={**vars(model)["pretrained_cfg"], **saved})
+        return _input_of(data, config, options)
+    except TensLoRAError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise TensLoRAError(f"{file}: its images are of no form that timm has ({first_line(error)})") from error
+
+
+def _pretrained_config(file: Path) -> dict[str, Any]:
+    saved = read_json(file)
+    own = saved.get("pretrained_cfg") or {} if isinstance(saved, dict) else None
+    if not isinstance(own, dict):
+        raise TensLoRAError(f"{file}: not a config of timm, an object with an object pretrained_cfg")
+    return own
+
+
+def _input_of(data: Mapping[str, Any], config: ModelConfig, options: Mapping[str, Any]) -> ImageInput:
+    """The images of timm's data config."""
     channels, height, width = data["input_size"]
     size = config.image_size or options.get("img_size", height if height == width else None)
     if not isinstance(size, int):
@@ -121,7 +136,8 @@ def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:
 
     model, of_head = backbone.model, backbone.head_parameters().keys()
     # Converted to float32, because the positions resampled below would be rounded to the precision of the file.
-    weights = {name: tensor.float() for name, tensor in _read_weights(path).items()}
+    stored = _read_weights(path)
+    weights = {name: tensor.float() for name, tensor in stored.items()}
     if isinstance(model, VisionTransformer):
         try:
             weights = checkpoint_filter_fn(weights, model)  # resamples the grid of positions to the image size
@@ -138,6 +154,11 @@ def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:
         f"has {name} of shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
+    ]
+    problems += [
+        f"has {name} of type {stored[name].dtype}"
+        for name, tensor in expected.items()
+        if name in stored and tensor.is_floating_point() and not stored[name].is_floating_point()
     ]
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""

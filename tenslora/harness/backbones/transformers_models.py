@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.backbones.head import Backbone
 from tenslora.harness.backbones.hub import building, fetching, folder_or_repository, source_setting, wrong_checkpoint
-from tenslora.harness.backbones.image_input import ImageInput, require_whole_patches, resolve_image_input
+from tenslora.harness.backbones.image_input import (
+    INTERPOLATIONS,
+    ImageInput,
+    require_whole_patches,
+    resolve_image_input,
+)
 from tenslora.harness.config import ModelConfig
 from tenslora.projections import find_projections
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-_INTERPOLATION = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""torchvision's names of Pillow's methods, by Pillow's numbers."""
 
 
 def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None) -> Backbone:
@@ -61,6 +67,8 @@ def _load_pretrained(
     settings: dict[str, Any] = {"num_labels": classes}
     if config.architecture is None:
         settings = {"config": _own_settings(config, classes, tokenizer)}
+    if Path(source).is_dir():
+        _require_as_large_as_its_files(config, Path(source), settings.get("config"))
     with fetching(config):
         model, info = _auto_class(config).from_pretrained(
             source, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **settings
@@ -76,6 +84,10 @@ def _load_pretrained(
             new.add(f"{before}.pooler")
         elif name.startswith(f"{model.base_model_prefix}."):
             raise wrong_checkpoint(config, source, f"it lacks {name}, or has it in another shape")
+    own = model.state_dict().keys()
+    for name in info["unexpected_keys"]:
+        if (first := re.sub(r"\.\d+\.", ".0.", name, count=1)) != name and first in own:
+            raise wrong_checkpoint(config, source, f"it has {name}, and its config.json declares fewer layers")
     return model, [model.get_submodule(path) for path in sorted(new)]
 
 
@@ -99,12 +111,8 @@ def _build_random(
 
 def _own_settings(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
     """The settings in the config.json of a generic model, with `config.options` in place of its own."""
-    from transformers import AutoConfig
-
     with fetching(config):
-        own: PretrainedConfig = AutoConfig.from_pretrained(
-            folder_or_repository(config), trust_remote_code=False, num_labels=classes
-        )
+        own = read_hub_config(folder_or_repository(config), num_labels=classes)
     for name, value in config.options.items():
         if not hasattr(own, name):
             raise TensLoRAError(f"model.options.{name}: the model's config.json ({own.model_type}) has no such setting")
@@ -112,6 +120,77 @@ def _own_settings(config: ModelConfig, classes: int, tokenizer: PreTrainedTokeni
     if tokenizer is not None and (own.pad_token_id is None or not config.pretrained):
         own.pad_token_id = tokenizer.pad_token_id
     return own
+
+
+def read_hub_config(source: str, **changes: Any) -> PretrainedConfig:
+    """Read the config.json of a model of transformers, and check its numbers.
+
+    transformers checks the types. It takes any number, though, and would build a billion layers.
+
+    Args:
+        source: a folder or the name of a repository on the hub.
+        **changes: settings that replace those of the file.
+
+    Returns:
+        The settings.
+
+    Raises:
+        TensLoRAError: for a number that is out of range.
+        Exception: what transformers raises for a file that is missing or that it cannot read.
+    """
+    from transformers import AutoConfig
+
+    own: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False, **changes)
+    for name, value in _numbers(own.to_dict()):
+        if not math.isfinite(value) and not (name.endswith("limit") and value > 0):  # of Mamba's steps, for one
+            raise TensLoRAError(f"{source}: config.json: {name}={value}: must be a finite number")
+        if re.search(r"drop(out|_path|$)|pdrop|_prob$", name) and not 0 <= value < 1:
+            raise TensLoRAError(f"{source}: config.json: {name}={value}: must be at least 0 and below 1")
+    for name, largest in _LARGEST_SIZES.items():
+        value = getattr(own, name, None)  # under the name that all models have in common
+        if isinstance(value, int) and not 1 <= value <= largest:
+            raise TensLoRAError(f"{source}: config.json: {name}={value}: must be from 1 to {largest:,}")
+    return own
+
+
+_LARGEST_SIZES = {
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 10_000,
+    "num_key_value_heads": 10_000,
+    "hidden_size": 1_000_000,
+    "intermediate_size": 1_000_000,
+    "vocab_size": 100_000_000,
+    "max_position_embeddings": 100_000_000,
+    "image_size": 4096,
+    "patch_size": 4096,
+    "num_channels": 100,
+}
+
+
+def _numbers(settings: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a config.json, with their names."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            yield from _numbers(value, str(key))
+    elif isinstance(settings, (list, tuple)):
+        for value in settings:
+            yield from _numbers(value, name)
+    elif isinstance(settings, (int, float)) and not isinstance(settings, bool):
+        yield name, settings
+
+
+def _require_as_large_as_its_files(config: ModelConfig, folder: Path, settings: PretrainedConfig | None) -> None:
+    """Refuse a config.json whose model is far larger than the weights beside it, before memory is taken for it."""
+    with fetching(config):
+        own = settings or read_hub_config(str(folder))
+        with torch.device("meta"):  # allocates nothing
+            model = _auto_class(config).from_config(own, trust_remote_code=False)
+    declared = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
+    if declared > 2 * stored + 20_000_000:  # four bits for each weight are the fewest; a new head takes some more
+        raise wrong_checkpoint(
+            config, folder, f"its config.json declares {declared:,} weights, and its files have {stored:,} bytes"
+        )
 
 
 def _image_input(config: ModelConfig, model: PreTrainedModel) -> ImageInput:
@@ -131,8 +210,6 @@ def _image_input(config: ModelConfig, model: PreTrainedModel) -> ImageInput:
 
 def _takes(model: PreTrainedModel, image_input: ImageInput) -> bool:
     """Whether a model takes images of a size other than its own, as DINOv2 does."""
-    import torch
-
     try:
         with torch.no_grad():
             model(pixel_values=torch.zeros(1, image_input.channels, image_input.size, image_input.size))
@@ -161,6 +238,19 @@ def _own_input(config: ModelConfig, size: int | None, channels: int) -> ImageInp
             f"{source_setting(config)}: has no preprocessor_config.json that transformers can read; set "
             f"model.image_size, model.channels, model.mean and model.std"
         ) from error
+    try:
+        return _input_of(processor, config, channels)
+    except TensLoRAError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise TensLoRAError(
+            f"{source_setting(config)}: its preprocessor_config.json cannot be used ({first_line(error)}); set "
+            f"model.image_size, model.channels, model.mean and model.std"
+        ) from error
+
+
+def _input_of(processor: Any, config: ModelConfig, channels: int) -> ImageInput:
+    """The images of a generic model, as its image processor makes them."""
     mean, std = (0.0,) * channels, (1.0,) * channels
     # A processor multiplies pixels from 0 to 255 by a factor, usually 1 / 255, before it normalizes them.
     scale = 255 * (processor.rescale_factor if processor.do_rescale else 1)
@@ -182,7 +272,7 @@ def _own_input(config: ModelConfig, size: int | None, channels: int) -> ImageInp
         std=tuple(value / scale for value in std),
         crop_ratio=min(1.0, side / (resized or side)),
         squash="shortest_edge" not in resize,
-        interpolation=_INTERPOLATION[int(processor.resample)],
+        interpolation=INTERPOLATIONS[int(processor.resample)],
     )
 
 
