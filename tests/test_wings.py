@@ -1,4 +1,4 @@
-"""The library imports nothing of the harness, and needs torch, safetensors and numpy alone."""
+"""The library imports nothing of the harness, and needs torch, safetensors and numpy alone. No model's code is run."""
 
 from __future__ import annotations
 
@@ -60,3 +60,33 @@ def test_every_verb_works_where_only_the_dependencies_can_be_imported(tmp_path: 
     command = [sys.executable, "-m", "tests.library_alone", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def calls_that_might_run_a_models_code(source: str) -> list[str]:
+    """The calls by which transformers loads or builds a model, and that do not say trust_remote_code=False."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if node.func.attr not in ("from_pretrained", "from_config"):
+            continue
+        said = [keyword.value for keyword in node.keywords if keyword.arg == "trust_remote_code"]
+        if not (len(said) == 1 and isinstance(said[0], ast.Constant) and said[0].value is False):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_no_call_may_run_the_code_of_a_model() -> None:
+    folders = ("tenslora", "hydra_plugins", "benchmarks", "scripts", "examples")
+    paths = [ROOT / "train.py", ROOT / "sweep.py", *(path for name in folders for path in (ROOT / name).rglob("*.py"))]
+    assert {path.name: calls for path in paths if (calls := calls_that_might_run_a_models_code(path.read_text()))} == {}
+
+
+def test_calls_that_might_run_a_models_code_are_seen() -> None:
+    source = """
+AutoModel.from_pretrained(name)
+AutoModel.from_config(config, trust_remote_code=True)
+one.of(them).from_pretrained(name, **settings)
+AutoModel.from_pretrained(name, trust_remote_code=False)
+"""
+    assert len(calls_that_might_run_a_models_code(source)) == 3

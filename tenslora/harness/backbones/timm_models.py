@@ -136,8 +136,9 @@ def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:
 
     model, of_head = backbone.model, backbone.head_parameters().keys()
     # Converted to float32, because the positions resampled below would be rounded to the precision of the file.
-    stored = _read_weights(path)
-    weights = {name: tensor.float() for name, tensor in stored.items()}
+    weights = {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in _read_weights(path).items()
+    }
     if isinstance(model, VisionTransformer):
         try:
             weights = checkpoint_filter_fn(weights, model)  # resamples the grid of positions to the image size
@@ -156,9 +157,9 @@ def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:
         if name in weights and weights[name].shape != tensor.shape
     ]
     problems += [
-        f"has {name} of type {stored[name].dtype}"
+        f"has {name} of type {weights[name].dtype}"
         for name, tensor in expected.items()
-        if name in stored and tensor.is_floating_point() and not stored[name].is_floating_point()
+        if name in weights and tensor.is_floating_point() and not weights[name].is_floating_point()
     ]
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
