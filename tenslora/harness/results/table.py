@@ -163,6 +163,13 @@ class Run:
         return self.record.get("scored_on", "test") if self.record else None
 
     @property
+    def core_rate(self) -> float | None:
+        """The highest learning rate of the parameter that starts at zero; None without a record of it."""
+        optimizer: dict[str, Any] = (self.record or {}).get("config", {}).get("optimizer", {})
+        rate: float | None = optimizer.get("lr")
+        return None if rate is None else rate * optimizer.get("core_lr_ratio", 1.0)
+
+    @property
     def size(self) -> AdapterSize:
         """The adapter's size from the record, or from the declared geometry if there is no record."""
         if self.record is None:

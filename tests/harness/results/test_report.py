@@ -65,7 +65,7 @@ def test_how_it_was_made_has_every_value_once() -> None:
 
 def test_figures_stand_in_the_page_with_ids_of_their_own_and_a_label(sample_report: str) -> None:
     svgs = re.findall(r'<svg role="img".*?</svg>', sample_report, flags=re.DOTALL)
-    assert len(svgs) == 8, "two figures of four panels"
+    assert len(svgs) == 10, "two figures of four panels, and one of two"
     ids: list[str] = []
     for svg in svgs:
         root = ET.fromstring(svg)
@@ -225,7 +225,7 @@ def test_on_a_phone_the_page_does_not_scroll_sideways(browser: webdriver.Chrome,
     assert not ask(browser, "fits('table')"), "the tables are wider than a phone, or this test shows nothing"
     assert ask(browser, "fits('.scroll')")
     widths = ask(browser, "widths('.figures svg')")
-    assert len(widths) == 8
+    assert len(widths) == 10
     assert all(280 < width <= 328 for width in widths), "figures fill the width between the margins"
 
 

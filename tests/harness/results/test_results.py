@@ -14,9 +14,8 @@ from tests.tables import make_run, make_table
 
 def test_every_form_is_written_and_nothing_else(small_results: list[Path]) -> None:
     folder = small_results[0].parent
-    figures = [
-        f"figures/{name}.{kind}" for name in ("score_vs_parameters", "learning_curves") for kind in ("png", "svg")
-    ]
+    drawn = ("score_vs_parameters", "learning_curves", "score_vs_first_step")
+    figures = [f"figures/{name}.{kind}" for name in drawn for kind in ("png", "svg")]
     names = ["table.md", "table.tex", "table.csv", "against_lora.csv", "claims.csv", *figures, "report.html"]
     assert small_results == [folder / name for name in names]
     assert {path for path in folder.rglob("*") if path.is_file()} == set(small_results)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from tenslora.harness.results.figures.by_first_step import panels_by_first_step, score_by_first_step
 from tenslora.harness.results.figures.by_parameters import score_by_parameters
 from tenslora.harness.results.figures.by_setting import score_by_setting
 from tenslora.harness.results.figures.learning_curves import learning_curves
@@ -20,7 +21,7 @@ from tenslora.harness.results.figures.style import GREY, svg, write_figure
 from tenslora.harness.results.paper import PROTOCOL
 from tenslora.harness.results.summary import Summary
 
-FIGURE_NAMES = ("trials", "score_by_setting", "score_vs_parameters", "learning_curves")
+FIGURE_NAMES = ("trials", "score_by_setting", "score_vs_parameters", "learning_curves", "score_vs_first_step")
 """The names of all figures that a table can have, and of their files."""
 
 _PAGE_WIDTH = 3.7
@@ -87,11 +88,19 @@ def figures_of(summary: Summary) -> list[TableFigure]:
         learning_curves,
         panels,
     )
+    step_panels = panels_by_first_step(summary)
+    by_first_step = TableFigure(
+        "score_vs_first_step",
+        "Score against the first step",
+        "How far AdamW's first step moves the adapted matrices, with each row's own learning rate.",
+        score_by_first_step,
+        step_panels,
+    )
     most_rows = max((len(panel.cells) for panel in panels), default=0)
     are_readable = most_rows <= _MOST_ROWS and setting != PROTOCOL
     has_curves = any(len(run.metrics["history"]) > 1 for run in summary.runs if run.metrics)
     readable = [by_parameters, *[over_epochs] * has_curves] if are_readable else []
-    return [*of_trials, *[by_setting] * (setting is not None), *readable]
+    return [*of_trials, *[by_setting] * (setting is not None), *readable, *[by_first_step] * bool(step_panels)]
 
 
 def write_figures(summary: Summary, folder: Path) -> list[Path]:

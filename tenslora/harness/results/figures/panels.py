@@ -30,11 +30,11 @@ _MARKERS = {"": "o", "isorank": "o", "isoparameters": "s", "explicit": "D"}
 
 @dataclass(frozen=True)
 class Panel:
-    """One column of a table under one rank strategy.
+    """One column of a table under one rank strategy or one protocol.
 
     Args:
         column: dataset and backbone.
-        strategy: the rank strategy; empty if no row has one.
+        part: the rank strategy or the protocol of the rows; empty if they have none.
         metric: the name of the headline metric; None before the first record.
         unit: the metric's unit, see `Metric.unit`.
         factor: what a score is multiplied by to be in this unit.
@@ -47,7 +47,7 @@ class Panel:
     """
 
     column: Column
-    strategy: str
+    part: str
     metric: str | None
     unit: str
     factor: int
@@ -60,7 +60,7 @@ class Panel:
     @property
     def title(self) -> str:
         """The title above the panel."""
-        return " · ".join(filter(None, (self.column.dataset, self.column.model, self.strategy)))
+        return " · ".join(filter(None, (self.column.dataset, self.column.model, self.part)))
 
     @property
     def axis_label(self) -> str:
@@ -134,25 +134,35 @@ class Point:
 
 def panels_of(summary: Summary) -> list[Panel]:
     """The panels of a table, by rank strategy and column."""
-    table = summary.table
     panels = []
-    for strategy in dict.fromkeys(row.strategy for row in table.rows if row.strategy) or [""]:
-        for number, column in enumerate(summary.columns):
+    for strategy in dict.fromkeys(row.row.strategy for row in summary.rows if row.row.strategy) or [""]:
+        for number in range(len(summary.columns)):
             cells = {
                 row.row: row.cells[number]
                 for row in summary.rows
                 if row.row.strategy in ("", strategy) and row.cells[number].runs
             }
-            setting = table.swept_setting if any(row.variant for row in cells) else None
-            shown = {row.without(table.swept_setting) for row in cells}
-            constructions = tuple(row for row in table.rows_without_setting if row in shown)
-            own_strategy = strategy if any(row.strategy for row in cells) else ""
-            panel = Panel(
-                column.column, own_strategy, column.metric, column.unit, column.factor, table.score, setting, cells,
-                constructions,
-            )  # fmt: skip
-            panels += [panel] * bool(cells)
+            if cells:
+                panels.append(panel_of(summary, number, cells, strategy if any(row.strategy for row in cells) else ""))
     return panels
+
+
+def panel_of(summary: Summary, number: int, cells: dict[Row, Cell], part: str) -> Panel:
+    """The panel of some rows of one column.
+
+    Args:
+        summary: the summary of the table.
+        number: the number of the column.
+        cells: the rows and their cells in this column, in the order of the table's rows.
+        part: what the rows have in common, see `Panel`.
+    """
+    table, column = summary.table, summary.columns[number]
+    setting = table.swept_setting if any(row.variant for row in cells) else None
+    shown = {row.without(table.swept_setting) for row in cells}
+    constructions = tuple(row for row in table.rows_without_setting if row in shown)
+    return Panel(
+        column.column, part, column.metric, column.unit, column.factor, table.score, setting, cells, constructions
+    )
 
 
 def figure_of(

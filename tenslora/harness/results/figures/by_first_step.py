@@ -1,0 +1,146 @@
+"""Scores over the size of the first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from tenslora.harness.results.figures.labels import leader_of, place_labels
+from tenslora.harness.results.figures.panels import (
+    Panel,
+    axes_in,
+    draw_leader,
+    figure_of,
+    limits_of,
+    lora_of,
+    panel_of,
+    size_in_points,
+)
+from tenslora.harness.results.figures.style import FONT_SIZE, INK, text_width
+from tenslora.harness.results.paper import PROTOCOL
+from tenslora.harness.results.summary import Cell, Summary
+from tenslora.harness.results.table import Row
+
+_SHAPES = {"isorank": "circle", "isoparameters": "square"}
+
+_LEAST_SPAN = 1.2
+"""The least ratio of the largest first step to the smallest for which a panel is drawn."""
+
+_LEAST_ROWS = 4
+"""The least number of rows with an adapter for which a correlation says anything."""
+
+
+def panels_by_first_step(summary: Summary) -> list[Panel]:
+    """The panels of this figure: one for each column and protocol, with the rows of all rank strategies.
+
+    Left out are panels with fewer than four rows that have a score and a first step, those whose first steps are all
+    about equal, and everything in a table that sweeps a setting.
+
+    Args:
+        summary: the summary of the table.
+    """
+    table = summary.table
+    protocols: list[str | None] = [None]
+    if table.swept_setting == PROTOCOL:
+        protocols = list(dict.fromkeys(row.value_of(PROTOCOL) for row in table.rows))
+    panels = []
+    for number in range(len(table.columns)):
+        for protocol in protocols:
+            cells = {
+                row.row.without(PROTOCOL): row.cells[number]
+                for row in summary.rows
+                if row.row.value_of(PROTOCOL) == protocol and row.cells[number].runs
+            }
+            steps = first_steps(cells).values()
+            is_swept = any(row.variant for row in cells)
+            if not is_swept and len(steps) >= _LEAST_ROWS and max(steps) >= _LEAST_SPAN * min(steps):
+                panels.append(panel_of(summary, number, cells, protocol or ""))
+    return panels
+
+
+def first_steps(cells: Mapping[Row, Cell]) -> dict[Row, float]:
+    """The first step of each row that has a score and an adapter, as a multiple of LoRA's.
+
+    If the rows have learning rates of their own, as tuned ones have, each first step is in proportion to its rate.
+
+    Args:
+        cells: the rows' cells in one column.
+    """
+    rates = {row: next(filter(None, (run.core_rate for run in cell.runs)), None) for row, cell in cells.items()}
+    lora = next((rate for row, rate in rates.items() if row.is_lora), None)
+    steps = {}
+    for row, cell in cells.items():
+        if cell.mean is not None and cell.size.relative_step:
+            rate = rates[row]
+            steps[row] = cell.size.relative_step * (rate / lora if rate and lora else 1.0)
+    return steps
+
+
+def score_by_first_step(panels: Sequence[Panel]) -> Figure:
+    """Draw scores over the first step as a multiple of LoRA's: means over seeds with their standard deviations.
+
+    Below each panel stands the Spearman correlation of the means with the first steps, over all rows with an adapter.
+
+    Args:
+        panels: the result of `panels_by_first_step`.
+    """
+    return figure_of(panels, _draw, lines=lambda panel: 4 * len(panel.cells) // 3)
+
+
+def spearman(steps: Sequence[float], scores: Sequence[float]) -> float:
+    """The Spearman correlation of two lists of numbers; NaN if the numbers of a list are all equal."""
+    from scipy import stats  # imported here, because scipy takes a second
+
+    return (
+        math.nan if len(set(steps)) == 1 or len(set(scores)) == 1 else float(stats.spearmanr(steps, scores).statistic)
+    )
+
+
+def _draw(place: SubFigure, panel: Panel) -> None:
+    step_of = first_steps(panel.cells)
+    points = [point for point in panel.points if point.row in step_of]
+    steps = [step_of[point.row] for point in points]
+    correlation = f"{spearman(steps, [point.mean for point in points]):.2f}".replace("-", "\N{MINUS SIGN}")
+    strategies = [name for name in dict.fromkeys(point.row.strategy for point in points) if name]
+    shapes = ", ".join(f"{_SHAPES.get(name, 'diamond')}: {name}" for name in strategies)
+    note = f"Spearman {correlation}, {len(points)} rows" + (f"; {shapes}" if len(strategies) > 1 else "")
+    axes = axes_in(place, panel, left=0.6, right=0.15, note=note)
+    low, high = limits_of(points)
+    span = math.log(max(steps) / min(steps))
+    left, right = min(steps) * math.exp(-0.12 * span), max(steps) * math.exp(0.12 * span)
+    axes.set_xscale("log")
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, high)
+    axes.set_xlabel("first step, as a multiple of LoRA's")
+    axes.set_ylabel(panel.axis_label)
+    axes.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < math.log(100) else (1.0, 3.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if lora := lora_of(points):
+        axes.axhspan(lora.mean - lora.deviation, lora.mean + lora.deviation, color=INK, alpha=0.08, linewidth=0)
+
+    width, height = size_in_points(axes)
+    marks, bars = [], []
+    for point, step in zip(points, steps, strict=True):
+        axes.errorbar(
+            step, point.mean, yerr=point.deviation or None, fmt=point.marker, color=point.colour,
+            markersize=5.5, elinewidth=1.2, capsize=0, zorder=3,
+        )  # fmt: skip
+        x = math.log(step / left) / math.log(right / left) * width
+        y, reach = (point.mean - low) / (high - low) * height, point.deviation / (high - low) * height
+        marks.append((x, y))
+        bars.append((x - 1.5, y - reach, x + 1.5, y + reach))
+    occupied = [*bars, *((x - 4, y - 4, x + 4, y + 4) for x, y in marks)]
+    sizes = [(72 * text_width(len(point.name)), FONT_SIZE * 1.1) for point in points]
+    boxes = place_labels(bars, sizes, (width, height), occupied, [])
+    for point, mark, bar, box in zip(points, marks, bars, boxes, strict=True):
+        if leader := leader_of(mark, bar, box):
+            draw_leader(axes, *leader, point.colour)
+        axes.annotate(
+            point.name, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), xycoords="axes points", ha="center",
+            va="center_baseline", zorder=4, weight="bold" if point.row.is_lora else "normal",
+        )  # fmt: skip
