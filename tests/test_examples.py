@@ -24,3 +24,21 @@ def test_a_model_trained_by_the_trainer_learns_and_can_be_loaded() -> None:
 def test_the_loss_of_a_decoder_falls_on_a_text_file() -> None:
     losses = import_module("examples.causal_lm").main(ROOT / "README.md", steps=30)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_peft_trains_saves_and_loads_a_classifier() -> None:
+    trained, loaded = import_module("examples.peft_trainer").main(steps=100)
+    assert trained > 0.9
+    assert loaded == trained
+
+
+def test_peft_trains_a_decoder_on_a_text_file() -> None:
+    losses = import_module("examples.peft_causal_lm").main(ROOT / "README.md", steps=30)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_peft_adapts_queries_and_values_inside_a_fused_linear() -> None:
+    adapted, merged, keys = import_module("examples.peft_timm").main(epochs=4)
+    assert adapted > 0.6  # of five classes
+    assert merged == pytest.approx(adapted, abs=0.005)
+    assert keys == 0
