@@ -37,6 +37,7 @@ def run_job(composed: DictConfig) -> str | None:
     from hydra.core.hydra_config import HydraConfig
 
     from tenslora.harness.config import validate
+    from tenslora.harness.config.sweep import sweep_config
     from tenslora.harness.run_folder import RunFolder
     from tenslora.harness.sweeping.jobs import carry_out
     from tenslora.harness.sweeping.tuning import tune_of
@@ -48,7 +49,7 @@ def run_job(composed: DictConfig) -> str | None:
     return carry_out(
         replace(validate(composed), tuned=tune_of(composed)),
         RunFolder(Path(hydra_config.runtime.output_dir)),
-        composed.table.name,
+        sweep_config(composed).table.name,
         lambda run, path: train(run, path, show_progress=in_this_process),
     )
 
@@ -69,46 +70,47 @@ def sweep(
     Raises:
         TensLoRAError: if jobs have failed; the results are written first.
     """
+    from tenslora.harness.config.sweep import sweep_config
     from tenslora.harness.results import write_results
     from tenslora.harness.results.paper import stand_in
     from tenslora.harness.results.settings import command_of, settings_of
-    from tenslora.harness.results.table import Table, groups_of
+    from tenslora.harness.results.table import Table
     from tenslora.harness.sweeping.jobs import State, launch_jobs, overwrite, plan_jobs
     from tenslora.harness.sweeping.plan import announcements, cost, news, plan, tuning_plan
     from tenslora.harness.sweeping.progress import Progress
     from tenslora.harness.sweeping.tuning import Known, Stages, name_of, tune_of
     from tenslora.harness.tracking import track_table
 
-    outputs, name, tune = Path(config.hydra.sweep.dir), name_of(config), tune_of(config)
-    title = f"{config.table.title}, tuned over {tune.setting}" if tune else config.table.title
+    settings, tune = sweep_config(config), tune_of(config)
+    outputs, name, title = Path(config.hydra.sweep.dir), name_of(config), settings.table.title
+    title = f"{title}, tuned over {tune.setting}" if tune else title
     folder = outputs / "tables" / name
     stages = Stages(plan_jobs(composed, outputs), tune)
-    groups = groups_of(config.table.groups)
     known = stages.look()
-    if config.overwrite and not config.dry_run:
-        overwrite(list(known.looks), config.collect_only)
+    if stages.jobs[0].run.overwrite and not settings.dry_run:
+        overwrite(list(known.looks), settings.collect_only)
         known = stages.look()
 
     def collect(known: Known) -> Table:
-        table = Table(name, title, stages.runs(known), config.table.score, groups=groups)
+        table = Table(name, title, stages.runs(known), settings.table.score, groups=settings.table.groups)
         tuning = stages.tuning(known, name, title)
         notes = tuple(filter(None, [stand_in(table), tuning.edge_note if tuning else ""]))
-        settings = settings_of(job.run.settings() for job in known.jobs if job in known.looks)
-        return replace(table, notes=notes, command=command_of(sys.argv), settings=settings, tuning=tuning)
+        of_runs = settings_of(job.run.settings() for job in known.jobs if job in known.looks)
+        return replace(table, notes=notes, command=command_of(sys.argv), settings=of_runs, tuning=tuning)
 
     if tune:
         print(tuning_plan(known), end="\n\n")
     print(plan(collect(known), known.looks))
     print(cost(known.open), end="", flush=True)
-    if config.dry_run:
+    if settings.dry_run:
         return
 
     tried: set[Job] = set()
-    if not config.collect_only:
+    if not settings.collect_only:
         print("\n".join(["", *announcements(known.looks)]), flush=True)
         if known.open:
             print(f"report: {folder / 'report.html'}, written anew as jobs end\n", flush=True)
-    while todo := [job for job in known.open if job not in tried and not config.collect_only]:
+    while todo := [job for job in known.open if job not in tried and not settings.collect_only]:
         from tenslora.harness.results.report import write_report
 
         def report(looks: Mapping[Job, Look], goes_on: bool, known: Known = known) -> None:

@@ -19,8 +19,11 @@ from hydra.types import HydraContext, TaskFunction
 from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.sweeping.composing import Composer, words_of_jobs
+
+MOST_WORKERS = 1024
+"""How many worker processes joblib may be asked for."""
 
 LOOK_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0  # how long a wait may go on without a new line if only the number of pending jobs changes
@@ -37,6 +40,12 @@ class TableSweeper(BasicSweeper):
     task: Any
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        number = config.hydra.launcher.get("n_jobs", 1)
+        if not 0 < abs(number) <= MOST_WORKERS:
+            raise TensLoRAError(
+                f"hydra.launcher.n_jobs={number}: must be from 1 to {MOST_WORKERS}, or -1 for as many as there are "
+                f"processors"
+            )
         if patient := PATIENT.get(config.hydra.launcher._target_):
             config = copy.deepcopy(config)
             with read_write(config), open_dict(config):
@@ -65,8 +74,14 @@ class TableSweeper(BasicSweeper):
 
                     get_reusable_executor().shutdown(wait=True, kill_workers=True)
                 raise
-            except RuntimeError as error:  # when one worker process is killed, joblib ends the whole pool
-                raise TensLoRAError(f"the launcher broke off ({error}); the same command goes on") from error
+            except TensLoRAError:
+                raise
+            # A job's own error is in what the launcher returns. This one is the launcher's: when one worker process is
+            # killed, joblib ends the whole pool, and it checks its settings only now.
+            except Exception as error:
+                raise TensLoRAError(
+                    f"hydra.launcher: broke off ({first_line(error)}); the same command goes on"
+                ) from error
 
         self.task.sweep(config, jobs, launch)
 

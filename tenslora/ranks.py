@@ -18,6 +18,9 @@ from tenslora.errors import TensLoRAError, require_one_of
 from tenslora.factorizations import factorization_of
 from tenslora.factorizations.tucker import RULES
 
+LARGEST_SCALE = 1000
+"""The most times as many parameters as LoRA's that isoparameters can ask for."""
+
 STRATEGIES = ("isorank", "isoparameters", "explicit")
 
 
@@ -254,8 +257,8 @@ class RankStrategy:
             raise TensLoRAError(f"rank={self.rank}: must be at least 1")
         if not 0 <= self.tolerance < 1:
             raise TensLoRAError(f"tolerance={self.tolerance}: must be at least 0 and below 1")
-        if not 0 < self.scale < math.inf:
-            raise TensLoRAError(f"scale={self.scale}: must be above 0")
+        if not 0 < self.scale <= LARGEST_SCALE:
+            raise TensLoRAError(f"scale={self.scale}: must be above 0 and at most {LARGEST_SCALE}")
 
     def resolve(self, construction: str, geometry: Geometry, factorization: str = "tucker") -> tuple[int, ...]:
         """The ranks of the construction's tensors.

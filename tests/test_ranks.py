@@ -186,7 +186,8 @@ def test_explicit_ranks_that_do_not_fit_are_refused_by_name(ranks: list[int] | N
         ({"rank": 0}, r"^rank=0: must be at least 1$"),
         ({"rule": "best"}, r"^rule=best: must be one of saturate, uniform, proportional$"),
         ({"tolerance": 1.0}, r"^tolerance=1\.0: must be at least 0 and below 1$"),
-        ({"scale": 0.0}, r"^scale=0\.0: must be above 0$"),
+        ({"scale": 0.0}, r"^scale=0\.0: must be above 0 and at most 1000$"),
+        ({"scale": 1e30}, r"^scale=1e\+30: must be above 0 and at most 1000$"),
         ({"name": "magic"}, r"^name=magic: must be one of isorank, isoparameters, explicit$"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -49,6 +50,9 @@ def run_app(
         sweep: decides which jobs of a multirun are carried out; see `hydra_plugins.tenslora_sweeps.TableSweeper`. None
             for an application without a table.
     """
+    for word in sys.argv[1:]:
+        if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|''|\"\")?", word):  # Hydra would write into the current folder
+            sys.exit(f"error: {word}: must be a folder")
     guarded = _Task(task, sweep, wants_traceback=os.environ.get(_FULL_ERROR) == "1")
     # With this setting Hydra raises its own errors instead of printing them over several lines.
     os.environ[_FULL_ERROR] = "1"

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
-from tenslora.harness.config.checks import as_typed, in_one_line
+from tenslora.harness.config.checks import as_typed, in_one_line, require_plain_values, settings_with_numbers
 from tenslora.harness.config.schema import (
     IMAGE_SETTINGS,
     REFERENCES,
@@ -72,13 +72,14 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
     except OmegaConfBaseException as error:
         reason = "is missing" if isinstance(error, MissingMandatoryValue) else str(error).splitlines()[0]
         raise TensLoRAError(f"{error.full_key}: {reason}" if error.full_key else reason) from error
-    tensor_mode = plain.get("tensor_mode", {}).get("name")
     try:
-        run: RunConfig = _schema().validate_python(_arranged(plain))
+        arranged = _arranged(plain)
+        require_plain_values(arranged, _numbers())
+        run: RunConfig = _schema().validate_python(arranged)
     except ValidationError as error:
         raise in_one_line(error, RunConfig) from error
-    if tensor_mode in REFERENCES:
-        return replace(run, tensor_mode=tensor_mode, adapter=None)
+    if run.tensor_mode in REFERENCES:
+        return replace(run, adapter=None)
     if run.geometry:
         check_ranks(run, run.geometry)
     return run
@@ -133,6 +134,11 @@ def _schema() -> TypeAdapter[RunConfig]:
     return TypeAdapter(RunConfig)
 
 
+@cache
+def _numbers() -> frozenset[str]:
+    return settings_with_numbers(RunConfig)
+
+
 def _resolved(config: DictConfig) -> dict[str, Any]:
     # The config is converted key by key, because OmegaConf's own masked copy takes thirty times as long and a sweep
     # validates many configs.
@@ -159,6 +165,8 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
     model = plain.get("model")
     if isinstance(model, dict) and "name" in model and model["name"] is None:
         arranged["model"] = {**model, "name": _name_of_model(model.get("checkpoint"), model.get("architecture"))}
+    if "tensor_mode" not in plain:
+        raise TensLoRAError("tensor_mode: is missing")
     tensor_mode = name_of("tensor_mode", "")
     adapter = plain.get("adapter", {})
     if isinstance(adapter, dict):

@@ -14,10 +14,13 @@ from pydantic import AfterValidator, ValidationError
 
 from tenslora.errors import TensLoRAError
 
+LARGEST = 1e9
+"""The largest number that a setting can have where its meaning sets no bound. Products of four fit into a float32."""
+
 
 def within(
-    low: float = -math.inf,
-    high: float = math.inf,
+    low: float = -LARGEST,
+    high: float = LARGEST,
     *,
     above: bool = False,
     below: bool = False,
@@ -32,18 +35,21 @@ def within(
         below: whether `high` itself is invalid.
         or_null: whether None is valid too.
     """
-    bounds = [f"{'above' if above else 'at least'} {low:g}"] if math.isfinite(low) else []
-    bounds += [f"{'below' if below else 'at most'} {high:g}"] if math.isfinite(high) else []
+    lower, upper = f"{'above' if above else 'at least'} {low}", f"{'below' if below else 'at most'} {high}"
     ending = ", or null" if or_null else ""
+    # A bound that is only there for safety is not told to somebody who is far from it.
+    bounds = " and ".join([*([lower] if low > -LARGEST else []), *([upper] if high < LARGEST else [])])
 
     def check(value: float | None) -> float | None:
         if value is None:
             return value
-        if not math.isfinite(value):
-            raise ValueError(f"must be {', '.join(['a finite number', ' and '.join(bounds)])}{ending}")
-        if (low < value if above else low <= value) and (value < high if below else value <= high):
-            return value
-        raise ValueError(f"must be {' and '.join(bounds)}{ending}")
+        if isinstance(value, float) and not math.isfinite(value):  # an int may be too large for a float
+            raise ValueError(f"must be {', '.join(filter(None, ['a finite number', bounds]))}{ending}")
+        if not (low < value if above else low <= value):
+            raise ValueError(f"must be {bounds or lower}{ending}")
+        if not (value < high if below else value <= high):
+            raise ValueError(f"must be {bounds if high < LARGEST else upper}{ending}")
+        return value
 
     return AfterValidator(check)
 
@@ -80,11 +86,56 @@ def at_least_one(valid: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def matching(pattern: str, reason: str) -> AfterValidator:
+    """A validator that accepts text that matches a pattern. It accepts None where the field's type does.
+
+    Args:
+        pattern: a regular expression for the whole text.
+        reason: the message for any other text, such as "must be a name".
+    """
+    compiled = re.compile(pattern, re.ASCII)
+
+    def check(value: str | None) -> str | None:
+        if value is not None and not compiled.fullmatch(value):
+            raise ValueError(reason)
+        return value
+
+    return AfterValidator(check)
+
+
+def all_different() -> AfterValidator:
+    """A validator that accepts a list without a repeated item. It accepts None where the field's type does."""
+
+    def check(value: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("must be a list of different items")
+        return value
+
+    return AfterValidator(check)
+
+
 Count = Annotated[int, within(1)]
 CountOrNull = Annotated[int | None, within(1, or_null=True)]
 NonNegativeInt = Annotated[int, within(0)]
 NonNegative = Annotated[float, within(0)]
 BelowOne = Annotated[float, within(0, 1, below=True)]
+FolderName = Annotated[
+    str,
+    matching(
+        r"(?!tables$)[\w-][\w.-]{0,99}",
+        "must be a name of at most 100 letters, digits, '.', '_' and '-' that does not begin with '.', and not tables",
+    ),
+]
+"""A name of which a folder is made."""
+
+LONGEST = 4096
+"""How many characters a text in the settings can have, which is what Linux allows a path."""
+
+DEEPEST = 16
+"""How deep lists and groups in the settings can be nested."""
+
+LONGEST_SHOWN = 200
+"""How many characters of a value a message shows."""
 
 LIKENESS = 0.65
 """How similar two names must be, from 0 to 1, for one to be suggested instead of the other."""
@@ -111,6 +162,63 @@ _TYPES = {
 """The message for a value of a wrong type, by the first word of pydantic's name for the error."""
 
 
+def require_plain_values(settings: Any, numbers: Collection[str], setting: str = "", depth: int = 0) -> None:
+    """Check what holds for the values of all settings, whatever each of them means.
+
+    Args:
+        settings: the settings, nested.
+        numbers: the names of the settings that hold numbers. pydantic would take a truth value for one.
+        setting: the setting whose value `settings` is.
+        depth: how deep that value is nested.
+
+    Raises:
+        TensLoRAError: for a value of which no file of a run could be written, and for a truth value as a number.
+    """
+    reason = ""
+    if isinstance(settings, bool):
+        reason = "must be a number" if {setting, setting.rpartition(".")[0]} & set(numbers) else ""
+    elif isinstance(settings, int):
+        reason = "" if -(2**63) <= settings < 2**63 else "must be a number of at most 18 digits"
+    elif isinstance(settings, str):
+        if not settings:
+            reason = "must not be an empty text"
+        elif len(settings) > LONGEST:
+            reason = f"must be a text of at most {LONGEST} characters"
+        elif not settings.isprintable():
+            reason = "must be a text of one line, of characters that can be printed"
+    elif isinstance(settings, (dict, list, tuple)):
+        if depth > DEEPEST:
+            raise TensLoRAError(f"{as_typed(setting)}: must not be nested more than {DEEPEST} levels deep")
+        if not isinstance(settings, dict):
+            for item in settings:
+                require_plain_values(item, numbers, setting, depth + 1)
+            return
+        for name, item in settings.items():
+            if not (isinstance(name, str) and 0 < len(name) <= LONGEST_SHOWN and name.isprintable()):
+                raise TensLoRAError(f"{setting and as_typed(setting) + ': '}{shown(name)}: is not a name")
+            require_plain_values(item, numbers, f"{setting}.{name}" if setting else name, depth + 1)
+        return
+    elif settings is not None and not isinstance(settings, float):
+        reason = "must be a number, a text, true, false, null, or a list or a group of these"
+    if reason:
+        raise TensLoRAError(as_typed(f"{setting}={shown(settings)}: {reason}"))
+
+
+def settings_with_numbers(schema: Any) -> frozenset[str]:
+    """The names of a dataclass's settings that hold numbers and no truth values.
+
+    Args:
+        schema: the dataclass.
+    """
+    return frozenset(
+        name for name, hint in _settings_of(schema) if {int, float} & (kinds := _kinds(hint)) and bool not in kinds
+    )
+
+
+def _kinds(hint: Any) -> set[Any]:
+    return {hint}.union(*map(_kinds, get_args(hint)))
+
+
 def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
     """Turn pydantic's first complaint into one line that names the setting, its value and what would be valid.
 
@@ -134,7 +242,7 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
         return TensLoRAError(as_typed(".".join([*path, str(cause)])))
     if kind == "unexpected_keyword_argument":
         # A sweep sets how a run was tuned, not the user.
-        settings = [known for known in _settings_of(schema) if not known.startswith("tuned.")]
+        settings = [name for name, _ in _settings_of(schema) if not name.startswith("tuned.")]
         if setting in settings:
             return TensLoRAError(as_typed(f"{setting}: there is no such setting for a dataset of {modality}s"))
         return TensLoRAError(as_typed(no_such_setting(setting, [as_typed(known) for known in settings])))
@@ -143,7 +251,9 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
     if kind == "union_tag_invalid":
         reason = f"must be one of {details['expected_tags']}".replace("'", "")
     elif kind.startswith("dataclass"):
-        reason = f"must be a group of settings: {_members(setting, list(map(as_typed, _settings_of(schema))))}"
+        reason = (
+            f"must be a group of settings: {_members(setting, [as_typed(name) for name, _ in _settings_of(schema)])}"
+        )
     else:
         reason = str(cause) if cause else _TYPES.get(kind.partition("_")[0], str(first["msg"]))
     return TensLoRAError(as_typed(f"{setting}={shown(value)}: {reason}"))
@@ -210,8 +320,8 @@ def _ratio(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 
-def _settings_of(schema: Any, prefix: str = "") -> Iterator[str]:
-    # Yields the names of all settings, with the groups that they are in.
+def _settings_of(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    # Yields the names of all settings, with the groups that they are in, and their types.
     hints = get_type_hints(schema)
     for field in fields(schema):
         groups = [kind for kind in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(kind)]
@@ -219,13 +329,21 @@ def _settings_of(schema: Any, prefix: str = "") -> Iterator[str]:
             for group in groups:
                 yield from _settings_of(group, f"{prefix}{field.name}.")
         else:
-            yield prefix + field.name
+            yield prefix + field.name, hints[field.name]
 
 
 def shown(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """A value as it is written on the command line, shortened to one line of moderate length."""
+    text = _written(value)
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def _written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, int) and abs(value) >= 10**LONGEST_SHOWN:
+        return "(a number of many digits)"  # Python refuses to write out more than 4300
     return str(value)

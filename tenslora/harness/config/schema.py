@@ -23,9 +23,12 @@ from tenslora.harness.config.checks import (
     BelowOne,
     Count,
     CountOrNull,
+    FolderName,
     NonNegative,
     NonNegativeInt,
+    all_different,
     at_least_one,
+    matching,
     one_of,
     within,
 )
@@ -47,6 +50,11 @@ TENSOR_MODES = (*CONSTRUCTIONS, *REFERENCES)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's red, green and blue."""
 
+LARGEST_SEED = 2**53
+"""Larger numbers are not exact in every reader of JSON."""
+
+_NO_PROJECT = "must be a name of at most 128 characters, without / \\ # ? % and :"
+
 SOURCES = ("image_folder", "vtab", "text_files")
 """What a dataset's `source` may be."""
 
@@ -59,7 +67,7 @@ class ModelConfig:
     own files say: its architecture, the size and the normalization of its images, its dimensions.
     """
 
-    name: str
+    name: FolderName
     modality: Annotated[str, one_of(("image", "text"))]
     library: Annotated[str, one_of(("transformers", "timm"))]
     architecture: str | None
@@ -67,10 +75,10 @@ class ModelConfig:
     checkpoint: str | None
     pretrained: bool
     geometry: Geometry | None
-    image_size: Annotated[int | None, within(0, or_null=True)] = 0
-    channels: Annotated[int | None, within(0, or_null=True)] = 0
-    mean: tuple[float, ...] | None = ()
-    std: tuple[float, ...] | None = ()
+    image_size: Annotated[int | None, within(0, 4096, or_null=True)] = 0
+    channels: Annotated[int | None, within(0, 3, or_null=True)] = 0
+    mean: tuple[Annotated[float, within(-1e3, 1e3)], ...] | None = ()
+    std: tuple[Annotated[float, within(1e-3, 1e3)], ...] | None = ()
 
     def __post_init__(self) -> None:
         if self.architecture is None and self.library == "timm":
@@ -79,13 +87,26 @@ class ModelConfig:
             raise TensLoRAError(f"checkpoint={self.checkpoint}: must be a folder, or a repository of the hub")
         if self.modality == "text":
             return
-        if self.image_size is not None and self.image_size < 1:
-            raise TensLoRAError(f"image_size={self.image_size}: must be at least 1")
+        if self.image_size is not None:
+            if self.image_size < 1:
+                raise TensLoRAError(f"image_size={self.image_size}: must be at least 1")
+            patch = self._patch_size
+            if patch is not None and self.image_size % patch:
+                raise TensLoRAError(f"image_size={self.image_size}: must be a multiple of {patch}, the patches' size")
+        if self.channels not in (None, 1, 3):
+            raise TensLoRAError(f"channels={self.channels}: must be 1 (grey) or 3 (red, green and blue)")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and self.channels is not None and len(values) != self.channels:
                 raise TensLoRAError(
                     f"{name}={list(values)}: must have one number for each channel, and channels={self.channels}"
                 )
+
+    @property
+    def _patch_size(self) -> int | None:
+        """The height and the width of a patch, if the options or the architecture's name say it."""
+        named = re.search(r"patch(\d{1,4})(?!\d)", self.architecture or "", re.ASCII)
+        size = self.options.get("patch_size", int(named[1]) if named else None)
+        return size if isinstance(size, int) and size > 0 else None
 
     @property
     def declares_images(self) -> bool:
@@ -100,7 +121,7 @@ class TransformConfig:
     crop_ratio: Annotated[float | None, within(0.01, 1, or_null=True)]
     squash: bool | None
     interpolation: Annotated[str | None, one_of(("bilinear", "bicubic"))]
-    color_jitter: NonNegative
+    color_jitter: Annotated[float, within(0, 10)]
     flip: bool
     normalize: Annotated[bool | str, one_of((True, False, "imagenet"))]
 
@@ -113,20 +134,14 @@ class DatasetConfig:
     task's own (`tasks.Task.metrics`) if they are None.
     """
 
-    name: str
+    name: FolderName
     root: str | None
-    metrics: Annotated[tuple[str, ...] | None, at_least_one(METRICS), one_of(METRICS)]
-    train_splits: tuple[str, ...] | None
+    metrics: Annotated[tuple[str, ...] | None, at_least_one(METRICS), one_of(METRICS), all_different()]
+    train_splits: Annotated[tuple[str, ...] | None, all_different()]
     test_split: str | None
     train_size: CountOrNull
     source: Annotated[str | None, one_of(SOURCES)] = None
     validation: Annotated[float | None, within(0, 1, above=True, below=True, or_null=True)] = None
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w-][\w.-]*", self.name, re.ASCII) or self.name == "tables":  # it names a folder
-            raise TensLoRAError(
-                f"name={self.name}: must be a name of letters, digits, '.', '_' and '-', and must not be tables"
-            )
 
     @property
     def scored_on(self) -> str:
@@ -150,7 +165,6 @@ class ImageDatasetConfig(DatasetConfig):
         return "validation" if self.source == "vtab" and self.test_split == "val200" else super().scored_on
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.source == "image_folder":
             self._check_image_folder()
             return
@@ -188,18 +202,17 @@ class TextDatasetConfig(DatasetConfig):
     """A dataset of sentences or pairs of sentences."""
 
     modality: Literal["text"]
-    max_length: Annotated[int, within(4)]
+    max_length: Annotated[int, within(4, 1_000_000)]
     padding: Annotated[str, one_of(("longest", "max_length"))]
     group_by_length: bool
     hub: str | None = None
     hub_config: str | None = None
-    text_columns: tuple[str, ...] | None = None
+    text_columns: Annotated[tuple[str, ...] | None, all_different()] = None
     label_column: str | None = None
     task: Annotated[str | None, one_of(("classification", "regression"))] = None
     train_fraction: Annotated[float | None, within(0.001, 0.999, or_null=True)] = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.source == "text_files":
             self._check_text_files()
             return
@@ -240,7 +253,7 @@ class OptimizerConfig:
     core_lr_ratio: NonNegative
     factor_weight_decay: dict[str, Annotated[float | None, within(0, or_null=True)]]
     betas: tuple[BelowOne, ...]
-    eps: NonNegative
+    eps: Annotated[float, within(1e-30, 1)]
 
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
@@ -272,9 +285,9 @@ class TrainerConfig:
     max_steps: CountOrNull
     precision: Annotated[str, one_of(("fp32", "bf16"))]
     compile: bool
-    device: str
-    threads: CountOrNull
-    workers: NonNegativeInt
+    device: Annotated[str, matching(r"auto|cpu|cuda(:\d{1,3})?", "must be auto, cpu, cuda or cuda:<index>")]
+    threads: Annotated[int | None, within(1, 4096, or_null=True)]
+    workers: Annotated[int, within(0, 1024)]
     evaluate: Annotated[Any, AfterValidator(_evaluations)] = "every_epoch"
 
     @property
@@ -291,10 +304,10 @@ class LoggerConfig:
     tensorboard: bool = False
     wandb: bool = False
     mode: Annotated[str, one_of(("auto", "online", "offline", "disabled"))] = "disabled"
-    project: str = "tenslora"
+    project: Annotated[str, matching(r"[^/\\#?%:]{1,128}", _NO_PROJECT)] = "tenslora"
     entity: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] = ()
+    group: Annotated[str | None, matching(r".{1,128}", "must be at most 128 characters")] = None
+    tags: tuple[Annotated[str, matching(r".{1,64}", "must be at most 64 characters each")], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -324,7 +337,7 @@ class RunConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
-    seed: NonNegativeInt
+    seed: Annotated[int, within(0, LARGEST_SEED)]
     resume: bool
     warm_start: str | None
     model: ModelConfig
@@ -335,7 +348,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     logger: LoggerConfig = LoggerConfig()
-    preset: str = "none"
+    preset: FolderName = "none"
     overwrite: bool = False
     tuned: TuneConfig | None = None
 
@@ -358,7 +371,7 @@ class RunConfig:
         """The same run with another seed, also for its adapter.
 
         Args:
-            seed: a whole number, at least 0.
+            seed: a whole number, from 0 to `LARGEST_SEED`.
 
         Returns:
             The settings with that seed.
@@ -368,6 +381,8 @@ class RunConfig:
         """
         if not isinstance(seed, int) or seed < 0:
             raise TensLoRAError(f"seed={seed}: must be a whole number, at least 0")
+        if seed > LARGEST_SEED:
+            raise TensLoRAError(f"seed={seed}: must be at most {LARGEST_SEED}")
         return replace(self, seed=seed, adapter=self.adapter and replace(self.adapter, seed=seed))
 
     @cached_property

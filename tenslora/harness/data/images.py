@@ -33,6 +33,7 @@ def _embedded_digits(config: ImageDatasetConfig) -> Dataset:
         ("root", config.root or "null", "null"),
         ("train_splits", _shown(config.train_splits), "[train]"),
         ("test_split", config.test_split or "null", "test"),
+        ("train_fraction", config.train_fraction or "null", "null"),
     ):
         if value != only:
             raise TensLoRAError(f"dataset.{setting}={value}: must be {only}, because the digits are embedded")

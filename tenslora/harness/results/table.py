@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import CONSTRUCTIONS
-from tenslora.errors import TensLoRAError
 from tenslora.harness.config.schema import TENSOR_MODES
 from tenslora.harness.training.metrics import METRICS, Metric
 
@@ -340,24 +339,6 @@ class Table:
     def scale(self, column: Column) -> Metric:
         """A column's headline metric, whose unit and direction say how to show it; accuracy before the first record."""
         return METRICS.get(self.metric(column) or "", METRICS["accuracy"])
-
-
-def groups_of(setting: Any) -> dict[str, tuple[str, ...]]:
-    """The groups of a table, from the setting `table.groups`.
-
-    Args:
-        setting: a mapping from the names of the groups to lists of datasets.
-
-    Returns:
-        The groups.
-
-    Raises:
-        TensLoRAError: if the setting is something else.
-    """
-    groups = list(setting.values()) if isinstance(setting, Mapping) else [None]
-    if not all(isinstance(group, Sequence) and not isinstance(group, str) and len(group) for group in groups):
-        raise TensLoRAError(f"table.groups={setting}: must be lists of datasets by group, such as {{Vision: [dtd]}}")
-    return {str(name): tuple(map(str, datasets)) for name, datasets in setting.items()}
 
 
 def percent_of_lora(parameters: int | None, lora_parameters: int | None) -> float | None:

@@ -27,10 +27,13 @@ class Processes:
         threads: the number of CPU threads; None to let torch choose.
 
     Raises:
-        TensLoRAError: for a device that this machine does not have.
+        TensLoRAError: for a device that this machine does not have, or for far more threads than it has processors.
     """
 
     def __init__(self, device: str, threads: int | None = None) -> None:
+        most = 4 * (os.cpu_count() or 1)
+        if threads is not None and threads > most:
+            raise TensLoRAError(f"trainer.threads={threads}: must be at most {most}, four times the processors here")
         torch.set_num_threads(threads or _THREADS)
         self.index, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._accelerator: Any = None

@@ -25,7 +25,7 @@ REFUSED = {
     "dataset=eurosat dataset.train_fraction=1": (
         "dataset.train_fraction=1: must be at least 0.001 and at most 0.999, or null"
     ),
-    "dataset=cola dataset.max_length=2": "dataset.max_length=2: must be at least 4",
+    "dataset=cola dataset.max_length=2": "dataset.max_length=2: must be at least 4 and at most 1000000",
     "model.image_size=0": "model.image_size=0: must be at least 1",
     "model.geometry.heads=0": "model.geometry.heads=0: must be at least 1",
     "adapter.alpha=nan": "adapter.alpha=nan: must be a finite number, from -1,000,000 to 1,000,000",
@@ -34,7 +34,33 @@ REFUSED = {
     "rank_strategy.rank=0": "rank_strategy.rank=0: must be at least 1",
     "rank_strategy.rank=65": "rank_strategy.rank=65: must be from 1 to 64, the width of a projection",
     "tensor_mode=lora rank_strategy.rank=65": "rank_strategy.rank=65: must be from 1 to 64, the width of a projection",
+    "model.image_size=4098": "model.image_size=4098: must be at least 0 and at most 4096, or null",
+    "model.image_size=15": "model.image_size=15: must be a multiple of 2, the patches' size",
+    "dataset=dtd model.image_size=200": "model.image_size=200: must be a multiple of 16, the patches' size",
+    "model.channels=2": "model.channels=2: must be 1 (grey) or 3 (red, green and blue)",
+    "model.channels=0": "model.channels=0: must be 1 (grey) or 3 (red, green and blue)",
+    "model.std=[0]": "model.std=0: must be at least 0.001 and at most 1000.0",
+    "model.std=[nan]": "model.std=nan: must be a finite number, at least 0.001 and at most 1000.0",
+    "model.mean=[inf]": "model.mean=inf: must be a finite number, at least -1000.0 and at most 1000.0",
+    "dataset.transform.color_jitter=1e30": "dataset.transform.color_jitter=1e+30: must be at least 0 and at most 10",
+    "rank_strategy.scale=1e30": "rank_strategy.scale=1e+30: must be above 0 and at most 1000",
+    "optimizer.eps=0": "optimizer.eps=0: must be at least 1e-30 and at most 1",
+    "optimizer.lr=1e10": "optimizer.lr=10000000000.0: must be at most 1000000000.0",
+    "trainer.clip_norm=inf": "trainer.clip_norm=inf: must be a finite number, above 0, or null",
+    "trainer.threads=100000": "trainer.threads=100000: must be at least 1 and at most 4096, or null",
+    "trainer.epochs=99999999999999999999": (
+        "trainer.epochs=99999999999999999999: must be a number of at most 18 digits"
+    ),
+    "trainer.device=cpu:5": "trainer.device=cpu:5: must be auto, cpu, cuda or cuda:<index>",
     # names
+    "model.name=a/b": "model.name=a/b: must be a name of at most 100 letters, digits, '.', '_' and '-' that does not "
+    "begin with '.', and not tables",
+    "dataset.name=..": "dataset.name=..: must be a name of at most 100 letters, digits, '.', '_' and '-' that does not "
+    "begin with '.', and not tables",
+    "logger=wandb logger.project=a/b": (
+        "logger.project=a/b: must be a name of at most 128 characters, without / \\ # ? % and :"
+    ),
+    "dataset.root=''": "dataset.root=: must not be an empty text",
     "tensor_mode.name=tucker": (
         "tensor_mode=tucker: must be one of lora, att, qkv, depth, att_qkv, att_depth, qkv_depth, att_qkv_depth, site, "
         "att_site, head_only, full"
@@ -59,6 +85,7 @@ REFUSED = {
     "dataset.metrics=[accuracy,auc]": (
         "dataset.metrics=[accuracy, auc]: auc must be one of accuracy, matthews, f1, pearson, spearman"
     ),
+    "dataset.metrics=[accuracy,accuracy]": ("dataset.metrics=[accuracy, accuracy]: must be a list of different items"),
     "dataset.metrics=accuracy": "dataset.metrics=accuracy: must be a list, written [a,b]",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9]: must be two numbers",
     "model.mean=[0.5,0.5]": "model.mean=[0.5, 0.5]: must have one number for each channel, and channels=1",
@@ -74,6 +101,9 @@ REFUSED = {
     # types
     "trainer.epochs=many": "trainer.epochs=many: must be a whole number",
     "trainer.epochs=1.5": "trainer.epochs=1.5: must be a whole number",
+    "trainer.epochs=true": "trainer.epochs=true: must be a number",
+    "optimizer.betas=[false,0.9]": "optimizer.betas=false: must be a number",
+    "rank_strategy.rank=true": "rank_strategy.rank=true: must be a number",
     "trainer.epochs=null": "trainer.epochs=null: must be a whole number",
     "optimizer.lr=fast": "optimizer.lr=fast: must be a number",
     "optimizer.betas=[a,0.9]": "optimizer.betas=a: must be a number",
@@ -88,7 +118,7 @@ REFUSED = {
     "+epochs=3": "epochs: there is no such setting; did you mean trainer.epochs?",
     "+adapter.alfa=1": "adapter.alfa: there is no such setting; did you mean adapter.alpha?",
     "+dataset.max_length=64": "dataset.max_length: there is no such setting for a dataset of images",
-    "+something.else=1": "something: there is no such setting; --help lists all settings",
+    "+elsewhere.x=1": "elsewhere: there is no such setting; --help lists all settings",
     "~trainer.epochs": "trainer.epochs: is missing",
     "seed=???": "seed: is missing",
     "dataset.root=${nowhere}": "dataset.root: Interpolation key 'nowhere' not found",

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -22,3 +24,9 @@ def test_one_process_is_the_plain_case() -> None:
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(TensLoRAError, match=rf"trainer\.device={device}: "):
         Processes(device)
+
+
+def test_far_more_threads_than_processors_are_refused() -> None:
+    most = 4 * (os.cpu_count() or 1)
+    with pytest.raises(TensLoRAError, match=rf"^trainer\.threads={most + 1}: must be at most {most}, "):
+        Processes("cpu", most + 1)
