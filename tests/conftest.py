@@ -21,7 +21,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than ten seconds, and runs before all others")
+    config.addinivalue_line("markers", "slow: takes seconds, and runs before all others")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

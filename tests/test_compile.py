@@ -7,6 +7,8 @@ import torch
 
 from tests.models import attached, build, inputs, logits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("name", "mode", "factorization", "adapt"),

@@ -8,6 +8,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_plain_loop_learns_and_merging_keeps_the_accuracy() -> None:
     adapted, merged = import_module("examples.plain_loop").main(epochs=4)

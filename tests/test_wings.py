@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "tenslora"
@@ -56,6 +58,7 @@ def test_imports_that_are_forbidden_are_seen(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_every_verb_works_where_only_the_dependencies_can_be_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.library_alone", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -22,6 +22,7 @@ import torch
 from hydra.core.plugins import Plugins
 
 IMPORTED = (
+    "datasets",
     "jinja2",
     "joblib",
     "matplotlib.backends.backend_agg",
@@ -35,7 +36,7 @@ IMPORTED = (
     "tenslora.harness.results.report",
     "tenslora.harness.training.loop",
     "timm",
-    "torchvision",
+    "torchvision.transforms.v2",
     "train",
     "transformers.models.bert.modeling_bert",
 )

@@ -12,6 +12,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.running import run
 
+pytestmark = pytest.mark.slow
+
 DOCS = ROOT / "docs"
 
 

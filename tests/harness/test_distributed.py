@@ -14,6 +14,8 @@ from tenslora.harness.run_folder import RunFolder
 from tests.commands import Command, Commands
 from tests.running import record, run
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_processes_train_what_one_does(commands: Commands, tmp_path: Path) -> None:
     # Of 65 examples in batches of 32 the last batch holds one, so that one process has none of it.

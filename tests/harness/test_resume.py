@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.commands import Command, Commands, Ended
 from tests.running import SHORT, record
 
@@ -21,6 +23,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_killed_anywhere_and_resumed_equals_one_that_was_not(commands: Commands, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 

@@ -20,6 +20,8 @@ from tests.conftest import ROOT
 from tests.running import SHORT, configured
 from tests.sweeps import claimed_by_a_process
 
+pytestmark = pytest.mark.slow
+
 TINY = [*SHORT, "rank_strategy=isorank", "seed=0"]
 TWO_JOBS = "tensor_mode=lora,qkv_depth"
 

@@ -16,6 +16,8 @@ from tests.harness.backbones.tiny_models import TEXT, trained_tokenizer
 from tests.harness.data.image_folders import paint
 from tests.running import record
 
+pytestmark = pytest.mark.slow
+
 TINY_VIT = (
     "model=timm", "model.architecture=vit_tiny_patch16_224", "model.pretrained=false", "model.image_size=16",
     "+model.options.embed_dim=24", "+model.options.depth=1",

@@ -10,6 +10,8 @@ from tests.commands import Commands
 from tests.conftest import ROOT
 from tests.harness.data.test_data_page import run_blocks
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_pages_blocks_run(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,8 @@ from tenslora.harness.load_run import load_run
 from tests.commands import Command, Commands
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs" / "data.md").read_text()
 SECTIONS = [section for section in re.split(r"(?m)^## ", PAGE) if "```sh\n" in section]
 
