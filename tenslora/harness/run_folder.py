@@ -10,6 +10,7 @@
 | checkpoint.safetensors | the training loop, after every epoch | the loop with resume=true; sweeps, if it exists |
 | metrics.csv | the logger csv, after every epoch | people |
 | events.out.tfevents.* | the logger tensorboard | TensorBoard |
+| profile.txt, profile.json.gz | debug=profile: a table and a trace of the first epoch | people; a browser |
 | failure.json | a sweep, of a job that left no record | sweeps |
 | .lock | train.py or a sweep, held while it carries out the run | other processes |
 | train.log, .hydra/ | Hydra | people; train.py, of an unfinished run of another length |
@@ -80,6 +81,16 @@ class RunFolder:
     def metrics(self) -> Path:
         """metrics.csv, a line for each epoch; only of a run with logger=csv."""
         return self.path / "metrics.csv"
+
+    @property
+    def profile_table(self) -> Path:
+        """profile.txt, the costliest operations of the first epoch; only of a run with debug=profile."""
+        return self.path / "profile.txt"
+
+    @property
+    def profile_trace(self) -> Path:
+        """profile.json.gz, the first epoch as a trace; only of a run with debug=profile."""
+        return self.path / "profile.json.gz"
 
     @property
     def failure(self) -> Path:

@@ -1,4 +1,4 @@
-"""Loggers: CSV, TensorBoard and Weights & Biases. A logger's library is imported only for a run that asks for it."""
+"""Loggers: CSV, TensorBoard, W&B and a profiler. A logger's library is imported only for a run that asks for it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ def start_tracker(run: RunConfig, folder: Path, facts: dict[str, Any], watch: bo
             from tenslora.harness.tracking.wandb_tracker import WandbTracker
 
             started.trackers.append(WandbTracker(run, folder, facts))
+        if run.logger.profile:
+            from tenslora.harness.tracking.profile_tracker import ProfileTracker
+
+            started.trackers.append(ProfileTracker(folder))
     except BaseException:
         started.abandon()
         raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from pathlib import Path
 
@@ -58,6 +60,21 @@ def test_a_fast_run_goes_through_everything_in_four_steps(tmp_path: Path) -> Non
     record = run(tmp_path, "debug=fast", "trainer.device=cpu")
     assert [entry["step"] for entry in record["metrics"]["history"]] == [2, 4]
     assert record["status"] == "completed"
+
+
+def test_a_profiled_run_leaves_a_table_and_a_trace(tmp_path: Path) -> None:
+    saved = run(tmp_path, "debug=profile", "trainer.max_steps=1", "dataset.train_size=40", "trainer.device=cpu")
+    assert (
+        saved["digest"]
+        == configured(
+            "trainer.epochs=1", "trainer.max_steps=1", "dataset.train_size=40", "dataset.validation=0.2"
+        ).digest()
+    )
+    table = (tmp_path / "profile.txt").read_text()
+    assert "aten::addmm" in table and "AddmmBackward0" in table
+    trace = json.loads(gzip.decompress((tmp_path / "profile.json.gz").read_bytes()))
+    named = {event.get("name") for event in trace["traceEvents"]}
+    assert {"aten::addmm", "aten::native_layer_norm_backward"} <= named
 
 
 def test_a_debug_run_shortens_any_recipe() -> None:
