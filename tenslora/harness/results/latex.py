@@ -18,6 +18,9 @@ from tenslora.harness.results.summary import (
 )
 from tenslora.harness.results.table import AdapterSize
 
+_MOST_COLUMNS = 10
+"""A table with more columns of scores is divided, as scaling it down to the text's width would make it too small."""
+
 _SIZE_HEADS = ["ranks", "parameters", r"\% of LoRA", "first step"]
 
 
@@ -26,14 +29,16 @@ def to_latex(summary: Summary) -> str:
 
     A tuned table has the scores of its trials too. What would be empty is left out. Each is a `table` environment with
     a caption, for the package booktabs. A table that is wider than the text is scaled down to its width, which needs
-    graphicx. If there are several backbones, ranks, parameters and first steps have a table of their own. The labels
-    are tab:<name>, tab:<name>-sizes, tab:<name>-by-setting and tab:<name>-trials (with -1, -2, ... if there are several
-    columns), tab:<name>-against-lora and tab:<name>-claims.
+    graphicx. More than ten columns of scores are divided among several tables: one for each group of datasets and one
+    for the groups' means, if the table has groups. Ranks, parameters and first steps then have a table of their own,
+    and also if there are several backbones. The labels are tab:<name> (the second and later parts with -part2, -part3,
+    ...), tab:<name>-sizes, tab:<name>-by-setting and tab:<name>-trials (with -1, -2, ... if there are several columns),
+    tab:<name>-against-lora and tab:<name>-claims.
 
     Args:
         summary: the summary of the table.
     """
-    parts = ["% Needs \\usepackage{booktabs,graphicx}.", *_main_tables(summary)]
+    parts = ["% Needs \\usepackage{booktabs,graphicx}.", "\n\n".join(_main_tables(summary))]
     for run in summary.failures:
         reason = one_line(f"{run.row.label}, {run.column.dataset}, seed {run.seed}: {run.problem}")
         parts.append(f"% failed: {reason}")
@@ -52,15 +57,41 @@ def to_latex(summary: Summary) -> str:
 
 
 def _main_tables(summary: Summary) -> list[str]:
-    """The scores with the sizes beside them, or with a table of sizes of their own where backbones differ."""
-    table = summary.table
-    models = list(dict.fromkeys(column.model for column in table.columns))
-    beside = len(models) == 1
-    sizes = [""] * len(_SIZE_HEADS) if beside else []
+    """The scores with the sizes beside them, or in a table of their own if backbones differ or scores are divided."""
+    models = list(dict.fromkeys(column.model for column in summary.table.columns))
+    parts = _parts(summary)
+    with_sizes = len(models) == 1 and len(parts) == 1
+    tables = [_scores_table(summary, part, number, with_sizes) for number, part in enumerate(parts, start=1)]
+    if not with_sizes:
+        tables.append(_sizes_table(summary, models))
+    return tables
+
+
+def _parts(summary: Summary) -> list[list[int]]:
+    """The numbers of the columns that stand together in one table."""
+    columns = [each.column for each in summary.columns]
+    if len(columns) <= _MOST_COLUMNS:
+        return [list(range(len(columns)))]
+    means = summary.table.group_columns
+    part_of = {column: (mean.model, mean.dataset) for mean, of in means.items() for column in of if column not in means}
+    parts: dict[tuple[str, str], list[int]] = {}
+    for number, column in enumerate(columns):
+        parts.setdefault(part_of.get(column, (column.model, "")), []).append(number)
+    # A part without groups may still be too wide.
+    starts = [(part, first) for part in parts.values() for first in range(0, len(part), _MOST_COLUMNS)]
+    return [part[first : first + _MOST_COLUMNS] for part, first in starts]
+
+
+def _scores_table(summary: Summary, part: list[int], number: int, with_sizes: bool) -> str:
+    """The scores of some columns, with the sizes of the adapters beside them or without."""
+    table, shown = summary.table, [summary.columns[index] for index in part]
+    sizes = [""] * len(_SIZE_HEADS) if with_sizes else []
     first = len(sizes) + 2  # number of the LaTeX column in which a column of the table begins
-    datasets, heads, rules = ["", *sizes], ["construction", *(_SIZE_HEADS if beside else [])], []
-    for column in summary.columns:
-        name = _escaped(f"{column.column.dataset} ({column.column.model})")
+    models = {column.model for column in table.columns}
+    datasets, heads, rules = ["", *sizes], ["construction", *(_SIZE_HEADS if with_sizes else [])], []
+    for column in shown:
+        model = f" ({column.column.model})" if len(models) > 1 or len(part) == len(summary.columns) else ""
+        name = _escaped(f"{column.column.dataset}{model}")
         beside_score = ["paper"] * column.has_paper + [_escaped(column.tuned)] * bool(column.tuned)
         datasets.append(rf"\multicolumn{{{1 + len(beside_score)}}}{{c}}{{{name}}}")
         heads += [_escaped(column.metric or ""), *beside_score]
@@ -68,8 +99,8 @@ def _main_tables(summary: Summary) -> list[str]:
         first += 1 + len(beside_score)
 
     def scores(row: SummaryRow) -> list[str]:
-        texts = [*row.adapter_texts] if beside else []
-        for column, cell in zip(summary.columns, row.cells, strict=True):
+        texts = [*row.adapter_texts] if with_sizes else []
+        for column, cell in zip(shown, [row.cells[index] for index in part], strict=True):
             tuned = [_escaped(cell.tuned)] * bool(column.tuned)
             texts += [_score(cell), *[cell.paper_number] * column.has_paper, *tuned]
         return texts
@@ -77,26 +108,29 @@ def _main_tables(summary: Summary) -> list[str]:
     notes = [summary.caption]
     if any(cell.scores and cell.remark for row in summary.rows for cell in row.cells):
         notes.append("A superscript counts the seeds that have a score where some have none.")
-    alignment = ("llrrr" if beside else "l") + "r" * (len(heads) - 1 - len(sizes))
-    caption = " ".join(map(_escaped, (f"{table.title}.", *table.notes, *notes)))
+    alignment = ("llrrr" if with_sizes else "l") + "r" * (len(heads) - 1 - len(sizes))
+    texts = (f"{table.title}.", *table.notes, *notes) if number == 1 else (f"{table.title}, continued.",)
+    caption, label = " ".join(map(_escaped, texts)), f"tab:{table.name}" + (f"-part{number}" if number > 1 else "")
     top = [_row(datasets), " ".join(rules), _row(heads)]
-    tables = [_environment(alignment, [*top, *_grouped(summary, scores, len(heads))], caption, f"tab:{table.name}")]
-    if not beside:
-        names = ["", *(rf"\multicolumn{{{len(_SIZE_HEADS)}}}{{c}}{{{_escaped(model)}}}" for model in models)]
-        rules = [
-            rf"\cmidrule(lr){{{first}-{first + len(_SIZE_HEADS) - 1}}}"
-            for first in range(2, 2 + len(_SIZE_HEADS) * len(models), len(_SIZE_HEADS))
-        ]
-        top = [_row(names), " ".join(rules), _row(["construction", *_SIZE_HEADS * len(models)])]
+    return _environment(alignment, [*top, *_grouped(summary, scores, len(heads))], caption, label)
 
-        def sizes_of(row: SummaryRow) -> list[str]:
-            by_model = {run.column.model: cell.size for cell in row.cells for run in cell.runs}
-            return [text for model in models for text in by_model.get(model, AdapterSize(None, None, None)).texts]
 
-        body = _grouped(summary, sizes_of, 1 + len(_SIZE_HEADS) * len(models))
-        caption = _escaped(f"{table.title}: ranks, parameters and first steps.")
-        tables += ["", _environment("l" + "lrrr" * len(models), [*top, *body], caption, f"tab:{table.name}-sizes")]
-    return tables
+def _sizes_table(summary: Summary, models: list[str]) -> str:
+    """The sizes of the adapters on each backbone."""
+    names = ["", *(rf"\multicolumn{{{len(_SIZE_HEADS)}}}{{c}}{{{_escaped(model)}}}" for model in models)]
+    rules = [
+        rf"\cmidrule(lr){{{first}-{first + len(_SIZE_HEADS) - 1}}}"
+        for first in range(2, 2 + len(_SIZE_HEADS) * len(models), len(_SIZE_HEADS))
+    ]
+    top = [_row(names), " ".join(rules), _row(["construction", *_SIZE_HEADS * len(models)])]
+
+    def sizes_of(row: SummaryRow) -> list[str]:
+        by_model = {run.column.model: cell.size for cell in row.cells for run in cell.runs}
+        return [text for model in models for text in by_model.get(model, AdapterSize(None, None, None)).texts]
+
+    body = _grouped(summary, sizes_of, 1 + len(_SIZE_HEADS) * len(models))
+    caption = _escaped(f"{summary.table.title}: ranks, parameters and first steps.")
+    return _environment("l" + "lrrr" * len(models), [*top, *body], caption, f"tab:{summary.table.name}-sizes")
 
 
 def _grouped(summary: Summary, texts: Callable[[SummaryRow], list[str]], width: int) -> list[str]:

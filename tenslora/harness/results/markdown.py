@@ -24,6 +24,15 @@ def to_markdown(summary: Summary) -> str:
     """
     blocks = [f"# {_escaped(summary.table.title)}", *map(_escaped, summary.table.notes), summary.caption]
     blocks.append(_main_table(summary))
+    for others in summary.other_scores:
+        heading = f"## Other scores on {others.column.dataset} ({others.column.model})"
+        heads = ["construction", *map(_escaped, others.names)]
+        lines = [[_escaped(row.label), *texts] for row, texts in others.rows]
+        blocks += [
+            _escaped(heading),
+            "After the last epoch, in the units of the table above.",
+            _table(heads, ["---", *["---:"] * len(others.names)], lines),
+        ]
     for grid in summary.grids:
         heading = f"## {grid.column.dataset} ({grid.column.model}) by {grid.setting}"
         blocks += [_escaped(heading), _grid_table(grid)]

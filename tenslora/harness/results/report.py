@@ -23,7 +23,6 @@ from tenslora.harness.results.paper import VERDICTS_NOTE
 from tenslora.harness.results.statistics import Difference
 from tenslora.harness.results.summary import COMPARISON_NOTE, Comparison, Summary, summarize
 from tenslora.harness.results.table import ROW_ORDER, Column, Row, Run, Table
-from tenslora.harness.training.metrics import METRICS
 
 
 def write_report(table: Table, folder: Path, goes_on: bool) -> Path:
@@ -134,11 +133,7 @@ def _unfinished(runs: Iterable[Run]) -> dict[str, list[tuple[Row, Column, list[i
 
 def _other_scores(run: Run) -> str:
     """The last scores of a run other than that of the headline metric, those of further test splits included."""
-    texts = []
-    for name, score in run.metrics.get("others_last", {}).items():
-        metric = METRICS.get(name.partition("_")[0])  # of a further split: accuracy_mismatched
-        texts.append(f"{name} {score * (metric.factor if metric else 1):.2f}")
-    return ", ".join(texts)
+    return ", ".join(f"{name} {score:.2f}" for name, score in run.other_scores.items())
 
 
 def _provenance(runs: Iterable[Run]) -> dict[str, list[str]]:

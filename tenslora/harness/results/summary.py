@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -109,6 +110,21 @@ class Cell:
         """
         number = bold.format(self.number) if self.best else self.number
         return " ".join(filter(None, (number, plus_minus if self.spread else "", self.spread, self.remark)))
+
+
+@dataclass(frozen=True)
+class OtherScores:
+    """The scores of a column by metrics other than the headline one, after the last epoch.
+
+    Args:
+        column: the column of the table.
+        names: the names of the metrics.
+        rows: the rows that have a score, each with its texts by name: the mean, and the standard deviation over seeds.
+    """
+
+    column: Column
+    names: tuple[str, ...]
+    rows: tuple[tuple[Row, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -349,6 +365,22 @@ class Summary:
         return f" ({', '.join(by_unit)})"
 
     @cached_property
+    def other_scores(self) -> list[OtherScores]:
+        """The scores of each column by metrics other than the headline one; without the columns that have none."""
+        tables = []
+        for number, column in enumerate(self.table.columns):
+            of_rows = {row.row: [run.other_scores for run in row.cells[number].runs] for row in self.rows}
+            names = list(dict.fromkeys(name for runs in of_rows.values() for scores in runs for name in scores))
+            if names:
+                rows = tuple(
+                    (row, tuple(_mean_text([scores[name] for scores in runs if name in scores]) for name in names))
+                    for row, runs in of_rows.items()
+                    if any(runs)
+                )
+                tables.append(OtherScores(column, tuple(names), rows))
+        return tables
+
+    @cached_property
     def grids(self) -> list[Grid]:
         """The scores of each column by the setting that is swept; empty unless exactly one setting is swept."""
         setting = self.table.swept_setting
@@ -452,6 +484,13 @@ def _differences(table: Table, columns: list[Column]) -> dict[tuple[Row, Column]
                 known[row, column] = difference.times(table.scale(column).factor) if difference else None
     places = [(row, column) for column in columns for row in table.rows]
     return {place: known[place] for place in places if place in known}
+
+
+def _mean_text(scores: Sequence[float]) -> str:
+    if not scores:
+        return ""
+    mean, deviation = mean_and_deviation(scores)
+    return f"{round(mean, 1) + 0.0:.1f}".replace("-", MINUS) + ("" if deviation is None else f" ± {deviation:.1f}")
 
 
 def _p_value(p: float | None) -> str:

@@ -156,6 +156,16 @@ class Run:
         return metrics
 
     @property
+    def other_scores(self) -> dict[str, float]:
+        """The last scores of all metrics but the headline one, in their units, those of further test splits included.
+
+        The score of a further test split is named after both, such as accuracy_mismatched.
+        """
+        scores: dict[str, float] = self.metrics.get("others_last", {})
+        metrics = {name: METRICS.get(name) or METRICS.get(name.partition("_")[0]) for name in scores}
+        return {name: score * (metric.factor if (metric := metrics[name]) else 1) for name, score in scores.items()}
+
+    @property
     def scored_on(self) -> str | None:
         """The split that the scores are of, "test" or "validation"; None without a record."""
         # Records of earlier versions do not name the split; it is the test split.

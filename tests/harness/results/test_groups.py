@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,19 @@ def test_the_means_are_the_published_ones() -> None:
         assert (att.cells[number].mean, lora.cells[number].mean) == pytest.approx(expected, abs=0.05)
     assert [cell.best for cell in lora.cells[19:]] == [True, False, True, True]
     assert {each.metric for each in summary.columns} == {"accuracy"}
+
+
+def test_latex_has_a_table_for_each_group_and_one_for_their_means() -> None:
+    text = to_latex(summarize(vtab_table()))
+    parts = re.findall(r"\\label\{(.*)\}|\\multicolumn\{1\}\{c\}\{(\S+|mean of groups)\}", text)
+    shown: dict[str, list[str]] = {"": []}
+    for label, column in parts:
+        if label:
+            shown[label] = []
+        else:
+            shown[[*shown][-1]].append(column.replace("\\_", "_"))
+    assert list(map(len, shown.values())) == [0, 7, 4, 8, 4, 0, 0]
+    assert shown["tab:sample-part2"] == list(GROUPS["Specialized"])
 
 
 def test_the_tables_tasks_are_those_of_its_groups() -> None:

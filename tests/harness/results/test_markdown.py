@@ -52,6 +52,20 @@ def test_a_swept_setting_has_a_table_of_its_own() -> None:
     ]
 
 
+def test_other_scores_have_a_table_of_their_own() -> None:
+    runs = [make_run("lora", seed=seed, epochs=[0.5], column=COLA) for seed in range(2)]
+    for run, accuracy in zip(runs, (0.6, 0.7), strict=True):
+        assert run.record
+        run.record["metrics"]["others_last"] = {"accuracy": accuracy, "accuracy_mismatched": 0.25}
+    text = to_markdown(summarize(make_table([*runs, make_run("att", "isorank", column=COLA)])))
+    assert "## Other scores on cola (minilm)" in text
+    assert tables(text)[1] == [
+        ["construction", "accuracy", "accuracy_mismatched"],
+        ["---", "---:", "---:"],
+        ["lora", "65.0 ± 7.1", "25.0 ± 0.0"],
+    ]
+
+
 def test_failures_are_listed_in_a_line_each() -> None:
     runs = [
         make_run("depth", "isorank", seed=1, problem="out of | memory"),
