@@ -65,7 +65,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
 
     # Training. The record is written last: where there is a record, all other files are complete.
     resume_garbage_collection()
-    facts = facts_of(run, dataset, backbone, adapted, processes)
+    facts = facts_of(run, dataset, data, adapted, processes)
     with start_tracker(run, path, facts, watch=processes.is_main) as tracker:
         failure = None
         try:

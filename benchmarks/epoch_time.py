@@ -54,6 +54,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     from hydra import compose, initialize_config_dir
 
     from tenslora.harness.config import register_resolvers, validate
+    from tenslora.harness.training.evaluation import Evaluation
     from train import train
 
     register_resolvers()
@@ -61,7 +62,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
         run = validate(compose("config", overrides))
     logging.disable(logging.INFO)
     # The score after a few steps says nothing, and an evaluation takes longer than the steps.
-    no_score = (0.0, dict.fromkeys(run.dataset.metrics or (), 0.0))
+    no_score = Evaluation(0.0, dict.fromkeys(run.dataset.metrics or ("accuracy",), 0.0), {})
     records = []
     with patch("tenslora.harness.training.loop.evaluate", return_value=no_score):
         for _ in range(2):

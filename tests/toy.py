@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +58,11 @@ def collate(items: list[Any]) -> tuple[dict[str, Tensor], Tensor]:
     return {"x": torch.stack([features for features, _ in items])}, torch.tensor([label for _, label in items])
 
 
-def toy_data(task: Task = CLASSIFICATION, more_tests: Sequence[str] = ()) -> EncodedDataset:
+def toy_data(task: Task, metrics: tuple[str, ...], more_tests: Sequence[str]) -> EncodedDataset:
     """The toy dataset, with a further test split for each name."""
     values = task is REGRESSION
     further = {name: examples(number, values) for number, name in enumerate(more_tests, start=3)}
-    return EncodedDataset(examples(1, values), examples(2, values), further, collate, task.name)
+    return EncodedDataset(examples(1, values), examples(2, values), further, collate, task.name, metrics)
 
 
 def fit_toy(
@@ -86,11 +85,10 @@ def fit_toy(
         more_tests: the names of further test splits.
         on_epoch: as for `fit`.
     """
-    run = configured(*SHORT, *overrides)
     return fit(
         model or LinearModel(),
-        toy_data(task, more_tests),
-        replace(run, dataset=replace(run.dataset, metrics=metrics)),
+        toy_data(task, metrics, more_tests),
+        configured(*SHORT, *overrides),
         processes=Processes("cpu", 1),
         checkpoint=folder / "checkpoint.safetensors",
         show_progress=False,

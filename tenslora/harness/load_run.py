@@ -13,7 +13,7 @@ import torch
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.image_input import ImageInput
-from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, RunConfig, validate
+from tenslora.harness.config import DatasetConfig, RunConfig, validate
 from tenslora.harness.data import OWN_FILES, Dataset, Examples, load_dataset, load_tests
 from tenslora.harness.data.encoding import encode
 from tenslora.harness.data.glue import GLUE_TASKS
@@ -63,10 +63,7 @@ class LoadedRun:
     @property
     def image_input(self) -> ImageInput | None:
         """How the run turned a test image into the model's input; None for a text model."""
-        image_input = self.backbone.image_input
-        if image_input is None or not isinstance(self.run.dataset, ImageDatasetConfig):
-            return None
-        return image_input.under(self.run.dataset.transform)
+        return self.backbone.image_input_on(self.run.dataset)
 
     def predict(
         self, inputs: Sequence[Any], *, device: str | None = None, batch_size: int | None = None
@@ -129,9 +126,8 @@ class LoadedRun:
         loaded = _renumbered(loaded, self.task, self.classes, config)
         # The training examples are not used, and need not be tokenized.
         data = encode(replace(loaded, train=loaded.scored), config, self.backbone, self.tokenizer)
-        metrics = config.metrics or TASKS[self.task].metrics
         with self._on(device) as processes:
-            return evaluate(self.backbone.model, data, metrics, trainer=self.run.trainer, processes=processes)
+            return evaluate(self.backbone.model, data, trainer=self.run.trainer, processes=processes)
 
     @contextmanager
     def _on(self, device: str | None) -> Iterator[Processes]:

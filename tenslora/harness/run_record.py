@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import Geometry
 from tenslora.first_step import lora_first_step
-from tenslora.harness.config import ImageDatasetConfig
 from tenslora.harness.results.table import percent_of_lora
 from tenslora.harness.training.metrics import METRICS
 from tenslora.ranks import parameter_count, rank_limits
@@ -22,9 +21,9 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
     from tenslora.harness.adapted_model import AdaptedModel
-    from tenslora.harness.backbones import Backbone
     from tenslora.harness.config import RunConfig
     from tenslora.harness.data import Dataset
+    from tenslora.harness.data.encoding import EncodedDataset
     from tenslora.harness.training.checkpoint import TrainingState
     from tenslora.harness.training.loop import Diverged
     from tenslora.harness.training.processes import Processes
@@ -44,14 +43,14 @@ _PACKAGES = (
 
 
 def facts_of(
-    run: RunConfig, dataset: Dataset, backbone: Backbone, adapted: AdaptedModel, processes: Processes
+    run: RunConfig, dataset: Dataset, data: EncodedDataset, adapted: AdaptedModel, processes: Processes
 ) -> dict[str, Any]:
     """The facts known before a run trains: names, ranks, exact parameter counts, sizes of the data, the device.
 
     Args:
         run: the run's settings.
         dataset: the dataset that was loaded.
-        backbone: the backbone that was loaded.
+        data: the same, encoded for the model.
         adapted: the model, ready to train.
         processes: the processes that train.
 
@@ -59,15 +58,9 @@ def facts_of(
         The facts, under the names that they have in the record.
     """
     model, adapter, warm_start = adapted.model, adapted.adapter, adapted.warm_start
-    image_input = backbone.image_input
-    if image_input is not None and isinstance(run.dataset, ImageDatasetConfig):
-        image_input = image_input.under(run.dataset.transform)
     factorization = None
     if run.adapter:
         factorization = "matrix" if run.tensor_mode == "lora" else run.adapter.factorization
-    from tenslora.harness.training.tasks import TASKS  # it needs torch, and whoever reads records does not
-
-    metrics = run.dataset.metrics or TASKS[dataset.task].metrics
     return {
         "digest": run.digest(),
         "model": run.model.name,
@@ -79,7 +72,7 @@ def facts_of(
         "warm_start": asdict(warm_start) if warm_start else None,
         "seed": run.seed,
         "geometry": vars(adapted.geometry),
-        "image_input": asdict(image_input) if image_input else None,
+        "image_input": asdict(data.image_input) if data.image_input else None,
         "adapter_parameters": _count(adapter.parameters()) if adapter else 0,
         "lora_parameters": parameter_count("lora", adapted.geometry, [run.rank_strategy.rank]),
         "first_step": adapter.first_step if adapter else None,
@@ -95,7 +88,10 @@ def facts_of(
         "validation_examples": len(dataset.scored) if run.dataset.scored_on == "validation" else 0,
         "more_test_examples": {split: len(examples) for split, examples in dataset.more_tests.items()},
         "task": dataset.task,
-        "scores": [*metrics, *(f"{metric}_{split}" for split in dataset.more_tests for metric in metrics)],
+        "scores": [
+            *data.metrics,
+            *(f"{metric}_{split}" for split in dataset.more_tests for metric in data.metrics),
+        ],
         "classes": list(dataset.classes),
         "text_columns": list(dataset.text_columns),
         "processes": processes.count,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tenslora.harness.backbones.image_input import ImageInput
+from tenslora.harness.config import DatasetConfig, ImageDatasetConfig
 from tenslora.random_streams import stream_seed
 
 
@@ -29,6 +30,19 @@ class Backbone:
     input_name: str
     image_input: ImageInput | None = None
     max_tokens: int | None = None
+
+    def image_input_on(self, dataset: DatasetConfig) -> ImageInput | None:
+        """How a run on a dataset turns an image into the model's input; None for a text model.
+
+        Args:
+            dataset: the dataset's settings.
+
+        Raises:
+            TensLoRAError: if the settings ask for a normalization that the model cannot have.
+        """
+        if self.image_input is None or not isinstance(dataset, ImageDatasetConfig):
+            return None
+        return self.image_input.under(dataset.transform)
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The head's parameters by their names in the model."""

@@ -22,6 +22,7 @@ from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig, TransformConfig
 from tenslora.harness.data.examples import Dataset, Examples
+from tenslora.harness.training.tasks import TASKS
 from tenslora.random_streams import stream_seed
 
 if TYPE_CHECKING:
@@ -207,7 +208,9 @@ class EncodedDataset:
         more_tests: further examples that the run is scored on, by name.
         collate: makes a batch of some examples.
         task: the name of the task, see `training.tasks.TASKS`.
+        metrics: the names of the metrics that score the run, the headline metric first.
         scored_on: the split of the examples in `scored`, "test" or "validation".
+        image_input: how an image becomes the model's input, without augmentation; None for texts.
     """
 
     train: Encoded
@@ -215,7 +218,9 @@ class EncodedDataset:
     more_tests: Mapping[str, Encoded]
     collate: Collate
     task: str
+    metrics: tuple[str, ...]
     scored_on: str = "test"
+    image_input: ImageInput | None = None
 
 
 def encode(
@@ -238,12 +243,13 @@ def encode(
     Returns:
         The encoded dataset.
     """
+    metrics = config.metrics or TASKS[dataset.task].metrics
     if isinstance(config, TextDatasetConfig):
         assert tokenizer is not None
-        return _encode_texts(dataset, config, tokenizer, backbone.max_tokens)
+        return _encode_texts(dataset, config, metrics, tokenizer, backbone.max_tokens)
     assert isinstance(config, ImageDatasetConfig)
-    assert backbone.image_input is not None
-    image_input = backbone.image_input.under(config.transform)
+    image_input = backbone.image_input_on(config)
+    assert image_input is not None
     for_scoring = replace(config.transform, color_jitter=0.0, flip=False)
     return EncodedDataset(
         _transformed(dataset.train, config.transform, image_input),
@@ -251,7 +257,9 @@ def encode(
         {name: _transformed(examples, for_scoring, image_input) for name, examples in dataset.more_tests.items()},
         ImageCollate(backbone.input_name, image_input.mean, image_input.std),
         dataset.task,
+        metrics,
         config.scored_on,
+        image_input,
     )
 
 
@@ -284,7 +292,11 @@ def _transformed(examples: Examples, transform: TransformConfig, image_input: Im
 
 
 def _encode_texts(
-    dataset: Dataset, config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+    dataset: Dataset,
+    config: TextDatasetConfig,
+    metrics: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None,
 ) -> EncodedDataset:
     max_length = min(config.max_length, tokenizer.model_max_length, max_tokens or config.max_length)
 
@@ -299,6 +311,7 @@ def _encode_texts(
         {name: encoded(examples) for name, examples in dataset.more_tests.items()},
         TextCollate(tokenizer, max_length if config.padding == "max_length" else None),
         dataset.task,
+        metrics,
         config.scored_on,
     )
 

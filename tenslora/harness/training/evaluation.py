@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +48,6 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     data: EncodedDataset,
-    metrics: Sequence[str],
     *,
     trainer: TrainerConfig,
     processes: Processes,
@@ -61,7 +59,6 @@ def evaluate(
     Args:
         model: a model on the processes' device. It is left in evaluation mode.
         data: the dataset.
-        metrics: the names of the metrics, which are keys of `METRICS`.
         trainer: the settings that hold the batch size, the precision and the number of workers.
         processes: the processes that share the work.
 
@@ -81,7 +78,7 @@ def evaluate(
             of_split.labels, of_split.outputs
         )
         for split, of_split in predictions.items()
-        for metric in metrics
+        for metric in data.metrics
     }
     return Evaluation(math.fsum(losses[data.scored_on].tolist()) / len(data.scored), scores, predictions)
 

@@ -28,7 +28,7 @@ from tenslora.harness.training.precision import autocast, round_frozen_weights
 from tenslora.harness.training.processes import Processes
 from tenslora.harness.training.progress import ProgressBar
 from tenslora.harness.training.schedule import cosine_rate
-from tenslora.harness.training.tasks import TASKS, Task, outputs_of
+from tenslora.harness.training.tasks import TASKS, outputs_of
 from tenslora.random_streams import stream_seed
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,7 @@ def fit(
         TensLoRAError: if a metric does not apply to the task, if training does not fit into memory, or if a checkpoint
             cannot be read or written.
     """
-    task = TASKS[data.task]
-    optimization = _Optimization(model, task, run, processes)
+    optimization = _Optimization(model, data, run, processes)
     state = TrainingState()
     if run.resume and checkpoint.is_file():
         state = load_checkpoint(checkpoint, run.digest(), optimization.parameters, optimization.adamw)
@@ -112,8 +111,8 @@ def fit(
         pin_memory=processes.device.type == "cuda",
     )
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
-    metrics, every = run.dataset.metrics or task.metrics, run.trainer.evaluate_every
-    evaluate_epoch = partial(evaluate, optimization.wrapped, data, metrics, trainer=run.trainer, processes=processes)
+    every = run.trainer.evaluate_every
+    evaluate_epoch = partial(evaluate, optimization.wrapped, data, trainer=run.trainer, processes=processes)
     with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
         while state.steps < steps:
             epoch = state.epochs + 1
@@ -142,7 +141,7 @@ def fit(
             if is_scored:
                 if processes.is_main:
                     on_epoch(entry)
-                bar.epoch(entry, metrics[0])
+                bar.epoch(entry, data.metrics[0])
         if not state.predictions:  # the checkpoint is of the last epoch, so no epoch was left to evaluate
             state.predictions = evaluate_epoch().predictions
     return state
@@ -151,8 +150,9 @@ def fit(
 class _Optimization:
     """Takes the optimizer steps of a run. The arguments are those of `fit`."""
 
-    def __init__(self, model: nn.Module, task: Task, run: RunConfig, processes: Processes) -> None:
-        self.model, self.task, self.run, self.processes = model, task, run, processes
+    def __init__(self, model: nn.Module, data: EncodedDataset, run: RunConfig, processes: Processes) -> None:
+        self.model, self.run, self.processes = model, run, processes
+        self.task, self.metrics = TASKS[data.task], data.metrics
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.adamw = torch.optim.AdamW(
             parameter_groups(self.parameters, getattr(model, SUBMODULE, None), run.optimizer),
@@ -219,7 +219,7 @@ class _Optimization:
             with autocast(self.run.trainer.precision, device):
                 outputs = outputs_of(self.forward, inputs)
             if is_first_step:
-                self.task.check_metrics(self.run.dataset.metrics or self.task.metrics, outputs.shape[-1])
+                self.task.check_metrics(self.metrics, outputs.shape[-1])
             loss = self.task.loss(outputs.float(), labels, "mean") * batch.weight
             torch.autograd.backward(loss)
         return loss.detach()

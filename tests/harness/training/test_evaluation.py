@@ -38,8 +38,9 @@ class SmallDevice(LinearModel):
 def evaluated(model: torch.nn.Module, *overrides: str, lengths: bool = False) -> Evaluation:
     return evaluate(
         model,
-        EncodedDataset(examples(1), examples(2, lengths=lengths), {}, collate, "classification"),
-        ["accuracy", "matthews"],
+        EncodedDataset(
+            examples(1), examples(2, lengths=lengths), {}, collate, "classification", ("accuracy", "matthews")
+        ),
         trainer=configured(*SHORT, *overrides).trainer,
         processes=Processes("cpu", 1),
     )
@@ -67,10 +68,12 @@ def test_neither_batches_nor_workers_nor_the_order_change_the_scores(overrides: 
 
 def test_further_splits_are_scored_under_their_names() -> None:
     model = LinearModel()
-    whole = EncodedDataset(examples(1), examples(2), {"mismatched": examples(3)}, collate, "classification")
+    whole = EncodedDataset(
+        examples(1), examples(2), {"mismatched": examples(3)}, collate, "classification", ("accuracy",)
+    )
     settings: dict[str, Any] = {"trainer": configured(*SHORT).trainer, "processes": Processes("cpu", 1)}
-    evaluation = evaluate(model, whole, ["accuracy"], **settings)
-    alone = evaluate(model, replace(whole, scored=examples(3), more_tests={}), ["accuracy"], **settings)
+    evaluation = evaluate(model, whole, **settings)
+    alone = evaluate(model, replace(whole, scored=examples(3), more_tests={}), **settings)
     assert evaluation.loss == evaluated(model).loss
     assert list(evaluation.scores) == ["accuracy", "accuracy_mismatched"]
     assert evaluation.scores["accuracy_mismatched"] == alone.scores["accuracy"]
