@@ -36,6 +36,11 @@ TRAIN_FRACTION = 0.8
 FILES = (".csv", ".tsv", ".jsonl", ".json", ".ndjson", ".parquet")
 """The suffixes of the files that are read."""
 
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+"""What separates the columns, by the suffix of a file without types: all its cells are read as strings."""
+
+_SEPARATOR_NAMES = {";": "semicolons", "\t": "tabs", ",": "commas"}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -253,7 +258,7 @@ def _open_files(setting: str, splits: Mapping[str, list[Path]]) -> Source:
     if len(suffixes) > 1:
         raise TensLoRAError(f"{setting}: must hold files of one kind, but holds {', '.join(sorted(suffixes))}")
     (suffix,) = suffixes
-    return Source(setting, list(splits), lambda split: read_tables(splits[split]), suffix in (".csv", ".tsv"))
+    return Source(setting, list(splits), lambda split: read_tables(splits[split]), suffix in SEPARATORS)
 
 
 def read_tables(files: Sequence[Path]) -> Rows:
@@ -276,18 +281,29 @@ def read_tables(files: Sequence[Path]) -> Rows:
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # the library would log what is raised too
     if suffix == ".parquet":
         return datasets.Dataset.from_parquet(list(map(str, files)))
-    if suffix not in (".csv", ".tsv"):
+    if suffix not in SEPARATORS:
         return datasets.Dataset.from_json(list(map(str, files)))
     import pandas
 
+    separator = SEPARATORS[suffix]
+    for file in files:
+        _require_separator(file, separator)
     # All cells are read as strings: a text may be "NA" or "007".
     tables = [
-        pandas.read_csv(
-            file, sep="\t" if suffix == ".tsv" else ",", dtype=str, keep_default_na=False, encoding="utf-8-sig"
-        )
-        for file in files
+        pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig") for file in files
     ]
     return datasets.Dataset.from_pandas(pandas.concat(tables), preserve_index=False)
+
+
+def _require_separator(file: Path, separator: str) -> None:
+    """Refuse a file whose first line separates the columns otherwise, as spreadsheets do where 1,5 is a number."""
+    with file.open(encoding="utf-8-sig") as lines:
+        header = lines.readline()
+    if separator not in header and (others := [other for other in _SEPARATOR_NAMES if other in header]):
+        raise ValueError(
+            f"its columns are separated by {_SEPARATOR_NAMES[others[0]]}; must be separated by "
+            f"{_SEPARATOR_NAMES[separator]} in a {file.suffix} file"
+        )
 
 
 def _open_saved(setting: str, root: Path) -> Source:

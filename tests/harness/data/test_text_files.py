@@ -217,7 +217,11 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"train.csv": "text;label\na;1\n"}, r"dataset\.text_columns=null: .* there are text;label$"),
+        (
+            {"train.csv": "text;label\na, b;1\n"},
+            r"its columns are separated by semicolons; must be separated by commas in a \.csv file",
+        ),
+        ({"train.tsv": "text,label\na,1\n"}, "separated by commas; must be separated by tabs in a .tsv file"),
         ({"train.csv": "text,label\n"}, "the split train has no rows"),
         ({"train.csv": ""}, "the split train cannot be read"),
         ({"train.csv": "text,label\na,1\nb,2,3\n"}, r"the split train cannot be read \(.* in line 3"),
