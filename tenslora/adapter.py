@@ -128,12 +128,13 @@ class Adapter(nn.Module):
         # One line, also where the adapter is printed as a part of its model.
         mode, factorization = self.config.tensor_mode, self.config.factorization
         kind = mode if mode == "lora" else f"{mode}, {factorization}"
+        scaling = "" if self.config.scaling == "direct" else f", scaling={self.config.scaling}"
         names = rank_limits(mode, self.geometry, factorization)
         named = ", ".join(f"{name}={rank}" for name, rank in zip(names, self.ranks, strict=True))
         ranks = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {named}"
         count, tensors = sum(parameter.numel() for parameter in self.parameters()), len(self.tensors)
         plural = "s" * (tensors > 1)
-        return f"Adapter({kind}, {ranks}; {count:,} parameters in {tensors} tensor{plural})"
+        return f"Adapter({kind}, {ranks}{scaling}; {count:,} parameters in {tensors} tensor{plural})"
 
     @property
     def zero_parameter(self) -> str:

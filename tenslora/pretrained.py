@@ -10,20 +10,18 @@ A finished run of the harness that froze its backbone leaves the same two files,
 
 from __future__ import annotations
 
-import re
+import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tenslora.adapter import Adapter, load_adapter
 from tenslora.attachment import SUBMODULE, adapter_of, attach
-from tenslora.errors import TensLoRAError, first_line
+from tenslora.errors import TensLoRAError
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
-
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+from tenslora.hub import download, is_repository, upload
 
 
 def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
@@ -119,6 +117,8 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
 def push_to_hub(model: nn.Module, repo_id: str, private: bool = False) -> str:
     """Upload what `save_pretrained` writes to the Hugging Face hub, with the account that is logged in there.
 
+    A repository without a README.md gets a model card.
+
     Args:
         model: as for `save_pretrained`.
         repo_id: the repository, user/name; it is created if it is missing.
@@ -130,41 +130,57 @@ def push_to_hub(model: nn.Module, repo_id: str, private: bool = False) -> str:
     Raises:
         TensLoRAError: if there is no adapter, if huggingface_hub is not installed, or if the hub refuses.
     """
-    if not _REPOSITORY.fullmatch(repo_id):
+    if not is_repository(repo_id, with_owner=True):
         raise TensLoRAError(f"repo_id={repo_id}: must be the name of a repository, user/name")
-    hub = _hub(repo_id)
+    card = _model_card(model, repo_id)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder)
-        try:
-            hub.create_repo(repo_id, private=private, exist_ok=True)
-            # A head that an earlier adapter had must not stay beside this one.
-            commit = hub.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message="Upload a TensLoRA adapter",
-                delete_patterns=HEAD_FILE,
-            )
-        except Exception as error:  # the client raises OSError, ValueError and the types of its HTTP library
-            raise TensLoRAError(f"repo_id={repo_id}: the hub refuses ({first_line(error)})") from error
-    return str(commit.commit_url)
+        # A head that an earlier adapter had must not stay beside this one.
+        return upload(
+            save_pretrained(model, folder),
+            repo_id,
+            card=card,
+            message="Upload a TensLoRA adapter",
+            replaced=HEAD_FILE,
+            private=private,
+        )
 
 
 def _download(name: str, revision: str | None) -> Path:
-    if not _REPOSITORY.fullmatch(name) or name.endswith(".safetensors"):
+    if not is_repository(name, with_owner=True) or name.endswith(".safetensors"):
         raise TensLoRAError(f"{name}: no such file or folder, and not the name of a repository on the hub (user/name)")
-    hub = _hub(name)
-    try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=[ADAPTER_FILE, HEAD_FILE]))
-    except Exception as error:  # the client raises OSError, ValueError and the types of its HTTP library
-        raise TensLoRAError(f"{name}: no such folder, and not found on the hub ({first_line(error)})") from error
+    return download(name, [ADAPTER_FILE, HEAD_FILE], revision)
 
 
-def _hub(name: str) -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise TensLoRAError(f"{name}: the hub needs another package, pip install huggingface_hub") from error
-    return huggingface_hub
+def _model_card(model: nn.Module, repo_id: str) -> str:
+    """A README.md with the metadata that the hub reads, and the code that loads the adapter."""
+    adapter, base = adapter_of(model), _base_model(model)
+    metadata = ["library_name: tenslora", "tags: [tenslora]", *([f"base_model: {base}"] if base else [])]
+    of_base = f"[{base}](https://huggingface.co/{base})" if base else type(model).__name__
+    head = sum(weight.numel() for weight in _trained_weights(model).values())
+    count = sum(parameter.numel() for parameter in adapter.parameters())
+    return "\n".join(
+        [
+            "---", *metadata, "---", "",
+            f"# {repo_id.partition('/')[2]}", "",
+            f"A TensLoRA adapter ([arXiv 2509.19391](https://arxiv.org/abs/2509.19391)) of {of_base}.", "",
+            "| | |", "|---|---|",
+            f"| construction | {adapter.config.tensor_mode} |",
+            f"| ranks | {', '.join(map(str, adapter.ranks))} ({adapter.config.rank_strategy.name}) |",
+            f"| parameters | {count:,} in the adapter, {head:,} trained beside it |", "",
+            "```python",
+            "from tenslora import load", "",
+            f"load(model, {json.dumps(repo_id)})  # on {type(model).__name__}, as before the training",
+            "```", "",
+        ]
+    )  # fmt: skip
+
+
+def _base_model(model: nn.Module) -> str | None:
+    """The repository of the hub that a model of transformers or timm came from; None if it is not known."""
+    of_timm = getattr(model, "pretrained_cfg", None)
+    name = of_timm.get("hf_hub_id") if isinstance(of_timm, dict) else getattr(model, "name_or_path", None)
+    is_known = isinstance(name, str) and is_repository(name, with_owner=True) and not Path(name).exists()
+    return name if is_known else None
 
 
 def _trained_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -89,6 +89,7 @@ def test_a_saved_adapter_keeps_its_ranks_whatever_its_strategy_would_choose(tmp_
     ("config", "shown"),
     [
         (AdapterConfig("lora"), "lora, rank 4; 1,152 parameters in 12 tensors"),
+        (AdapterConfig("lora", scaling="first_step"), "lora, rank 4, scaling=first_step; 1,152 parameters"),
         (AdapterConfig("qkv", RankStrategy("isorank"), factorization="cp"), "qkv, cp, rank 4; 432 parameters in 4"),
         (
             AdapterConfig("depth", RankStrategy("explicit", ranks=(3, 2, 4))),

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -154,10 +155,26 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(tmp_path: Path, monkeypatch: 
         shutil.copytree(folder_path, repository, dirs_exist_ok=True)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/{commit_message.split()[0]}")
 
+    def file_exists(repo_id: str, name: str) -> bool:
+        return (tmp_path / "models" / repo_id / name).exists()
+
     monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub, "file_exists", file_exists)
     monkeypatch.setattr(huggingface_hub, "upload_folder", upload_folder)
     model, other = trained(), build("hf_bert")
+    vars(model)["name_or_path"] = "google-bert/bert-base-uncased"  # as from_pretrained sets it
     assert push_to_hub(model, "someone/digits", private=True) == "https://hub/someone/digits/commit/Upload"
+    _, metadata, card = (repository / "README.md").read_text().split("---\n", maxsplit=2)
+    assert yaml.safe_load(metadata) == {
+        "base_model": "google-bert/bert-base-uncased",
+        "library_name": "tenslora",
+        "tags": ["tenslora"],
+    }
+    assert all(word in card for word in ("# digits", "qkv_depth", 'load(model, "someone/digits")'))
+    (repository / "README.md").write_text("written by its owner")
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *_, **__: None)
+    push_to_hub(model, "someone/digits")
+    assert (repository / "README.md").read_text() == "written by its owner"
 
     with serving(tmp_path) as server:
         (repository / "large.bin").write_text("not wanted")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,12 +10,9 @@ from pathlib import Path
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.config import ModelConfig
+from tenslora.hub import is_repository
 
 log = logging.getLogger(__name__)
-
-
-_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-"""The names of repositories on the hub. A path that begins with a dot, a slash or ~ is none."""
 
 
 def folder_or_repository(config: ModelConfig) -> str:
@@ -37,7 +33,7 @@ def folder_or_repository(config: ModelConfig) -> str:
         return config.checkpoint
     if config.architecture is not None:
         raise TensLoRAError(f"model.checkpoint={config.checkpoint}: no such folder")
-    if Path(config.checkpoint).exists() or not _REPOSITORY.fullmatch(config.checkpoint):
+    if Path(config.checkpoint).exists() or not is_repository(config.checkpoint):
         raise TensLoRAError(
             f"model.checkpoint={config.checkpoint}: no such folder, and not the name of a repository of the hub"
         )

@@ -34,6 +34,7 @@ from tenslora.harness.config.checks import (
 )
 from tenslora.harness.config.tuning import TuneConfig
 from tenslora.harness.training.metrics import METRICS
+from tenslora.hub import is_repository
 from tenslora.ranks import RankStrategy
 
 REFERENCES = ("head_only", "full")
@@ -225,7 +226,7 @@ class TextDatasetConfig(DatasetConfig):
             raise TensLoRAError("root=null: must be a file or folder of texts, or set dataset.hub")
         if self.root is not None and self.hub is not None:
             raise TensLoRAError(f"hub={self.hub}: must be null, because root is {self.root}")
-        if self.hub is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.hub, re.ASCII):
+        if self.hub is not None and not is_repository(self.hub):
             raise TensLoRAError(f"hub={self.hub}: must be the name of a dataset on the hub, such as user/name")
         if self.hub is None and self.hub_config is not None:
             raise TensLoRAError(f"hub_config={self.hub_config}: must be null, because hub is null")
@@ -303,6 +304,7 @@ class LoggerConfig:
     csv: bool = False
     tensorboard: bool = False
     wandb: bool = False
+    profile: bool = False
     mode: Annotated[str, one_of(("auto", "online", "offline", "disabled"))] = "disabled"
     project: Annotated[str, matching(r"[^/\\#?%:]{1,128}", _NO_PROJECT)] = "tenslora"
     entity: str | None = None
