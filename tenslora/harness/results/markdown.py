@@ -27,11 +27,11 @@ def to_markdown(summary: Summary) -> str:
     for others in summary.other_scores:
         heading = f"## Other scores on {others.column.dataset} ({others.column.model})"
         heads = ["construction", *map(_escaped, others.names)]
-        lines = [[_escaped(row.label), *texts] for row, texts in others.rows]
+        of_rows = [[_escaped(row.label), *texts] for row, texts in others.rows]
         blocks += [
             _escaped(heading),
             "After the last epoch, in the units of the table above.",
-            _table(heads, ["---", *["---:"] * len(others.names)], lines),
+            _table(heads, ["---", *["---:"] * len(others.names)], of_rows),
         ]
     for grid in summary.grids:
         heading = f"## {grid.column.dataset} ({grid.column.model}) by {grid.setting}"
