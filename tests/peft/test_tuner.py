@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import subprocess
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,9 @@ from tenslora.constructions import CONSTRUCTIONS
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.peft import TensLoraConfig, TensLoraLinear
 from tenslora.peft.patterns import first_matches
+from tests.conftest import ROOT
 from tests.models import build, inputs, logits
+from tests.peft.train_in_trainer import main as train_in_trainer
 
 NAMES = ["hf_bert", "hf_roberta", "hf_vit", "llama", "qwen2", "gemma", "gpt2"]
 CASES = [
@@ -354,3 +358,16 @@ def test_a_prepared_model_starts_unchanged() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(logits(model, inputs("llama")).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_two_processes_under_the_trainer_train_what_one_does(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "tests.peft.train_in_trainer", str(tmp_path / "two"), "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    train_in_trainer(tmp_path / "one", 16)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert any(weight.abs().max() > 1e-3 for name, weight in one.items() if name.endswith(".core"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)
