@@ -1,9 +1,10 @@
 """Writes a finished run in a form that other libraries load.
 
     python -m tenslora.harness.export <run> --format peft      # a PEFT LoRA adapter, for PeftModel.from_pretrained
+    python -m tenslora.harness.export <run> --format tenslora  # the same adapter in PEFT, which needs tenslora.peft
     python -m tenslora.harness.export <run> --format merged    # the backbone with the update in its weights
 
-Neither form loses anything: every update is a product of two thin matrices, and so is the update of a LoRA.
+None of them loses anything: every update is a product of two thin matrices, and so is the update of a LoRA.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -25,7 +27,7 @@ from tenslora.harness.model_card import base_model, model_card
 
 
 def export_peft(loaded: LoadedRun, folder: Path) -> None:
-    """Write a run's adapter and head as a PEFT adapter, with a model card.
+    """Write a run's adapter and head as a PEFT LoRA adapter, with a model card.
 
     Args:
         loaded: the finished run; its model is changed in place.
@@ -36,6 +38,25 @@ def export_peft(loaded: LoadedRun, folder: Path) -> None:
     """
     from tenslora.peft.to_lora import to_peft  # imports PEFT, which takes seconds
 
+    _export_adapter(loaded, folder, to_peft, as_lora=True)
+
+
+def export_tenslora(loaded: LoadedRun, folder: Path) -> None:
+    """Write a run's adapter and head as a TensLoRA adapter for PEFT, with a model card.
+
+    Args:
+        loaded: the finished run; its model is changed in place.
+        folder: an existing, empty folder.
+
+    Raises:
+        TensLoRAError: for a run without an adapter.
+    """
+    from tenslora.peft.to_tenslora import to_tenslora
+
+    _export_adapter(loaded, folder, to_tenslora, as_lora=False)
+
+
+def _export_adapter(loaded: LoadedRun, folder: Path, convert: Callable[[Any, list[str]], Any], as_lora: bool) -> None:
     run, model = loaded.run, loaded.backbone.model
     if run.adapter is None:
         raise TensLoRAError(f"tensor_mode={run.tensor_mode}: has no adapter; --format merged writes its weights")
@@ -43,14 +64,14 @@ def export_peft(loaded: LoadedRun, folder: Path) -> None:
     head = [path for path, module in model.named_modules() if any(module is own for own in with_parameters)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a setting with an old name
-        peft_model = to_peft(model, head)
+        peft_model = convert(model, head)
     config = peft_model.peft_config["default"]
     config.base_model_name_or_path = base_model(loaded)
     config.task_type = "SEQ_CLS" if run.model.modality == "text" else None
     # Without this setting PEFT looks on the hub whether the embeddings have changed.
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     _write_preprocessing(loaded, folder)
-    write_bytes(folder / "README.md", model_card(loaded).encode())  # in place of PEFT's template
+    write_bytes(folder / "README.md", model_card(loaded, as_lora).encode())  # in place of PEFT's template
 
 
 def export_merged(loaded: LoadedRun, folder: Path) -> None:
@@ -102,7 +123,11 @@ def _write_preprocessing(loaded: LoadedRun, folder: Path) -> None:
         write_json(folder / "preprocessor_config.json", loaded.image_input.as_transformers_config())
 
 
-FORMATS: Mapping[str, Callable[[LoadedRun, Path], None]] = {"peft": export_peft, "merged": export_merged}
+FORMATS: Mapping[str, Callable[[LoadedRun, Path], None]] = {
+    "peft": export_peft,
+    "tenslora": export_tenslora,
+    "merged": export_merged,
+}
 
 
 def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> None:

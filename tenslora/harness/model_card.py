@@ -26,18 +26,19 @@ def base_model(loaded: LoadedRun) -> str:
     return os.path.abspath(name) if Path(name).exists() else name
 
 
-def model_card(loaded: LoadedRun) -> str:
+def model_card(loaded: LoadedRun, as_lora: bool = True) -> str:
     """A README.md in Markdown, with the metadata that the Hugging Face hub reads.
 
     Args:
         loaded: the finished run.
+        as_lora: whether the adapter is written as a LoRA, and not as its own tensors.
     """
     run, record, base = loaded.run, loaded.record, base_model(loaded)
     metadata = {
         "base_model": base,
         "library_name": "peft",
         "pipeline_tag": "text-classification" if run.model.modality == "text" else "image-classification",
-        "tags": ["tenslora", "lora"],
+        "tags": ["tenslora", "lora"] if as_lora else ["tenslora"],
     }
     factorization = "" if record["factorization"] == "matrix" else f", {record['factorization']} factorization"
     rows = {
@@ -52,6 +53,8 @@ def model_card(loaded: LoadedRun) -> str:
     scores = {record["metrics"]["name"]: record["metrics"]["last"], **record["metrics"]["others_last"]}
     for name, score in scores.items():
         rows[f"{name} ({record.get('scored_on', 'test')})"] = f"{score:.4f}"
+    form = "written as a LoRA that adds the same update" if as_lora else "for PEFT with the package tenslora"
+    registration = [] if as_lora else ["import tenslora.peft  # makes PEFT know the method", ""]
     lines = [
         "---",
         *(f"{name}: {json.dumps(value)}" for name, value in metadata.items()),
@@ -59,8 +62,7 @@ def model_card(loaded: LoadedRun) -> str:
         "",
         f"# {record['tensor_mode']} adapter of {record['model']} for {record['dataset']}",
         "",
-        "A TensLoRA adapter ([arXiv 2509.19391](https://arxiv.org/abs/2509.19391)), written as a LoRA that adds the "
-        "same update, and the trained head.",
+        f"A TensLoRA adapter ([arXiv 2509.19391](https://arxiv.org/abs/2509.19391)), {form}, and the trained head.",
         "",
         "| | |",
         "|---|---|",
@@ -70,7 +72,12 @@ def model_card(loaded: LoadedRun) -> str:
         "",
     ]
     if run.model.pretrained:
-        lines += ["```python", *(_timm_code if run.model.library == "timm" else _transformers_code)(loaded), "```"]
+        lines += [
+            "```python",
+            *registration,
+            *(_timm_code if run.model.library == "timm" else _transformers_code)(loaded),
+            "```",
+        ]
     else:
         lines += ["The base model's weights are random and in no file; `--format merged` exports all weights."]
     return "\n".join([*lines, ""])

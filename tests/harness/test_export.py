@@ -16,6 +16,7 @@ import yaml
 from peft import PeftModel
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tenslora import TensLoRAError
@@ -84,8 +85,9 @@ def finished(request: pytest.FixtureRequest) -> Finished:
     return Finished(folder, loaded, batch, outputs_of(loaded.backbone.model.eval(), batch))
 
 
-def test_peft_loads_a_run_written_for_it(finished: Finished, tmp_path: Path) -> None:
-    main([str(finished.folder), "--format", "peft", "--out", str(tmp_path / "peft")])
+@pytest.mark.parametrize("form", ["peft", "tenslora"])
+def test_peft_loads_a_run_written_for_it(finished: Finished, tmp_path: Path, form: str) -> None:
+    main([str(finished.folder), "--format", form, "--out", str(tmp_path / "peft")])
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]
     loaded = finished.loaded
     fresh = load_backbone(loaded.run.model, len(loaded.record["classes"]), loaded.run.seed, loaded.tokenizer).model
@@ -94,10 +96,11 @@ def test_peft_loads_a_run_written_for_it(finished: Finished, tmp_path: Path) -> 
     finished.assert_equal_logits(PeftModel.from_pretrained(fresh, str(tmp_path / "peft")))
 
 
+@pytest.mark.parametrize("form", ["peft", "tenslora"])
 def test_the_model_card_of_a_peft_adapter_says_what_it_is_and_its_code_loads_it(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, form: str
 ) -> None:
-    main([str(finished.folder), "--format", "peft", "--out", str(tmp_path / "peft")])
+    main([str(finished.folder), "--format", form, "--out", str(tmp_path / "peft")])
     assert not recwarn.list
     card, record = (tmp_path / "peft" / "README.md").read_text(), finished.loaded.record
     _, metadata, text = card.split("---\n", maxsplit=2)
@@ -115,6 +118,13 @@ def test_the_model_card_of_a_peft_adapter_says_what_it_is_and_its_code_loads_it(
     names: dict[str, Any] = {}
     exec(code.partition("```")[0], names)
     finished.assert_equal_logits(names["model"])
+
+
+def test_an_adapter_written_for_peft_is_no_larger_than_the_runs(digits_run: Path, tmp_path: Path) -> None:
+    main([str(digits_run), "--format", "tenslora", "--out", str(tmp_path / "tenslora")])
+    weights = load_file(tmp_path / "tenslora" / "adapter_model.safetensors")
+    count = sum(weight.numel() for name, weight in weights.items() if "tenslora" in name)
+    assert count == load_run(digits_run).record["adapter_parameters"]
 
 
 def test_its_own_library_loads_a_merged_run_and_predicts_the_same(finished: Finished, tmp_path: Path) -> None:
