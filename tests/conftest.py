@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 import torch
 
@@ -15,6 +16,19 @@ if TYPE_CHECKING:
 # Small tensors gain nothing from threads, and several test processes would compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+# Tests over all files and settings: a few examples, always the same. By hand: --hypothesis-profile=large.
+hypothesis.settings.register_profile(
+    "ci",
+    max_examples=30,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.register_profile(
+    "large", hypothesis.settings.get_profile("ci"), max_examples=5000, derandomize=False, print_blob=True
+)
+hypothesis.settings.load_profile("ci")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

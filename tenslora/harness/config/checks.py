@@ -153,6 +153,7 @@ _NAMES_ELSEWHERE = {
 
 _TYPES = {
     "int": "must be a whole number",
+    "finite": "must be a whole number",
     "float": "must be a number",
     "bool": "must be true or false",
     "string": "must be text",
@@ -175,8 +176,9 @@ def require_plain_values(settings: Any, numbers: Collection[str], setting: str =
         TensLoRAError: for a value of which no file of a run could be written, and for a truth value as a number.
     """
     reason = ""
+    is_number = setting in numbers or setting.rpartition(".")[0] in numbers
     if isinstance(settings, bool):
-        reason = "must be a number" if {setting, setting.rpartition(".")[0]} & set(numbers) else ""
+        reason = "must be a number" if is_number else ""
     elif isinstance(settings, int):
         reason = "" if -(2**63) <= settings < 2**63 else "must be a number of at most 18 digits"
     elif isinstance(settings, str):
@@ -198,7 +200,10 @@ def require_plain_values(settings: Any, numbers: Collection[str], setting: str =
                 raise TensLoRAError(f"{setting and as_typed(setting) + ': '}{shown(name)}: is not a name")
             require_plain_values(item, numbers, f"{setting}.{name}" if setting else name, depth + 1)
         return
-    elif settings is not None and not isinstance(settings, float):
+    elif isinstance(settings, float):
+        # A setting that holds numbers has a range of its own.
+        reason = "" if is_number or math.isfinite(settings) else "must be a finite number"
+    elif settings is not None:
         reason = "must be a number, a text, true, false, null, or a list or a group of these"
     if reason:
         raise TensLoRAError(as_typed(f"{setting}={shown(settings)}: {reason}"))
@@ -250,7 +255,7 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
         return TensLoRAError(as_typed(f"{setting}: is missing"))
     if kind == "union_tag_invalid":
         reason = f"must be one of {details['expected_tags']}".replace("'", "")
-    elif kind.startswith("dataclass"):
+    elif kind.startswith(("dataclass", "model_attributes")):
         reason = (
             f"must be a group of settings: {_members(setting, [as_typed(name) for name, _ in _settings_of(schema)])}"
         )

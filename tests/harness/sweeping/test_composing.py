@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import hypothesis
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
@@ -46,7 +46,7 @@ def test_jobs_of_every_table_are_composed_as_by_hydra(table: str, loader: Config
     params = OmegaConf.load(CONF / "table" / f"{table}.yaml").hydra.sweeper.params
     jobs = list(words_of_jobs(loader, [f"table={table}", *(f"{key}={value}" for key, value in params.items())]))
     composer = Composer(loader, config)
-    if os.environ.get("HYPOTHESIS_PROFILE") != "large":  # Hydra would take minutes for all of them
+    if hypothesis.settings.get_current_profile_name() != "large":  # Hydra would take minutes for all of them
         composer.config(jobs[0])
         jobs = jobs[-1:]
     for words in jobs:
