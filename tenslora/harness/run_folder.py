@@ -8,7 +8,7 @@
 | model.safetensors | train.py, of full fine-tuning: every weight | load_run, export |
 | predictions.safetensors | train.py, of a completed run: labels and logits of the last epoch's test | the report |
 | checkpoint.safetensors | the training loop, after every epoch | the loop with resume=true; sweeps, if it exists |
-| metrics.csv | the logger csv, after every epoch | people |
+| metrics.csv, steps.csv | the logger csv, after every epoch | people; steps.csv also the logger of a resumed run |
 | events.out.tfevents.* | the logger tensorboard | TensorBoard |
 | profile.txt, profile.json.gz | debug=profile: a table and a trace of the first epoch | people; a browser |
 | failure.json | a sweep, of a job that left no record | sweeps |
@@ -81,6 +81,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """metrics.csv, a line for each epoch; only of a run with logger=csv."""
         return self.path / "metrics.csv"
+
+    @property
+    def steps(self) -> Path:
+        """steps.csv, a line for each optimizer step; only of a run with logger=csv."""
+        return self.path / "steps.csv"
 
     @property
     def profile_table(self) -> Path:
@@ -223,11 +228,30 @@ class RunFolder:
         Raises:
             TensLoRAError: if the file cannot be written.
         """
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        write_bytes(self.metrics, text.getvalue().encode())
+        _write_lines(self.metrics, history)
+
+    def write_steps(self, steps: Mapping[int, tuple[float, float]]) -> None:
+        """Write steps.csv.
+
+        Args:
+            steps: by the number of the optimizer step, from 1, its learning rate and its loss; at least one step.
+
+        Raises:
+            TensLoRAError: if the file cannot be written.
+        """
+        lines = [{"step": step, "lr": rate, "train_loss": loss} for step, (rate, loss) in sorted(steps.items())]
+        _write_lines(self.steps, lines)
+
+    def read_steps(self) -> dict[int, tuple[float, float]]:
+        """Read steps.csv.
+
+        Returns:
+            What `write_steps` was given; empty if there is no such file or if it is damaged.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, csv.Error):
+            lines = list(csv.DictReader(io.StringIO(self.steps.read_text(encoding="utf-8"))))
+            return {int(line["step"]): (float(line["lr"]), float(line["train_loss"])) for line in lines}
+        return {}
 
     def read_composed(self) -> DictConfig:
         """Read .hydra/config.yaml, the settings with which the run was last started.
@@ -322,3 +346,12 @@ class RunFolder:
             return True
         lock.release()
         return False
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write lines that all have the same names as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_bytes(path, text.getvalue().encode())

@@ -172,11 +172,17 @@ class Run:
         return self.record.get("scored_on", "test") if self.record else None
 
     @property
-    def core_rate(self) -> float | None:
-        """The highest learning rate of the parameter that starts at zero; None without a record of it."""
-        optimizer: dict[str, Any] = (self.record or {}).get("config", {}).get("optimizer", {})
-        rate: float | None = optimizer.get("lr")
-        return None if rate is None else rate * optimizer.get("core_lr_ratio", 1.0)
+    def step_scale(self) -> float | None:
+        """Alpha times the highest learning rate of the parameter that starts at zero; None without a record of both.
+
+        `AdapterSize.relative_step` is relative to a LoRA with the same scale.
+        """
+        config: dict[str, Any] = (self.record or {}).get("config", {})
+        alpha, rate = config.get("adapter", {}).get("alpha"), config.get("optimizer", {}).get("lr")
+        if alpha is None or rate is None:
+            return None
+        scale: float = alpha * rate * config["optimizer"].get("core_lr_ratio", 1.0)
+        return scale
 
     @property
     def size(self) -> AdapterSize:

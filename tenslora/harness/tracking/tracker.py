@@ -22,6 +22,15 @@ class Tracker:
         if kind is not None:
             self.abandon()
 
+    def step(self, step: int, rate: float, loss: float) -> None:
+        """Report one optimizer step. The steps before a checkpoint are not reported again.
+
+        Args:
+            step: the number of the step, from 1.
+            rate: its learning rate.
+            loss: its loss, before the step.
+        """
+
     def epoch(self, entry: dict[str, Any]) -> None:
         """Report one epoch.
 
@@ -56,6 +65,10 @@ class Trackers(Tracker):
 
     def __init__(self, trackers: list[Tracker]) -> None:
         self.trackers = trackers
+
+    def step(self, step: int, rate: float, loss: float) -> None:
+        for tracker in self.trackers:
+            tracker.step(step, rate, loss)
 
     def epoch(self, entry: dict[str, Any]) -> None:
         for tracker in self.trackers:

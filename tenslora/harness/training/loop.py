@@ -62,6 +62,7 @@ def fit(
     checkpoint: Path,
     show_progress: bool,
     on_epoch: Callable[[dict[str, Any]], None],
+    on_step: Callable[[int, float, float], None] | None = None,
 ) -> TrainingState:
     """Train every parameter that requires a gradient.
 
@@ -77,6 +78,7 @@ def fit(
         show_progress: whether to draw a progress bar, or to log a line now and then if there is no terminal.
         on_epoch: called on the main process with each new entry of the history. A run that is resumed first calls it
             with the entries in the checkpoint.
+        on_step: called on the main process with the number of each optimizer step, its learning rate and its loss.
 
     Returns:
         How far the run has come. Its history has an entry for each epoch that `run.trainer.evaluate` asks to score:
@@ -114,11 +116,17 @@ def fit(
     every = run.trainer.evaluate_every
     evaluate_epoch = partial(evaluate, optimization.wrapped, data, trainer=run.trainer, processes=processes)
     with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
+
+        def report(step: int, rate: float, loss: float) -> None:
+            bar.step(loss)
+            if on_step is not None and processes.is_main:
+                on_step(step, rate, loss)
+
         while state.steps < steps:
             epoch = state.epochs + 1
             torch.manual_seed(stream_seed("epoch", run.seed, epoch, processes.index))
             with state.timed("train"):
-                train_loss, rate = optimization.epoch(batches.epoch(epoch), steps, state, bar)
+                train_loss, rate = optimization.epoch(batches.epoch(epoch), steps, state, report)
             is_scored = state.steps == steps or (every is not None and epoch % every == 0)
             if is_scored:
                 with state.timed("evaluate"):
@@ -167,7 +175,7 @@ class _Optimization:
         self.forward = _compiled(self.wrapped) if run.trainer.compile else self.wrapped
 
     def epoch(
-        self, batches: Iterable[Batch], steps: int, state: TrainingState, bar: ProgressBar
+        self, batches: Iterable[Batch], steps: int, state: TrainingState, report: Callable[[int, float, float], None]
     ) -> tuple[float, float]:
         """Take the steps of an epoch, or as many as the run has left.
 
@@ -175,7 +183,7 @@ class _Optimization:
             batches: the batches of the epoch.
             steps: the number of steps of the whole run.
             state: how far the run has come; its number of steps is counted up.
-            bar: the progress bar, which shows each step.
+            report: called with the number of each step, its learning rate and its loss.
 
         Returns:
             (the mean loss of the steps, the learning rate of the last step).
@@ -201,7 +209,7 @@ class _Optimization:
             self._step(rate)
             state.steps += 1
             losses.append(loss)
-            bar.step(loss)
+            report(state.steps, rate, loss)
             if state.steps == steps:
                 break
         return math.fsum(losses) / len(losses), rate

@@ -44,3 +44,32 @@ def test_a_full_disk_is_one_line_and_the_file_stays_complete(tmp_path: Path, mon
     with pytest.raises(TensLoRAError, match=r"metrics\.csv: cannot be written \(No space left on device\)"):
         tracker.epoch({**ENTRY, "epoch": 2})
     assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+def test_every_step_has_a_line_also_of_a_run_that_was_killed_and_resumed(resumed: Resumed) -> None:
+    table = pandas.read_csv(resumed.folder / "steps.csv")
+    assert list(table) == ["step", "lr", "train_loss"]
+    assert list(table["step"]) == list(range(1, resumed.history[-1]["step"] + 1))
+    start = 0
+    for entry in resumed.history:
+        of_epoch = table[start : entry["step"]]
+        assert of_epoch["train_loss"].mean() == pytest.approx(entry["train_loss"])
+        assert of_epoch["lr"].iloc[-1] == entry["lr"]
+        start = entry["step"]
+
+
+def test_steps_that_a_resumed_run_takes_again_replace_the_old_ones(tmp_path: Path) -> None:
+    first, second = CsvTracker(tmp_path), CsvTracker(tmp_path)
+    for step in (1, 2, 3):
+        first.step(step, 1e-3, float(step))
+    first.epoch(ENTRY)
+    second.epoch(ENTRY)
+    assert list(pandas.read_csv(tmp_path / "steps.csv")["step"]) == [1, 2, 3]
+    second.step(2, 1e-3, 0.5)
+    second.finish({}, [])
+    assert pandas.read_csv(tmp_path / "steps.csv")["train_loss"].tolist() == [1.0, 0.5]
+    (tmp_path / "steps.csv").write_text("step\nmany\n")
+    third = CsvTracker(tmp_path)
+    third.step(3, 1e-3, 0.25)
+    third.epoch(ENTRY)
+    assert pandas.read_csv(tmp_path / "steps.csv").to_dict("records") == [{"step": 3, "lr": 1e-3, "train_loss": 0.25}]

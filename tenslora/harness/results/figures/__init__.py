@@ -92,7 +92,7 @@ def figures_of(summary: Summary) -> list[TableFigure]:
     by_first_step = TableFigure(
         "score_vs_first_step",
         "Score against the first step",
-        "How far AdamW's first step moves the adapted matrices, with each row's own learning rate.",
+        "How far AdamW's first step moves the adapted matrices, with each row's own alpha and learning rate.",
         score_by_first_step,
         step_panels,
     )

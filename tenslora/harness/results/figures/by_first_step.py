@@ -64,18 +64,18 @@ def panels_by_first_step(summary: Summary) -> list[Panel]:
 def first_steps(cells: Mapping[Row, Cell]) -> dict[Row, float]:
     """The first step of each row that has a score and an adapter, as a multiple of LoRA's.
 
-    If the rows have learning rates of their own, as tuned ones have, each first step is in proportion to its rate.
+    Rows may have an alpha or a learning rate of their own, as tuned ones do. Their first steps are in proportion to it.
 
     Args:
         cells: the rows' cells in one column.
     """
-    rates = {row: next(filter(None, (run.core_rate for run in cell.runs)), None) for row, cell in cells.items()}
-    lora = next((rate for row, rate in rates.items() if row.is_lora), None)
+    scales = {row: next(filter(None, (run.step_scale for run in cell.runs)), None) for row, cell in cells.items()}
+    lora = next((scale for row, scale in scales.items() if row.is_lora), None)
     steps = {}
     for row, cell in cells.items():
         if cell.mean is not None and cell.size.relative_step:
-            rate = rates[row]
-            steps[row] = cell.size.relative_step * (rate / lora if rate and lora else 1.0)
+            scale = scales[row]
+            steps[row] = cell.size.relative_step * (scale / lora if scale and lora else 1.0)
     return steps
 
 

@@ -30,7 +30,8 @@ def runs_of(steps: Mapping[str, float] = STEPS, rates: Mapping[str, float] | Non
             run = make_run(mode, strategy, seed=seed, epochs=[SCORES.get(mode, 0.5) + seed / 50], **more)
             record = {**(run.record or {}), "first_step": steps.get(mode), "lora_first_step": 32.0}
             if rates:
-                record["config"] = {"optimizer": {"lr": rates.get(mode, 1e-3), "core_lr_ratio": 2.0}}
+                optimizer = {"lr": rates.get(mode, 1e-3), "core_lr_ratio": 2.0}
+                record["config"] = {"optimizer": optimizer, "adapter": {"alpha": 8 if mode == "depth" else 4}}
             runs.append(replace(run, record=record))
     return runs
 
@@ -55,9 +56,9 @@ def test_every_row_with_an_adapter_stands_at_its_first_step_beside_loras() -> No
     assert notes[1] == "Spearman 0.80, 4 rows; circle: isorank, square: isoparameters"
 
 
-def test_a_tuned_rate_is_part_of_the_step() -> None:
-    (points,) = drawn(make_table(runs_of(rates={"lora": 4e-3, "qkv": 1e-3, "att": 32e-3}))).values()
-    assert sorted(points) == pytest.approx([4 / 32 / 4, 64 / 32 / 4, 1.0, 8 / 32 * 8])
+def test_a_tuned_rate_or_alpha_is_part_of_the_step() -> None:
+    (points,) = drawn(make_table(runs_of(rates={"lora": 5e-3, "qkv": 1e-3, "att": 48e-3}))).values()
+    assert sorted(points) == pytest.approx([4 / 32 / 5, 2 * 64 / 32 / 5, 1.0, 8 / 32 * 48 / 5])
 
 
 def test_each_column_and_each_protocol_has_a_panel() -> None:
