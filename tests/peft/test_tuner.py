@@ -26,6 +26,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft import LoraConfig as PeftLora
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -285,12 +286,15 @@ def test_a_second_adapter_that_does_not_fit_leaves_the_first_as_it_was() -> None
     assert torch.equal(logits(model, inputs("hf_bert")), expected)
 
 
-def test_what_shared_tensors_cannot_do_is_said() -> None:
+def test_what_shared_tensors_cannot_do_is_said(tmp_path: Path) -> None:
     model = get_peft_model(build("hf_bert"), TensLoraConfig())
     with pytest.raises(ValueError, match="TensLoRA does not support adapter_names"):
         model(**inputs("hf_bert"), adapter_names=["default", "default"])
     with pytest.raises(NotImplementedError, match="does not support add_weighted_adapter"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA"):
+        hotswap_adapter(model, str(tmp_path), "default")
     with pytest.raises((ValueError, NotImplementedError), match="shared"):
         inject_adapter_in_model(TensLoraConfig(), build("hf_bert"))
 
