@@ -17,7 +17,7 @@ from tenslora.harness.backbones import EMBEDDED
 from tenslora.harness.run_folder import RunFolder
 from tests.commands import Command, Commands, Ended
 from tests.conftest import ROOT
-from tests.running import SHORT, configured
+from tests.running import SHORT, configured, record
 from tests.sweeps import claimed_by_a_process
 
 pytestmark = pytest.mark.slow
@@ -231,6 +231,45 @@ def test_a_job_of_another_sweep_is_waited_for_and_taken_over_when_that_sweep_die
     assert "wait: digits lora seed 0 is running elsewhere" in ended.out
     assert completions(tmp_path) == [1, 1]
     assert table(tmp_path) == table(undisturbed)
+
+
+TUNED = [
+    "tensor_mode=qkv_depth,head_only", "tune.setting=optimizer.lr", "tune.values=[1e-6,1e-3]", "tune.seeds=[7]",
+]  # fmt: skip
+
+
+def test_a_tuned_sweep_that_was_killed_twice_ends_as_one_that_was_not(sweep: Sweep, tmp_path: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for folder in (undisturbed, killed):
+        folder.mkdir()
+    ended = sweep(undisturbed, *TUNED)
+    assert (ended.status, ended.err) == (0, "")
+    chosen = ended.out.count("extended: digits qkv_depth isorank optimizer.lr=")
+    assert 1 <= chosen <= 3, "a rate of 1e-6 trains nothing, so that the grid is extended at the other end"
+    assert "tuned: digits qkv_depth isorank optimizer.lr=" in ended.out
+
+    accidents = ["kill step 3", "kill rename result.json 2"]
+    assert [sweep(killed, *TUNED, accident=accident).status for accident in accidents] == [-9, -9]
+    last = sweep(killed, *TUNED)
+    assert (last.status, last.err) == (0, "")
+    table = undisturbed / "outputs" / "tables" / "digits-tuned-lr"
+    for name in ("table.csv", "trials.csv", "table.md", "table.tex", "figures/trials.svg"):
+        assert (killed / table.relative_to(undisturbed) / name).read_bytes() == (table / name).read_bytes()
+    assert set(completions(killed)) == {1}
+
+    rows = list(csv.DictReader((table / "table.csv").read_text().splitlines()))
+    assert [(row["tensor_mode"], row["scored_on"]) for row in rows] == [("qkv_depth", "test"), ("head_only", "test")]
+    trials = list(csv.DictReader((table / "trials.csv").read_text().splitlines()))
+    best = max(trials, key=lambda trial: float(trial["last"]))
+    assert (rows[0]["tuned"], rows[1]["tuned"]) == (best["variant"], "")
+    assert {(trial["scored_on"], trial["seed"], trial["validation_examples"]) for trial in trials} == {
+        ("validation", "7", "10")
+    }
+    assert len(trials) == 2 + chosen
+    tuned = record(next((undisturbed / "outputs" / "digits").rglob(f"qkv_depth-*{rows[0]['digest']}")))["config"][
+        "tuned"
+    ]
+    assert (tuned["setting"], tuned["seeds"], len(tuned["values"])) == ("optimizer.lr", [7], 2 + chosen)
 
 
 def test_a_run_in_a_table_is_the_one_that_train_py_would_make(undisturbed: Path) -> None:

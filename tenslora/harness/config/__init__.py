@@ -179,7 +179,7 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
             "seed": plain.get("seed"),
         }
     trainer = plain.get("trainer")
-    if isinstance(trainer, dict) and "score_every" in trainer:  # from a record of a version with this name
+    if isinstance(trainer, dict) and "evaluate" not in trainer and "score_every" in trainer:  # from an earlier record
         trainer = dict(trainer)
         every = trainer.pop("score_every")
         arranged["trainer"] = {**trainer, "evaluate": "last" if every is None else every}

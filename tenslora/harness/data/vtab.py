@@ -12,7 +12,7 @@ from pathlib import Path
 from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import ImageDatasetConfig
-from tenslora.harness.data.examples import Dataset, Examples, ImageFiles, warn_of_another_size
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, ImageFiles, warn_of_another_size
 from tenslora.harness.data.image_lists import read_image_list
 
 CLASSES = {
@@ -80,7 +80,7 @@ def load_vtab(config: ImageDatasetConfig) -> Dataset:
     parts = [_read_split(root, task, split) for split in train_splits]
     paths = [path for part in parts for path in part.inputs.paths]
     labels = [label for part in parts for label in part.labels]
-    test = _read_split(root, task, config.test_split or "")
+    test = NO_EXAMPLES if config.validation is not None else _read_split(root, task, config.test_split or "")
     return Dataset(Examples(ImageFiles(paths), labels), test, tuple(map(str, range(CLASSES[task]))))
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from tenslora.harness.config import REFERENCES, LoggerConfig, validate
+from tenslora.harness.config import REFERENCES, LoggerConfig, TuneConfig, validate
 from tests.running import CONF, composed, configured
 
 EARLIER_OUTPUTS = Path(__file__).parents[1] / "earlier_outputs"
@@ -83,6 +83,23 @@ def test_a_record_of_the_earlier_version_is_of_the_run_that_its_settings_describ
 def test_a_record_with_one_logger_by_name_is_read(earlier: dict[str, Any], today: LoggerConfig) -> None:
     settings = {**configured("seed=1").settings(), "logger": earlier}
     assert validate(settings) == replace(configured("seed=1"), logger=today)
+
+
+def test_a_tuned_run_is_the_run_of_these_settings_and_its_record_says_how_it_was_tuned() -> None:
+    tuned = replace(configured(), tuned=TuneConfig("optimizer.lr", (0.001, 0.004), (7, 8), 0.2))
+    assert (tuned.digest(), tuned.identity()) == (configured().digest(), configured().identity())
+    read = validate(json.loads(json.dumps(tuned.settings())))
+    assert read == tuned != configured()
+
+
+@pytest.mark.parametrize(("every", "today"), [(1, "every_epoch"), (None, "last"), (5, 5)])
+def test_a_record_with_the_earlier_name_of_trainer_evaluate_is_read(every: int | None, today: str | int) -> None:
+    settings = configured(f"trainer.evaluate={today}").settings()
+    assert settings["trainer"].pop("evaluate") == today
+    settings["trainer"]["score_every"] = every
+    run = validate(settings)
+    assert run == configured(f"trainer.evaluate={today}")
+    assert run.identity()["trainer"].get("score_every", 1) == every
 
 
 def test_no_record_of_the_earlier_version_is_lost() -> None:

@@ -47,6 +47,13 @@ def test_a_task_is_trained_on_a_thousand_images_and_tested_on_the_others(tmp_pat
     assert dataset.classes == ("0", "1", "2", "3")
 
 
+def test_a_fraction_for_validation_leaves_the_test_list_unread(tmp_path: Path) -> None:
+    root = write_task(tmp_path, "kitti")
+    (root / "kitti" / "test.txt").unlink()
+    dataset = load_task(root, validation=0.5)
+    assert dataset.validation is not None and len(dataset.test) == 0
+
+
 def test_hyperparameters_are_chosen_on_val200(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_task(tmp_path, "kitti")
     with caplog.at_level(logging.WARNING):
