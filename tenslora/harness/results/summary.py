@@ -336,8 +336,9 @@ class Summary:
             "Bold: the best mean of a column among LoRA and the constructions.",
         ]
         if any(size.relative_step is not None for row in self.rows for size in row.sizes):
+            at_equal = f" at equal {self.table.tuning.name}" if self.table.tuning else ""
             sentences.append(
-                "First step: how far AdamW's first step moves the adapted matrices, as a multiple of LoRA's."
+                f"First step: how far AdamW's first step moves the adapted matrices, as a multiple of LoRA's{at_equal}."
             )
         if self.table.tuning:
             name, setting = self.table.tuning.name, self.table.tuning.setting
