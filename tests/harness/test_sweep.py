@@ -244,11 +244,12 @@ def test_a_tuned_sweep_that_was_killed_twice_ends_as_one_that_was_not(sweep: Swe
         folder.mkdir()
     ended = sweep(undisturbed, *TUNED)
     assert (ended.status, ended.err) == (0, "")
-    chosen = ended.out.count("extended: digits qkv_depth isorank optimizer.lr=")
-    assert 1 <= chosen <= 3, "a rate of 1e-6 trains nothing, so that the grid is extended at the other end"
+    extended = ended.out.count("extended: digits qkv_depth isorank optimizer.lr=")
+    assert 1 <= extended <= 3, "a rate of 1e-6 trains nothing, so that the grid is extended at the other end"
     assert "tuned: digits qkv_depth isorank optimizer.lr=" in ended.out
 
-    accidents = ["kill step 3", "kill rename result.json 2"]
+    # In the first trial's second epoch; then in the last of all jobs, with its record under its temporary name.
+    accidents = ["kill step 3", f"kill rename result.json {4 + extended}"]
     assert [sweep(killed, *TUNED, accident=accident).status for accident in accidents] == [-9, -9]
     last = sweep(killed, *TUNED)
     assert (last.status, last.err) == (0, "")
@@ -265,11 +266,11 @@ def test_a_tuned_sweep_that_was_killed_twice_ends_as_one_that_was_not(sweep: Swe
     assert {(trial["scored_on"], trial["seed"], trial["validation_examples"]) for trial in trials} == {
         ("validation", "7", "10")
     }
-    assert len(trials) == 2 + chosen
+    assert len(trials) == 2 + extended
     tuned = record(next((undisturbed / "outputs" / "digits").rglob(f"qkv_depth-*{rows[0]['digest']}")))["config"][
         "tuned"
     ]
-    assert (tuned["setting"], tuned["seeds"], len(tuned["values"])) == ("optimizer.lr", [7], 2 + chosen)
+    assert (tuned["setting"], tuned["seeds"], len(tuned["values"])) == ("optimizer.lr", [7], 2 + extended)
 
 
 def test_a_run_in_a_table_is_the_one_that_train_py_would_make(undisturbed: Path) -> None:
