@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
@@ -33,6 +34,8 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
 
     See `tenslora.harness.backbones.load_backbone`.
     """
+    # transformers imports torchao where it is installed, which makes torch warn of its own next release.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     build = _load_pretrained if config.pretrained else _build_random
     model, new = build(config, classes, tokenizer)
     # The Transformer is one child of the model; the other children are the head.

@@ -81,8 +81,8 @@ def choose_columns(
         text_columns = left if len(left) == 1 else []
     if not text_columns:
         raise TensLoRAError(
-            f"dataset.text_columns=null: must be the one or two columns that hold the texts, such as [{columns[0]}]; "
-            f"there are {listed}"
+            f"dataset.text_columns=null: must be the one or two columns that hold the texts, such as "
+            f"[{(left or columns)[0]}]; there are {listed}"
         )
     if label_column is None:
         raise TensLoRAError(
