@@ -38,7 +38,7 @@ def test_given_columns_are_taken() -> None:
     ("columns", "texts", "label", "message"),
     [
         ("a b c", None, None, r"dataset\.text_columns=null: must be .* such as \[a\]; there are a, b, c$"),
-        (
+        ("id note mood", None, None, r"dataset\.text_columns=null: .* such as \[note\]; there are id, note, mood$"),
             "id note mood",
             None,
             None,
