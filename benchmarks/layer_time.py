@@ -40,7 +40,9 @@ from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.adapter import Adapter
 from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.factorizations.tucker import Tucker
-from tenslora.thin_products import ForwardPassCache, MatrixGroup
+from tenslora.forward_pass import ForwardPass
+from tenslora.projections import Columns
+from tenslora.thin_products import MatrixGroup
 
 GEOMETRY = Geometry(d_in=768, heads=12, d_head=64, layers=12)
 ADAPTERS = {
@@ -91,13 +93,19 @@ def forms(adapter: Adapter, linears: list[nn.Linear]) -> dict[str, Callable[[Ten
         linears: one fused Linear layer, or three separate ones.
     """
     layer = 3
-    group = MatrixGroup(
-        adapter, range(3), writes_to_stream=False, fused=len(linears) == 1, cache=ForwardPassCache(nn.Module())
-    )
+    width = GEOMETRY.d_out
+    fused_parts = 1 if len(linears) == 1 else 0
+    forward_pass = ForwardPass(nn.Module())
+    group = MatrixGroup(adapter, range(3), False, fused_parts, forward_pass)
     shared = SharedInput(group, layer)
     matrices = [[0, 1, 2]] if len(linears) == 1 else [[0], [1], [2]]
     adapted = [
-        AdaptedLinear(linear, shared, tuple((m, index * GEOMETRY.d_out) for index, m in enumerate(held)))
+        AdaptedLinear(
+            linear,
+            shared,
+            tuple(Columns(matrix, index * width, width) for index, matrix in enumerate(held)),
+            forward_pass.layer("", []),
+        )
         for linear, held in zip(linears, matrices, strict=True)
     ]
 

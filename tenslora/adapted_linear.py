@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tenslora.errors import TensLoRAError
-from tenslora.projections import features
+from tenslora.forward_pass import LayerCall
+from tenslora.projections import Columns, features
 from tenslora.thin_products import MatrixGroup
 
 
@@ -26,16 +27,18 @@ class AdaptedLinear(nn.Linear):
     Args:
         linear: the original module, a Linear or transformers' Conv1D.
         shared: this layer's matrices of the group that reads the same input.
-        columns: (index in the group, first output column) of each matrix that the module holds.
+        columns: the output columns of each matrix that the module holds.
+        call: the note that the module is called, from `ForwardPass.layer`.
     """
 
-    def __init__(self, linear: nn.Module, shared: SharedInput, columns: tuple[tuple[int, int], ...]) -> None:
+    def __init__(self, linear: nn.Module, shared: SharedInput, columns: tuple[Columns, ...], call: LayerCall) -> None:
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate and draw a weight that is not needed
         self.in_features, self.out_features = features(linear)
         self.base = (linear,)  # in a tuple, so that it is no submodule and the parameters keep their names
         self._parameters = linear._parameters  # the same dict, so that a weight replaced here is replaced there
         self.shared = shared
         self.columns = columns
+        self.call = call
         self.merged = False
         self.enabled = True
         self.training = linear.training
@@ -49,6 +52,7 @@ class AdaptedLinear(nn.Linear):
         Returns:
             (..., outputs).
         """
+        self.call.called = True
         if self.merged or not self.enabled:
             plain: Tensor = self.base[0](x)
             return plain
@@ -65,20 +69,20 @@ class AdaptedLinear(nn.Linear):
         Returns:
             y.
         """
-        if len(self.columns) == 1 and self.columns[0][1] == 0:
+        if len(self.columns) == 1 and self.columns[0].start == 0:
             # A Linear of a single matrix, such as BERT's query.
-            h, right = self.shared.product_of(x, tokens, self.columns[0][0], y.dtype)
+            h, right = self.shared.product_of(x, tokens, self.columns[0].matrix, y.dtype)
             if right.shape[1] == y.shape[1]:
                 return y.addmm_(h, right)
             hs, rights = [h], [right]
         else:
             # A Linear of several matrices, such as timm's qkv.
             hs, rights = self.shared.all_products(tokens, y.dtype)
-            if len(hs) == 1 and self.shared.group.fused:
+            if len(hs) == 1 and self.shared.group.fused_parts:
                 return y.addmm_(hs[0], rights[0])
-            rights = [rights[index] for index, _ in self.columns]
-            hs = hs if len(hs) == 1 else [hs[index] for index, _ in self.columns]
-        updated: Tensor = _AddToColumns.apply(y, [start for _, start in self.columns], *rights, *hs)
+            rights = [rights[columns.matrix] for columns in self.columns]
+            hs = hs if len(hs) == 1 else [hs[columns.matrix] for columns in self.columns]
+        updated: Tensor = _AddToColumns.apply(y, self.columns, *rights, *hs)
         return updated
 
     # The state dict is the original module's, which may keep more beside its parameters, as a quantised one does.
@@ -98,17 +102,13 @@ class AdaptedLinear(nn.Linear):
         """
         layer = self.shared.layer
         lefts, rights = ([t[0] for t in side] for side in self.shared.group.products(range(layer, layer + 1)))
-        if len(lefts) == 1:
-            right = lefts[0].new_zeros(lefts[0].shape[1], self.out_features)
-            for index, start in self.columns:
-                right[:, start : start + rights[index].shape[1]] = rights[index]
-            return lefts[0], right
-        held = [lefts[index] for index, _ in self.columns]
+        held = lefts if len(lefts) == 1 else [lefts[columns.matrix] for columns in self.columns]
         right = held[0].new_zeros(sum(left.shape[1] for left in held), self.out_features)
         row = 0
-        for (index, start), left in zip(self.columns, held, strict=True):
-            right[row : row + left.shape[1], start : start + rights[index].shape[1]] = rights[index]
-            row += left.shape[1]
+        for columns in self.columns:
+            own = rights[columns.matrix]
+            columns.of(right.narrow(0, row, len(own))).copy_(torch.unflatten(own, 1, (columns.parts, -1)))
+            row += len(own) if len(lefts) > 1 else 0
         return torch.cat(held, dim=1), right
 
     def _replicate_for_data_parallel(self) -> NoReturn:
@@ -147,13 +147,6 @@ class SharedInput:
     def __init__(self, group: MatrixGroup, layer: int) -> None:
         self.group = group
         self.layer = layer
-        # The latest input x, and the (h, right) of each matrix that has not asked for them yet. Both are in one
-        # attribute, so that forward passes in several threads cannot mix one's input with another's products.
-        self._pending: tuple[Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Pending products belong to a forward pass, and perhaps to an autograd graph, which cannot be copied.
-        return {**vars(self), "_pending": None}
 
     def product_of(self, x: Tensor, tokens: Tensor, matrix: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The thin product of one matrix, which adds ``h @ right`` to its output.
@@ -170,12 +163,15 @@ class SharedInput:
         Returns:
             h (tokens, r) and right (r, outputs).
         """
-        pending = self._pending
-        if pending is None or pending[0] is not x or matrix not in pending[1]:
+        pending, key = self.group.forward_pass.here.pending, (self.group.first_matrix, self.layer)
+        latest, products = pending.get(key, (None, {}))
+        if latest is not x or matrix not in products:
             hs, rights = self.all_products(tokens, dtype)
-            pending = x, {index: (hs[index % len(hs)], right) for index, right in enumerate(rights)}
-        product = pending[1].pop(matrix)
-        self._pending = pending if pending[1] else None
+            products = {index: (hs[index % len(hs)], right) for index, right in enumerate(rights)}
+            pending[key] = x, products
+        product = products.pop(matrix)
+        if not products:
+            pending.pop(key, None)
         return product
 
     def all_products(self, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -198,19 +194,23 @@ class SharedInput:
 
 
 class _AddToColumns(torch.autograd.Function):
-    """``y[:, start : start + width] += h @ right`` for several blocks of columns, in place.
+    """``y[:, columns] += h @ right`` for the columns of several matrices, in place.
 
-    y is (tokens, columns). Each block has a right (r, width), and an h (tokens, r) unless all blocks share one.
-    Autograd's own in-place addition would copy y for each block, and a product with one block-diagonal matrix would
+    y is (tokens, outputs). Each matrix has a right (r, columns), and an h (tokens, r) unless all matrices share one.
+    Autograd's own in-place addition would copy y for each matrix, and a product with one block-diagonal matrix would
     mostly multiply zeros.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, starts: list[int], *tensors: Tensor) -> Tensor:
-        rights, hs = tensors[: len(starts)], tensors[len(starts) :]
-        for block, (start, right) in enumerate(zip(starts, rights, strict=True)):
-            y.narrow(1, start, right.shape[1]).addmm_(hs[block % len(hs)], right)
-        ctx.starts = starts
+    def forward(ctx: Any, y: Tensor, places: tuple[Columns, ...], *tensors: Tensor) -> Tensor:
+        rights, hs = tensors[: len(places)], tensors[len(places) :]
+        for number, (columns, right) in enumerate(zip(places, rights, strict=True)):
+            h, own = hs[number % len(hs)], columns.of(y)
+            if columns.parts == 1:
+                own.squeeze(1).addmm_(h, right)
+            else:
+                own.add_((h @ right).view_as(own))
+        ctx.places = places
         ctx.mark_dirty(y)
         ctx.save_for_backward(*tensors)
         return y
@@ -219,8 +219,8 @@ class _AddToColumns(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        rights, hs = tensors[: len(ctx.starts)], tensors[len(ctx.starts) :]
-        blocks = [grad.narrow(1, start, right.shape[1]) for start, right in zip(ctx.starts, rights, strict=True)]
+        rights, hs = tensors[: len(ctx.places)], tensors[len(ctx.places) :]
+        blocks = [columns.of(grad).flatten(1) for columns in ctx.places]
         grad_rights = [hs[number % len(hs)].T @ block for number, block in enumerate(blocks)]
         grad_hs = [block @ right.T for block, right in zip(blocks, rights, strict=True)]
         if len(hs) == 1:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +20,9 @@ from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.adapter import Adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError
+from tenslora.forward_pass import ForwardPass
 from tenslora.projections import TargetLinear, features, find_projections, is_plain
-from tenslora.thin_products import ForwardPassCache, MatrixGroup
+from tenslora.thin_products import MatrixGroup
 
 if TYPE_CHECKING:
     from tenslora.peft.quantised import QuantisedWeights
@@ -81,21 +81,21 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter, train: Sequence[s
     for module in trained:
         module.requires_grad_(True)
     adapter.to(next(targets[0].linear.parameters()).device).train(model.training)
-    for path, linear in adapt_linears(adapter, targets, ForwardPassCache(model)).items():
+    for path, linear in adapt_linears(adapter, targets, ForwardPass(model)).items():
         _replace(model, path, linear)
     model.add_module(SUBMODULE, adapter)
     return adapter
 
 
 def adapt_linears(
-    adapter: Adapter, targets: Sequence[TargetLinear], cache: ForwardPassCache
+    adapter: Adapter, targets: Sequence[TargetLinear], forward_pass: ForwardPass
 ) -> dict[str, AdaptedLinear]:
     """Build the layers that add an adapter's updates. They still have to take the places of their Linear layers.
 
     Args:
         adapter: the adapter, whose geometry is that of the targets.
         targets: the Linear layers that hold the matrices, from `find_projections`.
-        cache: the cache of the model's forward pass.
+        forward_pass: the model's forward pass.
 
     Returns:
         The layers by the paths of the Linear layers.
@@ -105,12 +105,14 @@ def adapt_linears(
     adapted = {}
     for target in targets:
         if target.group not in groups:
-            widths = adapter.geometry.widths[target.group.start : target.group.stop]
-            side_by_side = tuple(enumerate(accumulate(widths[:-1], initial=0)))
-            fused = target.columns == side_by_side and features(target.linear)[1] == sum(widths)
-            groups[target.group] = MatrixGroup(adapter, target.group, target.writes_to_stream, fused, cache)
+            held = sum(columns.parts * columns.width for columns in target.columns)
+            fused = len(target.columns) == len(target.group) and features(target.linear)[1] == held
+            parts = target.columns[0].parts if fused else 0
+            groups[target.group] = MatrixGroup(adapter, target.group, target.writes_to_stream, parts, forward_pass)
         own = shared.setdefault((target.layer, target.group), SharedInput(groups[target.group], target.layer))
-        adapted[target.path] = AdaptedLinear(target.linear, own, target.columns)
+        names = [adapter.geometry.matrices[target.group[columns.matrix]] for columns in target.columns]
+        call = forward_pass.layer(target.path, names)
+        adapted[target.path] = AdaptedLinear(target.linear, own, target.columns, call)
     return adapted
 
 
@@ -130,7 +132,7 @@ def detach(model: nn.Module) -> Adapter:
     """
     adapter = adapter_of(model)
     for path, linear in _adapted_linears(model).items():
-        linear.shared.group.cache.remove_hooks()
+        linear.shared.group.forward_pass.remove_hooks()
         linear.base[0].train(linear.training)
         _replace(model, path, linear.base[0])
     delattr(model, SUBMODULE)

@@ -2,32 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from itertools import accumulate
+from typing import NamedTuple, TypeGuard, cast
 
+import torch
 from torch import Tensor, nn
 
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
 
-SEPARATE = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
-FUSED = ("qkv", "c_attn")
-"""The names of an attention block's Linear layers: three for query, key and value, or a single one for all of them."""
+SEPARATE = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v", "o"),
+)
+"""The names of an attention block's Linear layers for query, key and value. Single letters count only beside an o."""
 
-OUTPUT = ("proj", "o_proj", "out_proj", "out_lin", "c_proj", ".output.dense")
+
+class FusedLayout(NamedTuple):
+    """How one Linear holds query, key and value.
+
+    Args:
+        by_head: whether the Linear holds one group of heads after the other, each with its queries, key and value; such
+            a group is one key head with the query heads that share it. Otherwise all queries come first, then all keys,
+            then all values.
+        classes: the attention classes that are known to have this layout; () if all that use the name have it.
+    """
+
+    by_head: bool = False
+    classes: tuple[str, ...] = ()
+
+
+FUSED = {
+    "qkv": FusedLayout(),
+    "c_attn": FusedLayout(),
+    "Wqkv": FusedLayout(),
+    # CodeGen and MiniMax use this name with layouts of their own.
+    "qkv_proj": FusedLayout(classes=("Phi3Attention", "Phi4MultimodalAttention")),
+    "query_key_value": FusedLayout(
+        by_head=True,
+        classes=(
+            "GPTNeoXAttention",
+            "GPTNeoXJapaneseAttention",
+            "FalconAttention",
+            "BloomAttention",
+            "PersimmonAttention",
+        ),
+    ),
+}
+"""The names of an attention block's Linear layer if a single one holds query, key and value."""
+
+OUTPUT = ("proj", "o_proj", "out_proj", "out_lin", "c_proj", ".output.dense", "dense", "Wo", "o")
 FEED_FORWARD = (
     {"gate": "..mlp.gate_proj", "up": "..mlp.up_proj", "down": "..mlp.down_proj"},
     {"up": "..mlp.fc1", "down": "..mlp.fc2"},
     {"up": "..intermediate.dense", "down": "..output.dense"},
     {"up": "..ffn.lin1", "down": "..ffn.lin2"},
     {"up": "..mlp.c_fc", "down": "..mlp.c_proj"},
+    {"up": "..mlp.dense_h_to_4h", "down": "..mlp.dense_4h_to_h"},
 )
 """Paths of the other matrices' Linear layers. A path without a leading dot starts at the attention block, a path with
 one dot at the module that contains the block, and a path with two dots at the layer."""
 
 _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+_KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 _SAME_INPUT = (("query", "key", "value"), ("output",), ("gate", "up"), ("down",))
+
+
+class Columns(NamedTuple):
+    """The output columns of a Linear that belong to one matrix.
+
+    The Linear's columns are equal parts, in each of which the matrix has the same place. There is one part, except
+    where a fused Linear holds one group of heads after the other (`FusedLayout.by_head`).
+
+    Args:
+        matrix: the matrix's index in its `TargetLinear.group`.
+        start: the matrix's first column in a part.
+        width: the number of the matrix's columns in a part.
+        parts: the number of parts.
+    """
+
+    matrix: int
+    start: int
+    width: int
+    parts: int = 1
+
+    def of(self, outputs: Tensor) -> Tensor:
+        """The matrix's columns in a tensor whose last dimension is the Linear's outputs.
+
+        Args:
+            outputs: (..., outputs).
+
+        Returns:
+            A view, (..., parts, width).
+        """
+        return torch.unflatten(outputs, -1, (self.parts, -1)).narrow(-1, self.start, self.width)
 
 
 @dataclass(frozen=True)
@@ -39,7 +114,7 @@ class TargetLinear:
         linear: the module.
         layer: the index of its layer, 0-based.
         group: the matrices that read the same input, as a range of indices in `Geometry.matrices`.
-        columns: (index in the group, first output column) of each matrix that the module holds.
+        columns: the output columns of each matrix that the module holds.
         writes_to_stream: whether the module's output goes to the residual stream.
     """
 
@@ -47,7 +122,7 @@ class TargetLinear:
     linear: nn.Module
     layer: int
     group: range
-    columns: tuple[tuple[int, int], ...]
+    columns: tuple[Columns, ...]
     writes_to_stream: bool
 
 
@@ -71,10 +146,11 @@ def find_projections(
 ) -> tuple[Geometry, list[TargetLinear]]:
     """Find the matrices to adapt in every layer of a model.
 
-    An attention block is a module with three Linear layers named query/key/value, q_proj/k_proj/v_proj or
-    q_lin/k_lin/v_lin, or with one Linear layer named qkv or c_attn. Each such block counts as one layer, and layers are
-    numbered in the order of the model's modules. The attention's output and the feed-forward block are looked up by
-    name (`OUTPUT`, `FEED_FORWARD`).
+    An attention block is a module with three Linear layers for query, key and value (`SEPARATE`) or with one that
+    holds all three (`FUSED`). Each such block counts as one layer, and layers are numbered in the order of the model's
+    modules. The attention's output and the feed-forward block are looked up by name (`OUTPUT`, `FEED_FORWARD`).
+
+    A warning says so if layers of the same list have no such block, as in models that mix attention with other layers.
 
     Args:
         model: any Transformer.
@@ -86,15 +162,18 @@ def find_projections(
         The geometry that all layers share, and the Linear layers that hold the matrices, layer by layer.
 
     Raises:
-        TensLoRAError: if there is no attention block, if a layer lacks a matrix that is to be adapted, if the layers
-            differ in width or in heads, or if two layers share a weight.
+        TensLoRAError: if there is no attention block, if an attention block is of a kind in which an adapter would not
+            do what it should, if a layer lacks a matrix that is to be adapted, if the layers differ in width or in
+            heads, if two layers share a weight, or if the model is wrapped for several processes already.
     """
+    _refuse_wrapped(model)
     blocks = list(_attention_blocks(model))
     if not blocks:
         known = ", ".join([*map("/".join, SEPARATE), *FUSED])
         raise TensLoRAError(
             f"{type(model).__name__}: no attention projections found; they must be nn.Linear children named {known}"
         )
+    _warn_of_skipped_layers(model, [path for path, _, _ in blocks])
     taken = blocks if layers is None else [block for index, block in enumerate(blocks) if index in layers]
     found = [_inspect_layer(model, path, block, names, adapt) for path, block, names in taken]
     for layer in found:
@@ -105,17 +184,61 @@ def find_projections(
     return geometry, targets
 
 
+def _refuse_wrapped(model: nn.Module) -> None:
+    # The wrappers decide when they are made which parameters to reduce or to shard. fully_shard changes the class.
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+    for path, module in model.named_modules():
+        for name in (kind.__name__ for kind in type(module).__mro__):
+            if name in wrappers:
+                raise TensLoRAError(
+                    f"{path or type(model).__name__}: is wrapped in {name} already, which would leave the adapter's "
+                    f"gradients out; attach the adapter first, then wrap the model"
+                )
+
+
 def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     # Yields the path of each block, the block, and the names of its Linear layers.
     for path, module in model.named_modules():
         for names in (*SEPARATE, *[(name,) for name in FUSED]):
-            linears = [getattr(module, name, None) for name in names]
-            if not all(map(_is_linear, linears)):
-                continue
-            if getattr(module, "q_bias", None) is not None and not getattr(module, "qkv_bias_separate", False):
-                # timm's BEiT and EVA read the weight and add biases of their own, without calling the Linear.
-                raise TensLoRAError(f"{path}: does not call its Linear {names[0]}, so an adapter there has no effect")
-            yield path, module, names
+            if all(_is_linear(getattr(module, name, None)) for name in names):
+                if reason := _reason_to_refuse(module, names[0]):
+                    raise TensLoRAError(f"{path or type(module).__name__}: {reason}")
+                yield path, module, names[:3]
+
+
+def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
+    # Why an adapter on a block with this Linear would not do what it should, if that is so.
+    kind = type(block)
+    classes = FUSED[name].classes if name in FUSED else ()
+    if classes and not any(each.__name__ in classes for each in kind.__mro__):
+        return f"the order of the outputs of {name} in {kind.__name__} is not known; it is in {', '.join(classes)}"
+    if getattr(block, "q_bias", None) is not None and not getattr(block, "qkv_bias_separate", False):
+        # timm's BEiT and EVA read the weight and add biases of their own.
+        return f"does not call its Linear {name}, so an adapter there has no effect"
+    side_by_side = name in FUSED and not FUSED[name].by_head
+    if side_by_side and (getattr(block, "multi_query", None) is False or getattr(block, "head_first", False)):
+        # transformers' GPTBigCode without multi_query, and timm's AttentionCl.
+        return f"its Linear {name} holds query, key and value one head after the other, which is not supported"
+    if _is_linear(getattr(block, f"{name}_global", None)):
+        # Longformer and LED: its global tokens use these instead, and in the last layer nothing else is read.
+        return f"has a {name}_global beside {name}, which an adapter would leave out"
+    return None
+
+
+def _warn_of_skipped_layers(model: nn.Module, paths: Sequence[str]) -> None:
+    # In each list of layers (the outermost one on a path), the indices of those with an attention block.
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        if match := re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", path):
+            found.setdefault(match[1] or "", set()).add(match[2])
+    for path, indices in found.items():
+        layers = model.get_submodule(path)
+        if isinstance(layers, nn.ModuleList) and len(indices) < len(layers):
+            warnings.warn(
+                f"{type(model).__name__}: {len(indices)} of the {len(layers)} layers of {path or 'the model'} have "
+                f"attention projections; an adapter leaves the others alone",
+                stacklevel=3,
+            )
 
 
 def _is_linear(module: object) -> bool:
@@ -145,11 +268,12 @@ class _Sizes:
 
 
 class _Matrix(NamedTuple):
-    """The Linear that holds a matrix, the Linear's path, and the matrix's first output column in it."""
+    """The Linear that holds a matrix, the Linear's path, and the matrix's place in it (see `Columns`)."""
 
     path: str
     linear: nn.Module
-    column: int
+    start: int = 0
+    parts: int = 1
 
 
 class _Layer(NamedTuple):
@@ -165,21 +289,28 @@ def _inspect_layer(model: nn.Module, path: str, block: nn.Module, names: tuple[s
         return f"{path}.{name}".lstrip(".")
 
     heads = _head_count(path, block, model)
+    d_head = getattr(block, "head_dim", None)
     qkv = ("query", "key", "value")
     if len(names) == 1:
         linear = getattr(block, names[0])
         d_in, outputs = features(linear)
-        d_head = getattr(block, "head_dim", None)
-        # The second condition holds for multi-query attention, as in StarCoder.
-        if outputs % 3 or (isinstance(d_head, int) and outputs != 3 * heads * d_head):
-            raise TensLoRAError(f"{path_of(names[0])}: its {outputs} outputs do not divide into query, key and value")
-        widths = [outputs // 3] * 3
-        matrices = {name: _Matrix(path_of(names[0]), linear, index * widths[0]) for index, name in enumerate(qkv)}
+        kv_heads = next(filter(_is_count, (getattr(block, name, None) for name in _KEY_HEAD_COUNTS)), heads)
+        width = outputs // (heads + 2 * kv_heads)
+        if outputs % (heads + 2 * kv_heads) or (_is_count(d_head) and d_head != width):
+            raise TensLoRAError(
+                f"{path_of(names[0])}: its {outputs} outputs do not divide into query, key and value of {heads} heads"
+            )
+        widths = [heads * width, kv_heads * width, kv_heads * width]
+        parts = kv_heads if FUSED[names[0]].by_head else 1
+        starts = accumulate((each // parts for each in widths[:2]), initial=0)
+        matrices = {
+            name: _Matrix(path_of(names[0]), linear, start, parts) for name, start in zip(qkv, starts, strict=True)
+        }
     else:
         linears = [getattr(block, name) for name in names]
         d_in, widths = features(linears[0])[0], [features(linear)[1] for linear in linears]
         matrices = {
-            matrix: _Matrix(path_of(name), linear, 0) for matrix, name, linear in zip(qkv, names, linears, strict=True)
+            matrix: _Matrix(path_of(name), linear) for matrix, name, linear in zip(qkv, names, linears, strict=True)
         }
         for name, linear in zip(names, linears, strict=True):
             if features(linear)[0] != d_in:
@@ -187,6 +318,11 @@ def _inspect_layer(model: nn.Module, path: str, block: nn.Module, names: tuple[s
                     f"{path_of(name)}: has {features(linear)[0]} inputs, but {path_of(names[0])} has {d_in}; the "
                     f"projections of a layer must have the same number of inputs"
                 )
+        if _is_count(d_head) and widths[0] != heads * d_head:  # as in Qwen3-Next, where it holds a gate too
+            raise TensLoRAError(
+                f"{path_of(names[0])}: has {widths[0]} outputs, which are not {heads} heads of {d_head}; it must hold "
+                f"queries and nothing else"
+            )
     query, key, value = widths
     if query % heads:
         raise TensLoRAError(f"{path}: the output width {query} does not divide into {heads} heads")
@@ -217,9 +353,13 @@ def _head_count(path: str, block: nn.Module, model: nn.Module) -> int:
     for owner in (block, getattr(block, "config", None), getattr(model, "config", None)):
         for name in _HEAD_COUNTS:
             count = getattr(owner, name, None)
-            if isinstance(count, int):
+            if _is_count(count):
                 return count
     raise TensLoRAError(f"{path}: the number of heads is not known; expected an attribute {', '.join(_HEAD_COUNTS)}")
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and value > 0
 
 
 def _look_up(model: nn.Module, path: str, choices: Iterable[Mapping[str, str]], adapt: str) -> dict[str, _Matrix]:
@@ -236,7 +376,7 @@ def _look_up(model: nn.Module, path: str, choices: Iterable[Mapping[str, str]], 
             dots = len(place) - len(place.lstrip("."))
             paths[name] = f"{bases[dots]}.{place.lstrip('.')}".lstrip(".")
         if all(_is_linear(modules.get(each)) for each in paths.values()):
-            return {name: _Matrix(each, modules[each], 0) for name, each in paths.items()}
+            return {name: _Matrix(each, modules[each]) for name, each in paths.items()}
         tried.append("/".join(paths.values()))
     raise TensLoRAError(
         f"adapt={adapt}: {path}: its {' and '.join(names)} cannot be found; looked for {', '.join(tried)}"
@@ -254,21 +394,22 @@ def _require_same_sizes(model: nn.Module, layer: _Layer, first: _Layer) -> None:
 
 def _targets(index: int, layer: _Layer, geometry: Geometry) -> Iterator[TargetLinear]:
     names = geometry.matrices
-    columns: dict[str, dict[str, int]] = {}  # by the path of a Linear, the matrices that it holds
+    widths = dict(zip(names, geometry.widths, strict=True))
+    held: dict[str, list[str]] = {}  # by the path of a Linear, the matrices that it holds
     for name in names:
-        columns.setdefault(layer.matrices[name].path, {})[name] = layer.matrices[name].column
-    for path, held in columns.items():
-        first = next(iter(held))
-        members = [name for name in next(group for group in _SAME_INPUT if first in group) if name in names]
+        held.setdefault(layer.matrices[name].path, []).append(name)
+    for path, of_linear in held.items():
+        first = layer.matrices[of_linear[0]]
+        members = [name for name in next(group for group in _SAME_INPUT if of_linear[0] in group) if name in names]
         start = names.index(members[0])
-        yield TargetLinear(
-            path,
-            layer.matrices[first].linear,
-            index,
-            range(start, start + len(members)),
-            tuple((members.index(name), column) for name, column in held.items()),
-            writes_to_stream=first in ("output", "down"),
-        )
+        writes_to_stream = of_linear[0] in ("output", "down")
+        columns = []
+        for name in of_linear:
+            width = features(first.linear)[1] if writes_to_stream else widths[name]
+            parts = layer.matrices[name].parts
+            columns.append(Columns(members.index(name), layer.matrices[name].start, width // parts, parts))
+        group = range(start, start + len(members))
+        yield TargetLinear(path, first.linear, index, group, tuple(columns), writes_to_stream)
 
 
 def _refuse_shared_weights(targets: Iterable[TargetLinear]) -> None:

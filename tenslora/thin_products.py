@@ -6,46 +6,14 @@ in a forward pass computes the pairs of all layers in a few operations, and the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tenslora.adapter import Adapter
-
-
-class ForwardPassCache:
-    """A cache of the products that the current forward pass has computed for all layers.
-
-    Hooks on the model create the cache when a forward pass begins and drop it when the pass ends, even by an exception.
-    Outside a forward pass the cache is empty: nothing would tell us when a cached product has gone stale.
-
-    Args:
-        model: the adapted model. A forward pass is a call of this module.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.products: dict[Hashable, list[LayerProducts]] | None = None
-        self.hooks = (
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end, always_call=True),
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "products": None}  # they may belong to an autograd graph, which cannot be copied
-
-    def _begin(self, *_: Any) -> None:
-        self.products = {}
-
-    def _end(self, *_: Any) -> None:
-        self.products = None
-
-    def remove_hooks(self) -> None:
-        """Take the hooks off the model."""
-        for hook in self.hooks:
-            hook.remove()
+from tenslora.forward_pass import ForwardPass
 
 
 class LayerProducts(NamedTuple):
@@ -55,7 +23,7 @@ class LayerProducts(NamedTuple):
         left_t: the transposed left, (r, inputs), if the matrices share it; otherwise the transposed left of each
             matrix, one below the other.
         rights: the right (r, outputs) of each matrix. If one Linear holds all the matrices and they share left, there
-            is a single right, (r, all outputs).
+            is a single right, (r, all outputs), whose columns are in the order of the Linear's.
         ranks: the r of each left in left_t.
     """
 
@@ -72,19 +40,20 @@ class MatrixGroup:
         matrices: the matrices, as a range of indices in `Geometry.matrices`.
         writes_to_stream: whether the matrices write to the residual stream instead of reading from it. The adapter then
             holds the transposes of their updates.
-        fused: whether one Linear per layer holds all the matrices, side by side, and nothing else.
-        cache: the cache of the model's forward pass.
+        fused_parts: if one Linear per layer holds all the matrices and nothing else, the number of equal parts in which
+            it does so, see `projections.Columns`; otherwise 0.
+        forward_pass: the model's forward pass.
     """
 
     def __init__(
-        self, adapter: Adapter, matrices: range, writes_to_stream: bool, fused: bool, cache: ForwardPassCache
+        self, adapter: Adapter, matrices: range, writes_to_stream: bool, fused_parts: int, forward_pass: ForwardPass
     ) -> None:
         self.adapter = adapter
         self.matrices = None if len(matrices) == len(adapter.geometry.matrices) else matrices
-        self.first_matrix = matrices.start  # identifies the group in the cache
+        self.first_matrix = matrices.start  # identifies the group in a forward pass
         self.writes_to_stream = writes_to_stream
-        self.fused = fused
-        self.cache = cache
+        self.fused_parts = fused_parts
+        self.forward_pass = forward_pass
 
     def products(self, layers: range) -> tuple[list[Tensor], list[Tensor]]:
         """The thin matrices of some layers as they are applied, alpha dW = left @ right.
@@ -111,21 +80,22 @@ class MatrixGroup:
         Returns:
             The layer's products, in this dtype.
         """
-        cached = self.cache.products
+        cached = self.forward_pass.here.products
         if cached is None or _saved_tensors_have_hooks():
             return self._compute(range(layer, layer + 1), dtype)[0]
         key = self.first_matrix, dtype, torch.is_grad_enabled()
         if key not in cached:
             cached[key] = self._compute(range(self.adapter.geometry.layers), dtype)
-        return cached[key][layer]
+        return cast(LayerProducts, cached[key][layer])
 
     def _compute(self, layers: range, dtype: torch.dtype) -> list[LayerProducts]:
         with _without_autocast(next(self.adapter.parameters()).device):
             lefts, rights = self.products(layers)
             ranks = [left.shape[2] for left in lefts]
             left_t = torch.cat([left.mT for left in lefts], dim=1)
-            if len(lefts) == 1 and self.fused:
-                rights = [torch.cat(rights, dim=2)]
+            if len(lefts) == 1 and self.fused_parts:
+                parts = [torch.unflatten(right, 2, (self.fused_parts, -1)) for right in rights]
+                rights = [torch.cat(parts, dim=3).flatten(2)]
             # left_t is contiguous, as the weight of a Linear is: autograd then computes its gradient as grad.T @ x
             # instead of x.T @ grad, which takes up to 3.7 times as long on a CPU.
             sides = [side.contiguous().to(dtype).unbind() for side in (left_t, *rights)]

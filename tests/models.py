@@ -70,7 +70,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _decoder(kind: str, **sizes: int) -> Callable[[], nn.Module]:
+def _decoder(kind: str, **sizes: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         tokens = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
         model: nn.Module = getattr(hf, f"{kind}ForCausalLM" if kind != "GPT2" else "GPT2LMHeadModel")(
@@ -91,6 +91,45 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
 """They have fewer key heads, gated feed-forward blocks, d_out other than d_in (Gemma), or Conv1D (GPT-2)."""
 
 
+def _modernbert() -> nn.Module:
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+    return hf.ModernBertForSequenceClassification(hf.ModernBertConfig(**_SIZES, **_TEXT, **tokens))
+
+
+def _mpnet() -> nn.Module:
+    return hf.MPNetForSequenceClassification(hf.MPNetConfig(**_SIZES, **_TEXT))
+
+
+def _deberta_v2() -> nn.Module:
+    # The settings of DeBERTa v3.
+    relative = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+    config = hf.DebertaV2Config(**_SIZES, **_TEXT, **relative, share_att_key=True, norm_rel_ebd="layer_norm")
+    return hf.DebertaV2ForSequenceClassification(config)
+
+
+def _t5() -> nn.Module:
+    # d_out is not d_in. The three layers are an encoder's, a decoder's and that of the cross-attention between them.
+    config = hf.T5Config(vocab_size=50, d_model=24, d_kv=6, d_ff=32, num_layers=1, num_heads=3)
+    return hf.T5ForConditionalGeneration(config)
+
+
+_FOUR_HEADS = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+FURTHER: dict[str, Callable[[], nn.Module]] = {
+    "gpt_neox": _decoder("GPTNeoX", **_SIZES, max_position_embeddings=20),
+    "bloom": _decoder("Bloom", hidden_size=24, n_layer=2, n_head=3),
+    "falcon_7b": _decoder("Falcon", **_FOUR_HEADS),
+    "falcon_40b": _decoder("Falcon", **_FOUR_HEADS, num_kv_heads=2, new_decoder_architecture=True),
+    "falcon_rw": _decoder("Falcon", **_FOUR_HEADS, multi_query=False),
+    "phi3": _decoder("Phi3", **_GROUPED, num_key_value_heads=2),
+    "starcoder": _decoder("GPTBigCode", n_embd=24, n_layer=2, n_head=3, n_positions=20),
+    "modernbert": _modernbert,
+    "mpnet": _mpnet,
+    "deberta_v2": _deberta_v2,
+    "t5": _t5,
+}
+"""Query, key and value in one Linear for each head or with fewer key heads, and other names."""
+
+
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "separate": lambda: PlainTransformer(fused=False),
     "fused": lambda: PlainTransformer(fused=True),
@@ -101,7 +140,7 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
 def build(name: str) -> nn.Module:
     """A model of one of the dictionaries above, in evaluation mode, in float64, with reproducible random weights."""
     torch.manual_seed(0)
-    return {**BUILDERS, **DECODERS, **PLAIN}[name]().double().eval()
+    return {**BUILDERS, **DECODERS, **FURTHER, **PLAIN}[name]().double().eval()
 
 
 def inputs(name: str, seed: int = 0) -> dict[str, Tensor]:
@@ -109,8 +148,9 @@ def inputs(name: str, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     if name in PLAIN:
         return {"x": torch.randn(2, 7, 24, dtype=torch.float64, generator=generator)}
-    if name in ("hf_bert", "hf_roberta", "hf_distilbert", *DECODERS):
-        return {"input_ids": torch.randint(5, 50, (2, 7), generator=generator)}
+    if name in ("hf_bert", "hf_roberta", "hf_distilbert", *DECODERS, *FURTHER):
+        tokens = torch.randint(5, 50, (2, 7), generator=generator)
+        return {"input_ids": tokens, "decoder_input_ids": tokens[:, :5]} if name == "t5" else {"input_ids": tokens}
     pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=generator)
     return {"x" if name.startswith("timm") else "pixel_values": pixels}
 

@@ -18,7 +18,7 @@ from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.attachment import adapter_of
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.projections import find_projections
-from tests.models import BUILDERS, DECODERS, attached, build, inputs, linear_at, logits, tensor_of
+from tests.models import BUILDERS, DECODERS, FURTHER, attached, build, inputs, linear_at, logits, tensor_of
 from tests.operations import RecordedOperations
 from tests.plain_transformer import PlainTransformer
 
@@ -33,10 +33,11 @@ def dense_logits(name: str, adapter: Adapter) -> Tensor:
         if not isinstance(target.linear, nn.Linear):
             weight = weight.T  # transformers' Conv1D stores the transpose
         update = torch.zeros_like(weight)
-        for index, column in target.columns:
-            matrix = adapter.dense(target.layer)[target.group[index]]
+        for columns in target.columns:
+            matrix = adapter.dense(target.layer)[target.group[columns.matrix]]
             matrix = matrix if target.writes_to_stream else matrix.T
-            update = update + nn.functional.pad(matrix, (0, 0, column, len(weight) - column - len(matrix)))
+            rows = columns.of(torch.arange(len(weight))).flatten()
+            update = update.index_add(0, rows, matrix)
         updated = weight + adapter.config.alpha * update
         weights[f"{target.path}.weight"] = updated if isinstance(target.linear, nn.Linear) else updated.T
     output = torch.func.functional_call(model, weights, kwargs=inputs(name), args=())
@@ -60,7 +61,7 @@ def check_against_dense_updates(name: str, mode: str, **settings: Any) -> Adapte
 
 # Where projections are stacked, the matrices of a layer share left; otherwise each has its own.
 @pytest.mark.parametrize("mode", ["lora", "qkv_depth"])
-@pytest.mark.parametrize("name", [*BUILDERS, *DECODERS])
+@pytest.mark.parametrize("name", [*BUILDERS, *DECODERS, *FURTHER])
 def test_on_every_backbone_logits_and_gradients_are_those_of_dense_updates(name: str, mode: str) -> None:
     check_against_dense_updates(name, mode)
 
@@ -127,6 +128,25 @@ BACKBONES_AND_MATRICES = [
 @pytest.mark.parametrize(("name", "adapt", "mode", "factorization"), BACKBONES_AND_MATRICES)
 def test_any_choice_of_matrices_may_be_adapted(name: str, adapt: str, mode: str, factorization: str) -> None:
     check_against_dense_updates(name, mode, adapt=adapt, factorization=factorization)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapt", "mode"),
+    [
+        # One Linear for each head in turn, of which some matrices are adapted, together and apart
+        ("gpt_neox", "qv", "qkv_depth"),
+        ("gpt_neox", "q", "depth"),
+        ("falcon_40b", "kv", "lora"),
+        # and names of the other matrices.
+        ("falcon_rw", "all", "att_qkv_depth"),
+        ("deberta_v2", "all", "qkv_depth"),
+        ("mpnet", "all", "lora"),
+        ("modernbert", "o", "depth"),
+        ("t5", "qkvo", "qkv_depth"),
+    ],
+)
+def test_other_layouts_and_names_take_any_matrices_too(name: str, adapt: str, mode: str) -> None:
+    check_against_dense_updates(name, mode, adapt=adapt)
 
 
 @pytest.mark.parametrize("name", ["hf_bert", "hf_roberta", "hf_distilbert"])
@@ -221,7 +241,7 @@ def test_rank_dropout_leaves_out_components_in_training_only(name: str, mode: st
     linear = next(module for module in model.modules() if isinstance(module, AdaptedLinear))
     tokens = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     lefts, rights = map(torch.stack, linear.shared.group.adapter.layer_products(0))
-    hs, rights = tokens @ lefts, rights[[index for index, _ in linear.columns]] * 4.0
+    hs, rights = tokens @ lefts, rights[[columns.matrix for columns in linear.columns]] * 4.0
     # A component's part of the output, over all tokens, is one column. Least squares then finds each one's factor.
     components = torch.stack(
         [

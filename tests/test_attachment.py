@@ -23,7 +23,8 @@ from tenslora import (
 )
 from tenslora.attachment import adapter_of
 from tenslora.constructions import CONSTRUCTIONS
-from tests.models import BUILDERS, DECODERS, attached, build, inputs, linear_at, logits
+from tenslora.peft.to_lora import to_peft
+from tests.models import BUILDERS, DECODERS, FURTHER, attached, build, inputs, linear_at, logits
 from tests.operations import RecordedOperations
 
 
@@ -90,6 +91,21 @@ def test_a_merged_model_has_the_adapted_logits_whichever_matrices_are_adapted(na
     torch.testing.assert_close(logits(model, inputs(name)), adapted, rtol=0, atol=1e-10)
     unmerge(model)
     torch.testing.assert_close(logits(model, inputs(name)), adapted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["qkv_depth", "lora"])
+@pytest.mark.parametrize("name", FURTHER)
+def test_other_layouts_are_saved_merged_and_turned_into_loras(name: str, mode: str, tmp_path: Path) -> None:
+    model, batch = build(name), inputs(name)
+    adapter = attached(model, mode)
+    adapted = logits(model, batch)
+    loaded = build(name)
+    load(loaded, adapter.save(tmp_path / "adapter.safetensors")).double()
+    torch.testing.assert_close(logits(loaded, batch), adapted, rtol=0, atol=1e-5)  # a file holds float32
+    merge(loaded)
+    torch.testing.assert_close(logits(loaded, batch), adapted, rtol=0, atol=1e-5)
+    peft_model = to_peft(model).double()
+    torch.testing.assert_close(logits(peft_model, batch), adapted, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import transformers as hf
-from torch import nn
+from timm.models.maxxvit import AttentionCl
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
+from tenslora import AdapterConfig, attach
 from tenslora.errors import TensLoRAError
-from tenslora.projections import features, find_projections
-from tests.models import BUILDERS, DECODERS, GEOMETRY, build, inputs
+from tenslora.projections import TargetLinear, features, find_projections
+from tests.models import BUILDERS, DECODERS, FURTHER, GEOMETRY, PLAIN, build, inputs, logits
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -16,7 +25,7 @@ def test_every_projection_of_every_backbone_is_found(name: str) -> None:
     model = build(name)
     geometry, targets = find_projections(model)
     assert geometry == GEOMETRY
-    held = [(target.layer, target.group[index]) for target in targets for index, _ in target.columns]
+    held = [(target.layer, target.group[columns.matrix]) for target in targets for columns in target.columns]
     assert sorted(held) == [(layer, projection) for layer in range(2) for projection in range(3)]
     for target in targets:
         assert model.get_submodule(target.path) is target.linear
@@ -27,7 +36,7 @@ def test_every_projection_of_every_backbone_is_found(name: str) -> None:
 def test_separate_projections_are_in_the_order_query_key_value(name: str) -> None:
     _, targets = find_projections(build(name))
     for target in targets:
-        assert target.path.rpartition(".")[2][0] == "qkv"[target.columns[0][0]]
+        assert target.path.rpartition(".")[2][0] == "qkv"[target.columns[0].matrix]
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -63,7 +72,7 @@ class _Fused(nn.Module):
         ([(8, 24, 2), (8, 48, 2)], r"uneven, query is 16 at 1 and 8 at 0"),
         ([(8, 24, 2), (16, 24, 2)], r"uneven, d_in is 16 at 1 and 8 at 0"),
         ([(8, 24, 2), (8, 24, 4)], r"uneven, heads is 4 at 1 and 2 at 0"),
-        ([(8, 24, 3)], r"the output width 8 does not divide into 3 heads"),
+        ([(8, 24, 3)], r"its 24 outputs do not divide into query, key and value of 3 heads"),
         ([(8, 25, 2)], r"0\.qkv: its 25 outputs do not divide into query, key and value"),
         ([(8, 24, None)], r"the number of heads is not known; expected an attribute num_attention_heads"),
     ],
@@ -132,11 +141,84 @@ def test_attention_that_never_calls_its_linear_is_refused(name: str) -> None:
         find_projections(timm.create_model(name, **sizes))
 
 
+_FOUR = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("build_model", "message"),
+    [
+        (
+            lambda: hf.GPTBigCodeModel(hf.GPTBigCodeConfig(n_embd=24, n_layer=1, n_head=3, multi_query=False)),
+            r"h\.0\.attn: its Linear c_attn holds query, key and value one head after the other",
+        ),
+        (
+            lambda: AttentionCl(32, dim_head=8),
+            r"^AttentionCl: its Linear qkv holds query, key and value one head after the other",
+        ),
+        (
+            lambda: hf.CodeGenModel(hf.CodeGenConfig(n_embd=16, n_layer=1, n_head=4, rotary_dim=4)),
+            r"attn: the order of the outputs of qkv_proj in CodeGenAttention is not known; it is in Phi3Attention",
+        ),
+        (
+            lambda: hf.LongformerModel(hf.LongformerConfig(**_FOUR, attention_window=4)),
+            r"self: has a query_global beside query, which an adapter would leave out",
+        ),
+        (
+            lambda: hf.Qwen3NextModel(hf.Qwen3NextConfig(**_FOUR, num_key_value_heads=2, head_dim=8, num_experts=2)),
+            r"layers\.3\.self_attn\.q_proj: has 64 outputs, which are not 4 heads of 8",
+        ),
+    ],
+    ids=["GPTBigCode", "AttentionCl", "CodeGen", "Longformer", "Qwen3Next"],
+)
+def test_attention_on_which_an_adapter_would_be_wrong_is_refused(
+    build_model: Callable[[], nn.Module], message: str
+) -> None:
+    with torch.device("meta"):
+        model = build_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # three of Qwen3-Next's four layers have no such attention
+        with pytest.raises(TensLoRAError, match=message):
+            find_projections(model)
+
+
+def test_layers_without_attention_are_mentioned() -> None:
+    model = build("llama")
+    layers = model.get_submodule("model.layers")
+    layers.get_submodule("0").self_attn = nn.Identity()
+    with pytest.warns(UserWarning, match=r"^LlamaForCausalLM: 1 of the 2 layers of model\.layers have attention proj"):
+        geometry, _ = find_projections(model)
+    assert geometry.layers == 1
+
+
+def _distributed(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def _sharded(model: nn.Module) -> nn.Module:
+    sharded: nn.Module = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))  # type: ignore[assignment]
+    return sharded
+
+
+@pytest.mark.parametrize(("wrap", "name"), [(_distributed, "DistributedDataParallel"), (_sharded, "FSDPModule")])
+def test_a_model_that_is_wrapped_for_several_processes_is_refused(
+    wrap: Callable[[nn.Module], nn.Module], name: str
+) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole, part = wrap(build("separate")), nn.Sequential(wrap(build("separate")), nn.Linear(2, 2))
+    finally:
+        dist.destroy_process_group()
+    for model, place in ((whole, type(whole).__name__), (part, "0")):
+        message = rf"^{place}: is wrapped in {name} already, .*; attach the adapter first, then wrap the model$"
+        with pytest.raises(TensLoRAError, match=message):
+            attach(model, AdapterConfig("qkv"))
+
+
 @pytest.mark.parametrize("name", [*BUILDERS, *DECODERS])
 def test_all_matrices_of_a_layer_are_found(name: str) -> None:
     model = build(name)
     geometry, targets = find_projections(model, "all")
-    held = {(target.layer, target.group[index]): target for target in targets for index, _ in target.columns}
+    held = {(target.layer, target.group[columns.matrix]): target for target in targets for columns in target.columns}
     assert set(held) == {(layer, m) for layer in range(2) for m in range(len(geometry.matrices))}
     for (_, m), target in held.items():
         inputs, outputs = features(target.linear)
@@ -153,3 +235,54 @@ def test_a_matrix_that_is_not_found_is_named() -> None:
         find_projections(_Separate(16, 16, 16), "qkvo")
     with pytest.raises(TensLoRAError, match=r"its up and down cannot be found; looked for .*mlp\.fc1/mlp\.fc2"):
         find_projections(_Separate(16, 16, 16), "mlp")
+
+
+def _scaled(target: TargetLinear, outputs: Tensor, factor: float) -> Callable[[], None]:
+    """Scale some outputs of a Linear, and return a function that takes it back."""
+    parameters = list(target.linear.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            of_outputs = parameter if isinstance(target.linear, nn.Linear) else parameter.movedim(-1, 0)
+            of_outputs[outputs] *= factor  # a Conv1D holds the transpose of its weight
+
+    def undo() -> None:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+    return undo
+
+
+@pytest.mark.parametrize("name", [*BUILDERS, *DECODERS, *FURTHER, *PLAIN])
+def test_the_columns_of_a_head_are_the_heads_own(name: str) -> None:
+    # Where a head's keys are zero, its attention is the same whatever its queries are; where its values are zero, its
+    # output is zero. So its queries must not matter then, and those of all other heads must.
+    model, batch = build(name), inputs(name)
+    geometry, targets = find_projections(model)
+    held = {(t.layer, t.group[columns.matrix]): (t, columns) for t in targets for columns in t.columns}
+    kv_heads = geometry.kv_heads or geometry.heads
+
+    def head(layer: int, matrix: int, index: int, factor: float) -> Callable[[], None]:
+        target, columns = held[layer, matrix]
+        outputs = columns.of(torch.arange(features(target.linear)[1])).flatten()
+        return _scaled(target, torch.unflatten(outputs, 0, (-1, geometry.d_head))[index], factor)
+
+    def heads_that_matter(layer: int) -> list[int]:
+        expected, found = logits(model, batch), []
+        for index in range(geometry.heads):
+            undo = head(layer, 0, index, 3.0)
+            change = (logits(model, batch) - expected).abs().max()
+            assert change > 1e-9 or change < 1e-13
+            found += [index] * bool(change > 1e-9)
+            undo()
+        return found
+
+    with torch.no_grad():
+        for layer in range(geometry.layers):
+            assert heads_that_matter(layer) == list(range(geometry.heads))
+            for matrix in (1, 2):
+                undo = head(layer, matrix, kv_heads - 1, 0.0)
+                others = geometry.heads - geometry.heads // kv_heads  # the last heads share the last key and value
+                assert heads_that_matter(layer) == list(range(others))
+                undo()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -136,6 +138,30 @@ def test_some_activations_may_be_recomputed_and_others_saved(
         gradients.append([parameter.grad for parameter in adapter.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["separate", "fused"])
+def test_two_threads_may_train_one_model(name: str) -> None:
+    model = build(name)
+    adapter = attached(model, "qkv_depth")
+    batches = [inputs(name, seed) for seed in (0, 1)]
+
+    def gradients(batch: dict[str, Tensor]) -> list[Tensor]:
+        loss = logits(model, batch).square().sum()
+        return list(torch.autograd.grad(loss, list(adapter.parameters())))
+
+    expected = list(map(gradients, batches))
+    # Both passes are between their two layers at the same time, and neither goes back before the other does.
+    barrier = threading.Barrier(2, timeout=20)
+
+    def meet(*_: object) -> None:
+        barrier.wait()
+
+    for place in ("blocks.1", "head"):
+        model.get_submodule(place).register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        for one, other in zip(pool.map(gradients, batches), expected, strict=True):
+            assert all(torch.equal(gradient, alone) for gradient, alone in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["lora", "depth", "att_qkv_depth"])

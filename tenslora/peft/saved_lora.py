@@ -179,12 +179,10 @@ def read_updates(folder: Path, geometry: Geometry, targets: list[TargetLinear]) 
     for name, target in found.items():
         update = products[name]
         remainder = update.clone()
-        for index, start in target.columns:
-            matrix = target.group[index]
-            width = update.shape[1] if target.writes_to_stream else geometry.widths[matrix]
-            columns = slice(start, start + width)
-            updates[target.layer][matrix] = update[:, columns].T if target.writes_to_stream else update[:, columns]
-            remainder[:, columns] = 0
+        for columns in target.columns:
+            own = columns.of(update).flatten(1)
+            updates[target.layer][target.group[columns.matrix]] = own.T if target.writes_to_stream else own
+            columns.of(remainder).zero_()
         if remainder.any():  # the Linear holds other matrices too, which the geometry leaves out
             raise _left_out(folder, name, geometry)
     if not any(update.any() for layer in updates for update in layer):

@@ -29,11 +29,11 @@ from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
 from tenslora.files import require_tensors
 from tenslora.forms import from_json, typed
+from tenslora.forward_pass import ForwardPass
 from tenslora.peft.patterns import first_matches
 from tenslora.peft.quantised import QuantisedWeights
 from tenslora.projections import TargetLinear, find_projections, is_plain
 from tenslora.ranks import RankStrategy
-from tenslora.thin_products import ForwardPassCache
 
 METHOD = "tenslora"
 """The method's name in PEFT. In adapter_config.json it is written in capitals, as `peft_type`."""
@@ -207,6 +207,8 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Returns:
             (..., outputs).
         """
+        for update in self.updates.values():
+            update.call.called = True
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [self.updates[name] for name in self.active_adapters if name in self.updates]
@@ -287,7 +289,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
 
     def _pre_injection_hook(self, *_: Any) -> None:
         self.tenslora_adapters = nn.ModuleDict()
-        self._caches: dict[str, ForwardPassCache] = {}
+        self._forward_passes: dict[str, ForwardPass] = {}
         self._planned: dict[str, AdaptedLinear] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -316,9 +318,9 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         on_meta = any(parameter.is_meta for parameter in adapter.parameters())  # low_cpu_mem_usage; loading fills them
         adapter.to("meta" if on_meta else weight.device, weight.dtype if weight.is_floating_point() else None)
         adapter.register_load_state_dict_pre_hook(_require_adapters_tensors)  # type: ignore[no-untyped-call]
-        cache = ForwardPassCache(model)
-        self._planned = adapt_linears(adapter, targets, cache)
-        self.tenslora_adapters[adapter_name], self._caches[adapter_name] = adapter, cache
+        forward_pass = ForwardPass(model)
+        self._planned = adapt_linears(adapter, targets, forward_pass)
+        self.tenslora_adapters[adapter_name], self._forward_passes[adapter_name] = adapter, forward_pass
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -379,14 +381,14 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         self._forget(adapter_name)
 
     def _forget(self, adapter_name: str) -> None:
-        self._caches.pop(adapter_name).remove_hooks()
+        self._forward_passes.pop(adapter_name).remove_hooks()
         if adapter_name in self.tenslora_adapters:
             del self.tenslora_adapters[adapter_name]
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for cache in self._caches.values():
-            cache.remove_hooks()
+        for forward_pass in self._forward_passes.values():
+            forward_pass.remove_hooks()
         return cast(nn.Module, model)
 
     @contextmanager
@@ -448,7 +450,7 @@ def _chosen(model: nn.Module, config: TensLoraConfig) -> tuple[Geometry, list[Ta
     layers: dict[int, list[str]] = {}
     for target in targets:
         if check_target_module_exists(matching, target.path):
-            names = [geometry.matrices[target.group[index]] for index, _ in target.columns]
+            names = [geometry.matrices[target.group[columns.matrix]] for columns in target.columns]
             layers.setdefault(target.layer, []).extend(names)
     if not layers:
         raise TensLoRAError(

@@ -73,9 +73,10 @@ def test_the_updates_are_what_peft_adds_to_the_weights(
         difference = (after - before).detach()
         difference = difference.T if isinstance(target.linear, nn.Linear) else difference  # (inputs, outputs)
         changed += bool(difference.abs().max() > 1e-3)
-        for index, column in target.columns:
-            ours = updates[target.layer][target.group[index]]
-            theirs = difference.T if target.writes_to_stream else difference[:, column : column + ours.shape[1]]
+        for columns in target.columns:
+            ours = updates[target.layer][target.group[columns.matrix]]
+            start = columns.start
+            theirs = difference.T if target.writes_to_stream else difference[:, start : start + ours.shape[1]]
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert changed > 0
 

@@ -1,0 +1,136 @@
+"""What the forward pass of an adapted model has computed so far, and whether it calls the layers that are adapted."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenslora.errors import TensLoRAError
+
+
+class ForwardPass:
+    """The forward pass of an adapted model that is running, if any; each thread has its own.
+
+    Hooks on the model notice when a pass begins and when it ends, even by an exception. What a pass has computed lasts
+    until its end: outside a pass, nothing would tell us when a result has gone stale.
+
+    The first pass is also checked. A model may read a Linear's weight without calling the Linear, and an adapter there
+    would have no effect. If no layer with the matrices of some name is called, the pass raises a `TensLoRAError`; if
+    only some of its layers are called, it warns.
+
+    Args:
+        model: the adapted model. A forward pass is a call of this module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.here = _InThisThread()
+        self._model = type(model).__name__
+        self._calls: dict[str, list[LayerCall]] = {}  # by the name of a matrix
+        self._checked = False
+        self._hooks = (
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        )
+
+    def layer(self, path: str, matrices: Sequence[str]) -> LayerCall:
+        """Check that the first pass calls a layer.
+
+        Args:
+            path: the layer's path.
+            matrices: the names of the matrices that the layer holds.
+
+        Returns:
+            The layer's note, in which the layer is to set `called`.
+        """
+        call = LayerCall(path)
+        for name in matrices:
+            self._calls.setdefault(name, []).append(call)
+        return call
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, *_: Any) -> None:
+        self.here.products, self.here.pending = {}, {}
+
+    def _end(self, _model: nn.Module, _inputs: Any, output: Any) -> None:
+        self.here.products, self.here.pending = None, {}
+        if output is None:  # after an exception
+            return
+        if torch.compiler.is_compiling():
+            self._require_every_kind()
+        elif not self._checked:
+            self._require_every_kind()
+            self._checked = True
+            self._warn_of_uncalled_layers()
+
+    def _require_every_kind(self) -> None:
+        # torch.compile traces this, and then looks at one note of each list before it runs what it has compiled.
+        for name, calls in self._calls.items():
+            for call in calls:
+                if call.called:
+                    break
+            else:
+                paths = [call.path for call in calls]
+                raise TensLoRAError(
+                    f"{self._model}: its forward pass calls none of the layers that hold the {name} matrices "
+                    f"({_listed(paths)}), so an adapter there has no effect; choose other matrices with adapt"
+                )
+
+    def _warn_of_uncalled_layers(self) -> None:
+        layers = {call.path: call for calls in self._calls.values() for call in calls}
+        uncalled = [path for path, call in layers.items() if not call.called]
+        if uncalled:
+            warnings.warn(
+                f"{self._model}: its first forward pass calls {len(layers) - len(uncalled)} of the {len(layers)} "
+                f"adapted layers, and not {_listed(uncalled)}; an update has no effect, and is not trained, where its "
+                f"layer is not called",
+                stacklevel=2,
+            )
+
+
+@dataclass
+class LayerCall:
+    """Whether the forward pass calls one layer.
+
+    The layer sets `called` in every pass and never reads it. That costs less than to ask whether the first pass is
+    over, and it leaves torch.compile nothing that could change between two passes.
+
+    Args:
+        path: the layer's path in the model.
+        called: whether the layer has been called, in the first pass or by itself before it.
+    """
+
+    path: str
+    called: bool = False
+
+
+class _InThisThread(threading.local):
+    """The pass that runs in one thread.
+
+    Args (all of them attributes):
+        products: the thin products of all layers by group, see `thin_products.MatrixGroup`; None outside a pass.
+        pending: of one layer's group, the latest input and the products of the matrices that have not asked for them
+            yet, see `adapted_linear.SharedInput`.
+    """
+
+    def __init__(self) -> None:  # torch.compile finds only attributes that every thread's object has from the start
+        self.products: dict[Hashable, Any] | None = None
+        self.pending: dict[Hashable, tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]] = {}
+
+    def __reduce__(self) -> tuple[type[_InThisThread], tuple[()]]:
+        # A copy is of a model, and begins outside a pass. Products may belong to an autograd graph, which cannot be
+        # copied.
+        return type(self), ()
+
+
+def _listed(paths: list[str]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

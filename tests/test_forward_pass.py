@@ -1,0 +1,121 @@
+"""The first forward pass of an adapted model is checked for layers that it does not call."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+import pytest
+import torch
+import transformers as hf
+from peft import get_peft_model
+from torch import Tensor
+from torch.nn import functional as F
+
+from tenslora import AdapterConfig, TensLoRAError, attach, disabled
+from tenslora.peft import TensLoraConfig
+from tests.models import build, inputs
+from tests.plain_transformer import PlainTransformer
+
+
+def reads_weights_of_query(blocks: Sequence[int]) -> PlainTransformer:
+    """A model that in some of its two blocks applies query's weight itself."""
+    model = PlainTransformer()
+    for block in blocks:
+        model.get_submodule(f"blocks.{block}.attention").__class__ = _ReadsTheWeight
+    return model
+
+
+class _ReadsTheWeight(type(PlainTransformer().blocks[0].attention)):  # type: ignore[misc]
+    def forward(self, x: Tensor) -> Tensor:
+        query: Tensor = F.linear(x, self.query.weight, self.query.bias)
+        attended: Tensor = self.attend(query, self.key(x), self.value(x))
+        return attended
+
+
+X = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+NONE_OF_QUERY = (
+    r"^PlainTransformer: its forward pass calls none of the layers that hold the query matrices "
+    r"\(blocks\.0\.attention\.query, blocks\.1\.attention\.query\), so an adapter there has no effect"
+)
+
+
+def test_a_pass_that_calls_no_layer_of_a_kind_is_an_error() -> None:
+    model = reads_weights_of_query([0, 1])
+    attach(model, AdapterConfig("qkv_depth"))
+    for _ in range(2):
+        with pytest.raises(TensLoRAError, match=NONE_OF_QUERY):
+            model(X)
+
+
+def test_a_peft_model_is_checked_too() -> None:
+    model = get_peft_model(reads_weights_of_query([0, 1]), TensLoraConfig())  # type: ignore[arg-type]
+    with pytest.raises(TensLoRAError, match=NONE_OF_QUERY):
+        model(X)
+
+
+def test_wavlm_which_reads_the_weights_of_its_projections_is_refused_when_it_runs() -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32}
+    convolutions = {"conv_dim": (8,), "conv_stride": (5,), "conv_kernel": (10,), "num_conv_pos_embeddings": 4}
+    model = hf.WavLMModel(hf.WavLMConfig(**sizes, **convolutions, num_conv_pos_embedding_groups=2)).eval()
+    attach(model, AdapterConfig("qkv_depth"))
+    with pytest.raises(TensLoRAError, match=r"^WavLMModel: .*none of the layers that hold the query matrices"):
+        model(torch.zeros(1, 400))
+
+
+def test_a_pass_that_calls_some_layers_warns_once() -> None:
+    model = reads_weights_of_query([1])
+    attach(model, AdapterConfig("qkv_depth"))
+    with pytest.warns(UserWarning, match=r"calls 5 of the 6 adapted layers, and not blocks\.1\.attention\.query;"):
+        model(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(X)
+
+
+def test_an_adapter_that_is_off_and_a_part_that_ran_before_are_no_cause_for_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = PlainTransformer()
+        attach(model, AdapterConfig("qkv_depth"))
+        twin = copy.deepcopy(model)
+        with disabled(model):
+            model(X)
+        # As when text is generated: the encoder runs by itself, and then the model without it.
+        seq2seq = build("t5").float()
+        attach(seq2seq, AdapterConfig("qkv_depth"))
+        batch = inputs("t5")
+        encoded = seq2seq.get_submodule("encoder")(batch.pop("input_ids"))
+        seq2seq(**batch, encoder_outputs=encoded)
+    twin.get_submodule("blocks.1").forward = lambda x: x
+    with pytest.warns(UserWarning, match="calls 3 of the 6 adapted layers"):  # a copy is checked by itself
+        twin(X)
+
+
+def test_a_failed_pass_is_not_checked() -> None:
+    model = PlainTransformer()
+    attach(model, AdapterConfig("qkv_depth"))
+    with pytest.raises(RuntimeError, match="shape"):
+        model(torch.randn(2, 5, 7))
+    model(X)
+
+
+def test_a_compiled_model_is_checked() -> None:
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model = PlainTransformer()
+    attach(model, AdapterConfig("qkv_depth"))
+    compiled = torch.compile(model, backend=backend)
+    for _ in range(3):
+        compiled(X)
+    assert len(graphs) == 1
+    model = reads_weights_of_query([0, 1])
+    attach(model, AdapterConfig("qkv_depth"))
+    with pytest.raises(TensLoRAError, match=NONE_OF_QUERY):
+        torch.compile(model, backend=backend)(X)
