@@ -43,7 +43,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
     from tenslora.harness.run_folder import RunFolder
-    from tenslora.harness.run_record import describe_run, facts_of, record_of
+    from tenslora.harness.run_record import describe_run, facts_of, record_before, record_of
     from tenslora.harness.tracking import start_tracker
     from tenslora.harness.training.loop import Diverged, fit
     from tenslora.harness.training.processes import Processes
@@ -66,6 +66,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     # Training. The record is written last: where there is a record, all other files are complete.
     resume_garbage_collection()
     facts = facts_of(run, dataset, data, adapted, processes)
+    folder.check_record(record_before(run, facts, processes))
     with start_tracker(run, path, facts, watch=processes.is_main) as tracker:
         failure = None
         try:

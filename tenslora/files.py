@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,22 @@ def read_json(path: Path) -> Any:
         raise TensLoRAError(f"{path}: not a readable JSON file ({first_line(error)})") from error
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file, and none of its tensors. It needs no torch.
+
+    Args:
+        path: the file's path.
+
+    Returns:
+        The header that `write_safetensors` wrote; empty for any other safetensors file.
+
+    Raises:
+        TensLoRAError: if the file is missing or damaged.
+    """
+    with _opened(path, "numpy") as (header, _):
+        return header
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a safetensors file.
 
@@ -118,16 +134,23 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         TensLoRAError: if the file is missing or damaged.
     """
+    with _opened(path, "pt") as (header, file):
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path, framework: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The header of a safetensors file, and the open file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise TensLoRAError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             if not isinstance(header, dict):
                 raise ValueError(f"its header must be an object, not {shown(header)}")
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield header, file
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise TensLoRAError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
 

@@ -14,6 +14,7 @@ from filelock import FileLock
 from tenslora.harness.config import validate
 from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.sweeping.jobs import Composed, Job, plan_jobs
+from tests import records
 from tests.conftest import ROOT
 from tests.running import composed
 
@@ -32,21 +33,12 @@ def planned(outputs: Path, *overrides: str) -> Job:
 
 def complete(job: Job, last: float = 0.5, **changes: Any) -> None:
     """Leave what a finished run leaves, as far as a sweep looks at it."""
-    record = {
-        "status": "completed",
-        "digest": job.digest,
-        "ranks": [4],
-        "adapter_parameters": 500,
-        "lora_parameters": 1000,
-        "metrics": {"name": "accuracy", "last": last, "best": last, "best_epoch": 1, "history": []},
-        **changes,
-    }
-    job.folder.write_record(record)
+    records.complete(job.folder, job.run, last, **changes)
 
 
 def diverge(job: Job) -> None:
     """Leave what a run leaves whose loss is no longer a number."""
-    complete(job, status="diverged", failure={"message": "the training loss is nan", "step": 3, "lr": 1.0})
+    records.diverged(job.folder, job.run)
 
 
 @contextlib.contextmanager

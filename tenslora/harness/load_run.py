@@ -45,12 +45,12 @@ class LoadedRun:
     @property
     def task(self) -> str:
         """The name of the run's task, see `training.tasks.TASKS`."""
-        return str(self.record.get("task", "classification"))  # earlier versions had no other task
+        return str(self.record["task"])
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes, by class number; () for a regression."""
-        return tuple(map(str, self.record["classes"]))
+        return tuple(self.record["classes"])
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ class LoadedRun:
         if self.run.model.modality == "image":
             return ()
         earlier = GLUE_TASKS.get(self.run.dataset.name)  # the only texts of earlier versions, whose records lack them
-        return tuple(self.record.get("text_columns") or (earlier.sentences if earlier else ()))
+        return tuple(self.record["text_columns"] or (earlier.sentences if earlier else ()))
 
     @property
     def image_input(self) -> ImageInput | None:
@@ -161,6 +161,8 @@ def load_run(folder: str | Path, checkpoint: str | None = None) -> LoadedRun:
     files = RunFolder(Path(folder))
     record = _finished(files)
     run = validate(record["config"])
+    if run.digest() != record["digest"]:
+        raise TensLoRAError(f"{files.result}: not a readable record (config: is of a run with other settings)")
     if checkpoint is not None:
         run = replace(run, model=replace(run.model, checkpoint=checkpoint))
     tokenizer = None

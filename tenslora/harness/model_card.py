@@ -52,7 +52,7 @@ def model_card(loaded: LoadedRun, as_lora: bool = True) -> str:
     }
     scores = {record["metrics"]["name"]: record["metrics"]["last"], **record["metrics"]["others_last"]}
     for name, score in scores.items():
-        rows[f"{name} ({record.get('scored_on', 'test')})"] = f"{score:.4f}"
+        rows[f"{name} ({record['scored_on']})"] = f"{score:.4f}"
     form = "written as a LoRA that adds the same update" if as_lora else "for PEFT with the package tenslora"
     registration = [] if as_lora else ["import tenslora.peft  # makes PEFT know the method", ""]
     lines = [

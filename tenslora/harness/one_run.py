@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RunConfig, validate
 from tenslora.harness.quick_start import pause_garbage_collection
-from tenslora.harness.run_folder import RunFolder
+from tenslora.harness.run_folder import OtherRun, RunFolder
 
 log = logging.getLogger("train")
 
@@ -36,7 +36,8 @@ def carry_out_once(composed: DictConfig, train: Callable[[RunConfig, Path], Mapp
         minimised.
 
     Raises:
-        TensLoRAError: for invalid settings, if another process is carrying out the run, or from `train`.
+        TensLoRAError: for invalid settings, if the folder holds a run with other settings, if another process is
+            carrying out a run there, or from `train`.
     """
     pause_garbage_collection()
     run, folder = validate(composed), RunFolder(Path(HydraConfig.get().runtime.output_dir))
@@ -46,7 +47,7 @@ def carry_out_once(composed: DictConfig, train: Callable[[RunConfig, Path], Mapp
         return _score(_finished(run, folder) or train(run, folder.path))
     with folder.claim() as ours:
         if not ours:
-            raise TensLoRAError(f"{folder.path}: another process is carrying out this run; wait for it, or stop it")
+            raise TensLoRAError(f"{folder.path}: another process is carrying out a run there; wait for it, or stop it")
         if record := _finished(run, folder):
             from tenslora.harness.run_record import describe_run
 
@@ -61,11 +62,23 @@ def carry_out_once(composed: DictConfig, train: Callable[[RunConfig, Path], Mapp
                 log.info("resume=true: there is no checkpoint in %s; the run starts from the beginning", folder.path)
             if earlier := _run_of_another_length(run, folder):
                 log.info("%s", earlier)
+        elif not run.overwrite and (digest := folder.checkpoint_digest()) not in (None, run.digest()):
+            raise OtherRun(folder.checkpoint, str(digest), run.digest())
         return _score(train(run, folder.path))
 
 
 def _finished(run: RunConfig, folder: RunFolder) -> dict[str, Any] | None:
-    return None if run.overwrite else folder.finished_record(run.digest())
+    """The record of the completed run; None if the run is to be trained, anew if its record cannot be read."""
+    if run.overwrite:
+        return None
+    try:
+        record = folder.record_of(run.digest())
+    except OtherRun:
+        raise
+    except TensLoRAError as error:
+        log.warning("%s; the run is trained anew", error)
+        return None
+    return record if record and record["status"] == "completed" else None
 
 
 def _score(record: Mapping[str, Any]) -> float:
@@ -94,11 +107,13 @@ def _run_of_another_length(run: RunConfig, folder: RunFolder) -> str | None:
 
 def _identity_of(folder: RunFolder) -> dict[str, Any] | None:
     # A run without a record is known by the settings that Hydra left.
-    with contextlib.suppress(TensLoRAError, KeyError):
+    with contextlib.suppress(TensLoRAError):
         if folder.result.is_file():
             return dict(folder.read_record()["identity"])
-        if folder.checkpoint.is_file():
-            return validate(folder.read_composed()).identity()
+        digest = folder.checkpoint_digest() if folder.checkpoint.is_file() else None
+        # A start that was refused, because the folder is another run's, has left its settings.
+        if digest and (run := validate(folder.read_composed())).digest() == digest:
+            return run.identity()
     return None
 
 

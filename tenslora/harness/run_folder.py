@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from tenslora.errors import TensLoRAError
-from tenslora.files import ADAPTER_FILE, HEAD_FILE, write_bytes, write_json, write_safetensors
+from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_header, write_bytes, write_json, write_safetensors
+from tenslora.harness.forms import SCHEMA, Checkpoint, Failure, Record, read_form
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -43,8 +44,31 @@ if TYPE_CHECKING:
 
     from tenslora.harness.predictions import Predictions
 
-SCHEMA = 1
-"""The version of result.json's layout that this code reads and writes."""
+
+_CLAIMED_FILES = (
+    ADAPTER_FILE, "result.json", "failure.json", "predictions.safetensors", "checkpoint.safetensors", "metrics.csv"
+)  # fmt: skip
+"""With the weights, the files that only the process writes that has claimed the folder."""
+
+
+class OtherRun(TensLoRAError):
+    """The error for a file of a run with other settings.
+
+    Args:
+        path: the file.
+        digest: the digest of the settings of its run.
+        wanted: the digest of the settings of the run that was looked for.
+    """
+
+    def __init__(self, path: Path, digest: str, wanted: str) -> None:
+        super().__init__(
+            f"{path}: is of a run with other settings (its digest is {digest}, this run's {wanted}); choose another "
+            f"folder, or overwrite=true"
+        )
+
+
+class UnusableCheckpoint(TensLoRAError):
+    """The error for a checkpoint from which its run cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -197,26 +221,46 @@ class RunFolder:
             TensLoRAError: if there is no record, or if this version cannot read it.
         """
         try:
-            record: dict[str, Any] = dict(json.loads(self.result.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise TensLoRAError(f"{self.result}: not a readable record ({error})") from error
-        if record.get("schema") != SCHEMA:
-            raise TensLoRAError(f"{self.result}: schema {record.get('schema')}, this version reads {SCHEMA}")
-        return record
+            content = self.result.read_bytes()
+        except OSError as error:
+            raise TensLoRAError(f"{self.result}: not a readable record ({error.strerror})") from error
+        return read_form(Record, content, self.result, "record")
 
-    def finished_record(self, digest: str) -> dict[str, Any] | None:
-        """The record of a completed run.
+    def check_record(self, record: Mapping[str, Any]) -> None:
+        """Check that a record can be written, and then read again, so that no run trains in vain.
+
+        Args:
+            record: the record without its schema number.
+
+        Raises:
+            TensLoRAError: if it cannot.
+        """
+        read_form(Record, {"schema": SCHEMA, **record}, self.result, "record")
+
+    def record_of(self, digest: str) -> dict[str, Any] | None:
+        """The record of a run.
 
         Args:
             digest: the digest of the run's settings.
 
         Returns:
-            The record; None if there is no readable record of these settings, or if the run has diverged.
+            The record; None if there is none.
+
+        Raises:
+            TensLoRAError: if the record cannot be read, or if it is of a run with other settings.
         """
+        if not os.path.exists(self.result):
+            return None
+        record = self.read_record()
+        if record["digest"] != digest:
+            raise OtherRun(self.result, record["digest"], digest)
+        return record
+
+    def checkpoint_digest(self) -> str | None:
+        """The digest of the settings of the run whose checkpoint is here; None if there is no readable checkpoint."""
         with contextlib.suppress(TensLoRAError):
-            record = self.read_record()
-            if record["status"] == "completed" and record["digest"] == digest:
-                return record
+            header = read_form(Checkpoint, read_header(self.checkpoint), self.checkpoint, "checkpoint")
+            return str(header["digest"])
         return None
 
     def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
@@ -289,9 +333,13 @@ class RunFolder:
     def read_failure(self) -> str | None:
         """The reason why the last attempt left no record; None if no attempt left a reason."""
         try:
-            return str(json.loads(self.failure.read_text())["error"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return str(read_form(Failure, self.failure.read_bytes(), self.failure, "reason")["error"])
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            return f"{self.failure}: cannot be read ({error.strerror})"
+        except TensLoRAError as error:
+            return str(error)
 
     def begin_anew(self, keep_checkpoint: bool = True) -> None:
         """Remove the failure and the record of an earlier attempt.
@@ -331,9 +379,17 @@ class RunFolder:
         except OSError as error:
             raise TensLoRAError(f"{self.path}: cannot be written ({error.strerror})") from error
         try:
+            self._remove_leftovers()
             yield True
         finally:
             lock.release()
+
+    def _remove_leftovers(self) -> None:
+        # A write that is killed leaves its file under a temporary name. Only the owner of the claim writes these files.
+        for file in (*_CLAIMED_FILES, self.weights("").name, self.weights("full").name):
+            for leftover in self.path.glob(f".{file}.*.tmp"):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
 
     def is_claimed(self) -> bool:
         """Whether a process carries out the run."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tenslora.constructions import Geometry
 from tenslora.first_step import lora_first_step
 from tenslora.harness.results.table import percent_of_lora
-from tenslora.harness.training.metrics import METRICS
+from tenslora.harness.training.metrics import METRICS, score_names
 from tenslora.ranks import parameter_count, rank_limits
 
 if TYPE_CHECKING:
@@ -88,10 +89,7 @@ def facts_of(
         "validation_examples": len(dataset.scored) if run.dataset.scored_on == "validation" else 0,
         "more_test_examples": {split: len(examples) for split, examples in dataset.more_tests.items()},
         "task": dataset.task,
-        "scores": [
-            *data.metrics,
-            *(f"{metric}_{split}" for split in dataset.more_tests for metric in data.metrics),
-        ],
+        "scores": score_names(data.metrics, dataset.more_tests),
         "classes": list(dataset.classes),
         "text_columns": list(dataset.text_columns),
         "processes": processes.count,
@@ -132,6 +130,21 @@ def record_of(
         "identity": run.identity(),
         "config": run.settings(),
     }
+
+
+def record_before(run: RunConfig, facts: Mapping[str, Any], processes: Processes) -> dict[str, Any]:
+    """The record of a run that has not taken a step, by which its form can be checked before it trains.
+
+    Args:
+        run: the run's settings.
+        facts: the result of `facts_of`.
+        processes: the processes that are to train.
+    """
+    from tenslora.harness.training.checkpoint import TrainingState
+    from tenslora.harness.training.loop import Diverged
+
+    state = TrainingState()
+    return record_of(run, facts, state, Diverged(state, 1, 0.0, "training loss", 0.0), {}, processes)
 
 
 def summarize_history(history: list[dict[str, Any]], scores: list[str]) -> dict[str, Any]:
@@ -200,6 +213,7 @@ def describe_run(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@cache  # the code that a process runs is the code of its start
 def _git() -> dict[str, Any] | None:
     def ask(*words: str) -> str:
         here = Path(__file__).parent

@@ -16,7 +16,8 @@ from tenslora.harness.backbones import EMBEDDED, load_backbone
 from tenslora.harness.data import Dataset, Examples, load_dataset
 from tenslora.harness.load_run import _renumbered, load_run
 from tenslora.harness.run_folder import RunFolder
-from tests.running import SHORT, accuracy_of, record, run
+from tests import records
+from tests.running import SHORT, accuracy_of, configured, record, run
 
 
 @pytest.mark.parametrize("finished", ["digits_run", "sentences_run"])
@@ -103,7 +104,7 @@ def test_a_run_that_left_no_weights_is_refused(tmp_path: Path) -> None:
         TensLoRAError, match=r"run: the run is not finished; train\.py goes on with it with resume=true"
     ):
         load_run(folder.path)
-    folder.write_record({"status": "diverged"})
+    records.diverged(folder, configured())
     with pytest.raises(TensLoRAError, match=rf"^{folder.path}: the run has diverged; it left no weights$"):
         load_run(folder.path)
     with pytest.raises(TensLoRAError, match=rf"with its result\.json, such as {folder.path}$"):

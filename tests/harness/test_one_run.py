@@ -14,8 +14,8 @@ from tests.sweeps import claimed_by_a_process
 ONE_EPOCH = [*SHORT, "trainer.epochs=1"]
 
 
-def started(commands: Commands, folder: Path, *words: str) -> Ended:
-    return commands.run(Command("train.py", words, folder))
+def started(commands: Commands, folder: Path, *words: str, accident: str = "") -> Ended:
+    return commands.run(Command("train.py", words, folder, accident))
 
 
 def run_folder(folder: Path) -> Path:
@@ -47,11 +47,31 @@ def test_a_finished_run_is_not_carried_out_again_unless_it_is_to_be_overwritten(
     assert record(run_folder(tmp_path))["metrics"]["last"] == score
 
 
-def test_a_record_of_other_settings_in_the_same_folder_is_not_this_runs(commands: Commands, tmp_path: Path) -> None:
+def test_a_folder_of_a_run_with_other_settings_is_refused(commands: Commands, tmp_path: Path) -> None:
     here = f"hydra.run.dir={tmp_path}/run"
-    started(commands, tmp_path, *ONE_EPOCH, here)
-    started(commands, tmp_path, *ONE_EPOCH, here, "seed=1")
+    refused = "is of a run with other settings (its digest is "
+    assert started(commands, tmp_path, *SHORT, here, accident="kill step 3").status == -9  # in the second epoch
+    stopped = started(commands, tmp_path, *SHORT, here, "seed=1")
+    assert (stopped.status, stopped.err.count("\n")) == (1, 1)
+    assert stopped.err.startswith(f"error: {tmp_path}/run/checkpoint.safetensors: {refused}")
+    assert started(commands, tmp_path, *SHORT, here).status == 0
+    finished = started(commands, tmp_path, *SHORT, here, "seed=1")
+    assert (finished.status, finished.err.count("\n")) == (1, 1)
+    assert finished.err.startswith(f"error: {tmp_path}/run/result.json: {refused}")
+    assert record(tmp_path / "run")["seed"] == 0
+    assert started(commands, tmp_path, *SHORT, here, "seed=1", "overwrite=true").status == 0
     assert record(tmp_path / "run")["seed"] == 1
+
+
+def test_a_record_that_cannot_be_read_is_said_and_the_run_is_trained(commands: Commands, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text("[]")
+    (tmp_path / "run" / ".result.json.12.tmp").write_text("half")  # of a process that was killed
+    ended = started(commands, tmp_path, *ONE_EPOCH, f"hydra.run.dir={tmp_path}/run")
+    assert ended.status == 0
+    assert "result.json: not a readable record (" in ended.out and "; the run is trained anew" in ended.out
+    assert record(tmp_path / "run")["status"] == "completed"
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_overwriting_and_resuming_contradict_each_other(commands: Commands, tmp_path: Path) -> None:
@@ -82,5 +102,5 @@ def test_a_second_process_is_refused(commands: Commands, tmp_path: Path) -> None
     with claimed_by_a_process(RunFolder(tmp_path / "run")):
         ended = started(commands, tmp_path, *ONE_EPOCH, f"hydra.run.dir={tmp_path}/run")
     assert ended.status == 1
-    assert ended.err == f"error: {tmp_path}/run: another process is carrying out this run; wait for it, or stop it\n"
+    assert ended.err == f"error: {tmp_path}/run: another process is carrying out a run there; wait for it, or stop it\n"
     assert not (tmp_path / "run" / "result.json").exists()

@@ -12,6 +12,8 @@ from filelock import FileLock
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.run_folder import RunFolder
+from tests.records import finished
+from tests.running import configured
 from tests.sweeps import claimed_by_a_process
 
 
@@ -21,8 +23,11 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def test_a_record_is_read_as_it_was_written(folder: RunFolder) -> None:
-    assert folder.write_record({"status": "completed", "ranks": [4]}) == folder.result
-    assert folder.read_record() == {"schema": 1, "status": "completed", "ranks": [4]}
+    record = finished(configured())
+    assert folder.write_record(record) == folder.result
+    read = folder.read_record()
+    assert read | record == read
+    assert (read["schema"], read["task"]) == (1, "classification"), "earlier records have no task"
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,7 @@ def test_a_record_is_read_as_it_was_written(folder: RunFolder) -> None:
         (None, "not a readable record"),
         ('{"schema": 1, "half', "not a readable record"),
         ("[1]", "not a readable record"),
-        ('{"schema": 99, "status": "completed"}', "schema 99, this version reads 1"),
+        ('{"schema": 99, "status": "completed"}', r"not a readable record \(schema=99: "),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named(content: str | None, message: str, folder: RunFolder) -> None:
@@ -45,7 +50,8 @@ def test_a_record_that_cannot_be_read_is_named(content: str | None, message: str
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (TensLoRAError("dataset.root=x: no such\n  folder"), "dataset.root=x: no such folder"),
+        (TensLoRAError("dataset.root=x: no such folder"), "dataset.root=x: no such folder"),
+        (RuntimeError("shapes\n  differ"), "RuntimeError: shapes differ"),
         (KeyError("blocks"), "KeyError: 'blocks'"),
         (MemoryError(), "MemoryError"),
     ],
@@ -64,8 +70,8 @@ def test_a_failure_that_cannot_be_written_raises_nothing(tmp_path: Path) -> None
 
 
 def test_beginning_anew_leaves_nothing_but_the_checkpoint(folder: RunFolder) -> None:
-    folder.write_record({"status": "diverged"})
     folder.write_failure(TensLoRAError("older"))
+    folder.result.touch()
     folder.checkpoint.touch()
     folder.begin_anew()
     assert list(folder.path.iterdir()) == [folder.checkpoint]
@@ -82,6 +88,17 @@ def test_a_claim_is_for_one_at_a_time_and_ends_with_its_context(folder: RunFolde
         assert folder.is_claimed()
     assert not folder.is_claimed()
     assert folder.lock.exists(), "the file stays; what counts is its lock"
+
+
+def test_a_claim_removes_what_killed_writes_have_left(folder: RunFolder) -> None:
+    folder.path.mkdir()
+    names = ["result.json", "checkpoint.safetensors", "head.safetensors", "model.safetensors", "metrics.csv"]
+    for name in names:
+        (folder.path / f".{name}.4711.tmp").touch()
+    mine = folder.path / ".notes.txt.1.tmp"
+    mine.touch()
+    with folder.claim():
+        assert sorted(folder.path.iterdir()) == [folder.lock, mine]
 
 
 def test_a_claim_ends_when_its_process_is_killed(folder: RunFolder) -> None:

@@ -126,7 +126,16 @@ def digest(run: RunConfig) -> str:
     Args:
         run: the typed settings of the run.
     """
-    return hashlib.sha256(json.dumps(identity(run), sort_keys=True).encode()).hexdigest()[:12]
+    return digest_of(identity(run))
+
+
+def digest_of(identity: dict[str, Any]) -> str:
+    """The digest of an identity, as a run's record holds it too.
+
+    Args:
+        identity: the result of `identity`.
+    """
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def folder(run: RunConfig) -> str:

@@ -18,7 +18,7 @@ from tenslora.first_step import relative_first_step
 from tenslora.harness.config import SWEEP_KEYS, RunConfig, validate
 from tenslora.harness.config.checks import shown
 from tenslora.harness.results.table import Column, Row, Run
-from tenslora.harness.run_folder import RunFolder
+from tenslora.harness.run_folder import RunFolder, UnusableCheckpoint
 from tenslora.ranks import parameter_count
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class Look:
     Args:
         state: how far the job has come.
         record: the run's record; None if there is no readable record with the run's digest.
-        problem: the reason why the last attempt left no score; None if it did not fail.
+        problem: the reason why the last attempt left no score, or what is wrong with the record; None if it did not
+            fail.
     """
 
     state: State
@@ -144,14 +145,15 @@ class Job:
 
     def look(self) -> Look:
         """Read the job's folder."""
-        record: dict[str, Any] | None = None
-        with contextlib.suppress(TensLoRAError):
-            record = self.folder.read_record()
-        if record is not None and record["digest"] != self.digest:
-            record = None
-        if record is not None and record["status"] == "completed":
-            return Look(State.DONE, record, None)
-        problem = str(record["failure"]["message"]) if record else self.folder.read_failure()
+        record, problem = None, self.folder.read_failure()
+        try:
+            record = self.folder.record_of(self.digest)
+        except TensLoRAError as error:
+            problem = str(error)
+        if record is not None:
+            if record["status"] == "completed":
+                return Look(State.DONE, record, None)
+            problem = str(record["failure"]["message"])
         if self.folder.is_claimed():
             return Look(State.RUNNING, record, problem)
         if problem is not None:
@@ -309,8 +311,8 @@ def launch_jobs(jobs: Sequence[Job], launch: Callable[[Sequence[Sequence[str]]],
 def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[RunConfig, Path], Any]) -> str | None:
     """Carry out one job, unless it is done or another process is carrying it out.
 
-    The job goes on from its checkpoint if there is one. An error of `train` is written to failure.json and raised
-    again.
+    The job goes on from its checkpoint if there is one, and starts from the beginning if it cannot go on from there. An
+    error of `train` is written to failure.json and raised again.
 
     Args:
         run: the job's settings.
@@ -324,11 +326,13 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
     with folder.claim() as ours:
         if not ours:
             return ELSEWHERE
-        if folder.finished_record(run.digest()):
-            return None
+        with contextlib.suppress(TensLoRAError):  # what is no record of this run was said when the sweep was planned
+            record = folder.record_of(run.digest())
+            if record and record["status"] == "completed":
+                return None
         folder.begin_anew()
         try:
-            train(_as_job(run, table), folder.path)
+            _train_as_far_as_possible(_as_job(run, table), folder, train)
         except Exception as error:
             if not isinstance(error, TensLoRAError):  # Hydra and the launchers do not show its traceback
                 log.exception("the job failed")
@@ -336,6 +340,18 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
                 folder.write_failure(error)
             raise
     return None
+
+
+def _train_as_far_as_possible(run: RunConfig, folder: RunFolder, train: Callable[[RunConfig, Path], Any]) -> None:
+    """Train from the checkpoint, or from the beginning if the run cannot go on from there."""
+    try:
+        train(run, folder.path)
+        return
+    except UnusableCheckpoint as error:
+        log.warning("%s; the job starts from the beginning", error)
+    # Not in the except block, which would keep the first model in memory.
+    folder.begin_anew(keep_checkpoint=False)
+    train(run, folder.path)
 
 
 def _as_job(run: RunConfig, table: str) -> RunConfig:

@@ -2,21 +2,73 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tenslora.errors import TensLoRAError
-from tenslora.files import read_safetensors, write_safetensors
+from tenslora.files import read_safetensors, require_tensors, write_safetensors
+from tenslora.forms import shown
+from tenslora.harness.forms import CHECKPOINT_FORMAT, Checkpoint, Epoch, check_history, read_form
 from tenslora.harness.predictions import Predictions
+from tenslora.harness.run_folder import OtherRun, UnusableCheckpoint
 
-FORMAT = "tenslora-checkpoint-1"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, for each parameter
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a run goes from its first step to its last.
+
+    Args:
+        steps_per_epoch: the number of optimizer steps of an epoch.
+        steps: the number of optimizer steps of the whole run.
+        evaluate_every: the run is scored after every so many epochs, and after its last one; None for that one alone.
+        scores: the names of the scores.
+        scored_on: the split that the run is scored on, "test" or "validation".
+    """
+
+    steps_per_epoch: int
+    steps: int
+    evaluate_every: int | None
+    scores: tuple[str, ...]
+    scored_on: str
+
+    def is_scored(self, epoch: int) -> bool:
+        """Whether the run is scored after an epoch."""
+        is_last = epoch * self.steps_per_epoch >= self.steps
+        return is_last or (self.evaluate_every is not None and epoch % self.evaluate_every == 0)
+
+    def check(self, epochs: int, steps: int, history: Sequence[Epoch]) -> None:
+        """Check that the run can have come to a state.
+
+        Args:
+            epochs: the number of complete epochs.
+            steps: the number of optimizer steps.
+            history: the entries of the history.
+
+        Raises:
+            ValueError: if it cannot. The message names the first part that does not fit.
+        """
+        last = math.ceil(self.steps / self.steps_per_epoch)
+        if epochs > last:
+            raise TensLoRAError(f"epochs={epochs}: the run has {last}")
+        if steps != self._steps_after(epochs):
+            raise TensLoRAError(f"steps={steps}: after {epochs} epochs there are {self._steps_after(epochs)}")
+        scored = [(epoch, self._steps_after(epoch)) for epoch in range(1, epochs + 1) if self.is_scored(epoch)]
+        if [(entry.epoch, entry.step) for entry in history] != scored:
+            raise TensLoRAError(f"history: must have the epochs and steps {shown(scored)}")
+        check_history(history, self.scores, self.scored_on)
+
+    def _steps_after(self, epoch: int) -> int:
+        return min(epoch * self.steps_per_epoch, self.steps)
 
 
 @dataclass
@@ -79,47 +131,46 @@ def save_checkpoint(
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
     kept = {name: value for name, value in vars(state).items() if name != "predictions"}
-    write_safetensors(path, tensors, {"format": FORMAT, "digest": digest, **kept})
+    write_safetensors(path, tensors, {"format": CHECKPOINT_FORMAT, "digest": digest, **kept})
 
 
 def load_checkpoint(
-    path: Path, digest: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path,
+    digest: str,
+    course: Course,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
 ) -> TrainingState:
     """Read a checkpoint into the parameters and the optimizer.
 
     Args:
         path: a file that `save_checkpoint` wrote.
         digest: the digest of the settings of the run that is to go on.
-        parameters: the parameters to train, by name. Their values are replaced.
+        course: how that run goes.
+        parameters: the parameters to train, by name, as they are before the first step. Their values are replaced.
         optimizer: the optimizer of these parameters. Its moments are replaced.
 
     Returns:
         How far the run had come.
 
     Raises:
-        TensLoRAError: if the file is damaged or belongs to a run with other settings.
+        UnusableCheckpoint: if the file is damaged, belongs to a run with other settings, or holds a state that this run
+            cannot have come to.
     """
-    header, tensors = read_safetensors(path)
-    if header.get("format") != FORMAT:
-        raise TensLoRAError(f"{path}: not a checkpoint of this version; delete it or start without resume")
-    if header["digest"] != digest:
-        raise TensLoRAError(
-            f"{path}: is of a run with other settings (its digest is {header['digest']}, this run's {digest}); "
-            f"start without resume, or in another folder"
-        )
-    expected = {f"parameters/{name}": parameter.shape for name, parameter in parameters.items()}
-    stored = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameters/")}
-    if stored != expected:
-        different = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
-        raise TensLoRAError(
-            f"{path}: does not hold this model's parameters (first difference: {different}); start without resume"
-        )
-    moments: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == "optimizer":
-            index, _, key = rest.partition("/")
-            moments.setdefault(int(index), {})[key] = value
+    try:
+        header, tensors = read_safetensors(path)
+        if header.get("format") != CHECKPOINT_FORMAT:
+            raise TensLoRAError(f"{path}: not a checkpoint of this version; delete it or start without resume")
+        header = read_form(Checkpoint, header, path, "checkpoint")
+        if header["digest"] != digest:
+            raise OtherRun(path, header["digest"], digest)
+        try:
+            course.check(header["epochs"], header["steps"], [Epoch.model_validate(each) for each in header["history"]])
+            moments = _check_tensors(tensors, header["steps"], parameters, optimizer)
+        except ValueError as error:
+            raise TensLoRAError(f"{path}: does not fit this run ({error}); start without resume") from error
+    except TensLoRAError as error:
+        raise UnusableCheckpoint(str(error)) from error
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameters/{name}"])
@@ -127,3 +178,42 @@ def load_checkpoint(
     return TrainingState(
         header["epochs"], header["steps"], header["history"], {**TrainingState().seconds, **header["seconds"]}
     )
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor],
+    steps: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> dict[int, dict[str, Tensor]]:
+    """The optimizer's moments, by the parameter's number, after a check of all tensors of a checkpoint.
+
+    torch checks neither the shapes nor the types of moments, and its fused AdamW would write out of bounds.
+    """
+    in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = {parameter: name for name, parameter in parameters.items()}
+    expected: dict[str, Tensor] = {f"parameters/{name}": parameter for name, parameter in parameters.items()}
+    moments: dict[int, dict[str, Tensor]] = {}
+    for number, parameter in enumerate(in_order):
+        keys = {key: f"optimizer/{number}/{key}" for key in _MOMENTS}
+        stored = tensors.get(f"parameters/{names[parameter]}")
+        # A parameter that has no part in the loss, as DINOv2's mask token, has no moments and keeps its first value.
+        if not tensors.keys() & set(keys.values()) and stored is not None and _is_equal(stored, parameter):
+            continue
+        shapes = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+        expected |= {name: shapes[key] for key, name in keys.items()}
+        moments[number] = {key: tensors[name] for key, name in keys.items() if name in tensors}
+    require_tensors(tensors, {name: tensor.shape for name, tensor in expected.items()})
+    for name, tensor in expected.items():
+        if tensors[name].dtype != tensor.dtype:
+            raise TensLoRAError(f"{name} has the type {tensors[name].dtype}, not {tensor.dtype}")
+    for number, of_parameter in moments.items():
+        if of_parameter["step"].item() != steps:
+            raise TensLoRAError(f"optimizer/{number}/step is {of_parameter['step'].item():g}, not {steps}")
+        if (of_parameter["exp_avg_sq"] < 0).any():
+            raise TensLoRAError(f"optimizer/{number}/exp_avg_sq holds a negative number")
+    return moments
+
+
+def _is_equal(stored: Tensor, parameter: nn.Parameter) -> bool:
+    return stored.shape == parameter.shape and torch.equal(stored, parameter.detach().to(stored))

@@ -21,8 +21,9 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RunConfig
 from tenslora.harness.data.batches import Batch, TrainBatches
 from tenslora.harness.data.encoding import EncodedDataset
-from tenslora.harness.training.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from tenslora.harness.training.checkpoint import Course, TrainingState, load_checkpoint, save_checkpoint
 from tenslora.harness.training.evaluation import evaluate
+from tenslora.harness.training.metrics import score_names
 from tenslora.harness.training.parameter_groups import RATE_RATIO, parameter_groups
 from tenslora.harness.training.precision import autocast, round_frozen_weights
 from tenslora.harness.training.processes import Processes
@@ -41,13 +42,13 @@ class Diverged(TensLoRAError):
         state: how far the run came.
         step: the number of the optimizer step, from 1.
         rate: the learning rate of that step.
-        which: "training", "test" or "validation".
-        loss: the value of the loss.
+        which: "training loss", "test loss", or the name of the score that is no finite number.
+        value: its value.
     """
 
-    def __init__(self, state: TrainingState, step: int, rate: float, which: str, loss: float) -> None:
+    def __init__(self, state: TrainingState, step: int, rate: float, which: str, value: float) -> None:
         super().__init__(
-            f"the {which} loss is {loss} at step {step}, learning rate {rate:.3g}: the run has diverged; try a smaller "
+            f"the {which} is {value} at step {step}, learning rate {rate:.3g}: the run has diverged; try a smaller "
             f"optimizer.lr, a warm-up (optimizer.warmup_steps) or trainer.clip_norm"
         )
         self.state, self.step, self.rate = state, step, rate
@@ -93,14 +94,6 @@ def fit(
             cannot be read or written.
     """
     optimization = _Optimization(model, data, run, processes)
-    state = TrainingState()
-    if run.resume and checkpoint.is_file():
-        state = load_checkpoint(checkpoint, run.digest(), optimization.parameters, optimization.adamw)
-        log.info("resuming after epoch %d of %d", state.epochs, run.trainer.epochs)
-        if processes.is_main:
-            for entry in state.history:
-                on_epoch(entry)
-
     batches = TrainBatches(
         data.train,
         data.collate,
@@ -113,7 +106,16 @@ def fit(
         pin_memory=processes.device.type == "cuda",
     )
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
-    every = run.trainer.evaluate_every
+    scores = tuple(score_names(data.metrics, data.more_tests))
+    course = Course(batches.steps_per_epoch, steps, run.trainer.evaluate_every, scores, data.scored_on)
+    state = TrainingState()
+    if run.resume and checkpoint.is_file():
+        state = load_checkpoint(checkpoint, run.digest(), course, optimization.parameters, optimization.adamw)
+        log.info("resuming after epoch %d of %d", state.epochs, run.trainer.epochs)
+        if processes.is_main:
+            for entry in state.history:
+                on_epoch(entry)
+
     evaluate_epoch = partial(evaluate, optimization.wrapped, data, trainer=run.trainer, processes=processes)
     with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
 
@@ -127,12 +129,14 @@ def fit(
             torch.manual_seed(stream_seed("epoch", run.seed, epoch, processes.index))
             with state.timed("train"):
                 train_loss, rate = optimization.epoch(batches.epoch(epoch), steps, state, report)
-            is_scored = state.steps == steps or (every is not None and epoch % every == 0)
+            is_scored = course.is_scored(epoch)
             if is_scored:
                 with state.timed("evaluate"):
                     evaluation = evaluate_epoch()
-                if not math.isfinite(evaluation.loss):
-                    raise Diverged(state, state.steps, rate, data.scored_on, evaluation.loss)
+                values = {f"{data.scored_on} loss": evaluation.loss, **evaluation.scores}
+                for name, value in values.items():
+                    if not math.isfinite(value):
+                        raise Diverged(state, state.steps, rate, name, value)
                 state.predictions = evaluation.predictions
                 entry = {
                     "epoch": epoch,
@@ -205,7 +209,7 @@ class _Optimization:
             if state.steps == 0:
                 _check_adapter_is_used(self.model)
             if not math.isfinite(loss):
-                raise Diverged(state, state.steps + 1, rate, "training", loss)
+                raise Diverged(state, state.steps + 1, rate, "training loss", loss)
             self._step(rate)
             state.steps += 1
             losses.append(loss)

@@ -6,7 +6,7 @@ Nothing here needs torch; scikit-learn or SciPy is imported to compute a score.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -98,3 +98,28 @@ METRICS: dict[str, Metric] = {
     )
 }
 """All metrics, by name."""
+
+
+def score_names(metrics: Sequence[str], more_tests: Iterable[str]) -> list[str]:
+    """The names of a run's scores: the metrics, and accuracy_mismatched and the like for further test splits.
+
+    Args:
+        metrics: the names of the metrics, the headline metric first.
+        more_tests: the names of the further test splits.
+    """
+    return [*metrics, *(f"{metric}_{split}" for split in more_tests for metric in metrics)]
+
+
+def metric_of(score: str) -> Metric:
+    """The metric of a score.
+
+    Args:
+        score: the score's name, see `score_names`.
+
+    Raises:
+        ValueError: if there is no such metric.
+    """
+    name = score if score in METRICS else score.partition("_")[0]
+    if name not in METRICS:
+        raise ValueError(f"{score}: there is no such metric; the metrics are {', '.join(METRICS)}")
+    return METRICS[name]

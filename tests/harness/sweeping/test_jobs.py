@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -134,12 +135,17 @@ def test_a_job_in_a_table_has_its_score_or_the_reason_why_there_is_none(job: Job
 def test_a_record_that_cannot_be_read_does_not_count(content: str, job: Job) -> None:
     job.folder.path.mkdir(parents=True)
     job.folder.result.write_text(content)
-    assert job.look() == Look(State.NEW, None, None)
+    look = job.look()
+    assert (look.state, look.record) == (State.FAILED, None)
+    assert str(look.problem).startswith(f"{job.folder.result}: not a readable record (")
 
 
-def test_a_record_of_other_settings_does_not_count(job: Job) -> None:
-    complete(job, digest="0123456789ab")
-    assert job.look() == Look(State.NEW, None, None)
+def test_a_record_of_other_settings_does_not_count(job: Job, tmp_path: Path) -> None:
+    complete(planned(tmp_path, "tensor_mode=qkv", "rank_strategy=isorank", "seed=7"))
+    shutil.copytree(next(tmp_path.rglob("*-seed7-*")), job.folder.path)
+    look = job.look()
+    assert (look.state, look.record) == (State.FAILED, None)
+    assert f"{job.folder.result}: is of a run with other settings (its digest is" in str(look.problem)
     trained = []
     carry(job, lambda _, path: trained.append(path))
     assert trained == [job.folder.path]

@@ -62,7 +62,7 @@ def test_a_trial_is_the_plain_run_that_holds_out_a_part_and_the_final_run_the_on
     # The process that carries a job out composes it anew from its words.
     assert {configured(*_of_run(job)).digest() for job in trials} == {job.digest for job in trials}
 
-    known = go_on(sweep, lambda job: -abs(value_of(job) - 4e-3))
+    known = go_on(sweep, lambda job: 0.5 - abs(value_of(job) - 4e-3))
     assert [job.digest for job in known.jobs] == [
         configured(*QKV, "optimizer.lr=4e-3", "trainer.evaluate=last", f"seed={seed}").digest() for seed in (0, 1)
     ]
@@ -80,7 +80,7 @@ def _of_run(job: Job) -> list[str]:
 def test_the_nearest_value_of_the_grid_extended_by_three_is_found_wherever_the_best_lies(
     peak: float, tmp_path: Path
 ) -> None:
-    known = go_on(stages(tmp_path, *LR), lambda job: -abs(math.log(value_of(job) / peak)))
+    known = go_on(stages(tmp_path, *LR), lambda job: 0.5 - abs(math.log(value_of(job) / peak)) / 100)
     ((search, choice),) = known.choices.items()
     reachable = [4.0**power * 1e-3 for power in range(-3, 6)]
     nearest = min(reachable, key=lambda value: abs(math.log(value / peak)))
@@ -120,7 +120,7 @@ def test_a_row_of_which_every_value_diverges_has_a_problem_and_no_runs(tmp_path:
 
 def dropout_times(sign: float, job: Job) -> float:
     assert job.run.adapter
-    return sign * job.run.adapter.dropout
+    return 0.5 + sign * job.run.adapter.dropout / 10
 
 
 def test_what_cannot_be_extended_ends_at_the_edge(tmp_path: Path) -> None:

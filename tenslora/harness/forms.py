@@ -1,0 +1,304 @@
+"""The form of what a run leaves and the harness reads again: result.json, failure.json, the header of a checkpoint.
+
+Whoever reads one of these reads it through `read_form`. What comes out has the declared form, and nobody has to check
+it again. A field with a default is younger than the oldest records, which lack it. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import from_json, to_json
+
+from tenslora.constructions import CONSTRUCTIONS, Geometry
+from tenslora.errors import TensLoRAError
+from tenslora.factorizations import FACTORIZATIONS
+from tenslora.forms import shown
+from tenslora.harness.config import REFERENCES
+from tenslora.harness.config.identity import digest_of
+from tenslora.harness.training.metrics import metric_of
+from tenslora.ranks import rank_limits
+
+SCHEMA = 1
+"""The version of result.json's layout that this code reads and writes."""
+
+CHECKPOINT_FORMAT = "tenslora-checkpoint-1"
+"""The format of a checkpoint's header that this code reads and writes."""
+
+_ROUNDING = 1e-6  # a correlation may exceed 1 by a rounding error
+
+Count = Annotated[int, Field(ge=0)]
+Number = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+_GEOMETRY = TypeAdapter(Geometry)
+
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
+
+
+class Form(BaseModel):
+    """A JSON object of a declared form. Further fields may be there; later versions may write them."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+def _check_geometry(value: dict[str, Any]) -> dict[str, Any]:
+    if unknown := value.keys() - Geometry.__dataclass_fields__:
+        raise ValueError(f"has no {min(unknown)}")
+    _GEOMETRY.validate_python(value)
+    return value
+
+
+class Epoch(Form):
+    """An entry of a run's history. Its further fields are a loss and the scores."""
+
+    epoch: Number
+    step: Number
+    lr: NonNegative
+    train_loss: float
+
+
+class Metrics(Form):
+    """A run's scores, see `run_record.summarize_history`."""
+
+    name: str
+    last: float | None
+    best: float | None
+    best_epoch: Number | None
+    others_last: dict[str, float]
+    history: list[Epoch]
+
+
+class Divergence(Form):
+    """Where a run diverged."""
+
+    message: str
+    step: Number
+    lr: NonNegative
+
+
+class Named(Form):
+    """A group of settings with a name."""
+
+    name: str
+
+
+class Length(Form):
+    """The settings of the trainer that say how long a run is."""
+
+    epochs: Number
+    max_steps: Number | None
+
+
+class Identity(Form):
+    """The settings that can change a run's result, see `config.identity`."""
+
+    seed: Count
+    model: Named
+    dataset: Named
+    tensor_mode: Named
+    trainer: Length
+
+
+class Environment(Form):
+    """What a run ran on."""
+
+    versions: dict[str, str]
+    platform: str
+    git: dict[str, str | bool] | None
+    argv: list[str]
+
+
+class Record(Form):
+    """result.json, see `run_record.record_of`."""
+
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    status: Literal["completed", "diverged"]
+    failure: Divergence | None
+    digest: Digest
+    model: str
+    dataset: str
+    tensor_mode: Literal[(*CONSTRUCTIONS, *REFERENCES)]  # type: ignore[valid-type]
+    factorization: Literal[(None, "matrix", *FACTORIZATIONS)]  # type: ignore[valid-type]
+    rank_strategy: str | None
+    ranks: list[Number] | None
+    warm_start: dict[str, Any] | None
+    seed: Count
+    geometry: Annotated[dict[str, Any], AfterValidator(_check_geometry)]
+    image_input: dict[str, Any] | None = None
+    adapter_parameters: Count
+    lora_parameters: Number
+    first_step: NonNegative | None = None
+    lora_first_step: NonNegative | None = None
+    head_parameters: Count
+    trained_parameters: Count
+    total_parameters: Count
+    train_examples: Number
+    scored_on: Literal["test", "validation"] = "test"
+    test_examples: Count
+    validation_examples: Count = 0
+    more_test_examples: dict[str, Number] = {}
+    task: Literal["classification", "regression"] = "classification"
+    scores: list[str] | None = None
+    classes: list[str]
+    text_columns: list[str] | None = None
+    processes: Number
+    device: str
+    metrics: Metrics
+    seconds: dict[str, NonNegative]
+    steps_per_second: NonNegative | None
+    peak_memory_bytes: Count | None
+    environment: Environment
+    identity: Identity
+    config: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _is_of_one_run(self) -> Self:
+        identity = self.identity
+        _check(self.digest == digest_of(identity.model_dump()), f"digest={self.digest}", "is not that of its settings")
+        for name, setting in (
+            ("seed", identity.seed),
+            ("model", identity.model.name),
+            ("dataset", identity.dataset.name),
+            ("tensor_mode", identity.tensor_mode.name),
+        ):
+            _check(getattr(self, name) == setting, f"{name}={getattr(self, name)}", f"the run's is {setting}")
+        for group in ("trainer", "dataset", "model"):
+            _check(isinstance(self.config.get(group), dict), f"config.{group}", "must be a group of settings")
+        return self
+
+    @model_validator(mode="after")
+    def _has_fitting_ranks(self) -> Self:
+        if self.tensor_mode in REFERENCES:
+            _check(self.ranks is None, f"ranks={self.ranks}", f"must be null, as tensor_mode is {self.tensor_mode}")
+            return self
+        factorization = "tucker" if self.factorization == "matrix" else self.factorization
+        _check(factorization is not None, "factorization=null", f"tensor_mode {self.tensor_mode} has one")
+        limits = rank_limits(self.tensor_mode, Geometry(**self.geometry), factorization or "")
+        _check(len(self.ranks or ()) == len(limits), f"ranks={self.ranks}", f"must be {len(limits)}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_fitting_scores(self) -> Self:
+        metrics, is_completed = self.metrics, self.status == "completed"
+        _check((self.failure is None) == is_completed, "failure", f"does not fit status={self.status}")
+        _check(bool(metrics.history) or not is_completed, "metrics.history", "must have an epoch")
+        names = [metrics.name, *metrics.others_last] if metrics.history else [metrics.name, *(self.scores or [])[1:]]
+        _check(self.scores in (None, names), f"scores={self.scores}", f"metrics has {names}")
+        check_history(metrics.history, names, self.scored_on)
+        for which in ("last", "best"):
+            score = getattr(metrics, which)
+            _check((score is None) == (not metrics.history), f"metrics.{which}={score}", "does not fit the history")
+            _check_score(f"metrics.{which}", metrics.name, score or 0.0)
+        _check((metrics.best_epoch is None) == (not metrics.history), "metrics.best_epoch", "does not fit the history")
+        if not metrics.history:
+            return self
+        end = metrics.history[-1].model_dump()
+        last = {metrics.name: metrics.last, **metrics.others_last}
+        _check(all(end[name] == last[name] for name in names), "metrics.last", "is not the score of the last epoch")
+        sign = 1 if metric_of(metrics.name).larger_is_better else -1
+        assert metrics.best is not None and metrics.last is not None and metrics.best_epoch is not None
+        _check(sign * metrics.best >= sign * metrics.last, f"metrics.best={metrics.best}", "is worse than the last")
+        _check(metrics.best_epoch <= end["epoch"], f"metrics.best_epoch={metrics.best_epoch}", "is after the last")
+        return self
+
+
+class Failure(Form):
+    """failure.json: why a job of a sweep left no record."""
+
+    error: str
+
+
+class Checkpoint(Form):
+    """The header of checkpoint.safetensors, see `training.checkpoint.TrainingState`."""
+
+    format: Literal["tenslora-checkpoint-1"]
+    digest: Digest
+    epochs: Number
+    steps: Number
+    history: list[Epoch]
+    seconds: dict[Literal["train", "wait", "evaluate"], NonNegative]
+
+
+def check_history(history: Iterable[Epoch], scores: Iterable[str], scored_on: str) -> None:
+    """Check the entries of a history: their names, their scores, and that they follow one another.
+
+    Args:
+        history: the entries.
+        scores: the names of the scores that every entry has.
+        scored_on: the split whose loss every entry has, "test" or "validation".
+
+    Raises:
+        ValueError: for the first entry that does not fit.
+    """
+    names = list(scores)
+    before = (0, 0)
+    for entry in history:
+        where, values = f"history: epoch {entry.epoch}", entry.model_extra or {}
+        now = (entry.epoch, entry.step)
+        _check(before[0] < now[0] and before[1] < now[1], where, "must come after the one before it")
+        before = now
+        _check(values.keys() == {f"{scored_on}_loss", *names}, where, f"must have the {scored_on} loss and {names}")
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{where}: {name}={shown(value)}: must be a number")
+        for name in names:
+            _check_score(where, name, values[name])
+
+
+def read_form(form: type[Form], content: bytes | dict[str, Any], path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object that must have a declared form.
+
+    Args:
+        form: the form.
+        content: the JSON text, or what has been read from it.
+        path: the file, for the message.
+        what: what the file should be, such as "record".
+
+    Returns:
+        The object, with the defaults of the fields that it lacks.
+
+    Raises:
+        TensLoRAError: if it has not the form. The message names the file and the first field at fault.
+    """
+    try:
+        # NaN and lone surrogates are not JSON, and from_json refuses them. 1e999 is JSON, but it becomes infinite.
+        value: Any = from_json(content if isinstance(content, bytes) else to_json(content), allow_inf_nan=False)
+        json.dumps(value, allow_nan=False)
+        checked = form.model_validate(value)
+    except ValidationError as error:
+        raise TensLoRAError(f"{path}: not a readable {what} ({_first(error)})") from error
+    except (ValueError, TypeError) as error:
+        raise TensLoRAError(f"{path}: not a readable {what} ({' '.join(str(error).split())})") from error
+    defaults = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in form.model_fields.items()
+        if name not in checked.model_fields_set
+    }
+    return {**defaults, **value}
+
+
+def _first(error: ValidationError) -> str:
+    """The first complaint of pydantic's in one line."""
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    reason = str(cause) if cause else str(first["msg"])
+    where = ".".join(map(str, first["loc"]))
+    if where and first["type"] != "missing":
+        where += f"={shown(first['input'])}"
+    return " ".join(": ".join(filter(None, (where, reason))).split())
+
+
+def _check(holds: bool, what: str, reason: str) -> None:
+    if not holds:
+        raise ValueError(f"{what}: {reason}")
+
+
+def _check_score(where: str, name: str, score: float) -> None:
+    metric = metric_of(name)
+    if not metric.lowest - _ROUNDING <= score <= metric.highest + _ROUNDING:
+        raise ValueError(f"{where}: {name}={score}: must be from {metric.lowest:g} to {metric.highest:g}")
