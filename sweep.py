@@ -68,13 +68,15 @@ def sweep(
             of them have ended.
 
     Raises:
-        TensLoRAError: if jobs have failed; the results are written first.
+        TensLoRAError: if the results could not be written, before anything runs; and if jobs have failed, after the
+            results are written.
     """
     from tenslora.harness.config.sweep import sweep_config
     from tenslora.harness.results import write_results
     from tenslora.harness.results.paper import stand_in
     from tenslora.harness.results.settings import command_of, settings_of
     from tenslora.harness.results.table import Table
+    from tenslora.harness.run_folder import check_writable
     from tenslora.harness.sweeping.jobs import State, launch_jobs, overwrite, plan_jobs
     from tenslora.harness.sweeping.plan import announcements, cost, news, plan, tuning_plan
     from tenslora.harness.sweeping.progress import Progress
@@ -87,6 +89,8 @@ def sweep(
     folder = outputs / "tables" / name
     stages = Stages(plan_jobs(composed, outputs), tune)
     known = stages.look()
+    if not settings.dry_run:
+        check_writable(folder)
     if stages.jobs[0].run.overwrite and not settings.dry_run:
         overwrite(list(known.looks), settings.collect_only)
         known = stages.look()

@@ -20,6 +20,7 @@ from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from tenslora.errors import TensLoRAError, first_line
+from tenslora.harness.app import end_with_the_launcher
 from tenslora.harness.sweeping.composing import Composer, words_of_jobs
 
 MOST_WORKERS = 1024
@@ -61,6 +62,10 @@ class TableSweeper(BasicSweeper):
         defaults = [f"{key}={value}" for key, value in (self.params or {}).items()]
         composer = Composer(loader, config)
         jobs = [composer.composed(words) for words in words_of_jobs(loader, [*defaults, *arguments])]
+
+        if "joblib" in type(launcher).__module__:
+            # Otherwise a worker that has not begun its first job would outlive this process if that is killed.
+            launcher.joblib["initializer"] = end_with_the_launcher
 
         def launch(chosen: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
             returned: list[JobReturn] = []

@@ -109,7 +109,7 @@ class _Task:
         from hydra.types import RunMode
 
         self.started = True
-        _end_with_the_launcher()
+        end_with_the_launcher()
         in_multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             return self.task(composed)
@@ -146,7 +146,7 @@ def _log_to_file(line: str, error: BaseException | None = None) -> None:
 
 
 @cache  # one thread for all jobs of a process
-def _end_with_the_launcher() -> None:
+def end_with_the_launcher() -> None:
     """Let this process end soon after the one that started it, if a launcher started it on this machine.
 
     A launcher that is killed outright cannot stop its workers, which would train on and keep their memory. Processes

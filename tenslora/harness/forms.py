@@ -37,6 +37,14 @@ Number = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 _GEOMETRY = TypeAdapter(Geometry)
 
+
+def _check_printable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must be one line that can be printed")
+    return value
+
+
+Line = Annotated[str, AfterValidator(_check_printable)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
 
 
@@ -76,7 +84,7 @@ class Metrics(Form):
 class Divergence(Form):
     """Where a run diverged."""
 
-    message: str
+    message: Line
     step: Number
     lr: NonNegative
 
@@ -124,7 +132,7 @@ class Record(Form):
     dataset: str
     tensor_mode: Literal[(*CONSTRUCTIONS, *REFERENCES)]  # type: ignore[valid-type]
     factorization: Literal[(None, "matrix", *FACTORIZATIONS)]  # type: ignore[valid-type]
-    rank_strategy: str | None
+    rank_strategy: Line | None
     ranks: list[Number] | None
     warm_start: dict[str, Any] | None
     seed: Count
@@ -147,7 +155,7 @@ class Record(Form):
     classes: list[str]
     text_columns: list[str] | None = None
     processes: Number
-    device: str
+    device: Line
     metrics: Metrics
     seconds: dict[str, NonNegative]
     steps_per_second: NonNegative | None
@@ -188,6 +196,8 @@ class Record(Form):
         _check((self.failure is None) == is_completed, "failure", f"does not fit status={self.status}")
         _check(bool(metrics.history) or not is_completed, "metrics.history", "must have an epoch")
         names = [metrics.name, *metrics.others_last] if metrics.history else [metrics.name, *(self.scores or [])[1:]]
+        for name in names:
+            metric_of(name)
         _check(self.scores in (None, names), f"scores={self.scores}", f"metrics has {names}")
         check_history(metrics.history, names, self.scored_on)
         for which in ("last", "best"):
@@ -210,7 +220,7 @@ class Record(Form):
 class Failure(Form):
     """failure.json: why a job of a sweep left no record."""
 
-    error: str
+    error: Line
 
 
 class Checkpoint(Form):

@@ -95,13 +95,30 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Predictions]:
         arrays: the arrays of predictions.safetensors.
 
     Raises:
-        KeyError: if an array is missing.
+        ValueError: if an array is missing, does not belong there, or has not the form that `to_arrays` gives it.
     """
-    splits = [name.removesuffix("/labels") for name in arrays if name.endswith("/labels")]
-    return {
-        split: Predictions(
-            arrays[f"{split}/labels"],
-            arrays[f"{split}/values" if f"{split}/values" in arrays else f"{split}/logits"].astype(np.float32),
-        )
-        for split in splits
-    }
+    splits = {}
+    for split in [name.removesuffix("/labels") for name in arrays if name.endswith("/labels")]:
+        labels = arrays[f"{split}/labels"]
+        kind = "values" if labels.dtype.kind == "f" else "logits"
+        outputs = arrays.get(f"{split}/{kind}")
+        if outputs is None:
+            raise ValueError(f"lacks {split}/{kind}")
+        if labels.dtype != (np.float32 if kind == "values" else np.int32) or labels.ndim != 1 or not len(labels):
+            raise ValueError(f"{split}/labels has the type {labels.dtype} and the shape {labels.shape}")
+        width = 1 if kind == "values" else outputs.shape[-1] if outputs.ndim else 0
+        is_right = outputs.dtype == (np.float32 if kind == "values" else np.float16)
+        if not is_right or not width or outputs.shape != (len(labels), width):
+            raise ValueError(f"{split}/{kind} has the type {outputs.dtype} and the shape {outputs.shape}")
+        if not (np.isfinite(labels).all() and np.isfinite(outputs).all()):
+            raise ValueError(f"{split} holds a NaN or an infinity")
+        if kind == "logits" and not (labels.min() >= 0 and labels.max() < width):
+            raise ValueError(f"{split}/labels holds a class that has no logit")
+        splits[split] = Predictions(labels, outputs.astype(np.float32))
+    if others := arrays.keys() - {f"{split}/{of}" for split in splits for of in ("labels", _outputs_of(splits[split]))}:
+        raise ValueError(f"has {min(others)}, which does not belong there")
+    return splits
+
+
+def _outputs_of(predictions: Predictions) -> str:
+    return "values" if predictions.is_regression else "logits"

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_header, write_bytes, write_json, write_safetensors
 from tenslora.harness.forms import SCHEMA, Checkpoint, Failure, Record, read_form
 
@@ -45,10 +45,32 @@ if TYPE_CHECKING:
     from tenslora.harness.predictions import Predictions
 
 
+_TRIAL_BYTES = 1 << 20
+
 _CLAIMED_FILES = (
     ADAPTER_FILE, "result.json", "failure.json", "predictions.safetensors", "checkpoint.safetensors", "metrics.csv"
 )  # fmt: skip
 """With the weights, the files that only the process writes that has claimed the folder."""
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written to a folder, and that its disk has space for a small one.
+
+    Args:
+        folder: the folder, which is made if it is missing.
+
+    Raises:
+        TensLoRAError: if they cannot.
+    """
+    trial = folder / f".trial.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.write_bytes(bytes(_TRIAL_BYTES))
+    except OSError as error:
+        raise TensLoRAError(f"{folder}: cannot be written ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink()
 
 
 class OtherRun(TensLoRAError):
@@ -193,8 +215,9 @@ class RunFolder:
             return {}
         try:
             return from_arrays(load_file(self.predictions))
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise TensLoRAError(f"{self.predictions}: not a readable file of predictions ({error})") from error
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            reason = first_line(error)
+            raise TensLoRAError(f"{self.predictions}: not a readable file of predictions ({reason})") from error
 
     def write_record(self, record: Mapping[str, Any]) -> Path:
         """Write result.json.
@@ -328,7 +351,7 @@ class RunFolder:
         if not isinstance(error, TensLoRAError):
             reason = ": ".join(filter(None, (type(error).__name__, reason)))
         with contextlib.suppress(TensLoRAError):
-            write_json(self.failure, {"error": reason})
+            write_json(self.failure, {"error": str(TensLoRAError(reason))})  # without characters that are not printable
 
     def read_failure(self) -> str | None:
         """The reason why the last attempt left no record; None if no attempt left a reason."""

@@ -104,7 +104,7 @@ def test_a_process_of_a_launcher_ends_when_the_launcher_is_killed() -> None:
         import multiprocessing, time
         from tenslora.harness import app
         def job():
-            app._end_with_the_launcher()
+            app.end_with_the_launcher()
             print("began", flush=True)
             time.sleep(600)
         app._WATCH_SECONDS = 0.1

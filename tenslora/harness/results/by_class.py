@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 
 _MOST_ROWS = 16
 """The largest number of rows that are shown. Of more rows, LoRA and the best row of the column are."""
@@ -100,25 +103,39 @@ def _confusion(runs: Iterable[Run], classes: int) -> NDArray[Any] | None:
     """How often each class (row) is taken for each class (column), summed over the completed runs."""
     total = None
     for run in runs:
-        if run.status == "completed" and run.folder and (pairs := _predictions(run.folder, run.scored_on or "")):
+        if run.status != "completed" or not run.folder:
+            continue
+        if pairs := _predictions(run.folder, run.scored_on or "", classes):
             labels, predicted = pairs
             counts = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
             total = counts if total is None else total + counts
     return total
 
 
-def _predictions(folder: Path, split: str) -> tuple[NDArray[Any], NDArray[Any]] | None:
+def _predictions(folder: Path, split: str, classes: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
     """The labels and the predicted classes; None for a regression, or if the run has kept no readable predictions."""
     try:
-        return _read(folder, RunFolder(folder).predictions.stat().st_mtime_ns, split)
-    except (OSError, TensLoRAError):
+        written = RunFolder(folder).predictions.stat().st_mtime_ns
+    except OSError:
         return None
+    return _read(folder, written, split, classes)
 
 
 @lru_cache(maxsize=4096)  # a running sweep asks for the same files again and again
-def _read(folder: Path, _written: int, split: str) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    predictions = RunFolder(folder).read_predictions().get(split)
+def _read(folder: Path, _written: int, split: str, classes: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    files = RunFolder(folder)
+    try:
+        predictions = files.read_predictions().get(split)
+    except TensLoRAError as error:
+        log.warning("%s; the report is without this run's accuracy by class", error)
+        return None
     if predictions is None or predictions.is_regression:
+        return None
+    if predictions.outputs.shape[1] != classes:
+        log.warning(
+            "%s: has %d classes, and the run has %d; the report is without this run's accuracy by class",
+            files.predictions, predictions.outputs.shape[1], classes,
+        )  # fmt: skip
         return None
     return predictions.labels, predictions.predicted.astype(np.int32)
 
