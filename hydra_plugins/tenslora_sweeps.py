@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.utils import JobReturn, JobStatus
@@ -65,7 +65,7 @@ class TableSweeper(BasicSweeper):
 
         if "joblib" in type(launcher).__module__:
             # Otherwise a worker that has not begun its first job would outlive this process if that is killed.
-            launcher.joblib["initializer"] = end_with_the_launcher
+            cast(Any, launcher).joblib["initializer"] = end_with_the_launcher
 
         def launch(chosen: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
             returned: list[JobReturn] = []

@@ -72,13 +72,12 @@ def _finished(run: RunConfig, folder: RunFolder) -> dict[str, Any] | None:
     if run.overwrite:
         return None
     try:
-        record = folder.record_of(run.digest())
+        return folder.finished_record(run.digest())
     except OtherRun:
         raise
     except TensLoRAError as error:
         log.warning("%s; the run is trained anew", error)
         return None
-    return record if record and record["status"] == "completed" else None
 
 
 def _score(record: Mapping[str, Any]) -> float:

@@ -279,6 +279,18 @@ class RunFolder:
             raise OtherRun(self.result, record["digest"], digest)
         return record
 
+    def finished_record(self, digest: str) -> dict[str, Any] | None:
+        """The record of a completed run; None if there is none, or if the run has diverged.
+
+        Args:
+            digest: the digest of the run's settings.
+
+        Raises:
+            TensLoRAError: if the record cannot be read, or if it is of a run with other settings.
+        """
+        record = self.record_of(digest)
+        return record if record and record["status"] == "completed" else None
+
     def checkpoint_digest(self) -> str | None:
         """The digest of the settings of the run whose checkpoint is here; None if there is no readable checkpoint."""
         with contextlib.suppress(TensLoRAError):

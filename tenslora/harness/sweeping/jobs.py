@@ -327,8 +327,7 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
         if not ours:
             return ELSEWHERE
         with contextlib.suppress(TensLoRAError):  # what is no record of this run was said when the sweep was planned
-            record = folder.record_of(run.digest())
-            if record and record["status"] == "completed":
+            if folder.finished_record(run.digest()):
                 return None
         folder.begin_anew()
         try:
