@@ -204,10 +204,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _joined(error: BaseException) -> str:
     # An error from a data worker comes wrapped in the worker's traceback; its own message is the last line.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if any(line.startswith("Original Traceback") for line in lines):
-        return lines[-1].partition(": ")[2]
-    return " ".join(lines)
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.replace("\\n", "\n").strip().splitlines()[-1].partition(": ")[2]  # TensLoRAError has escaped it
+    return " ".join(text.split())
 
 
 def _output_folder() -> str:

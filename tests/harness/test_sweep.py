@@ -284,7 +284,13 @@ def test_jobs_in_other_processes_have_the_same_results(commands: Commands, undis
     for folder in (submitted, diverged, on_gpus):
         folder.mkdir()
     submitit = ["tensor_mode=lora", "hydra/launcher=submitit_local"]
-    joblib = ["tensor_mode=lora", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "optimizer.lr=1e30"]
+    joblib = [
+        "tensor_mode=lora",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "optimizer.lr=1e9",
+        "adapter.alpha=1e6",
+    ]
     gpus = [TWO_JOBS, "hydra/launcher=gpus", "hydra.launcher.gpus=[0]"]
     first, second, third = commands.run_together(
         [sweep_command(folder, words) for folder, words in ((submitted, submitit), (diverged, joblib), (on_gpus, gpus))]
