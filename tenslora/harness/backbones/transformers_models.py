@@ -150,9 +150,9 @@ def read_hub_config(source: str, **changes: Any) -> PretrainedConfig:
         if re.search(r"drop(out|_path|$)|pdrop|_prob$", name) and not 0 <= value < 1:
             raise TensLoRAError(f"{source}: config.json: {name}={value}: must be at least 0 and below 1")
     for name, largest in _LARGEST_SIZES.items():
-        value = getattr(own, name, None)  # under the name that all models have in common
-        if isinstance(value, int) and not 1 <= value <= largest:
-            raise TensLoRAError(f"{source}: config.json: {name}={value}: must be from 1 to {largest:,}")
+        size = getattr(own, name, None)  # under the name that all models have in common
+        if isinstance(size, int) and not 1 <= size <= largest:
+            raise TensLoRAError(f"{source}: config.json: {name}={size}: must be from 1 to {largest:,}")
     return own
 
 

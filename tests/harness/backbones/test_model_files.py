@@ -170,7 +170,7 @@ def test_code_in_a_models_folder_is_never_run_and_nobody_is_asked(
     vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    monkeypatch.setattr("builtins.input", lambda *question: (asked.append(question), "y")[1])  # type: ignore[func-returns-value]
     (vit / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     classes = ("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoModelForSequenceClassification")
     code = dict.fromkeys((*classes, "AutoImageProcessor", "AutoProcessor"), "code.X")
