@@ -39,11 +39,6 @@ def test_given_columns_are_taken() -> None:
     [
         ("a b c", None, None, r"dataset\.text_columns=null: must be .* such as \[a\]; there are a, b, c$"),
         ("id note mood", None, None, r"dataset\.text_columns=null: .* such as \[note\]; there are id, note, mood$"),
-            "id note mood",
-            None,
-            None,
-            r"dataset\.text_columns=null: must be .* such as \[note\]; there are id, note, mood$",
-        ),
         ("text sentence label", None, None, r"dataset\.text_columns=null: .* there are text, sentence, label$"),
         (
             "text label score",
