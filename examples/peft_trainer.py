@@ -1,6 +1,6 @@
 """A TensLoRA adapter in PEFT, under transformers' Trainer: the words and the small BERT of examples.trainer.
 
-    python -m examples.peft_trainer
+python -m examples.peft_trainer
 """
 
 import tempfile

@@ -197,9 +197,9 @@ def test_a_root_that_does_not_exist_is_refused(tmp_path: Path) -> None:
             r"dataset\.test_split=test: must be null, because train_fraction is 0\.5",
         ),
         (["dataset.root=x", "dataset.train_splits=[a]", "dataset.test_split=a"], r"dataset\.test_split=a: must not be"),
-        (["dataset.root=x", "dataset.name=a/b"], r"dataset\.name=a/b: must be a name of letters"),
-        (["dataset.root=x/tables"], r"dataset\.name=tables: .* must not be tables"),
-        (["dataset.root=/"], r"dataset\.name=: must be a name"),
+        (["dataset.root=x", "dataset.name=a/b"], r"dataset\.name=a/b: must be a name of at most 100 letters"),
+        (["dataset.root=x/tables"], r"dataset\.name=tables: .* and not tables"),
+        (["dataset.root=/"], r"dataset\.name=: must not be an empty text"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(words: list[str], message: str) -> None:
