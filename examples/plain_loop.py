@@ -22,36 +22,49 @@ WEIGHTS = Path(tenslora.__file__).parent / "harness" / "backbones" / "vit_digits
 SIZES = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
 
 
-def main(epochs: int = 10) -> tuple[float, float]:
-    """Train, merge, and return the test accuracy before and after merging."""
-    torch.manual_seed(0)
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """The images and labels of the digits 5 to 9. The first 670 are for training."""
     x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))
-    x, y = x[y >= 5].float().view(-1, 1, 8, 8) / 8 - 1, y[y >= 5] - 5
-    train, test = slice(0, 670), slice(670, None)
+    return x[y >= 5].float().view(-1, 1, 8, 8) / 8 - 1, y[y >= 5] - 5
 
+
+def backbone() -> torch.nn.Module:
+    """The small ViT, with a new head for five classes."""
     model = timm.create_model("vit_tiny_patch16_224", **SIZES, num_classes=5)
     model.load_state_dict(load_file(WEIGHTS), strict=False)
-    adapter = attach(model, AdapterConfig("qkv_depth"), train=["head"])  # freezes everything else
-    trained = [p for p in model.parameters() if p.requires_grad]
-    print(adapter)
+    return model
 
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+
+def train(model: torch.nn.Module, epochs: int) -> None:
+    """A plain loop over what requires gradients."""
+    x, y = digits()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for epoch in range(epochs):
         for batch in torch.randperm(670).split(64):
-            loss = F.cross_entropy(model(x[train][batch]), y[train][batch])
+            loss = F.cross_entropy(model(x[batch]), y[batch])
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
-    @torch.no_grad()
-    def accuracy() -> float:
-        return (model.eval()(x[test]).argmax(1) == y[test]).float().mean().item()
 
-    adapted = accuracy()
+@torch.no_grad()
+def accuracy(model: torch.nn.Module) -> float:
+    """The accuracy on the images after the first 670."""
+    x, y = digits()
+    return (model.eval()(x[670:]).argmax(1) == y[670:]).float().mean().item()
+
+
+def main(epochs: int = 10) -> tuple[float, float]:
+    """Train, merge, and return the test accuracy before and after merging."""
+    torch.manual_seed(0)
+    model = backbone()
+    print(attach(model, AdapterConfig("qkv_depth"), train=["head"]))  # freezes everything else
+    train(model, epochs)
+    adapted = accuracy(model)
     merge(model)  # adds the update to the weights
     detach(model)  # leaves a plain timm model
-    merged = accuracy()
+    merged = accuracy(model)
     print(f"accuracy {adapted:.3f}, merged {merged:.3f}")
     return adapted, merged
 

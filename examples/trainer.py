@@ -36,27 +36,33 @@ def backbone() -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(**sizes, vocab_size=30, hidden_dropout_prob=0.0))
 
 
-def main(steps: int = 300) -> tuple[float, float]:
-    """Train, save, load on a fresh model, and return the test accuracy of both."""
-    model = backbone()
-    attach(model, AdapterConfig("att_qkv_depth", adapt="all"), train=["classifier"])
+def trainer_of(model: torch.nn.Module, folder: str, steps: int = 1) -> Trainer:
+    """transformers' Trainer, which measures the accuracy."""
 
     def accuracy(prediction: object) -> dict[str, float]:
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
+    arguments = TrainingArguments(
+        folder, max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=32, per_device_eval_batch_size=256,
+        logging_steps=100, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        label_names=["labels"],
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=Majority(2000, 1), compute_metrics=accuracy)
+
+
+def main(steps: int = 300) -> tuple[float, float]:
+    """Train, save, load on a fresh model, and return the test accuracy of both."""
+    model = backbone()
+    attach(model, AdapterConfig("att_qkv_depth", adapt="all"), train=["classifier"])
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=32, per_device_eval_batch_size=256,
-            logging_steps=100, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-        )  # fmt: skip
-        trainer = Trainer(model, arguments, train_dataset=Majority(2000, 1), compute_metrics=accuracy)
+        trainer = trainer_of(model, folder, steps)
         trainer.train()
         trained = trainer.evaluate(Majority(500, 2))["eval_accuracy"]
 
         save_pretrained(model, f"{folder}/adapter")  # the adapter and the classifier
         again = backbone()
         load(again, f"{folder}/adapter")
-        loaded = Trainer(again, arguments, compute_metrics=accuracy).evaluate(Majority(500, 2))["eval_accuracy"]
+        loaded = trainer_of(again, folder).evaluate(Majority(500, 2))["eval_accuracy"]
     print(f"accuracy {trained:.3f}, loaded on a fresh backbone {loaded:.3f}")
     return trained, loaded
 
