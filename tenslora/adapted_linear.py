@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tenslora.errors import TensLoRAError
 from tenslora.forward_pass import LayerCall
-from tenslora.projections import Columns, features
+from tenslora.projections import Columns, features, is_conv1d
 from tenslora.thin_products import MatrixGroup
 
 
@@ -110,6 +110,16 @@ class AdaptedLinear(nn.Linear):
             columns.of(right.narrow(0, row, len(own))).copy_(torch.unflatten(own, 1, (columns.parts, -1)))
             row += len(own) if len(lefts) > 1 else 0
         return torch.cat(held, dim=1), right
+
+    def update(self) -> Tensor:
+        """What the adapter adds to the module's weight, alpha dW, laid out as the weight is.
+
+        Returns:
+            (outputs, inputs), or (inputs, outputs) for a Conv1D.
+        """
+        left, right = self.as_lora()
+        update = left @ right
+        return update if is_conv1d(self.base[0]) else update.T
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         # The matrices of a layer share tensors, which DataParallel's copies would share across devices.

@@ -253,10 +253,7 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
     quantised = {path: _backend(path, linear, model) for path, linear in to_move.items() if not is_plain(linear)}
     rounding = size = 0.0
     for path, linear in to_move.items():
-        left, right = linear.as_lora()
-        update = left @ right  # (inputs, outputs), as Conv1D stores its weight; Linear stores the transpose
-        update = update if type(linear.base[0]).__name__ == "Conv1D" else update.T
-        update = update if into_weights else -update
+        update = linear.update() if into_weights else -linear.update()
         if path in quantised:
             errors = quantised[path].add(linear.base[0], update)
             rounding, size = rounding + errors[0], size + errors[1]

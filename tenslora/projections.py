@@ -134,6 +134,11 @@ def features(linear: nn.Module) -> tuple[int, int]:
     return inputs, outputs
 
 
+def is_conv1d(linear: object) -> bool:
+    """Whether a module is transformers' Conv1D, a Linear whose weight is stored transposed, (inputs, outputs)."""
+    return type(linear).__name__ == "Conv1D"
+
+
 def is_plain(linear: nn.Module) -> bool:
     """Whether the weight of a Linear is a plain matrix of floats, to which an update can be added; not if quantised."""
     weight, sizes = getattr(linear, "weight", None), {*features(linear)}
@@ -246,7 +251,7 @@ def _is_linear(module: object) -> bool:
     sizes = isinstance(getattr(module, "in_features", None), int) and isinstance(
         getattr(module, "out_features", None), int
     )
-    return isinstance(module, nn.Module) and (sizes or type(module).__name__ == "Conv1D")
+    return isinstance(module, nn.Module) and (sizes or is_conv1d(module))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -26,37 +26,21 @@ from tenslora.harness.load_run import LoadedRun, load_run
 from tenslora.harness.model_card import base_model, model_card
 
 
-def export_peft(loaded: LoadedRun, folder: Path) -> None:
-    """Write a run's adapter and head as a PEFT LoRA adapter, with a model card.
+def export_adapter(loaded: LoadedRun, folder: Path, as_lora: bool) -> None:
+    """Write a run's adapter and head as an adapter of PEFT, with a model card.
 
     Args:
         loaded: the finished run; its model is changed in place.
         folder: an existing, empty folder.
+        as_lora: whether to write an equal LoRA, and not the adapter's own tensors.
 
     Raises:
         TensLoRAError: for a run without an adapter.
     """
-    from tenslora.peft.to_lora import to_peft  # imports PEFT, which takes seconds
-
-    _export_adapter(loaded, folder, to_peft, as_lora=True)
-
-
-def export_tenslora(loaded: LoadedRun, folder: Path) -> None:
-    """Write a run's adapter and head as a TensLoRA adapter for PEFT, with a model card.
-
-    Args:
-        loaded: the finished run; its model is changed in place.
-        folder: an existing, empty folder.
-
-    Raises:
-        TensLoRAError: for a run without an adapter.
-    """
+    # Importing PEFT takes seconds.
+    from tenslora.peft.to_lora import to_peft
     from tenslora.peft.to_tenslora import to_tenslora
 
-    _export_adapter(loaded, folder, to_tenslora, as_lora=False)
-
-
-def _export_adapter(loaded: LoadedRun, folder: Path, convert: Callable[[Any, list[str]], Any], as_lora: bool) -> None:
     run, model = loaded.run, loaded.backbone.model
     if run.adapter is None:
         raise TensLoRAError(f"tensor_mode={run.tensor_mode}: has no adapter; --format merged writes its weights")
@@ -64,7 +48,7 @@ def _export_adapter(loaded: LoadedRun, folder: Path, convert: Callable[[Any, lis
     head = [path for path, module in model.named_modules() if any(module is own for own in with_parameters)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a setting with an old name
-        peft_model = convert(model, head)
+        peft_model = (to_peft if as_lora else to_tenslora)(model, head)
     config = peft_model.peft_config["default"]
     config.base_model_name_or_path = base_model(loaded)
     config.task_type = "SEQ_CLS" if run.model.modality == "text" else None
@@ -124,8 +108,8 @@ def _write_preprocessing(loaded: LoadedRun, folder: Path) -> None:
 
 
 FORMATS: Mapping[str, Callable[[LoadedRun, Path], None]] = {
-    "peft": export_peft,
-    "tenslora": export_tenslora,
+    "peft": partial(export_adapter, as_lora=True),
+    "tenslora": partial(export_adapter, as_lora=False),
     "merged": export_merged,
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tenslora.attachment import adapted_linears, detach
 from tenslora.errors import TensLoRAError
+from tenslora.projections import is_conv1d
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
         alpha_pattern=lower_ranks,
         target_modules=list(weights),
         modules_to_save=list(modules_to_save) or None,
-        fan_in_fan_out=not all(isinstance(model.get_submodule(path), nn.Linear) for path in weights),  # Conv1D
+        fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in weights),
     )
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     with torch.no_grad():

@@ -225,9 +225,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Returns:
             (outputs, inputs), or (inputs, outputs) for a Conv1D.
         """
-        left, right = self.updates[adapter].as_lora()
-        update = left @ right
-        return update if type(self.get_base_layer()).__name__ == "Conv1D" else update.T
+        return self.updates[adapter].update()
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
