@@ -73,7 +73,7 @@ def calls_that_might_run_a_models_code(source: str) -> list[str]:
             continue
         if node.func.attr not in ("from_pretrained", "from_config"):
             continue
-        if ast.unparse(node.func).startswith("Peft"):  # PEFT reads settings and weights alone
+        if ast.unparse(node.func) == "PeftModel.from_pretrained":  # is given a model, and reads settings and weights
             continue
         said = [keyword.value for keyword in node.keywords if keyword.arg == "trust_remote_code"]
         if not (len(said) == 1 and isinstance(said[0], ast.Constant) and said[0].value is False):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tenslora.harness.compare import main
-from tests.harness.results.test_protocols import ABOVE, BELOW, records_as_they_are, runs_of, written  # noqa: F401
+from tests.harness.results.test_protocols import ABOVE, BELOW, runs_of, written
 
 
 def test_finished_tables_become_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

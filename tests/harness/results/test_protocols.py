@@ -3,48 +3,74 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.errors import TensLoRAError
+from tenslora.harness.config.identity import digest_of
 from tenslora.harness.results import write_results
 from tenslora.harness.results.csv import read_runs, to_csv
 from tenslora.harness.results.protocols import side_by_side
 from tenslora.harness.results.summary import summarize
 from tenslora.harness.results.table import Column, Run
 from tenslora.harness.run_folder import RunFolder
+from tests.conftest import ROOT
 from tests.tables import COLA, DTD, make_run, make_table
 
 NO_BETTER, TWO_BETTER = "no construction beats LoRA", "qkv_depth and att_qkv_depth beat LoRA on 4 of 4 datasets"
 MODES = [mode for mode in PAPER_CONSTRUCTIONS if mode != "lora"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def records_as_they_are() -> Iterator[None]:
-    """tests/tables.py's records lack what no table shows; test_run_folder.py has the check of whole records."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "read_record", lambda self: json.loads(self.result.read_text()))
-        yield
+_REAL = json.loads(next((ROOT / "tests/harness/earlier_outputs/digits").rglob("qkv_depth*/result.json")).read_text())
+
+
+def identity_of(run: Run, made: str) -> dict[str, Any]:
+    """Settings of a run of one epoch, with a word that tells it from others."""
+    groups = {"model": run.column.model, "dataset": run.column.dataset, "tensor_mode": run.row.tensor_mode}
+    trainer = {"epochs": 1, "max_steps": None}
+    return {
+        **{group: {"name": name} for group, name in groups.items()},
+        "seed": run.seed,
+        "trainer": trainer,
+        "m": made,
+    }
+
+
+def whole_record(run: Run, made: str) -> dict[str, Any]:
+    """The run's record with the fields that tests/tables.py leaves out, as no table shows them."""
+    assert run.record
+    identity = identity_of(run, made)
+    return {
+        **_REAL,
+        **run.record,
+        **{group: identity[group]["name"] for group in ("model", "dataset", "tensor_mode")},
+        "environment": {"argv": [], **run.record["environment"]},
+        "identity": identity,
+        "digest": digest_of(identity),
+        "seed": run.seed,
+        "factorization": "matrix" if run.row.is_lora else "tucker",
+        # At equal first steps there is no figure of them, which takes seconds to draw.
+        "first_step": run.record["lora_first_step"],
+    }
 
 
 def written(outputs: Path, name: str, runs: list[Run]) -> Path:
     """The folder of a finished table, and the folders of its runs, as a sweep leaves them."""
     named = []
     for run in runs:
-        record = run.record
-        digest = hashlib.sha256(f"{run.digest} {record and record['metrics']['last']}".encode()).hexdigest()[:12]
+        record = run.record and whole_record(run, f"{run.digest} {run.record['metrics']['last']}")
+        digest = record["digest"] if record else digest_of(identity_of(run, "missing"))
         if record:
-            # At equal first steps there is no figure of them, which takes seconds to draw.
-            record = {**record, "first_step": record["lora_first_step"], "digest": digest}
             folder = outputs / run.column.dataset / run.column.model / f"{run.row.tensor_mode}-{digest}"
             RunFolder(folder).write_record(record)
+            record = RunFolder(folder).read_record()  # with the defaults of the fields that it lacks
         named.append(replace(run, digest=digest, record=record))
     folder = outputs / "tables" / name
     folder.mkdir(parents=True)
@@ -111,9 +137,8 @@ def test_a_run_that_has_finished_since_has_its_record(tmp_path: Path) -> None:
     folder = written(tmp_path, "open", [make_run("lora")])
     (missing,) = read_runs(folder)
     finished = make_run("lora", epochs=[0.5])
-    RunFolder(tmp_path / "dtd" / "vit_base" / f"lora-{missing.digest}").write_record(
-        {**(finished.record or {}), "digest": missing.digest}
-    )
+    folder_of_run = RunFolder(tmp_path / "dtd" / "vit_base" / f"lora-{missing.digest}")
+    folder_of_run.write_record(whole_record(finished, "missing"))
     assert [run.score("last") for run in read_runs(folder)] == [0.5]
 
 

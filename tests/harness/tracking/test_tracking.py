@@ -45,8 +45,10 @@ def test_a_run_without_a_logger_needs_no_wandb(logger: LoggerConfig, watch: bool
 
 
 def test_if_one_logger_refuses_the_run_the_others_learn_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
     def refuse(*_: object, **__: object) -> None:
-        raise TensLoRAError("no more runs")
+        raise wandb.errors.UsageError("no more runs")
 
     run = configured("logger=[tensorboard,wandb]", "logger.mode=offline")
     monkeypatch.setattr("wandb.init", refuse)

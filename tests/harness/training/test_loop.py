@@ -231,8 +231,13 @@ def test_workers_do_not_change_a_run_even_with_augmentation(tmp_path: Path) -> N
 def test_an_adapter_that_takes_no_part_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tenslora.adapted_linear import AdaptedLinear
 
-    monkeypatch.setattr(AdaptedLinear, "forward", lambda self, x: self.base[0](x))
-    with pytest.raises(TensLoRAError, match="its forward pass calls none of the layers that hold the query matrices"):
+    def without_update(linear: AdaptedLinear, x: Tensor) -> Tensor:
+        linear.call.called = True
+        plain: Tensor = linear.base[0](x)
+        return plain
+
+    monkeypatch.setattr(AdaptedLinear, "forward", without_update)
+    with pytest.raises(TensLoRAError, match=r"tenslora\.tensors\.0\.core has no part in the loss"):
         run(tmp_path, *SHORT)
 
 
