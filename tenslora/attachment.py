@@ -6,8 +6,6 @@ the model's state dict stay as they were, and the adapter becomes the submodule 
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -251,21 +249,18 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
     to_move = {path: linear for path, linear in _adapted_linears(model).items() if linear.merged != into_weights}
     # Every layer is looked at before the first weight is changed.
     quantised = {path: _backend(path, linear, model) for path, linear in to_move.items() if not is_plain(linear)}
-    rounding = size = 0.0
+    changes = []
     for path, linear in to_move.items():
         update = linear.update() if into_weights else -linear.update()
         if path in quantised:
-            errors = quantised[path].add(linear.base[0], update)
-            rounding, size = rounding + errors[0], size + errors[1]
+            changes.append(quantised[path].add(linear.base[0], update))
         else:
             linear.weight.add_(update.to(linear.weight))
         linear.merged = into_weights
-    if size:
-        warnings.warn(
-            f"{type(model).__name__}: its weights are quantised and were rounded again, which changes them by "
-            f"{math.sqrt(rounding / size):.1%} of the update's size",
-            stacklevel=3,
-        )
+    if changes:
+        from tenslora.peft.quantised import warn_of_rounding
+
+        warn_of_rounding(model, changes)
 
 
 def _backend(path: str, linear: AdaptedLinear, model: nn.Module) -> QuantisedWeights:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import torch
@@ -12,6 +15,22 @@ from tenslora.errors import TensLoRAError, first_line
 
 _UNMERGED = "an update cannot be added to a weight of this kind; leave the adapter unmerged"
 _REPLACES_THE_LAYER = "hqq"
+
+
+def warn_of_rounding(model: nn.Module, changes: Iterable[tuple[float, float]]) -> None:
+    """Warn by how much rounding has changed the weights of a model to which updates were added.
+
+    Args:
+        model: the model.
+        changes: what `QuantisedWeights.add` returned for each Linear. Without any there is no warning.
+    """
+    rounding, size = (math.fsum(parts) for parts in zip((0.0, 0.0), *changes, strict=True))
+    if size:
+        warnings.warn(
+            f"{type(model).__name__}: its weights are quantised and were rounded again, which changes them by "
+            f"{math.sqrt(rounding / size):.1%} of the update's size",
+            stacklevel=4,
+        )
 
 
 class QuantisedWeights:

@@ -31,7 +31,7 @@ from tenslora.files import require_tensors
 from tenslora.forms import from_json, typed
 from tenslora.forward_pass import ForwardPass
 from tenslora.peft.patterns import first_matches
-from tenslora.peft.quantised import QuantisedWeights
+from tenslora.peft.quantised import QuantisedWeights, warn_of_rounding
 from tenslora.projections import TargetLinear, find_projections, is_plain
 from tenslora.ranks import RankStrategy
 
@@ -97,8 +97,8 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         head_layout: "aligned" or "interleaved".
         tensor_seeds: "distinct" or "equal".
         seed: the seed of the tensors' random streams.
-        dropout: as in `AdapterConfig`.
-        rank_dropout: as in `AdapterConfig`.
+        dropout: the probability that an entry of the adapter's input is zeroed in training.
+        rank_dropout: the probability that a component of h = x @ left is zeroed in a training step.
         target_modules: names or a regular expression, as in LoraConfig; None adapts all layers.
         exclude_modules: names or a regular expression of modules to leave out, as in LoraConfig.
         layers_to_transform: the indices of the layers to adapt, as in LoraConfig.
@@ -107,7 +107,7 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         first_step: written when the adapter is made: the first step with a scale of 1, see `Adapter`.
 
     Raises:
-        ValueError: for a value that is out of range; the message names the field, its value and what is valid.
+        TensLoRAError: for a value that is out of range; the message names the field, its value and what is valid.
     """
 
     tensor_mode: str = "qkv_depth"
@@ -190,6 +190,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.updates: dict[str, AdaptedLinear] = {}
         self._adapters, self._model = (adapters,), (model,)  # in tuples, so that they are no submodules of every layer
         self.merged_adapters: list[str] = []
+        self.rounding: list[tuple[float, float]] = []  # of a quantised weight, until the tuner has told of it
 
     @property
     def tenslora_adapters(self) -> nn.ModuleDict:
@@ -259,7 +260,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if is_plain(linear):
             linear.get_parameter("weight").add_(update.to(linear.get_parameter("weight")))
         else:
-            QuantisedWeights(linear, self._model[0]).add(linear, update)
+            self.rounding.append(QuantisedWeights(linear, self._model[0]).add(linear, update))
 
     def supports_lora_conversion(self, *_: Any) -> bool:
         """Whether PEFT's `convert_to_lora` takes this layer: it does, for each of its adapters."""
@@ -383,8 +384,32 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         if adapter_name in self.tenslora_adapters:
             del self.tenslora_adapters[adapter_name]
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add the updates to the weights, as PEFT's other tuners do; a warning tells of the rounding of quantised ones.
+
+        Args:
+            *args: as for PEFT's other tuners.
+            **kwargs: likewise.
+        """
+        with self._rounding_told():
+            super().merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        """Subtract the merged updates from the weights again."""
+        with self._rounding_told():
+            super().unmerge_adapter()
+
+    @contextmanager
+    def _rounding_told(self) -> Iterator[None]:
+        layers = [module for module in self.model.modules() if isinstance(module, TensLoraLinear)]
+        yield
+        warn_of_rounding(self.model, [change for layer in layers for change in layer.rounding])
+        for layer in layers:
+            layer.rounding.clear()
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        with self._rounding_told():
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
         for forward_pass in self._forward_passes.values():
             forward_pass.remove_hooks()
         return cast(nn.Module, model)
