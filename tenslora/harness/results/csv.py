@@ -38,6 +38,9 @@ def to_csv(summary: Summary) -> str:
             value = tuning.value(run.row, run.column)
             line["tuned"] = f"{tuning.setting}={value}" if value else ""
             line["at_edge"] = (run.row, run.column) in tuning.at_edge
+    elif any(run.tuned for run in summary.runs):
+        for line, run in zip(lines, summary.runs, strict=True):
+            line |= {"tuned": run.tuned, "at_edge": run.at_edge}
     return _csv(list(lines[0]) if lines else [], lines)
 
 
@@ -114,6 +117,8 @@ def _read_run(line: dict[str, str], folders: Mapping[str, Path]) -> Run:
         problem="" if record else line["problem"] or line["status"],
         folder=folder,
         relative_step=float(step) if step else None,
+        tuned=line.get("tuned") or "",
+        at_edge=line.get("at_edge") == "True",
     )
 
 

@@ -180,7 +180,8 @@ class SummaryColumn:
         factor: what a score is multiplied by to be in this unit.
         larger_is_better: whether a larger score of this metric is a better one.
         has_paper: whether we have any score of the paper for this column.
-        tuned: the name of the tuned setting without its group; empty if nothing is tuned.
+        tuned: the head of the column of chosen values: the tuned setting without its group, or "tuned" if the table
+            joins tables of which several settings may be tuned; empty if nothing is tuned.
     """
 
     column: Column
@@ -343,6 +344,8 @@ class Summary:
         if self.table.tuning:
             name, setting = self.table.tuning.name, self.table.tuning.setting
             sentences.append(f"{name}: the row's {setting}, chosen on other seeds by its validation score.")
+        elif any(column.tuned for column in self.columns):
+            sentences.append("Tuned: the value that was chosen for the row on other seeds, by its validation score.")
         if lower := dict.fromkeys(column.metric for column in self.columns if not column.larger_is_better):
             sentences.append(f"A lower {' or '.join(map(str, lower))} is better.")
         if any("/" in row.parameters + row.ranks for row in self.rows):
@@ -433,7 +436,7 @@ def summarize(table: Table, compare: bool = True) -> Summary:
             best=mean is not None and row.has_adapter and f"{mean:.1f}" == f"{best[column]:.1f}",
             paper=paper_value(row, column),
             difference=differences.get((row, column)),
-            tuned=table.tuning.text(row, column) if table.tuning else "",
+            tuned=table.tuning.text(row, column) if table.tuning else _tuned_text(table.cell(row, column)),
         )
 
     groups = [(row.is_lora, row.is_construction, row.strategy) for row in table.rows]
@@ -450,7 +453,7 @@ def summarize(table: Table, compare: bool = True) -> Summary:
             factor=table.scale(column).factor,
             larger_is_better=table.scale(column).larger_is_better,
             has_paper=any(row.cells[number].paper is not None for row in rows),
-            tuned=table.tuning.name if table.tuning and column in table.columns else "",
+            tuned=_tuned_head(table, column),
         )
         for number, column in enumerate(columns_shown)
     )
@@ -472,6 +475,16 @@ def signed(value: float) -> str:
 def one_line(text: str) -> str:
     """`text` with each stretch of white space, line breaks included, as one space."""
     return " ".join(text.split())
+
+
+def _tuned_head(table: Table, column: Column) -> str:
+    if table.tuning:
+        return table.tuning.name if column in table.columns else ""
+    return "tuned" if any(run.tuned for run in table.runs if run.column == column) else ""
+
+
+def _tuned_text(runs: Sequence[Run]) -> str:
+    return runs[0].tuned_text if runs else ""
 
 
 def _differences(table: Table, columns: list[Column]) -> dict[tuple[Row, Column], Difference | None]:

@@ -130,6 +130,9 @@ class Run:
         problem: why there is no score: "missing", "running", or what went wrong; empty for a completed run.
         folder: the run's folder; None if it is unknown.
         relative_step: the adapter's first step as a multiple of LoRA's, from the declared geometry; None likewise.
+        tuned: of a run that is read back from a tuned table, the value that was chosen for its row, such as
+            "adapter.alpha=16"; empty for any other run.
+        at_edge: whether this value is the smallest or the largest that was tried.
     """
 
     row: Row
@@ -143,6 +146,14 @@ class Run:
     problem: str = "missing"
     folder: Path | None = None
     relative_step: float | None = None
+    tuned: str = ""
+    at_edge: bool = False
+
+    @property
+    def tuned_text(self) -> str:
+        """The chosen value as a joint table shows it, such as "alpha=16 (edge)"; empty if the run is not tuned."""
+        setting, is_tuned, value = self.tuned.partition("=")
+        return f"{setting.rpartition('.')[2]}{is_tuned}{value}" + " (edge)" * self.at_edge
 
     @property
     def status(self) -> str:

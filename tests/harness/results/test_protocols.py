@@ -17,12 +17,13 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.config.identity import digest_of
 from tenslora.harness.results import write_results
 from tenslora.harness.results.csv import read_runs, to_csv
+from tenslora.harness.results.markdown import to_markdown
 from tenslora.harness.results.protocols import side_by_side
 from tenslora.harness.results.summary import summarize
 from tenslora.harness.results.table import Column, Run
 from tenslora.harness.run_folder import RunFolder
 from tests.conftest import ROOT
-from tests.tables import COLA, DTD, make_run, make_table
+from tests.tables import COLA, DTD, make_run, make_table, tuned_table
 
 NO_BETTER, TWO_BETTER = "no construction beats LoRA", "qkv_depth and att_qkv_depth beat LoRA on 4 of 4 datasets"
 MODES = [mode for mode in PAPER_CONSTRUCTIONS if mode != "lora"]
@@ -191,6 +192,26 @@ def test_every_form_has_the_verdicts_side_by_side(outputs: Path, tmp_path: Path)
     assert [line["protocol"] for line in lines] == ["direct", "first_step"] * 4
     assert lines[0].items() >= {"claim": NO_BETTER, "table": "isorank", "verdict": "holds"}.items()
     assert (tmp_path / "figures" / "score_by_setting.svg").is_file()
+
+
+def test_a_tuned_row_keeps_its_chosen_value(outputs: Path, tmp_path: Path) -> None:
+    tuned = tuned_table()
+    folder = written(tmp_path, "each_tuned", list(tuned.runs))
+    digests = {(run.row, run.seed): run.digest for run in read_runs(folder)}
+    runs = tuple(replace(run, digest=digests[run.row, run.seed]) for run in tuned.runs)
+    (folder / "table.csv").write_text(to_csv(summarize(replace(tuned, runs=runs))))
+    direct = {"direct": [outputs / "tables" / "direct"]}
+    joint = summarize(side_by_side({**direct, "tuned": [folder]}, "joint"))
+    main_table = to_markdown(joint).partition("\n## ")[0]
+    lines = {line.split(" | ")[0].strip("| "): line for line in main_table.splitlines()}
+    assert lines["construction"].endswith("| tuned |")
+    assert lines["lora protocol=tuned"].endswith("| lr=0.004 |")
+    assert lines["qkv isorank protocol=tuned"].endswith("| lr=0.001 (edge) |")
+    assert lines["qkv isorank protocol=direct"].endswith("|  |")
+    again = list(csv.DictReader(to_csv(joint).splitlines()))
+    assert {(line["tuned"], line["at_edge"]) for line in again if line["variant"] == "protocol=tuned"} == {
+        ("optimizer.lr=0.004", "False"), ("optimizer.lr=0.001", "True"), ("", "False"),
+    }  # fmt: skip
 
 
 def test_a_run_that_two_tables_of_a_protocol_share_counts_once(outputs: Path) -> None:
