@@ -166,7 +166,8 @@ def tuned_table() -> Table:
                 score = of_values[number] + shift
                 run = make_run(mode, strategy, seed=seed, epochs=[score], variant=(f"{setting}={value}",))
                 assert run.record
-                trials.append(replace(run, record={**run.record, "scored_on": "validation"}))
+                config = {"adapter": {"alpha": 4.0}, "optimizer": {"lr": float(value)}}
+                trials.append(replace(run, record={**run.record, "scored_on": "validation", "config": config}))
     lora, qkv = Row("lora"), Row("qkv", "isorank")
     chosen = {
         (lora, DTD): replace(lora, variant=(f"{setting}=0.004",)),

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -322,6 +324,10 @@ class Summary:
             f"have the seeds {seeds} and train on a part of the training split; the best mean decides.",
             "Bold: the chosen value.",
             self.table.tuning.edge_note,
+            *[
+                _one_value_for_all(grid, column.larger_is_better)
+                for grid, column in zip(self.trials.grids, self.trials.columns, strict=True)
+            ],
         ]
         return " ".join(filter(None, sentences))
 
@@ -475,6 +481,29 @@ def signed(value: float) -> str:
 def one_line(text: str) -> str:
     """`text` with each stretch of white space, line breaks included, as one space."""
     return " ".join(text.split())
+
+
+def _one_value_for_all(grid: Grid, larger_is_better: bool) -> str:
+    """A sentence on what the rows of a grid lose if all get one value; empty with fewer than two rows or values."""
+    complete = [
+        number
+        for number in range(len(grid.values))
+        if all((cell := cells[number]) is not None and cell.mean is not None for _, cells in grid.rows)
+    ]
+    if len(grid.rows) < 2 or len(complete) < 2:
+        return ""
+    sign = 1 if larger_is_better else -1
+    scores = {
+        row: [sign * cell.mean if cell and cell.mean is not None else -math.inf for cell in cells]
+        for row, cells in grid.rows
+    }
+    shared = max(complete, key=lambda number: statistics.fmean(of_row[number] for of_row in scores.values()))
+    lost = {row: max(of_row) - of_row[shared] for row, of_row in scores.items()}
+    most = max(lost, key=lambda row: lost[row])
+    return (
+        f"If all rows of {grid.column.label} get the same value, {grid.values[shared]} is the best; it costs a row "
+        f"{statistics.fmean(lost.values()):.1f} on average, and {most.label} the most, {lost[most]:.1f}."
+    )
 
 
 def _tuned_head(table: Table, column: Column) -> str:

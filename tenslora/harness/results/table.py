@@ -183,6 +183,13 @@ class Run:
         return self.record.get("scored_on", "test") if self.record else None
 
     @property
+    def first_step(self) -> float | None:
+        """How far the run's first step moves the matrices, with its alpha and rate; None where it is unknown."""
+        optimizer: dict[str, Any] = (self.record or {}).get("config", {}).get("optimizer", {})
+        step, rate = (self.record or {}).get("first_step"), optimizer.get("lr")
+        return None if step is None or rate is None else float(step * rate * optimizer.get("core_lr_ratio", 1.0))
+
+    @property
     def step_scale(self) -> float | None:
         """Alpha times the highest learning rate of the parameter that starts at zero; None without a record of both.
 

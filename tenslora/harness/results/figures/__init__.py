@@ -12,7 +12,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from tenslora.harness.results.figures.by_first_step import panels_by_first_step, score_by_first_step
+from tenslora.harness.results.figures.by_first_step import (
+    panels_by_first_step,
+    panels_of_trials,
+    score_by_first_step,
+    trials_by_first_step,
+)
 from tenslora.harness.results.figures.by_parameters import score_by_parameters
 from tenslora.harness.results.figures.by_setting import score_by_setting
 from tenslora.harness.results.figures.learning_curves import learning_curves
@@ -21,7 +26,14 @@ from tenslora.harness.results.figures.style import GREY, svg, write_figure
 from tenslora.harness.results.paper import PROTOCOL
 from tenslora.harness.results.summary import Summary
 
-FIGURE_NAMES = ("trials", "score_by_setting", "score_vs_parameters", "learning_curves", "score_vs_first_step")
+FIGURE_NAMES = (
+    "trials",
+    "trials_by_first_step",
+    "score_by_setting",
+    "score_vs_parameters",
+    "learning_curves",
+    "score_vs_first_step",
+)
 """The names of all figures that a table can have, and of their files."""
 
 _PAGE_WIDTH = 3.7
@@ -57,16 +69,7 @@ def figures_of(summary: Summary) -> list[TableFigure]:
         summary: the summary of the table.
     """
     setting, panels, trials = summary.table.swept_setting, panels_of(summary), summary.trials
-    of_trials = [
-        TableFigure(
-            "trials",
-            f"Validation score by {trials.table.by}",
-            "A ring marks the value that was chosen for a row.",
-            partial(score_by_setting, ring_best=True),
-            panels_of(trials),
-        )
-        for trials in ([trials] if trials and trials.has_scores else [])
-    ]
+    of_trials = _figures_of_trials(trials) if trials and trials.has_scores else []
     by_setting = TableFigure(
         "score_by_setting",
         f"Score by {setting}",
@@ -101,6 +104,25 @@ def figures_of(summary: Summary) -> list[TableFigure]:
     has_curves = any(len(run.metrics["history"]) > 1 for run in summary.runs if run.metrics)
     readable = [by_parameters, *[over_epochs] * has_curves] if are_readable else []
     return [*of_trials, *[by_setting] * (setting is not None), *readable, *[by_first_step] * bool(step_panels)]
+
+
+def _figures_of_trials(trials: Summary) -> list[TableFigure]:
+    by_value = TableFigure(
+        "trials",
+        f"Validation score by {trials.table.by}",
+        "A ring marks the value that was chosen for a row.",
+        partial(score_by_setting, ring_best=True),
+        panels_of(trials),
+    )
+    step_panels = panels_of_trials(trials)
+    by_step = TableFigure(
+        "trials_by_first_step",
+        "Validation score against the first step",
+        "The same scores over how far AdamW's first step moves the adapted matrices.",
+        trials_by_first_step,
+        step_panels,
+    )
+    return [by_value, *[by_step] * bool(step_panels)]
 
 
 def write_figures(summary: Summary, folder: Path) -> list[Path]:

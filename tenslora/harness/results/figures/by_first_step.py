@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from tenslora.harness.results.figures.labels import leader_of, place_labels
 from tenslora.harness.results.figures.panels import (
     Panel,
+    Point,
     axes_in,
     draw_leader,
     figure_of,
     limits_of,
     lora_of,
+    name_of,
+    name_rows,
     panel_of,
+    panels_of,
     size_in_points,
 )
 from tenslora.harness.results.figures.style import FONT_SIZE, INK, text_width
@@ -90,6 +95,90 @@ def score_by_first_step(panels: Sequence[Panel]) -> Figure:
     return figure_of(panels, _draw, lines=lambda panel: 4 * len(panel.cells) // 3)
 
 
+def panels_of_trials(trials: Summary) -> list[Panel]:
+    """The panels of `trials_by_first_step`: one for each column and rank strategy.
+
+    There are none unless the tuned setting changes the first steps of all rows.
+
+    Args:
+        trials: the summary of a tuned table's trials.
+    """
+    panels = panels_of(trials)
+    curves = [curve for panel in panels for curve in _curves(panel).values()]
+    changes = [max(steps) >= _LEAST_SPAN * min(steps) for curve in curves if len(steps := [x for x, _ in curve]) > 1]
+    return panels if changes and all(changes) else []
+
+
+def trials_by_first_step(panels: Sequence[Panel]) -> Figure:
+    """Draw the scores of a tuned table's trials over the size of their first step: one curve for each row.
+
+    Where the rows' curves have their tops above one another, the same first step suits all of them.
+
+    Args:
+        panels: the result of `panels_of_trials`.
+    """
+    return figure_of(panels, _draw_trials, lines=lambda panel: len(panel.constructions))
+
+
+def _curves(panel: Panel) -> dict[Row, list[tuple[float, Point]]]:
+    """The points of each row, without the swept setting, by rising first step; without those of an unknown step."""
+    curves: dict[Row, list[tuple[float, Point]]] = {}
+    for point in panel.points:
+        step = next(filter(None, (run.first_step for run in panel.cells[point.row].runs)), None)
+        if step:
+            curves.setdefault(point.row.without(panel.setting), []).append((step, point))
+    return {row: sorted(curve, key=lambda pair: pair[0]) for row, curve in curves.items()}
+
+
+def _draw_trials(place: SubFigure, panel: Panel) -> None:
+    curves = _curves(panel)
+    names = text_width(max(len(name_of(row, panel.width)) for row in curves))
+    note = panel.note("mean ± standard deviation over seeds; ring: chosen")
+    axes = axes_in(place, panel, left=0.6, right=0.4 + names, note=note)
+    low, high = limits_of([point for curve in curves.values() for _, point in curve])
+    left, right = _log_axis(axes, [step for curve in curves.values() for step, _ in curve], 0.04)
+    axes.set_ylim(low, high)
+    axes.set_xlabel("first step (Frobenius norm)")
+    axes.set_ylabel(panel.axis_label)
+    axes.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
+    width, height = size_in_points(axes)
+    ends = []
+    for curve in curves.values():
+        steps, points = [step for step, _ in curve], [point for _, point in curve]
+        axes.errorbar(
+            steps, [point.mean for point in points], yerr=[point.deviation for point in points],
+            fmt=points[0].marker, color=points[0].colour, markersize=4.5, elinewidth=0.8, capsize=0, linestyle="-",
+            linewidth=1.1, zorder=3,
+        )  # fmt: skip
+        for step, point in curve:
+            if panel.cells[point.row].best:
+                axes.scatter([step], [point.mean], s=70, facecolors="none", edgecolors=point.colour, zorder=4)
+        x = math.log(steps[-1] / left) / math.log(right / left) * width
+        ends.append((x, (points[-1].mean - low) / (high - low) * height))
+    name_rows(axes, panel, list(curves), ends)
+
+
+def _log_axis(axes: Axes, steps: Sequence[float], margin: float) -> tuple[float, float]:
+    """Give the axes a logarithmic x axis for these steps.
+
+    Args:
+        axes: the axes.
+        steps: the first steps.
+        margin: the room on either side, as a part of the logarithm of the steps' span.
+
+    Returns:
+        The limits of the axis.
+    """
+    span = math.log(max(steps) / min(steps))
+    left, right = min(steps) * math.exp(-margin * span), max(steps) * math.exp(margin * span)
+    axes.set_xscale("log")
+    axes.set_xlim(left, right)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < math.log(100) else (1.0, 3.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    return left, right
+
+
 def spearman(steps: Sequence[float], scores: Sequence[float]) -> float:
     """The Spearman correlation of two lists of numbers; NaN if the numbers of a list are all equal."""
     from scipy import stats  # imported here, because scipy takes a second
@@ -109,17 +198,11 @@ def _draw(place: SubFigure, panel: Panel) -> None:
     note = f"Spearman {correlation}, {len(points)} rows" + (f"; {shapes}" if len(strategies) > 1 else "")
     axes = axes_in(place, panel, left=0.6, right=0.15, note=note)
     low, high = limits_of(points)
-    span = math.log(max(steps) / min(steps))
-    left, right = min(steps) * math.exp(-0.12 * span), max(steps) * math.exp(0.12 * span)
-    axes.set_xscale("log")
-    axes.set_xlim(left, right)
+    left, right = _log_axis(axes, steps, 0.12)
     axes.set_ylim(low, high)
     axes.set_xlabel("first step, as a multiple of LoRA's")
     axes.set_ylabel(panel.axis_label)
     axes.grid(axis="y", color=INK, alpha=0.1, linewidth=0.6)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < math.log(100) else (1.0, 3.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
     if lora := lora_of(points):
         axes.axhspan(lora.mean - lora.deviation, lora.mean + lora.deviation, color=INK, alpha=0.08, linewidth=0)
 

@@ -7,18 +7,16 @@ from functools import partial
 
 from matplotlib.figure import Figure, SubFigure
 
-from tenslora.harness.results.figures.labels import spread
 from tenslora.harness.results.figures.panels import (
     Panel,
     axes_in,
-    colour_of,
-    draw_leader,
     figure_of,
     limits_of,
     name_of,
+    name_rows,
     size_in_points,
 )
-from tenslora.harness.results.figures.style import FONT_SIZE, INK, shortened, text_width
+from tenslora.harness.results.figures.style import INK, shortened, text_width
 
 
 def score_by_setting(panels: Sequence[Panel], ring_best: bool = False) -> Figure:
@@ -75,14 +73,7 @@ def _draw(place: SubFigure, panel: Panel, ring_best: bool) -> None:
         ends.append((x[-1], own[-1].mean))
 
     marks = [((x + 0.5) / len(values) * width, (score - low) / (high - low) * height) for x, score in ends]
-    heights = spread([y for _, y in marks], FONT_SIZE * 1.2, (FONT_SIZE / 2, height))
-    for row, mark, y in zip(rows, marks, heights, strict=True):
-        if 0 <= mark[1] <= height:
-            draw_leader(axes, (mark[0] + 4, mark[1]), (width + 10, y), colour_of(row))
-        axes.annotate(
-            name_of(row, panel.width), (width + 12, y), xycoords="axes points", va="center_baseline",
-            annotation_clip=False, weight="bold" if row.is_lora else "normal",
-        )  # fmt: skip
+    name_rows(axes, panel, rows, marks)
 
 
 def _is_number(text: str) -> bool:

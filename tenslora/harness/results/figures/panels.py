@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
+from tenslora.harness.results.figures.labels import spread
 from tenslora.harness.results.figures.style import (
     COLOURS,
     FONT_SIZE,
@@ -285,6 +286,26 @@ def draw_leader(axes: Axes, start: tuple[float, float], end: tuple[float, float]
     axes.annotate(
         "", end, start, xycoords="axes points", textcoords="axes points", arrowprops=arrow, annotation_clip=False
     )
+
+
+def name_rows(axes: Axes, panel: Panel, rows: Sequence[Row], ends: Sequence[tuple[float, float]]) -> None:
+    """Write the rows' names to the right of the axes, each with a thin line from the end of the row's curve.
+
+    Args:
+        axes: the axes that the curves are drawn in.
+        panel: the panel of these axes.
+        rows: the rows.
+        ends: for each row, the end of its curve in typographic points from the axes' lower left corner.
+    """
+    width, height = size_in_points(axes)
+    heights = spread([y for _, y in ends], FONT_SIZE * 1.2, (FONT_SIZE / 2, height))
+    for row, end, y in zip(rows, ends, heights, strict=True):
+        if 0 <= end[1] <= height:
+            draw_leader(axes, (end[0] + 4, end[1]), (width + 10, y), colour_of(row))
+        axes.annotate(
+            name_of(row, panel.width), (width + 12, y), xycoords="axes points", va="center_baseline",
+            annotation_clip=False, weight="bold" if row.is_lora else "normal",
+        )  # fmt: skip
 
 
 def draw_nothing(place: SubFigure, panel: Panel) -> None:
