@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +26,29 @@ VALUES = st.recursive(
     max_leaves=4,
 )
 """Any value that Python's json module reads, with NaN, infinities and lone surrogates."""
+
+LIMIT = 10.0
+"""How many seconds of the processor's time one example may take."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float = LIMIT) -> Iterator[None]:
+    """A context that raises a TimeoutError when it takes too much of the processor's time.
+
+    Args:
+        seconds: the processor's time that it may take. A busy machine takes longer by the clock.
+    """
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"takes more than {seconds:g} seconds of the processor")
+
+    before = signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def json_like(original: Any) -> st.SearchStrategy[Any]:
@@ -104,7 +129,7 @@ def other_tensors(original: Mapping[str, Tensor]) -> st.SearchStrategy[dict[str,
 
 
 def _cast(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(dtype)
+    return lambda tensor: tensor if tensor.is_complex() else tensor.to(dtype)
 
 
 def _filled(number: float) -> Callable[[Tensor], Tensor]:
@@ -127,7 +152,7 @@ def _with(value: Any, path: tuple[Any, ...], draw: st.DrawFn) -> Any:
     last = path[-1]
     kind = draw(st.sampled_from(["replace", "replace", "near", "remove", "add", "repeat"]))
     old = holder[last]
-    if kind == "near" and isinstance(old, (int, float)):
+    if kind == "near" and isinstance(old, (int, float)) and abs(old) < 1e300:
         holder[last] = draw(
             st.sampled_from([-old, old + 1, old * 2, old + 0.5, float(old), str(old), [old], math.nan, 1e308])
         )

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -240,34 +238,3 @@ def test_changed_predictions_are_refused_in_one_line_or_are_predictions(
         if not split.is_regression:
             classes = split.outputs.shape[1]
             np.bincount(split.labels * classes + split.predicted, minlength=classes**2).reshape(classes, classes)
-
-
-# The other files of a finished or an unfinished run
-
-
-def edit_json(path: Path, data: st.DataObject) -> None:
-    path.write_bytes(data.draw(json_like(json.loads(path.read_text())).map(as_bytes)))
-
-
-def edit_safetensors(path: Path, data: st.DataObject) -> None:
-    header, tensors = read_safetensors(path)
-    write_safetensors(path, data.draw(other_tensors(tensors)), data.draw(st.one_of(st.just(header), json_like(header))))
-
-
-def edit_bytes(path: Path, data: st.DataObject) -> None:
-    path.write_bytes(data.draw(damaged(path.read_bytes())))
-
-
-EDITS: dict[str, Callable[[Path, st.DataObject], None]] = {"json": edit_json, "safetensors": edit_safetensors}
-
-
-def edit(path: Path, data: st.DataObject) -> None:
-    """Change a file in some way that its kind allows."""
-    kinds = [edit_bytes, EDITS[path.suffix.lstrip(".")], EDITS[path.suffix.lstrip(".")]]
-    data.draw(st.sampled_from(kinds))(path, data)
-
-
-def copied(folder: Path, to: Path) -> RunFolder:
-    shutil.rmtree(to, ignore_errors=True)
-    shutil.copytree(folder, to)
-    return RunFolder(to)

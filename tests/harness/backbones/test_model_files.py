@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from tenslora.errors import TensLoRAError
@@ -24,8 +27,10 @@ from tests.harness.backbones.tiny_models import (
     model_config,
     save_random,
     timm_vit,
+    trained_tokenizer,
     transformers_vit,
 )
+from tests.mutations import as_bytes, damaged, json_like, other_tensors, time_limit
 
 IMAGES = {
     "image_processor_type": "ViTImageProcessor",
@@ -35,6 +40,47 @@ IMAGES = {
     "size": {"height": 8, "width": 8},
     "resample": 2,
 }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Folders of models of transformers: of images, of texts."""
+    root = tmp_path_factory.mktemp("models")
+    for kind in ("vit", "bert"):
+        save_random(root / kind, kind)
+    (root / "vit" / "preprocessor_config.json").write_text(json.dumps(IMAGES))
+    return [root / "vit", root / "bert"]
+
+
+@given(data=st.data())
+def test_a_changed_file_of_a_model_is_refused_in_one_line_or_serves_a_model(
+    folders: list[Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    original = data.draw(st.sampled_from(folders))
+    folder = tmp_path_factory.getbasetemp() / "changed_model"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(original, folder)
+    file = data.draw(st.sampled_from(["config.json", "config.json", *sorted(f.name for f in original.iterdir())]))
+    if file.endswith(".json"):
+        text = json_like(json.loads((original / file).read_text())).map(as_bytes)
+        content = data.draw(st.one_of(text, text, damaged((original / file).read_bytes())))
+    elif data.draw(st.booleans()):
+        content = save(data.draw(other_tensors(load_file(original / file))), metadata={"format": "pt"})
+    else:
+        content = data.draw(damaged((original / file).read_bytes()))
+    (folder / file).write_bytes(content)
+    config, tokenizer = generic(folder), None
+    if original.name == "bert":
+        config, tokenizer = ModelConfig(**{**vars(config), "modality": "text"}), trained_tokenizer()
+    with time_limit():
+        try:
+            backbone = load_backbone(config, 3, 0, tokenizer)
+        except TensLoRAError as error:
+            assert str(error).isprintable()
+            assert str(folder) in str(error) or str(error).startswith("model")
+            assert len(str(error)) < 2000
+            return
+        assert all(weight.isfinite().all() for weight in backbone.model.state_dict().values())
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -41,9 +41,14 @@ def paths_in(settings: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, .
 
 
 @st.composite
-def settings_with_any_values(draw: st.DrawFn) -> dict[str, Any]:
-    """The settings of a run in which one to three of them have any value, or are not there, or are new."""
-    settings = copy.deepcopy(settings_of(draw(st.sampled_from(BASES))))
+def settings_with_any_values(draw: st.DrawFn, bases: Sequence[tuple[str, ...]] = BASES) -> dict[str, Any]:
+    """The settings of a run in which one to three of them have any value, or are not there, or are new.
+
+    Args:
+        draw: draws values.
+        bases: the words of a command line that make the other settings, one of which is drawn.
+    """
+    settings = copy.deepcopy(settings_of(draw(st.sampled_from(bases))))
     for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         *groups, name = draw(st.sampled_from(list(paths_in(settings))))
         group = settings
