@@ -11,6 +11,10 @@ from pathlib import Path
 
 from tenslora.errors import TensLoRAError
 
+QUIET = ("transformers", "torch.utils._pytree", "bitsandbytes")
+"""Loggers whose warnings tell a user of the commands nothing: of new heads, of torch's next release, which torchao's
+import makes torch speak of, and of kernels that bitsandbytes would like to have."""
+
 
 def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """A parser for the command line of a module.
@@ -40,7 +44,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 @contextlib.contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
     """A context in which a user's mistake ends the process with status 1 and one line on standard error."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for chatty in QUIET:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         yield
     except TensLoRAError as error:

@@ -261,6 +261,8 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
         )
     else:
         reason = str(cause) if cause else _TYPES.get(kind.partition("_")[0], str(first["msg"]))
+        if kind == "tuple_type" and isinstance(value, (str, int, float)):
+            reason = f"must be a list, written [{shown(value)}]"
     return TensLoRAError(as_typed(f"{setting}={shown(value)}: {reason}"))
 
 

@@ -33,6 +33,9 @@ LABELS = ("label", "labels", "target", "targets", "class", "category", "score", 
 INDICES = ("", "id", "idx", "index", "guid", "unnamed: 0", "__index_level_0__")
 """Names of a column that numbers the rows, and holds neither texts nor labels."""
 
+ANSWERS = re.compile(r"prediction|probabilit(y_.*|ies)")
+"""Names of the columns that tenslora.harness.predict adds to a table, which hold neither texts nor labels."""
+
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _WHOLE_NUMBER = re.compile(r"\s*[+-]?\d+\s*")
 
@@ -67,6 +70,7 @@ def choose_columns(
     by_name = {name.lower(): name for name in columns}
     taken = (*(text_columns or ()), label_column)
     left = [name for name in columns if name.lower() not in INDICES and name not in taken]
+    left = [name for name in left if not ANSWERS.fullmatch(name)]
     if text_columns is None:
         chosen = _texts_among({name.lower() for name in left}.difference(LABELS if label_column is None else ()))
         text_columns = [by_name[name] for name in chosen]
@@ -236,6 +240,8 @@ def numbers_of(values: Sequence[Any], classes: Sequence[str], where: str) -> lis
         TensLoRAError: for labels that the training split does not have.
     """
     if not classes:
+        # A table that was CSV before it was JSON may hold its numbers as strings.
+        values = [float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value for value in values]
         for value in values:
             if type(value) not in (int, float):
                 raise TensLoRAError(f"{where}: must have numbers as labels, as for training, but has {_short(value)}")

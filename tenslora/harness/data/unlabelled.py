@@ -59,6 +59,8 @@ def _image(item: Any) -> Any:
     from PIL import Image
 
     if isinstance(item, (str, Path)):
+        if Path(item).is_dir():
+            raise TensLoRAError(f"{item}: is a folder; must be an image, such as each of {Path(item) / '*'}")
         if not Path(item).is_file():
             raise TensLoRAError(f"{item}: no such file")
         return Path(item)

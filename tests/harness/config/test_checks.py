@@ -89,7 +89,7 @@ REFUSED = {
         "dataset.metrics=[accuracy, auc]: auc must be one of accuracy, matthews, f1, pearson, spearman"
     ),
     "dataset.metrics=[accuracy,accuracy]": ("dataset.metrics=[accuracy, accuracy]: must be a list of different items"),
-    "dataset.metrics=accuracy": "dataset.metrics=accuracy: must be a list, written [a,b]",
+    "dataset.metrics=accuracy": "dataset.metrics=accuracy: must be a list, written [accuracy]",
     "optimizer.betas=[0.9]": "optimizer.betas=[0.9]: must be two numbers",
     "model.mean=[0.5,0.5]": "model.mean=[0.5, 0.5]: must have one number for each channel, and channels=1",
     "model.std=[]": "model.std=[]: must have one number for each channel, and channels=1",

@@ -21,6 +21,8 @@ from tenslora.harness.data.text_columns import choose_columns, classes_of, label
         ("title text category", "text", "category"),
         ("body label", "body", "label"),  # what is left over
         ("text emotion", "text", "emotion"),
+        ("sentence1 sentence2 similarity prediction", "sentence1 sentence2", "similarity"),  # written by predict
+        ("text topic prediction probability_good probability_not_so_good", "text", "topic"),
     ],
 )
 def test_columns_are_known_by_their_names_or_left_over(columns: str, texts: str, label: str) -> None:
@@ -32,6 +34,7 @@ def test_given_columns_are_taken() -> None:
     assert choose_columns(columns, ["sentence"], "score") == (("sentence",), "score")
     assert choose_columns(columns, ["label", "sentence"], None) == (("label", "sentence"), "score")
     assert choose_columns(["text", "label"], None, "text") == (("label",), "text")
+    assert choose_columns(["text", "label", "prediction"], None, "prediction") == (("text",), "prediction")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,7 @@ def test_a_class_label_keeps_its_names_and_their_order() -> None:
 def test_labels_become_numbers() -> None:
     assert numbers_of([3, 1.0, "1"], ["1", "3"], "here") == [1, 0, 0]
     assert numbers_of([True, False], ["false", "true"], "here") == [1, 0]
-    assert numbers_of([3, 0.5], [], "here") == [3.0, 0.5]
+    assert numbers_of([3, 0.5, "-2.5"], [], "here") == [3.0, 0.5, -2.5]
     with pytest.raises(TensLoRAError, match=r"^here: has labels that the training split does not have: c, d; .* a, b$"):
         numbers_of(["a", "d", "c"], ["a", "b"], "here")
     with pytest.raises(TensLoRAError, match=r"^here: must have numbers as labels, as for training, but has 'high'"):

@@ -41,6 +41,7 @@ def test_sentences_and_pairs() -> None:
         ("a sentence", "text", "inputs of type str: must be a list of sentences"),
         (Path("a.png"), "image", "inputs of type PosixPath: must be a list of images"),
         (["nowhere.png"], "image", "nowhere.png: no such file"),
+        ([Path("/")], "image", r"/: is a folder; must be an image, such as each of /\*$"),
         ([np.zeros((3, 4))], "image", "an image of type ndarray: must be a path, a PIL image, or an array of bytes"),
         ([np.zeros((3, 4, 5), np.uint8)], "image", "an image of type ndarray: must be"),
         ([7], "image", "an image of type int: must be"),
