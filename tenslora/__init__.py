@@ -5,6 +5,8 @@ save_pretrained, load   keep it in a folder with the head that was trained, and 
 push_to_hub             the same on the Hugging Face hub
 merge, unmerge          add the updates to the weights, and subtract them again
 disabled, detach        leave the adapter out for a while, and take it off
+adapt_tensor            put an update of its own shape on any other weight; merge_tensors, unmerge_tensors,
+                        detach_tensors, save_tensors and load_tensors go with it
 AdapterConfig           the settings of an adapter; RankStrategy says how its ranks are chosen
 Adapter                 the trained updates, with `save`
 Geometry                the dimensions of a backbone; `attach` finds them by itself
@@ -26,6 +28,14 @@ if TYPE_CHECKING:
     from tenslora.errors import TensLoRAError
     from tenslora.pretrained import load, push_to_hub, save_pretrained
     from tenslora.ranks import RankStrategy
+    from tenslora.tensor_update import (
+        adapt_tensor,
+        detach_tensors,
+        load_tensors,
+        merge_tensors,
+        save_tensors,
+        unmerge_tensors,
+    )
 
 _MODULES = {
     "Adapter": "adapter",
@@ -41,6 +51,12 @@ _MODULES = {
     "push_to_hub": "pretrained",
     "save_pretrained": "pretrained",
     "RankStrategy": "ranks",
+    "adapt_tensor": "tensor_update",
+    "detach_tensors": "tensor_update",
+    "load_tensors": "tensor_update",
+    "merge_tensors": "tensor_update",
+    "save_tensors": "tensor_update",
+    "unmerge_tensors": "tensor_update",
 }
 __all__ = [
     "Adapter",
@@ -48,14 +64,20 @@ __all__ = [
     "Geometry",
     "RankStrategy",
     "TensLoRAError",
+    "adapt_tensor",
     "attach",
     "detach",
+    "detach_tensors",
     "disabled",
     "load",
+    "load_tensors",
     "merge",
+    "merge_tensors",
     "push_to_hub",
     "save_pretrained",
+    "save_tensors",
     "unmerge",
+    "unmerge_tensors",
 ]
 
 

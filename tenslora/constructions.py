@@ -8,7 +8,7 @@ the stream is adapted by a transposed slice. Nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -191,6 +191,27 @@ def modes(construction: str, geometry: Geometry, matrix: int = 0) -> dict[str, i
     if SITE in stacked:
         sizes |= {SITE: geometry.projections * geometry.layers}
     return sizes
+
+
+def weight_modes(shape: Sequence[int]) -> dict[str, int]:
+    """The modes of an update of any weight tensor: d_out and d_in, as torch orders a weight, then mode_3, mode_4, ...
+
+    >>> weight_modes((64, 32, 3, 3))  # the kernels of a Conv2d
+    {'d_out': 64, 'd_in': 32, 'mode_3': 3, 'mode_4': 3}
+
+    Args:
+        shape: the weight's shape.
+
+    Returns:
+        The name and the size of each mode, in the order of the weight's dimensions.
+
+    Raises:
+        TensLoRAError: for fewer than two dimensions, or a dimension of size 0.
+    """
+    if len(shape) < 2 or min(shape) < 1:
+        raise TensLoRAError(f"shape={list(shape)}: must have at least two dimensions, all of size 1 or more")
+    names = ("d_out", "d_in", *(f"mode_{position}" for position in range(3, len(shape) + 1)))
+    return dict(zip(names, shape, strict=True))
 
 
 def tensor_grid(construction: str, geometry: Geometry) -> tuple[int, int]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tenslora.constructions import Geometry, modes, tensor_grid
+from tenslora.constructions import Geometry, modes, tensor_grid, weight_modes
 from tenslora.errors import TensLoRAError, require_one_of
-from tenslora.factorizations import factorization_of
+from tenslora.factorizations import FACTORIZATIONS, factorization_of
 from tenslora.factorizations.tucker import RULES
 
 LARGEST_SCALE = 1000
@@ -108,12 +108,58 @@ def explicit(
     Raises:
         TensLoRAError: for ranks that do not fit; the message names the first one at fault.
     """
-    limits = rank_limits(construction, geometry, factorization)
+    return _within(rank_limits(construction, geometry, factorization), ranks, f"tensor_mode {construction}")
+
+
+def weight_ranks(shape: Sequence[int], ranks: int | Sequence[int], factorization: str = "tucker") -> tuple[int, ...]:
+    """The ranks of an update of any weight tensor.
+
+    >>> weight_ranks((64, 32, 3, 3), 8), weight_ranks((64, 32, 3, 3), [16, 8, 2, 2])
+    ((8, 8, 3, 3), (16, 8, 2, 2))
+
+    Args:
+        shape: the weight's shape.
+        ranks: the ranks, in the order of `Factorization.rank_limits`; or one number for all of them, which stops at a
+            rank's limit.
+        factorization: one of `factorizations.FACTORIZATIONS`.
+
+    Returns:
+        The ranks.
+
+    Raises:
+        TensLoRAError: for ranks that do not fit the shape.
+    """
+    require_one_of("factorization", factorization, FACTORIZATIONS)
+    limits = FACTORIZATIONS[factorization].rank_limits(weight_modes(shape))
+    if isinstance(ranks, int):
+        ranks = [min(ranks, limit) for limit in limits.values()]
+    return _within(limits, ranks, f"factorization {factorization}")
+
+
+def weight_parameter_count(shape: Sequence[int], ranks: int | Sequence[int], factorization: str = "tucker") -> int:
+    """The exact number of parameters of an update of any weight tensor.
+
+    >>> weight_parameter_count((64, 32, 3, 3), 8)  # 64 * 8 + 32 * 8 + 3 * 3 + 3 * 3 + 8 * 8 * 3 * 3
+    1362
+
+    Args:
+        shape: the weight's shape.
+        ranks: as in `weight_ranks`.
+        factorization: one of `factorizations.FACTORIZATIONS`.
+
+    Raises:
+        TensLoRAError: for ranks that do not fit the shape.
+    """
+    resolved = weight_ranks(shape, ranks, factorization)
+    return int(FACTORIZATIONS[factorization].count(weight_modes(shape), resolved))
+
+
+def _within(limits: Mapping[str, int], ranks: Sequence[int] | None, owner: str) -> tuple[int, ...]:
     wanted = ", ".join(f"{name} 1..{limit}" for name, limit in limits.items())
     given = None if ranks is None else list(ranks)
     if given is None or len(given) != len(limits):
         integers = "1 integer" if len(limits) == 1 else f"{len(limits)} integers"
-        raise TensLoRAError(f"ranks={given}: tensor_mode {construction} needs {integers} ({wanted})")
+        raise TensLoRAError(f"ranks={given}: {owner} needs {integers} ({wanted})")
     for (name, limit), rank in zip(limits.items(), given, strict=True):
         if not 1 <= rank <= limit:
             raise TensLoRAError(f"ranks={given}: the rank {rank} of {name} must be from 1 to {limit} ({wanted})")

@@ -44,6 +44,7 @@ class FactorizedTensor(nn.Module):
     ) -> None:
         super().__init__()
         self.factorization, self.layers, self.head_layout = factorization, layers, head_layout
+        self.modes = dict(modes)
         self.zero_parameter = factorization.zero_parameter(modes)
         for name, shape in factorization.shapes(modes, ranks).items():
             parameter = nn.Parameter(torch.zeros(shape))
@@ -62,6 +63,10 @@ class FactorizedTensor(nn.Module):
         """
         left, right = thin_slices([self], range(layer, layer + 1))
         return left[0], right[0]
+
+    def full(self) -> Tensor:
+        """The complete tensor, whose dimensions are the modes; see `Factorization.full`."""
+        return self.factorization.full(dict(self.named_parameters()), self.modes)
 
 
 def thin_slices(

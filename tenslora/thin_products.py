@@ -89,7 +89,7 @@ class MatrixGroup:
         return cast(LayerProducts, cached[key][layer])
 
     def _compute(self, layers: range, dtype: torch.dtype) -> list[LayerProducts]:
-        with _without_autocast(next(self.adapter.parameters()).device):
+        with without_autocast(next(self.adapter.parameters()).device):
             lefts, rights = self.products(layers)
             ranks = [left.shape[2] for left in lefts]
             left_t = torch.cat([left.mT for left in lefts], dim=1)
@@ -102,9 +102,14 @@ class MatrixGroup:
             return [LayerProducts(first, tuple(others), ranks) for first, *others in zip(*sides, strict=True)]
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    # The products are computed in full precision and rounded once at the end. The meta device has no autocast, and is
-    # named here because torch.compile of torch 2.6 cannot trace the question whether a device has autocast.
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which updates are computed in full precision, to be rounded once at the end.
+
+    Args:
+        device: the updates' device.
+    """
+    # The meta device has no autocast, and is named here because torch.compile of torch 2.6 cannot trace the question
+    # whether a device has autocast.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 

@@ -44,3 +44,15 @@ def test_peft_adapts_queries_and_values_inside_a_fused_linear() -> None:
     assert adapted > 0.6  # of five classes
     assert merged == pytest.approx(adapted, abs=0.005)
     assert keys == 0
+
+
+def test_a_kan_is_adapted_to_another_problem_by_tucker_updates() -> None:
+    rows = import_module("examples.kan").main(steps=40, seeds=1)
+    (full, _), *adapted = rows.values()
+    assert full == 8 * (12 * 2 + 12 * 12 + 12)
+    for count, (error,) in adapted:
+        # Σ n_i r_i + Π r_i of (12, 2, 8) and (12, 12, 8) at rank 4 and of (1, 12, 8), capped at the modes' sizes
+        assert count == (12 * 4 + 2 * 2 + 8 * 4 + 32) + (12 * 4 + 12 * 4 + 8 * 4 + 64) + (1 + 12 * 4 + 8 * 4 + 16)
+        assert error < 1
+    best = min(error for _, (error,) in adapted)
+    assert best < 0.9

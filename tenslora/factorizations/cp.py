@@ -50,5 +50,11 @@ class CP(Factorization):
                 right = right * parameters[axis].unsqueeze(-1)
         return parameters["d_in"].unsqueeze(0), right
 
+    def full(self, parameters: Mapping[str, Tensor], modes: Modes) -> Tensor:
+        first, *middle, last = (parameters[name] for name in modes)
+        for factor in middle:
+            first = first.unsqueeze(-2) * factor
+        return first @ last.T
+
     def ideal(self, modes: Modes, rule: str, t: float) -> list[float]:
         return [t]

@@ -151,6 +151,23 @@ class Factorization(ABC):
             f"factorization={type(self).__name__.lower()}: must be tucker or tensor_train to be computed from updates"
         )
 
+    def full(self, parameters: Mapping[str, Tensor], modes: Modes) -> Tensor:
+        """The complete tensor. An attention's updates are never built this way; those of any other weight may be.
+
+        Args:
+            parameters: the parameters, with the names and shapes that `shapes` gives.
+            modes: the tensor's modes, either a construction's or those of `constructions.weight_modes`.
+
+        Returns:
+            The tensor, whose dimensions are the modes.
+
+        Raises:
+            TensLoRAError: if the factorization is for the matrices of a Transformer alone, which is the default.
+        """
+        raise TensLoRAError(
+            f"factorization={type(self).__name__.lower()}: must be tucker, cp or tensor_train on any weight"
+        )
+
     def count(self, modes: Modes, ranks: Sequence[float]) -> float:
         """The number of a tensor's parameters.
 

@@ -19,7 +19,7 @@ class TensorTrain(Factorization):
 
     The train runs from d_in over the stacked axes (projection, depth, site, head) to d_head or d_out. The two wide
     modes are at the ends, so their cores are matrices. A train over site alone is LoTR (arXiv 2402.01376), and a train
-    of two modes is LoRA's A B.
+    of two modes is LoRA's A B. Any other weight's further modes stand between d_in and d_out.
 
     N modes have N - 1 ranks, each named after the two modes that it joins. The cores are G_1 (d_in, r_1),
     G_k (r_{k-1}, n_k, r_k) and G_N (r_{N-1}, n_N), under their modes' names. The last core starts at zero.
@@ -71,6 +71,14 @@ class TensorTrain(Factorization):
                 right = (core if axis == DEPTH else core.movedim(1, 0)) @ right
         return parameters["d_in"].unsqueeze(0), right
 
+    def full(self, parameters: Mapping[str, Tensor], modes: Modes) -> Tensor:
+        first, *others = order = _order(modes)
+        tensor = parameters[first]
+        for name in others:
+            core = parameters[name]
+            tensor = (tensor @ core.flatten(1)).reshape(*tensor.shape[:-1], *core.shape[1:])
+        return tensor.permute([order.index(name) for name in modes])
+
     def decompose(self, tensor: Tensor, modes: Modes, ranks: Sequence[int]) -> dict[str, Tensor]:
         """TT-SVD (Oseledets, 2011): a core holds the leading singular vectors of what the cores before it have left."""
         *names, last = _order(modes)
@@ -94,4 +102,7 @@ class TensorTrain(Factorization):
 
 
 def _order(modes: Modes) -> list[str]:
-    return ["d_in", *[axis for axis in (*STRUCTURE, HEAD) if axis in modes], "d_head" if HEAD in modes else "d_out"]
+    first, last = "d_in", "d_head" if HEAD in modes else "d_out"
+    axes = [axis for axis in (*STRUCTURE, HEAD) if axis in modes]
+    others = [name for name in modes if name not in (first, last, *axes)]  # of a weight that is no Transformer's
+    return [first, *axes, *others, last]

@@ -57,6 +57,12 @@ class Tucker(Factorization):
         u_out = _expand_output(identity, parameters, head_layout)
         return u_in @ core.flatten(2), u_out.expand(projections, -1, -1)
 
+    def full(self, parameters: Mapping[str, Tensor], modes: Modes) -> Tensor:
+        tensor = parameters["core"]
+        for name in modes:  # after N such moves the modes are in their order again
+            tensor = tensor.movedim(0, -1) @ parameters[name].T
+        return tensor
+
     def decompose(self, tensor: Tensor, modes: Modes, ranks: Sequence[int]) -> dict[str, Tensor]:
         """The truncated HOSVD (De Lathauwer, De Moor and Vandewalle, 2000).
 

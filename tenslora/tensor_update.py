@@ -1,0 +1,335 @@
+"""Updates of any weight tensor: the kernels of a convolution, the coefficients of a KAN, a matrix, an embedding.
+
+The update of a weight is one factorised tensor of the weight's own shape. It is a parametrization in torch's sense
+(`torch.nn.utils.parametrize`): whenever the module reads its weight, the update is built and added. Attention
+projections are better served by `attachment.attach`, which never builds an update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tenslora.adapter_config import LARGEST_SCALE
+from tenslora.constructions import SCALINGS, weight_modes
+from tenslora.errors import TensLoRAError, require_one_of
+from tenslora.factorizations import FACTORIZATIONS
+from tenslora.files import read_safetensors, require_tensors, write_safetensors
+from tenslora.forms import from_json
+from tenslora.random_streams import stream_seed
+from tenslora.ranks import weight_ranks
+from tenslora.tensor import FactorizedTensor
+from tenslora.thin_products import without_autocast
+
+FORMAT = "tenslora-tensors-1"
+
+LORA_RANK = 4
+"""The rank of the LoRA whose first step scaling="first_step" gives to an update."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorUpdateConfig:
+    """The settings of the update of one weight.
+
+    Args:
+        ranks: the ranks, in the order of `Factorization.rank_limits`.
+        factorization: one of `factorizations.FACTORIZATIONS`.
+        alpha: multiplies the update.
+        scaling: "direct" multiplies the update by alpha; "first_step" multiplies it by alpha and by the one number that
+            gives it the first step of a LoRA of rank 4.
+        seed: the seed of the update's random stream.
+
+    Raises:
+        TensLoRAError: for a value that is out of range; the message names the field, its value and what is valid.
+    """
+
+    ranks: tuple[int, ...]
+    factorization: str = "tucker"
+    alpha: float = 1.0
+    scaling: str = "direct"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not abs(self.alpha) <= LARGEST_SCALE:
+            raise TensLoRAError(f"alpha={self.alpha}: must be a finite number, from -1,000,000 to 1,000,000")
+        require_one_of("scaling", self.scaling, SCALINGS)
+        require_one_of("factorization", self.factorization, FACTORIZATIONS)
+
+
+class TensorUpdate(nn.Module):
+    """The trainable update of one weight, W + scale * X, where X is a factorised tensor of the weight's shape.
+
+    The dimensions of the weight are called d_out and d_in, as in a Linear or a Conv2d, and mode_3, mode_4, ... The
+    tensor's parameters start as an adapter's do with init="orthogonal": one is zero, the others are orthogonal.
+
+    Args:
+        config: the settings.
+        shape: the weight's shape.
+
+    Attributes:
+        tensor: the factorised tensor, with its parameters under the names of the modes, and Tucker's core.
+        scale: multiplies the tensor.
+        first_step: the Frobenius norm by which AdamW's first step with learning rate 1 moves the weight.
+        merged: whether the update is in the weight already.
+
+    Raises:
+        TensLoRAError: for settings that do not fit the shape.
+    """
+
+    def __init__(self, config: TensorUpdateConfig, shape: Sequence[int]) -> None:
+        super().__init__()
+        modes, factorization = weight_modes(shape), FACTORIZATIONS[config.factorization]
+        self.config = dataclasses.replace(config, ranks=weight_ranks(shape, config.ranks, config.factorization))
+        generator = torch.Generator().manual_seed(stream_seed("tensor", config.seed))
+        self.tensor = FactorizedTensor(factorization, modes, self.config.ranks, 1, generator)
+        squared = factorization.squared_first_step(modes, self.config.ranks)
+        self.scale, unscaled_first_step = config.alpha, math.sqrt(squared or 0.0)
+        if config.scaling == "first_step":
+            # Of a LoRA on the weight as a matrix of d_out rows, as PEFT adapts a convolution: sqrt(r d_out / 3).
+            self.scale *= math.sqrt(LORA_RANK * modes["d_out"] / 3) / unscaled_first_step
+        self.first_step = abs(self.scale) * unscaled_first_step
+        self.merged = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Add the update to a weight.
+
+        Args:
+            weight: the frozen weight.
+
+        Returns:
+            The weight that the module uses, in the frozen weight's dtype.
+        """
+        return weight if self.merged else weight + self.update().to(weight)
+
+    def update(self) -> Tensor:
+        """The update, scale * X, in the weight's shape."""
+        with without_autocast(next(self.parameters()).device):
+            return self.scale * self.tensor.full()
+
+    def extra_repr(self) -> str:
+        config, names = self.config, self.tensor.factorization.rank_limits(self.tensor.modes)
+        named = ", ".join(f"{name}={rank}" for name, rank in zip(names, config.ranks, strict=True))
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"{config.factorization}, ranks {named}; {count:,} parameters"
+
+
+def adapt_tensor(
+    module: nn.Module,
+    name: str,
+    ranks: int | Sequence[int],
+    factorization: str = "tucker",
+    alpha: float = 1.0,
+    scaling: str = "direct",
+    seed: int = 0,
+) -> TensorUpdate:
+    """Freeze one weight of a module, and put a trainable update of the weight's own shape on it.
+
+    The module's outputs do not change until the update is trained. The module's other parameters stay as they are. The
+    update is built each time that the module reads the weight, at the cost of about as many multiplications as the
+    weight has entries, times a rank; `torch.nn.utils.parametrize.cached` builds it once for several reads.
+
+    >>> from torch import nn
+    >>> from tenslora import adapt_tensor
+    >>> conv = nn.Conv2d(32, 64, kernel_size=3)
+    >>> adapt_tensor(conv, "weight", ranks=8).config.ranks
+    (8, 8, 3, 3)
+
+    Args:
+        module: the module that holds the weight. It is changed in place.
+        name: the name of the weight in the module, such as "weight": a parameter of two dimensions or more.
+        ranks: the ranks, in the order of `Factorization.rank_limits`: for Tucker one for each dimension. Or one number
+            for all of them, which stops at a rank's limit.
+        factorization: "tucker", "cp" or "tensor_train". The train runs from the second dimension over the further ones
+            to the first.
+        alpha: multiplies the update.
+        scaling: "direct" or "first_step", see `TensorUpdateConfig`.
+        seed: the seed of the update's random stream. Give each weight a seed of its own.
+
+    Returns:
+        The update, on the weight's device.
+
+    Raises:
+        TensLoRAError: if the module has no such weight, if the weight is quantised or has a parametrization already, or
+            for settings that do not fit the weight.
+    """
+    weight = _weight(module, name)
+    resolved = weight_ranks(weight.shape, ranks, factorization)
+    update = TensorUpdate(TensorUpdateConfig(resolved, factorization, alpha, scaling, seed), weight.shape)
+    return _register(module, name, update)
+
+
+def merge_tensors(model: nn.Module) -> None:
+    """Add the updates to the weights of a model, W <- W + scale * X. Merging a second time changes nothing.
+
+    Args:
+        model: with updates on its weights; the weights are changed in place. A single module will do.
+
+    Raises:
+        TensLoRAError: if there is no update.
+    """
+    _move(model, into_weights=True)
+
+
+def unmerge_tensors(model: nn.Module) -> None:
+    """Subtract the updates from the weights again. The weights are then as before the merge, up to rounding.
+
+    Args:
+        model: with updates on its weights; the weights are changed in place.
+
+    Raises:
+        TensLoRAError: if there is no update.
+    """
+    _move(model, into_weights=False)
+
+
+def detach_tensors(model: nn.Module) -> dict[str, TensorUpdate]:
+    """Take the updates off, so that the model's weights are plain parameters again.
+
+    A merged update stays in the weight, and any other is dropped. The weights stay frozen.
+
+    Args:
+        model: with updates on its weights; it is changed in place.
+
+    Returns:
+        The updates by the paths of their weights.
+
+    Raises:
+        TensLoRAError: if there is no update, or if a weight has a second parametrization, which must be removed first.
+    """
+    adapted = _adapted(model)
+    for path, (module, name, _) in adapted.items():
+        if len(_parametrizations(module, name)) > 1:
+            raise TensLoRAError(f"{path}: has another parametrization beside the update; remove it first")
+    for module, name, _ in adapted.values():
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    return {path: update for path, (_, _, update) in adapted.items()}
+
+
+def save_tensors(model: nn.Module, path: Path | str) -> Path:
+    """Write the updates of a model's weights to one safetensors file, atomically. The weights are not in it.
+
+    Args:
+        model: with updates on its weights.
+        path: the file's path.
+
+    Returns:
+        The path.
+
+    Raises:
+        TensLoRAError: if there is no update, or if the file cannot be written.
+    """
+    adapted = _adapted(model)
+    tensors = {
+        f"{place}.{name}": parameter
+        for place, (_, _, update) in adapted.items()
+        for name, parameter in update.tensor.named_parameters()
+    }
+    configs = {place: dataclasses.asdict(update.config) for place, (_, _, update) in adapted.items()}
+    return write_safetensors(Path(path), tensors, {"format": FORMAT, "updates": configs})
+
+
+def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:
+    """Put the updates that `save_tensors` wrote on a model whose weights have none yet.
+
+    Args:
+        model: any model that has the same weights; it is changed in place, and only if all updates fit.
+        path: the file's path.
+
+    Returns:
+        The updates by the paths of their weights.
+
+    Raises:
+        TensLoRAError: if the file is missing, damaged or of another kind, or if an update does not fit the model.
+    """
+    data, tensors = read_safetensors(Path(path))
+    if data.get("format") != FORMAT:
+        raise TensLoRAError(f"{path}: holds no updates of weights (its header must say format={FORMAT})")
+    try:
+        updates: dict[str, TensorUpdate] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for place, config in from_json(_Header, data).updates.items():
+            weight = _weight(*_holder(model, place))
+            updates[place] = TensorUpdate(config, weight.shape)
+            for name, parameter in updates[place].tensor.named_parameters():
+                shapes[f"{place}.{name}"] = tuple(parameter.shape)
+        require_tensors(tensors, shapes)
+    except TensLoRAError as error:
+        raise TensLoRAError(f"{path}: does not fit {type(model).__name__}: {error}") from error
+    for place, update in updates.items():
+        update.tensor.load_state_dict(
+            {name: tensors[f"{place}.{name}"] for name, _ in update.tensor.named_parameters()}
+        )
+        _register(*_holder(model, place), update)
+    return updates
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    # The form of the header of a file that `save_tensors` writes.
+    format: str
+    updates: dict[str, TensorUpdateConfig]
+
+
+def _holder(model: nn.Module, place: str) -> tuple[nn.Module, str]:
+    path, _, name = place.rpartition(".")
+    try:
+        return model.get_submodule(path), name
+    except AttributeError as error:
+        raise TensLoRAError(f"{place}: there is no such weight") from error
+
+
+def _weight(module: nn.Module, name: str) -> nn.Parameter:
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module, name):
+        raise TensLoRAError(f"{name}: has a parametrization in {kind} already; detach_tensors takes an update off")
+    weight = dict(module.named_parameters(recurse=False)).get(name)
+    if weight is None or weight.ndim < 2:
+        valid = [other for other, parameter in module.named_parameters(recurse=False) if parameter.ndim >= 2]
+        raise TensLoRAError(
+            f"name={name}: must be a parameter of {kind} with two dimensions or more"
+            + (f", such as {', '.join(valid)}" if valid else ", which has none")
+        )
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        raise TensLoRAError(f"{name}: is quantised in {kind}, and an update cannot be added to it")
+    return weight
+
+
+def _register(module: nn.Module, name: str, update: TensorUpdate) -> TensorUpdate:
+    weight = _weight(module, name)
+    parametrize.register_parametrization(module, name, update.to(weight.device))
+    weight.requires_grad_(False)
+    return update
+
+
+def _parametrizations(module: nn.Module, name: str) -> nn.ModuleList:
+    return cast(nn.ModuleList, cast(nn.ModuleDict, module.parametrizations)[name])
+
+
+def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, str, TensorUpdate]]:
+    def found() -> Iterator[tuple[str, tuple[nn.Module, str, TensorUpdate]]]:
+        for path, module in model.named_modules():
+            for name in cast(nn.ModuleDict, module.parametrizations) if parametrize.is_parametrized(module) else ():
+                for update in _parametrizations(module, name):
+                    if isinstance(update, TensorUpdate):
+                        yield f"{path}.{name}".removeprefix("."), (module, name, update)
+
+    adapted = dict(found())
+    if not adapted:
+        raise TensLoRAError(f"{type(model).__name__}: no weight has an update")
+    return adapted
+
+
+@torch.no_grad()
+def _move(model: nn.Module, into_weights: bool) -> None:
+    for module, name, update in _adapted(model).values():
+        if update.merged != into_weights:
+            weight = cast(Tensor, cast(nn.Module, _parametrizations(module, name)).original)
+            weight.add_(update.update().to(weight), alpha=1 if into_weights else -1)
+            update.merged = into_weights

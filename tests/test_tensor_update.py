@@ -1,0 +1,335 @@
+"""Updates of any weight, against the complete tensor that TensorLy builds, and autograd through it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import tensorly as tl
+import torch
+from tensorly.cp_tensor import cp_to_tensor
+from tensorly.tt_tensor import tt_to_tensor
+from tensorly.tucker_tensor import tucker_to_tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
+
+from tenslora import (
+    TensLoRAError,
+    adapt_tensor,
+    detach_tensors,
+    load_tensors,
+    merge_tensors,
+    save_tensors,
+    unmerge_tensors,
+)
+from tenslora.constructions import SCALINGS
+from tenslora.files import read_safetensors, write_safetensors
+from tenslora.ranks import weight_parameter_count, weight_ranks
+from tenslora.tensor_update import TensorUpdate
+
+FACTORIZATIONS = ("tucker", "cp", "tensor_train")
+SHAPES = {"linear": (6, 5), "kan": (5, 4, 7), "kernels": (6, 4, 3, 2)}
+RANKS = {
+    ("tucker", "linear"): (3, 2),
+    ("tucker", "kan"): (3, 2, 4),
+    ("tucker", "kernels"): (5, 3, 2, 1),
+    ("cp", "linear"): (3,),
+    ("cp", "kan"): (4,),
+    ("cp", "kernels"): (3,),
+    ("tensor_train", "linear"): (3,),
+    ("tensor_train", "kan"): (3, 4),
+    ("tensor_train", "kernels"): (3, 4, 5),
+}
+
+
+@pytest.fixture(autouse=True)
+def _torch_backend() -> None:
+    tl.set_backend("pytorch")
+
+
+class Holder(nn.Module):
+    """A weight of any shape, and nothing else."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+
+class Block(nn.Module):
+    """A block of a ResNet, with a Linear behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = BasicBlock(4, 4).eval()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.block(x).mean((2, 3))))
+
+
+def randomised(update: TensorUpdate) -> TensorUpdate:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in update.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    return update
+
+
+def adapted_block(**settings: Any) -> tuple[Block, dict[str, TensorUpdate]]:
+    """All weights of a block, adapted by random updates."""
+    torch.manual_seed(0)
+    model = Block()
+    updates = {
+        "block.conv1.weight": adapt_tensor(model.block.conv1, "weight", 3, **settings),
+        "block.conv2.weight": adapt_tensor(model.block.conv2, "weight", 2, **settings),
+        "head.weight": adapt_tensor(model.head, "weight", 2, **settings),
+    }
+    return model, {name: randomised(update) for name, update in updates.items()}
+
+
+def full(update: TensorUpdate) -> Tensor:
+    """The complete tensor, built by TensorLy."""
+    parameters = dict(update.tensor.named_parameters())
+    factorization, modes = update.config.factorization, list(update.tensor.modes)
+    if factorization == "tucker":
+        return cast(Tensor, tucker_to_tensor((parameters["core"], [parameters[name] for name in modes])))
+    if factorization == "cp":
+        return cast(Tensor, cp_to_tensor((None, [parameters[name] for name in modes])))
+    order = [*modes[1:], modes[0]]  # the train ends at the outputs
+    first, *middle, last = (parameters[name] for name in order)
+    return cast(Tensor, tt_to_tensor([first[None], *middle, last[..., None]])).movedim(-1, 0)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize(("factorization", "kind"), RANKS)
+def test_the_weight_and_its_gradients_are_those_of_the_full_tensor(factorization: str, kind: str, scaling: str) -> None:
+    holder = Holder(*SHAPES[kind])
+    ranks = RANKS[factorization, kind]
+    update = adapt_tensor(holder, "weight", ranks, factorization, alpha=1.5, scaling=scaling)
+    holder.double()
+    randomised(update)
+    original = cast(Tensor, holder.get_parameter("parametrizations.weight.original"))
+    expected = original + update.scale * full(update)
+    torch.testing.assert_close(holder.weight, expected, rtol=0, atol=1e-12)
+    direction = torch.randn(SHAPES[kind], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    parameters = list(update.parameters())
+    actual = torch.autograd.grad((holder.weight * direction).sum(), parameters)
+    wanted = torch.autograd.grad((expected * direction).sum(), parameters)
+    for one, other in zip(actual, wanted, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+def test_a_resnet_block_and_a_linear_compute_with_the_updated_weights(factorization: str) -> None:
+    model, updates = adapted_block(factorization=factorization, alpha=0.5)
+    model.double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    plain = Block().double()
+    torch.manual_seed(0)
+    plain.load_state_dict(Block().state_dict())
+    with torch.no_grad():
+        for path, update in updates.items():
+            plain.get_parameter(path).add_(0.5 * full(update))
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=1e-10)
+    # The same by functions alone, with running statistics that a new block has: mean 0 and variance 1.
+    w1, w2 = plain.block.conv1.weight, plain.block.conv2.weight
+    shrink = 1 / math.sqrt(1 + 1e-5)
+    y = F.conv2d(x, w1, padding=1).mul(shrink).relu()
+    y = (F.conv2d(y, w2, padding=1).mul(shrink) + x).relu().mean((2, 3))
+    torch.testing.assert_close(model(x), y @ plain.head.weight.T + plain.head.bias, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("factorization", "shape", "ranks", "count"),
+    [
+        ("tucker", (6, 4, 3, 2), (5, 3, 2, 1), 6 * 5 + 4 * 3 + 3 * 2 + 2 * 1 + 5 * 3 * 2 * 1),
+        ("cp", (6, 4, 3, 2), (3,), 3 * (6 + 4 + 3 + 2)),
+        ("tensor_train", (6, 4, 3, 2), (3, 4, 5), 4 * 3 + 3 * 3 * 4 + 4 * 2 * 5 + 5 * 6),
+        ("tensor_train", (6, 5), (3,), 3 * (6 + 5)),
+    ],
+)
+def test_the_count_is_exact_before_and_after_building(
+    factorization: str, shape: tuple[int, ...], ranks: tuple[int, ...], count: int
+) -> None:
+    assert weight_parameter_count(shape, ranks, factorization) == count
+    holder = Holder(*shape)
+    update = adapt_tensor(holder, "weight", ranks, factorization)
+    assert sum(p.numel() for p in holder.parameters() if p.requires_grad) == count
+    assert f"{count:,} parameters" in repr(update)
+
+
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_first_step_is_that_of_adamw(factorization: str, scaling: str) -> None:
+    squares, wanted = [], 0.0
+    for seed in range(20):
+        holder = Holder(24, 20, 3, 3)
+        update = adapt_tensor(holder, "weight", 3, factorization, alpha=2.0, scaling=scaling, seed=seed)
+        before = holder.weight.detach().clone()
+        gradient = torch.randn(before.shape, generator=torch.Generator().manual_seed(seed))
+        optimizer = torch.optim.AdamW(update.parameters(), lr=1e-3, weight_decay=0)
+        torch.autograd.backward((holder.weight * gradient).sum())
+        optimizer.step()
+        squares.append((holder.weight - before).square().sum().item())
+        wanted = update.first_step * 1e-3
+    assert math.sqrt(sum(squares) / len(squares)) == pytest.approx(wanted, rel=0.1)
+    if scaling == "first_step":  # alpha times that of a LoRA of rank 4
+        assert wanted == pytest.approx(2e-3 * math.sqrt(4 * 24 / 3))
+
+
+def test_the_module_starts_as_it_was_and_only_the_update_is_trained() -> None:
+    conv = nn.Conv2d(4, 6, 3)
+    x = torch.randn(2, 4, 5, 5)
+    before = conv(x)
+    adapt_tensor(conv, "weight", 2)
+    assert torch.equal(conv(x), before)
+    assert [name for name, p in conv.named_parameters() if not p.requires_grad] == ["parametrizations.weight.original"]
+    first, again, other = (adapt_tensor(nn.Conv2d(4, 6, 3), "weight", 2, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.tensor.get_parameter("d_in"), again.tensor.get_parameter("d_in"))
+    assert not torch.equal(first.tensor.get_parameter("d_in"), other.tensor.get_parameter("d_in"))
+
+
+def test_merging_unmerging_and_detaching_keep_what_they_promise() -> None:
+    model, updates = adapted_block()
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        adapted = model(x)
+        merge_tensors(model)
+        merge_tensors(model)
+        torch.testing.assert_close(model(x), adapted)
+        unmerge_tensors(model)
+        torch.testing.assert_close(model(x), adapted)
+        merge_tensors(model)
+        assert detach_tensors(model) == updates
+        torch.testing.assert_close(model(x), adapted)
+    assert type(model.head) is nn.Linear
+    assert model.state_dict().keys() == Block().state_dict().keys()
+    assert not model.block.conv1.weight.requires_grad
+
+
+def test_detaching_without_merging_gives_the_old_weight_back() -> None:
+    holder = Holder(5, 4, 7)
+    before = holder.weight.detach().clone()
+    randomised(adapt_tensor(holder, "weight", 2))
+    assert not torch.equal(holder.weight, before)
+    detach_tensors(holder)
+    assert torch.equal(holder.weight, before)
+
+
+def test_a_copy_of_a_model_has_updates_of_its_own() -> None:
+    model, _ = adapted_block()
+    other = copy.deepcopy(model)
+    merge_tensors(other)
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(other(x), model(x))
+    detach_tensors(other)
+    assert any("parametrizations" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+def test_saved_updates_are_loaded_as_they_were(factorization: str, tmp_path: Path) -> None:
+    model, updates = adapted_block(factorization=factorization, scaling="first_step", alpha=0.3)
+    path = save_tensors(model, tmp_path / "updates.safetensors")
+    torch.manual_seed(0)
+    other = Block()
+    loaded = load_tensors(other, path)
+    assert {name: update.config for name, update in loaded.items()} == {n: u.config for n, u in updates.items()}
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.equal(other(x), model(x))
+    assert save_tensors(other, tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_updates_on_half_precision_weights_are_computed_in_full_precision() -> None:
+    linear = nn.Linear(5, 6, dtype=torch.bfloat16)
+    update = randomised(adapt_tensor(linear, "weight", 2))
+    assert next(update.parameters()).dtype == torch.float32
+    with torch.no_grad():
+        original = cast(Tensor, linear.get_parameter("parametrizations.weight.original"))
+        expected = original + full(update).to(torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(linear.weight, expected)
+
+
+def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    model, _ = adapted_block()
+    path = save_tensors(model, tmp_path / "updates.safetensors")
+    with pytest.raises(TensLoRAError, match=r"block.conv1.weight: there is no such weight"):
+        load_tensors(nn.Sequential(nn.Linear(3, 3)), path)
+    wider = Block()
+    wider.head = nn.Linear(5, 3)
+    with pytest.raises(TensLoRAError, match=r"head.weight.d_in has the shape \(4, 2\), not \(5, 2\)"):
+        load_tensors(wider, path)
+    assert all(type(module) is not TensorUpdate for module in wider.modules())
+    header, tensors = read_safetensors(path)
+    header["updates"]["head.weight"]["ranks"] = [2, 2, 2]
+    with pytest.raises(TensLoRAError, match=r"needs 2 integers \(d_out 1..3, d_in 1..4\)"):
+        load_tensors(Block(), write_safetensors(tmp_path / "ranks.safetensors", tensors, header))
+    with pytest.raises(TensLoRAError, match="holds no updates of weights"):
+        load_tensors(Block(), write_safetensors(tmp_path / "other.safetensors", tensors, {"format": "tenslora-1"}))
+    with pytest.raises(TensLoRAError, match="weight: has a parametrization in ParametrizedConv2d already"):
+        load_tensors(model, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "bias",
+            {"ranks": 1},
+            r"^name=bias: must be a parameter of Linear with two dimensions or more, such as weight$",
+        ),
+        (
+            "weight",
+            {"ranks": 0},
+            r"^ranks=\[0, 0\]: the rank 0 of d_out must be from 1 to 6 \(d_out 1..6, d_in 1..5\)$",
+        ),
+        ("weight", {"ranks": [1]}, r"^ranks=\[1\]: factorization tucker needs 2 integers \(d_out 1..6, d_in 1..5\)$"),
+        ("weight", {"ranks": 2, "factorization": "tt"}, r"^factorization=tt: must be one of "),
+        ("weight", {"ranks": 2, "scaling": "none"}, r"^scaling=none: must be one of "),
+        ("weight", {"ranks": 2, "alpha": math.nan}, r"^alpha=nan: must be a finite number"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(name: str, settings: dict[str, Any], message: str) -> None:
+    linear = nn.Linear(5, 6)
+    with pytest.raises(TensLoRAError, match=message):
+        adapt_tensor(linear, name, **settings)
+    assert linear.weight.requires_grad
+    assert type(linear) is nn.Linear
+
+
+def test_models_without_updates_and_weights_with_two_are_refused() -> None:
+    linear = nn.Linear(5, 6)
+    for verb in (merge_tensors, unmerge_tensors, detach_tensors):
+        with pytest.raises(TensLoRAError, match=r"^Linear: no weight has an update$"):
+            verb(linear)
+    adapt_tensor(linear, "weight", 2)
+    with pytest.raises(TensLoRAError, match=r"weight: has a parametrization in ParametrizedLinear already"):
+        adapt_tensor(linear, "weight", 2)
+    nn.utils.parametrizations.weight_norm(linear)
+    with pytest.raises(TensLoRAError, match="has another parametrization beside the update"):
+        detach_tensors(linear)
+
+
+def test_one_number_stops_at_each_ranks_limit() -> None:
+    assert weight_ranks((6, 4, 3, 2), 5) == (5, 4, 3, 2)
+    assert weight_ranks((6, 4, 3, 2), 99, "tensor_train") == (4, 12, 6)  # d_in; d_in, mode_3; d_out
+    assert weight_ranks((6, 4, 3, 2), 99, "cp") == (24,)
+    with pytest.raises(TensLoRAError, match="must have at least two dimensions"):
+        weight_ranks((6,), 1)
+
+
+def test_the_settings_are_plain_data() -> None:
+    update = adapt_tensor(nn.Linear(5, 6), "weight", [2, 3], alpha=2.0)
+    assert dataclasses.asdict(update.config) == {
+        "ranks": (2, 3),
+        "factorization": "tucker",
+        "alpha": 2.0,
+        "scaling": "direct",
+        "seed": 0,
+    }
