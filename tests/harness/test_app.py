@@ -13,6 +13,7 @@ from PIL import Image
 
 import train
 from tenslora.harness.app import run_app
+from tenslora.harness.training.processes import Processes
 from tests.commands import Command, Commands
 from tests.conftest import ROOT
 from tests.running import SHORT
@@ -42,6 +43,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["seed=0,1"], "seed=0,1: is several values; add -m"),
         (["tensor_mode"], "missing EQUAL"),
         (["optimizer=null"], "optimizer=null: must be one of adamw"),
+        (["trainer=nope"], "trainer=nope: "),
+        (["hydra.run.dir="], "hydra.run.dir=: must be a folder"),
         # the settings'
         (["optimizer.lr=-0.001"], "optimizer.lr=-0.001: must be at least 0"),
         (["rank_strategy=explicit"], "rank_strategy.ranks=null: tensor_mode qkv_depth needs 4 integers"),
@@ -147,6 +150,15 @@ def test_a_multirun_goes_on_past_a_job_that_fails(commands: Commands, tmp_path: 
     assert ended.status == 1
     assert len(list(tmp_path.rglob("result.json"))) == 1
     assert ended.err.splitlines()[-1] == "error: optimizer.lr=-1: must be at least 0"
+
+
+def test_a_run_whose_record_could_not_be_read_again_does_not_train(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Processes, "name", "a processor\nwith two lines")
+    line = refused(monkeypatch, tmp_path, *SHORT)
+    assert line.startswith(f"{tmp_path}/result.json: not a readable record (device=")
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("accident", ["interrupt step 2", "terminate step 2"])

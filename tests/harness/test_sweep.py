@@ -116,13 +116,38 @@ def test_a_wrong_setting_of_any_job_ends_the_sweep_in_one_line_before_the_first(
         "trainer.epochs=1,0": "trainer.epochs=0: must be at least 1",
         "tensor_mode=lora,nope": "tensor_mode=nope: must be one of att, att_depth",
         "table=nope": "table=nope: must be one of adapted_modules, core_lr, digits",
+        "trainer=nope": "trainer=nope: ",
+        "tensor_mode=[]": "tensor_mode: is missing",
+        "seed=range(0)": "seed=range(0): must be at least one value",
+        "seed=range(0,1000000) dry_run=true": "seed=range(0,1000000): must be at most 10,000 values",
+        "table.title=null": "table.title=null: must be text",
+        "table.name=a/b": "table.name=a/b: must be a name of at most 100 letters",
+        "table.score=nope": "table.score=nope: must be one of last, best",
+        "dry_run=maybe": "dry_run=maybe: must be true or false",
+        "hydra/launcher=joblib hydra.launcher.n_jobs=0": "hydra.launcher.n_jobs=0: must be from 1 to 1024",
+        "hydra.sweep.dir=": "hydra.sweep.dir=: must be a folder",
     }
-    ends = commands.run_together([sweep_command(tmp_path, ["tensor_mode=lora", word]) for word in wrong])
+    ends = commands.run_together([sweep_command(tmp_path, ["tensor_mode=lora", *word.split()]) for word in wrong])
     for ended, message in zip(ends, wrong.values(), strict=True):
         assert (ended.status, ended.out) == (1, "")
-        assert ended.err.startswith(f"error: {message}")
+        assert ended.err.startswith(f"error: {message}"), ended.err
         assert ended.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_results_that_could_not_be_written_end_the_sweep_in_one_line_before_the_first(
+    commands: Commands, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    ended = commands.run(sweep_command(tmp_path, ["tensor_mode=lora", f"hydra.sweep.dir={tmp_path}/file/outputs"]))
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err == f"error: {tmp_path}/file/outputs/tables/digits: cannot be written (Not a directory)\n"
+    full = commands.run(
+        Command("sweep.py", [*TINY, "hydra/launcher=basic", "tensor_mode=lora"], tmp_path, largest_file=20_000)
+    )
+    assert (full.status, full.out) == (1, "")
+    assert full.err == "error: outputs/tables/digits: cannot be written (File too large)\n"
+    assert not list(tmp_path.rglob("train.log"))
 
 
 def test_at_the_end_the_report_is_complete_and_has_the_command_the_settings_and_the_classes(undisturbed: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tenslora.errors import TensLoRAError, first_line
+from tenslora.forms import shown
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, warn_of_another_size
@@ -119,9 +120,19 @@ def _datasets_reader(config: TextDatasetConfig, task: GlueTask, splits: DatasetD
                 f"dataset={config.name}: the {split} split has no column {', '.join(missing)}; it has "
                 f"{', '.join(rows.column_names)}"
             )
-        sentences = zip(*(rows[name] for name in task.sentences), strict=True)
-        labels = rows["label"] if task.classes else map(float, rows["label"])
-        return list(zip(sentences, labels, strict=True))
+        kinds: dict[str, tuple[type, ...]] = dict.fromkeys(task.sentences, (str,))
+        kinds["label"] = (int,) if task.classes else (int, float)
+        columns = {name: list(rows[name]) for name in kinds}
+        for name, values in columns.items():
+            for number, value in enumerate(values, start=1):
+                if type(value) not in kinds[name]:
+                    wanted = "text" if name in task.sentences else "a class's number" if task.classes else "a number"
+                    raise TensLoRAError(
+                        f"dataset={config.name}: row {number} of the {split} split has {shown(value)} as its {name}; "
+                        f"must be {wanted}"
+                    )
+        *sentences, labels = columns.values()
+        return list(zip(zip(*sentences, strict=True), labels if task.classes else map(float, labels), strict=True))
 
     return read
 

@@ -92,7 +92,9 @@ def test_settings_that_do_not_fit_the_dataset_are_refused(
         load(name, tmp_path, **changes)
 
 
-@pytest.mark.parametrize("changes", [{"train_splits": ("val",)}, {"test_split": "train"}])
+@pytest.mark.parametrize("changes", [{"train_splits": ("val",)}, {"test_split": "train"}, {"train_fraction": 0.5}])
 def test_the_embedded_digits_have_one_train_and_one_test_split(changes: dict[str, Any]) -> None:
-    with pytest.raises(TensLoRAError, match=r"dataset\.(train_splits|test_split)=\S+: .*the digits are embedded"):
+    with pytest.raises(
+        TensLoRAError, match=r"dataset\.(train_splits|test_split|train_fraction)=\S+: .*the digits are embedded"
+    ):
         load("digits", None, **changes)

@@ -326,6 +326,24 @@ def test_a_damaged_datasets_folder_is_refused_in_one_line(form: str, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("quiet_datasets")
+@pytest.mark.parametrize(
+    "column",
+    [{"label": ["0", "1", "1"]}, {"label": [0, 1, None]}, {"label": [0.5, 1.0, 1.0]}, {"question": ["a", None, "c"]}],
+)
+def test_parquet_with_labels_or_sentences_of_another_type_is_refused_in_one_line(
+    column: dict[str, list[object]], tmp_path: Path
+) -> None:
+    rows = {"question": ["a", "b", "c"], "sentence": ["x", "y", "z"], "label": [0, 1, 1], **column}
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(
+        TensLoRAError, match=rf"^dataset=qnli: row [123] of the train split has .* as its {next(iter(column))}; must be"
+    ) as caught:
+        load("qnli", tmp_path)
+    assert len(str(caught.value)) < 300
+
+
 def test_a_split_of_another_size_than_published_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     content = GLUE["cola"][0]
     load("cola", write(tmp_path, {"train.tsv": content, "dev.tsv": content}))
