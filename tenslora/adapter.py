@@ -102,6 +102,9 @@ class Adapter(nn.Module):
             expected = first_step(config.tensor_mode, self.geometry, self.ranks, config.factorization)
             if expected is not None:
                 return expected
+        if any(parameter.is_meta for parameter in self.parameters()):  # has no numbers that could be measured
+            with torch.device("cpu"):
+                return Adapter(config, self.geometry, self.ranks).unscaled_first_step
         return self._measure_first_step()
 
     @torch.enable_grad()
@@ -253,11 +256,12 @@ class _Header:
             raise TensLoRAError(f"first_step={self.first_step}: must be above 0")
 
     def shapes(self, tensors: int) -> dict[str, tuple[int, ...]]:
-        # The shapes of Adapter's parameters, by name. Nothing is listed if the file's number of tensors is another: a
-        # damaged header may declare a billion layers.
+        # The shapes of Adapter's parameters and of its noise, by name. Nothing is listed if the file's number of
+        # tensors is another: a damaged header may declare a billion layers.
         mode, (rows, columns) = self.config.tensor_mode, tensor_grid(self.config.tensor_mode, self.geometry)
         chosen = factorization_of(mode, self.config.factorization)
-        of_rows = [chosen.shapes(modes(mode, self.geometry, row), self.ranks) for row in range(rows)]
+        sizes = [modes(mode, self.geometry, row) for row in range(rows)]
+        of_rows = [{**chosen.shapes(of_row, self.ranks), **chosen.noise(of_row)} for of_row in sizes]
         if (expected := columns * sum(map(len, of_rows))) != tensors:
             raise TensLoRAError(f"its header declares {expected} tensors, and it holds {tensors}")
         return {

@@ -18,6 +18,7 @@ class FactorizedTensor(nn.Module):
 
     The module's parameters have the names and shapes of `Factorization.shapes`. The one that
     `Factorization.zero_parameter` names starts at zero, so every update starts at zero; the others are drawn in order.
+    The noise of `Factorization.noise`, if there is any, is drawn after them and kept as buffers.
 
     Args:
         factorization: the formulas of the factorised form.
@@ -51,6 +52,8 @@ class FactorizedTensor(nn.Module):
             self.register_parameter(name, parameter)
             if name != self.zero_parameter:
                 _draw(parameter, init, generator)
+        for name, shape in factorization.noise(modes).items():
+            self.register_buffer(name, torch.randn(shape, generator=generator))
 
     def slices(self, layer: int) -> tuple[Tensor, Tensor]:
         """The thin slices of one layer.
@@ -91,7 +94,7 @@ def thin_slices(
     """
     factorization, head_layout = tensors[0].factorization, tensors[0].head_layout
     dim = factorization.structure_dim
-    each: list[dict[str, Tensor]] = [dict(tensor.named_parameters()) for tensor in tensors]
+    each = [{**dict(tensor.named_parameters()), **dict(tensor.named_buffers())} for tensor in tensors]
     for parameters in each:
         if SITE in parameters:  # (P * layers) becomes (P, layers)
             parameters[SITE] = torch.unflatten(parameters[SITE], dim, (-1, tensors[0].layers))

@@ -108,8 +108,8 @@ def test_isoparameters_follows_the_reference_rank(rank: int) -> None:
 def test_the_predicted_count_is_that_of_the_built_adapter(
     name: str, geometry: Geometry, strategy: RankStrategy, factorization: str
 ) -> None:
-    with torch.device("meta"):  # shapes without the cost of drawing them
-        adapter = Adapter(AdapterConfig(name, strategy, factorization=factorization), geometry)
+    with torch.device("meta"):  # shapes without the cost of drawing them and of measuring a first step
+        adapter = Adapter(AdapterConfig(name, strategy, factorization=factorization), geometry, first_step=1.0)
     built = sum(p.numel() for p in adapter.parameters())
     ranks = strategy.resolve(name, geometry, factorization)
     assert built == parameter_count(name, geometry, ranks, factorization)
@@ -144,6 +144,9 @@ def test_isoparameters_comes_as_near_as_the_other_factorizations_ranks_allow(
         ("tensor_train", "qkv_depth", (5, 6, 7), 768 * 5 + 5 * 3 * 6 + 6 * 12 * 7 + 7 * 768),
         ("tensor_train", "att", (5, 6), 36 * (768 * 5 + 5 * 12 * 6 + 6 * 64)),
         ("tensor_train", "lora", (5,), 36 * (768 * 5 + 5 * 768)),
+        # Blocks of 24 rows, noise of 4 x 4: 4 (32 + 32) S + S 4 24 S + S R, and S n S for each axis that is stacked.
+        ("tensor_guide", "att", (4, 5), 36 * (4 * 64 * 5 + 4 * 24 * 25 + 5 * 4)),
+        ("tensor_guide", "qkv_depth", (4, 5), 4 * 64 * 5 + 4 * 24 * 25 + 25 * 3 + 25 * 12 + 5 * 4),
         ("tucker", "att_site", (5, 6, 7, 8), 768 * 5 + 64 * 6 + 12 * 7 + 36 * 8 + 5 * 6 * 7 * 8),
     ],
 )

@@ -13,11 +13,12 @@ from types import MappingProxyType
 from tenslora.errors import require_one_of
 from tenslora.factorizations.cp import CP
 from tenslora.factorizations.factorization import Factorization
+from tenslora.factorizations.tensor_guide import TensorGuide
 from tenslora.factorizations.tensor_train import TensorTrain
 from tenslora.factorizations.tucker import Tucker
 
 FACTORIZATIONS: Mapping[str, Factorization] = MappingProxyType(
-    {"tucker": Tucker(), "cp": CP(), "tensor_train": TensorTrain()}
+    {"tucker": Tucker(), "cp": CP(), "tensor_train": TensorTrain(), "tensor_guide": TensorGuide()}
 )
 
 

@@ -58,6 +58,19 @@ class Factorization(ABC):
             dimension.
         """
 
+    def noise(self, modes: Modes) -> dict[str, tuple[int, ...]]:
+        """The names and the shapes of fixed random numbers, which `slices` finds among the parameters.
+
+        They are drawn from the standard normal distribution, saved with the adapter, and neither trained nor counted.
+
+        Args:
+            modes: the tensor's modes.
+
+        Returns:
+            The name and the shape of each; nothing is the default.
+        """
+        return {}
+
     @abstractmethod
     def zero_parameter(self, modes: Modes) -> str:
         """The name of the parameter that starts at zero, so that dW = 0. Every update must be linear in that parameter.
@@ -73,7 +86,8 @@ class Factorization(ABC):
         The method is called once for all layers, through torch.vmap.
 
         Args:
-            parameters: the parameters, with the names and shapes that `shapes` gives, with two exceptions. The
+            parameters: the parameters and the noise, with the names and shapes that `shapes` and `noise` give, with two
+                exceptions. The
                 parameter of projection or site holds only the P positions that are wanted. The parameter of depth holds
                 only this layer's position, without that dimension.
             head_layout: how a head and an offset within d_head give an index of d_out. "aligned" is

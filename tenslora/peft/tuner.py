@@ -92,7 +92,7 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         scaling: "direct", or "first_step" to give the adapter the first step of LoRA at rank r.
         adapt: the matrices to adapt: letters of "qkvo", "mlp", or "all"; None means "qkv", or those that target_modules
             matches.
-        factorization: "tucker", "cp" or "tensor_train".
+        factorization: "tucker", "cp", "tensor_train" or "tensor_guide".
         init: how the factors start.
         head_layout: "aligned" or "interleaved".
         tensor_seeds: "distinct" or "equal".
@@ -458,7 +458,7 @@ def _require_adapters_tensors(adapter: nn.Module, state: dict[str, Any], prefix:
     own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if own:
         try:
-            require_tensors(own, {name: parameter.shape for name, parameter in adapter.named_parameters()})
+            require_tensors(own, {name: tensor.shape for name, tensor in adapter.state_dict().items()})
         except TensLoRAError as error:
             raise TensLoRAError(f"{prefix.rstrip('.')}: the saved adapter does not fit: {error}") from error
 

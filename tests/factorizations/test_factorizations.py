@@ -55,8 +55,33 @@ def fresh(factorization: str, name: str, rank: int) -> FactorizedTensor:
     return FactorizedTensor(formulas, sizes, ranks, GEOMETRY.layers, torch.Generator().manual_seed(0))
 
 
+def guided_updates(tensor: FactorizedTensor, layer: int) -> Tensor:
+    """TensorGuide's updates of one layer, from the train that TensorLy builds, contracted with the noise."""
+    parameters = {**dict(tensor.named_parameters()), **dict(tensor.named_buffers())}
+    noise, offset, rank = (parameters.pop(name) for name in ("noise", "offset", "rank"))
+    sides = [parameters.pop(name) for name in ("left", "right")]
+    axes = list(parameters)
+
+    def rows(blocks: Tensor) -> Tensor:  # (P or 1, rows, R)
+        (z, count, train), (_, _, size, _) = blocks.shape, offset.shape
+        cores = [blocks.reshape(1, z * count, train), offset.reshape(train, z * size, train)]
+        x = tt_to_tensor([*cores, *(parameters[axis] for axis in axes), rank[..., None]])
+        x = x.reshape(z, count, z, size, *x.shape[2:])
+        x = torch.einsum("mn,minj...->ij...", noise, x).flatten(0, 1)
+        if axes == ["site"]:
+            x = x.reshape(len(x), 3, GEOMETRY.layers, -1)[:, :, layer]
+        elif "depth" in axes:
+            x = x.select(1 + axes.index("depth"), layer)
+        return x.unsqueeze(0) if x.ndim == 2 else x.movedim(1, 0)
+
+    left, right = map(rows, sides)
+    return torch.einsum("pir,por->pio", left, right)
+
+
 def dense_updates(factorization: str, tensor: FactorizedTensor, layer: int, head_layout: str = "aligned") -> Tensor:
     """The updates of one layer, (P or 1, d_in, d_out), cut out of the full tensor that TensorLy builds."""
+    if factorization == "tensor_guide":
+        return guided_updates(tensor, layer)
     parameters = dict(tensor.named_parameters())
     if factorization == "tucker":
         core = parameters.pop("core")
@@ -114,7 +139,7 @@ def test_gradients_are_those_through_the_full_tensor(
         assert (actual - expected).norm() <= 1e-10 * expected.norm()
 
 
-@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+@pytest.mark.parametrize("factorization", [name for name in FACTORIZATIONS if name != "tensor_guide"])
 def test_aligned_heads_are_consecutive_blocks_of_the_output(factorization: str) -> None:
     tensor = build(factorization, "att")
     head = tensor.get_parameter("head")
@@ -158,6 +183,27 @@ def test_lora_is_a_product_of_two_matrices_whatever_the_factorization(factorizat
     assert {name: tuple(p.shape) for name, p in tensor.named_parameters()} == {"d_in": (10, 2), "d_out": (2, 12)}
     left, right = tensor.slices(0)
     torch.testing.assert_close((left @ right)[0], tensor.get_parameter("d_in") @ tensor.get_parameter("d_out"))
+
+
+def test_the_noise_of_tensor_guide_is_drawn_from_the_seed_and_never_trained() -> None:
+    tensor, again = (fresh("tensor_guide", "att", rank=3) for _ in range(2))
+    (noise,) = tensor.buffers()
+    assert torch.equal(noise, again.get_buffer("noise"))
+    assert 0.5 < noise.std() < 1.5
+    assert not noise.requires_grad
+    assert "noise" in tensor.state_dict()
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensor_guide_builds_nothing_as_large_as_an_update(name: str) -> None:
+    geometry = Geometry(d_in=96, heads=4, d_head=32, layers=2)
+    formulas = factorization_of(name, "tensor_guide")
+    tensor = FactorizedTensor(formulas, modes(name, geometry), [2, 3], geometry.layers, torch.Generator())
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        left, right = tensor.slices(0)
+    assert left.shape[-2:] == (96, 2) and right.shape[-2:] == (2, 128)
+    assert 0 < max(sizes) <= 3 * 128 * 4 * 3 < 96 * 128
 
 
 def test_an_unknown_factorization_is_refused() -> None:

@@ -70,7 +70,7 @@ REFUSED = {
     ),
     "rank_strategy.name=best": "rank_strategy=best: must be one of isorank, isoparameters, explicit",
     "rank_strategy.rule=odd": "rank_strategy.rule=odd: must be one of saturate, uniform, proportional",
-    "factorization.name=hosvd": "factorization=hosvd: must be one of tucker, cp, tensor_train",
+    "factorization.name=hosvd": "factorization=hosvd: must be one of tucker, cp, tensor_train, tensor_guide",
     "optimizer.name=sgd": "optimizer=sgd: must be one of adamw",
     "logger=wandb logger.mode=later": "logger.mode=later: must be one of auto, online, offline, disabled",
     "trainer.precision=fp16": "trainer.precision=fp16: must be one of fp32, bf16",

@@ -35,6 +35,33 @@ def adapter_and_factors(preset: str) -> tuple[Adapter, Factors]:
     return adapter, {name: parameter.detach().numpy() for name, parameter in tensor.named_parameters()}
 
 
+def test_tensor_guide_is_the_formula_that_the_docs_print() -> None:
+    geometry = Geometry(d_in=12, heads=2, d_head=4, layers=2)  # blocks of 2 rows
+    config = configured("preset=tensor_guide", "rank_strategy.rank=3", "model.geometry=null").adapter
+    assert config is not None
+    adapter = Adapter(config, geometry).double()
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    for layer, matrix in ((0, 0), (1, 2)):
+        tensor = adapter.tensors[matrix * 2 + layer]  # each projection of each layer has a train of its own
+        f = {name: value.detach().numpy() for name, value in tensor.state_dict().items()}
+
+        def rows(blocks: Array, f: Factors = f) -> Array:
+            return np.array(
+                [
+                    sum(f["noise"][m, n] * blocks[m, i] @ f["offset"][:, n, j] for m in range(4) for n in range(4))
+                    @ f["rank"]
+                    for i in range(blocks.shape[1])
+                    for j in range(2)
+                ]
+            )
+
+        expected = rows(f["left"]) @ rows(f["right"]).T
+        assert expected.shape == (12, 8)
+        np.testing.assert_allclose(adapter.dense(layer)[matrix].detach().numpy(), expected, atol=1e-10)
+
+
 def fact_tk(f: Factors, layer: int, slice_: int) -> Array:
     # Delta W = s sum_t1 sum_t2 sum_t3 C[t1, t2, t3] P[:, t1] U[:, t2] V[:, t3].
     return np.einsum("abt,ia,ob,t->io", f["core"], f["d_in"], f["d_out"], f["site"][slice_ * LAYERS + layer])
@@ -86,6 +113,8 @@ def test_updates_are_those_of_the_papers_formula(preset: str) -> None:
         ("lotr", 2, 595_298 - 592_130),
         # r (d + d / H + H + L + 4) (LoRTA).
         ("lorta", 16, 16 * (768 + 64 + 12 + 12 + 4)),
+        # 3 L (8 d r / b + 4 b r^2 + r^2) with blocks of b = 24 rows (our choice of TensorGuide's cores).
+        ("tensor_guide", 4, 36 * (8 * 768 * 4 // 24 + 4 * 24 * 16 + 16)),
         # R (d + d_head + H + 3 L) (CaRA's tensor of the attention).
         ("cara", 32, 32 * (768 + 64 + 12 + 36)),
     ],
