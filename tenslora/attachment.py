@@ -78,11 +78,29 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter, train: Sequence[s
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)
+    keep_gradients(model)
     adapter.to(next(targets[0].linear.parameters()).device).train(model.training)
     for path, linear in adapt_linears(adapter, targets, ForwardPass(model)).items():
         _replace(model, path, linear)
     model.add_module(SUBMODULE, adapter)
     return adapter
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Let gradients pass through bitsandbytes' 4-bit layers on every CPU.
+
+    On a CPU with the instructions AVX512-BF16, such a layer rearranges its weight when it is first called in evaluation
+    mode. From then on its input gets no gradient, in training mode either, and an adapter in an earlier layer would
+    not be trained. (Seen with bitsandbytes 0.50.2.) What the arrangement has rounded stays rounded: the scales of the
+    weights, to bfloat16.
+
+    Args:
+        model: the model. The arrangement of its 4-bit weights is undone and not made again.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # undoes the arrangement
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def adapt_linears(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ def nf4(model: nn.Module) -> nn.Module:
             )
             quantised.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
             quantised.bias = linear.bias
+            quantised.support_avx512bf16_for_cpu = False  # these layers are too small for it
             model.set_submodule(path, quantised)
     return model.to("cpu")
 
@@ -60,6 +62,15 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {"nf4": nf4, "int8": int8, 
 
 def quantised(kind: str, name: str = "llama") -> nn.Module:
     return KINDS[kind](build(name).float()).eval()
+
+
+def attached(model: nn.Module) -> nn.Module:
+    return attach(model, AdapterConfig())
+
+
+def in_peft(model: nn.Module) -> nn.Module:
+    adapter: nn.Module = get_peft_model(model, TensLoraConfig()).base_model.tenslora_adapters["default"]  # type: ignore[arg-type]
+    return adapter
 
 
 def set_entries(adapter: nn.Module) -> None:
@@ -111,6 +122,31 @@ def test_gradients_are_those_of_the_backbone_with_the_rounded_weights(kind: str)
         gradients.append(torch.autograd.grad(loss, list(adapter.parameters())))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+def test_gradients_pass_through_a_model_that_was_evaluated_before() -> None:
+    # bitsandbytes rearranges weights in evaluation mode where the CPU has the instructions AVX512-BF16.
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    gradients = []
+    for adapt in (attached, in_peft):
+        for is_evaluated in (False, True):
+            torch.manual_seed(0)
+            model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=50, num_key_value_heads=1, head_dim=32, **sizes))
+            for module in nf4(model).modules():
+                if hasattr(module, "support_avx512bf16_for_cpu"):
+                    module.support_avx512bf16_for_cpu = bnb.modules.has_avx512bf16()
+            if is_evaluated:
+                with torch.no_grad():
+                    logits(model.eval(), inputs("llama"))
+            adapter = adapt(model.train())
+            set_entries(adapter)
+            loss = logits(model, inputs("llama")).square().mean()
+            gradients.append(torch.autograd.grad(loss, list(adapter.parameters())))
+    for before, after in itertools.product(gradients[::2], gradients[1::2]):
+        for expected, ours in zip(before, after, strict=True):
+            assert expected.any()
+            # The arrangement rounds the scales of the weights to bfloat16.
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
 
 def test_training_loses_no_more_to_nf4_than_lora_does() -> None:

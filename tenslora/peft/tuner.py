@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tenslora.adapted_linear import AdaptedLinear, forward_with_updates
 from tenslora.adapter import Adapter
 from tenslora.adapter_config import AdapterConfig
-from tenslora.attachment import adapt_linears
+from tenslora.attachment import adapt_linears, keep_gradients
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
 from tenslora.files import require_tensors
@@ -318,6 +318,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         adapter.to("meta" if on_meta else weight.device, weight.dtype if weight.is_floating_point() else None)
         adapter.register_load_state_dict_pre_hook(_require_adapters_tensors)  # type: ignore[no-untyped-call]
         forward_pass = ForwardPass(model)
+        keep_gradients(model)
         self._planned = adapt_linears(adapter, targets, forward_pass)
         self.tenslora_adapters[adapter_name], self._forward_passes[adapter_name] = adapter, forward_pass
         try:
