@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,9 @@ from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
     PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForSequenceClassification,
     PeftType,
     get_peft_model,
     get_peft_model_state_dict,
@@ -37,7 +41,9 @@ from tenslora.factorizations import FACTORIZATIONS
 from tenslora.peft import TensLoraConfig, TensLoraLinear
 from tenslora.peft.patterns import first_matches
 from tests.conftest import ROOT
+from tests.hub_server import repository, serving
 from tests.models import build, inputs, logits
+from tests.operations import RecordedOperations
 from tests.peft.train_in_trainer import main as train_in_trainer
 
 NAMES = ["hf_bert", "hf_roberta", "hf_vit", "llama", "qwen2", "gemma", "gpt2"]
@@ -163,6 +169,97 @@ def test_an_auto_class_builds_the_backbone_too(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again, inputs("llama")), expected, rtol=0, atol=1e-10)
     generated = again.generate(**inputs("llama"), max_new_tokens=3, do_sample=False)
     assert generated.shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("task_type", "kind"),
+    [
+        ("SEQ_CLS", PeftModelForSequenceClassification),
+        ("CAUSAL_LM", PeftModelForCausalLM),
+        ("FEATURE_EXTRACTION", PeftModelForFeatureExtraction),
+        (None, PeftModel),
+    ],
+)
+def test_each_task_has_pefts_own_class_and_is_loaded_again(
+    task_type: str | None, kind: type, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "llama" if task_type == "CAUSAL_LM" else "hf_bert"
+
+    def backbone() -> Any:
+        model: Any = build(name)
+        return model.bert if task_type == "FEATURE_EXTRACTION" else model
+
+    def outputs(model: Any) -> Tensor:
+        made = model(**inputs(name))
+        return made.logits if "logits" in made else made.last_hidden_state
+
+    model: Any = trained(get_peft_model(backbone(), TensLoraConfig(task_type=task_type)))
+    assert type(model) is kind
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(backbone(), str(tmp_path)).eval()
+    assert type(again) is kind
+    torch.testing.assert_close(outputs(again), outputs(model), rtol=0, atol=1e-10)
+    model.print_trainable_parameters()
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"trainable params: {count:,} ||" in capsys.readouterr().out
+
+
+def test_an_adapter_is_loaded_from_the_hub_by_its_name(tmp_path: Path) -> None:
+    model = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
+    model.save_pretrained(str(repository(tmp_path / "hub", "models", "user/name")))
+    save_file({"logits": logits(model, inputs("hf_bert")).detach()}, tmp_path / "expected.safetensors")
+    program = f"""
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+import tenslora.peft
+from tests.models import build, inputs, logits
+
+model = PeftModel.from_pretrained(build("hf_bert"), "user/name").eval()
+expected = load_file({str(tmp_path / "expected.safetensors")!r})["logits"]
+torch.testing.assert_close(logits(model, inputs("hf_bert")), expected, rtol=0, atol=1e-10)
+"""
+    with serving(tmp_path / "hub") as server:  # whose address the hub's client reads when it is imported
+        environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert any(request.endswith("adapter_model.safetensors") for request in server.requests)
+
+
+def test_an_adapter_that_is_not_active_is_not_trained_and_the_other_trains_as_if_alone() -> None:
+    batch = inputs("hf_bert")
+
+    def alone(seed: int) -> list[Tensor]:
+        model = get_peft_model(build("hf_bert"), TensLoraConfig(seed=seed))
+        train(model, [p for p in model.parameters() if p.requires_grad], batch)
+        return list(adapter_of(model).parameters())
+
+    model = get_peft_model(build("hf_bert"), TensLoraConfig(seed=0))
+    model.add_adapter("other", TensLoraConfig(seed=1))
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        active = [p for p in model.parameters() if p.requires_grad]
+        assert {id(p) for p in active} == {id(p) for p in adapter_of(model, name).parameters()}
+        train(model, active, batch)
+    for seed, name in enumerate(("default", "other")):
+        for ours, expected in zip(adapter_of(model, name).parameters(), alone(seed), strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "llama", "timm_vit"])
+def test_a_step_takes_the_operations_that_it_takes_with_attach(name: str) -> None:
+    def operations(model: nn.Module) -> list[str]:
+        loss = logits(model, inputs(name)).square().mean()
+        with RecordedOperations() as recorded:
+            torch.autograd.backward(loss)
+        with RecordedOperations() as forward:
+            logits(model, inputs(name))
+        return [*forward.names, *recorded.names]
+
+    plain = build(name)
+    attach(plain, AdapterConfig()).double()
+    assert operations(get_peft_model(build(name), TensLoraConfig())) == operations(plain)
 
 
 def test_several_adapters_are_switched_added_up_and_deleted() -> None:
@@ -307,11 +404,12 @@ def test_a_half_precision_backbone_gets_an_adapter_in_float32_unless_told_otherw
     assert {p.dtype for p in adapter_of(model).parameters()} == {torch.bfloat16}
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant: bool) -> None:
     def gradients(checkpointing: bool) -> list[Tensor]:
         backbone: Any = build("llama")
         if checkpointing:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model = trained(get_peft_model(backbone, TensLoraConfig(task_type="CAUSAL_LM"))).train()
         batch = inputs("llama")
         model(**batch, labels=batch["input_ids"]).loss.backward()
