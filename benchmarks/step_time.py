@@ -3,13 +3,18 @@
     python benchmarks/step_time.py                                   # everything, on this machine
     python benchmarks/step_time.py --backbones roberta --variants floor peft_lora qkv_depth/isoparameters
     python benchmarks/step_time.py --against ../before               # beside another checkout of this repository
+    python benchmarks/step_time.py --backbones llama --variants qlora nf4/qkv_depth/isoparameters   # in four bits
 
-The floor is the same model with two trainable parts, the head and the smallest parameter of its input embedding, so
-that the gradient travels through all layers. Weights and inputs are random, which does not change the time. Each
-variant runs in a process of its own. The processes take turns, so that anything that slows the machine for a while
-slows all of them. A turn's ratio is the turn's time divided by the floor's time just before and after the turn. A
-variant's ratio is the median over the rounds. If the hypervisor gave the processors to others during a turn (the
-"steal" of /proc/stat), the turn is repeated, up to a few times.
+The floor is the same model with two trainable parts, the head and the smallest parameter of its input embedding (of a
+Llama, which has no new head: the first layer's norm), so that the gradient travels through all layers. Weights and
+inputs are random, which does not change the time. Each variant runs in a process of its own. The processes take turns,
+so that anything that slows the machine for a while slows all of them. A turn's ratio is the turn's time divided by the
+floor's time just before and after the turn. A variant's ratio is the median over the rounds. If the hypervisor gave the
+processors to others during a turn (the "steal" of /proc/stat), the turn is repeated, up to a few times.
+
+Some variants are an adapter with a prefix. dense/ builds the whole update in every step. peft_tenslora/ puts the
+adapter on through PEFT; it takes its turns next to the same adapter on by `attach`, and the ratio of the two times is
+printed at the end. nf4/ quantises the Linear layers with bitsandbytes, and qlora is PEFT's LoRA on such a backbone.
 
 With --against, each adapter takes its turns next to the same adapter of the other checkout, whose own copy of this
 script builds the model and takes the steps. The ratio of the two times is printed at the end.
@@ -39,15 +44,28 @@ from tenslora.constructions import PAPER_CONSTRUCTIONS
 
 STRATEGIES = ("isorank", "isoparameters")
 TENSORS = tuple(mode for mode in PAPER_CONSTRUCTIONS if mode != "lora")
-REFERENCES = ("floor", "full", "peft_lora")  # variants without an adapter of this project
-VARIANTS = (
-    *REFERENCES,
-    "dense/qkv_depth/isoparameters",
-    "lora/isorank",
-    *(f"{mode}/{strategy}" for strategy in STRATEGIES for mode in TENSORS),
-)
-BATCHES = {"vit_hf": {"cpu": 8, "cuda": 64}, "vit_timm": {"cpu": 8, "cuda": 64}, "roberta": {"cpu": 32, "cuda": 32}}
-TOKENS = 16  # per sentence; CoLA's sentences have 11 on average
+REFERENCES = ("floor", "full", "peft_lora", "qlora")  # variants without an adapter of this project
+ADAPTERS = ("lora/isorank", *(f"{mode}/{strategy}" for strategy in STRATEGIES for mode in TENSORS))
+PREFIXES = ("dense", "peft_tenslora", "nf4")
+IN_PEFT = "peft_tenslora/"
+VARIANTS = (*REFERENCES, *(f"{prefix}/qkv_depth/isoparameters" for prefix in PREFIXES), *ADAPTERS)
+BATCHES = {
+    "vit_hf": {"cpu": 8, "cuda": 64},
+    "vit_timm": {"cpu": 8, "cuda": 64},
+    "roberta": {"cpu": 32, "cuda": 32},
+    "llama": {"cpu": 1, "cuda": 8},
+}
+TOKENS = {"roberta": 16, "llama": 256}  # per text; CoLA's sentences have 11 on average
+LLAMA = {
+    "vocab_size": 10_000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+"""A Llama of 199 million parameters."""
 CLASSES = 47
 QUIET = 0.02  # the largest share of the processors' time that may be stolen during a turn
 TRIES = 4  # the largest number of attempts at a quiet turn
@@ -85,7 +103,7 @@ def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
 
     Args:
         setting: the settings of the measurement.
-        variant: one of `VARIANTS`.
+        variant: one of `VARIANTS`, or one of `ADAPTERS` after one of `PREFIXES`.
 
     Returns:
         The model in training mode, on the device, and its trainable parameters.
@@ -106,32 +124,48 @@ def build(setting: Setting, variant: str) -> tuple[Any, list[Any]]:
 
         model = ViTForImageClassification(ViTConfig(num_labels=CLASSES))
         embedding, head, names = model.vit.embeddings.cls_token, model.classifier, _names(model)
+    elif setting.backbone == "llama":
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+        embedding, head, names = model.model.layers[0].input_layernorm.weight, torch.nn.Module(), _names(model)
     else:
         from transformers import RobertaConfig, RobertaForSequenceClassification
 
         sizes = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
         model = RobertaForSequenceClassification(RobertaConfig(**sizes, num_labels=2))
         embedding, head, names = model.roberta.embeddings.LayerNorm.bias, model.classifier, _names(model)
+    prefix = next((prefix for prefix in PREFIXES if variant.startswith(f"{prefix}/")), "")
+    if prefix == "nf4" or variant == "qlora":
+        _quantise(model, head)
     model.to(setting.device).requires_grad_(False)
     if variant == "floor":
         embedding.requires_grad_(True)
     elif variant == "full":
         model.requires_grad_(True)
-    elif variant == "peft_lora":
+    elif variant in ("peft_lora", "qlora"):
         from peft import LoraConfig, inject_adapter_in_model
 
         inject_adapter_in_model(LoraConfig(r=4, lora_alpha=16, target_modules=names), model)
     else:
         from tenslora import AdapterConfig, RankStrategy, attach
 
-        *dense, mode, strategy = variant.split("/")
-        adapter = attach(model, AdapterConfig(mode, RankStrategy(strategy)))
+        mode, strategy = variant.removeprefix(f"{prefix}/").split("/")
+        if prefix == "peft_tenslora":
+            from peft import get_peft_model
+
+            from tenslora.peft import TensLoraConfig
+
+            model = get_peft_model(model, TensLoraConfig(tensor_mode=mode, rank_strategy=strategy))
+            adapter = model.base_model.tenslora_adapters["default"]
+        else:
+            adapter = attach(model, AdapterConfig(mode, RankStrategy(strategy)))
         with torch.no_grad():
             for tensor in adapter.parameters():
                 # After a few steps a core that starts at zero would hold subnormal numbers, which are slow.
                 if not tensor.any():
                     tensor.normal_(std=0.01)
-        if dense:
+        if prefix == "dense":
             _build_updates(model)
     head.requires_grad_(True)
     if setting.precision == "bf16":
@@ -149,6 +183,21 @@ def _names(model: Any) -> list[str]:
     return sorted({target.path.rpartition(".")[2] for target in find_projections(model)[1]})
 
 
+def _quantise(model: Any, head: Any) -> None:
+    """Store the weights of all Linear layers but the head's in bitsandbytes' nf4."""
+    import torch
+
+    bnb: Any = importlib.import_module("bitsandbytes.nn")  # its types are not declared
+    kept = {*map(id, head.modules()), *map(id, [model.get_output_embeddings()])}
+    for path, linear in list(model.named_modules()):
+        if type(linear) is torch.nn.Linear and id(linear) not in kept:
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            quantised = bnb.Linear4bit(*sizes, torch.float32, quant_type="nf4")
+            quantised.weight = bnb.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            quantised.bias = linear.bias
+            model.set_submodule(path, quantised)
+
+
 def _build_updates(model: Any) -> None:
     """Let every adapted Linear build its own dW and multiply its input by dW."""
     from tenslora.adapted_linear import AdaptedLinear
@@ -157,6 +206,7 @@ def _build_updates(model: Any) -> None:
         if isinstance(module, AdaptedLinear):
 
             def forward(x: Any, module: AdaptedLinear = module) -> Any:
+                module.call.called = True
                 left, right = module.as_lora()
                 return module.base[0](x) + x @ (left @ right).to(x.dtype)
 
@@ -174,25 +224,30 @@ def stepper(setting: Setting, model: Any, parameters: Sequence[Any]) -> Callable
     import torch
     from torch.nn import functional as F
 
-    classes = 2 if setting.backbone == "roberta" else CLASSES
-    if setting.backbone == "roberta":
-        tokens = torch.randint(5, 50000, (setting.batch, TOKENS), device=setting.device)
+    classes, shape = (2 if setting.backbone == "roberta" else CLASSES), [setting.batch]
+    if setting.backbone in TOKENS:
+        sizes = [setting.batch, TOKENS[setting.backbone]]
+        tokens = torch.randint(5, LLAMA["vocab_size"], sizes, device=setting.device)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if setting.backbone == "llama":
+            classes, shape = LLAMA["vocab_size"], sizes
     else:
         inputs = {"pixel_values": torch.randn(setting.batch, 3, 224, 224, device=setting.device)}
-    labels = torch.randint(classes, (setting.batch,), device=setting.device)
+    labels = torch.randint(classes, shape, device=setting.device)
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     run = torch.compile(model) if setting.compiled else model
     autocast = torch.autocast(setting.device, dtype=torch.bfloat16, enabled=setting.precision == "bf16")
 
-    def step() -> None:
+    def step() -> Any:
         with autocast:
             logits = run(*inputs.values()) if setting.backbone == "vit_timm" else run(**inputs).logits
-        torch.autograd.backward(F.cross_entropy(logits.float(), labels))
+        loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten())
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         if setting.device == "cuda":
             torch.cuda.synchronize()
+        return loss.detach()
 
     return step
 
@@ -246,6 +301,16 @@ def saved_bytes(model: Any, step: Callable[[], Any]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
+def weight_bytes(model: Any) -> int:
+    """The number of bytes that the model's weights take, the scales of quantised ones among them.
+
+    Args:
+        model: the model.
+    """
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in model.state_dict().values()}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 def worker(setting: Setting, variant: str, connection: Connection) -> None:
     """Measure one variant, in a process of its own.
 
@@ -266,7 +331,8 @@ def worker(setting: Setting, variant: str, connection: Connection) -> None:
     step()  # the first step creates the optimizer's state
     # Hooks would make torch.compile compile the model again, and would not see the tensors that it saves.
     saved, count = (0, 0) if setting.compiled else (saved_bytes(model, step), operations(step))
-    connection.send({"trained": sum(p.numel() for p in parameters), "saved_bytes": saved, "operations": count})
+    facts = {"trained": sum(p.numel() for p in parameters), "weight_bytes": weight_bytes(model)}
+    connection.send({**facts, "saved_bytes": saved, "operations": count})
     _reset_peak(setting)
     while count := connection.recv():
         seconds = []
@@ -410,7 +476,7 @@ def measure(
         variants: some of `VARIANTS`. The floor is always measured.
         rounds: the number of turns that each variant takes.
         steps: the number of steps of a turn.
-        at_once: the number of variants that are in memory at once, beside the floor.
+        at_once: the number of variants that are in memory at once, beside the floor and the variants' neighbours.
         against: the root of another checkout, whose adapters are measured too.
 
     Returns:
@@ -420,12 +486,16 @@ def measure(
     floor.wait()
     rows = []
     others = [variant for variant in variants if variant != "floor"]
-    for start in range(0, len(others), at_once):
-        # An adapter and the same adapter of the other checkout take neighbouring turns.
+    # An adapter and the same adapter in PEFT or of the other checkout take neighbouring turns.
+    neighbours: dict[str, list[str]] = {}
+    for variant in others:
+        neighbours.setdefault(variant.removeprefix(IN_PEFT), []).append(variant)
+    together = list(neighbours.values())
+    for start in range(0, len(together), at_once):
         sets = [
-            [Process(setting, variant)]
-            + ([Process(setting, variant, against)] if against and variant not in REFERENCES else [])
-            for variant in others[start : start + at_once]
+            [Process(setting, variant) for variant in variants]
+            + [Process(setting, variant, against) for variant in variants if against and variant not in REFERENCES]
+            for variants in together[start : start + at_once]
         ]
         processes = [process for members in sets for process in members]
         for process in processes:
@@ -486,7 +556,7 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['variant']:<40} {row['trained']:>11,} {statistics.median(row['seconds']):>8.4f} "
         f"{_quartiles(row['ratios'])} {row['peak_bytes'] / 2**20:>8,.0f} {row['saved_bytes'] / 2**20:>9,.0f}"
-        f" {row['operations']:>10,}"
+        f" {row['operations']:>10,} {row['weight_bytes'] / 2**20:>11,.0f}"
     )
 
 
@@ -496,25 +566,27 @@ def _quartiles(ratios: Sequence[float]) -> str:
     return f"{middle:>6.3f}  {lower:.3f} to {upper:.3f}"
 
 
-def comparison(rows: Sequence[dict[str, Any]], against: Path) -> dict[str, list[float]]:
-    """The ratios of this checkout's times to the other checkout's in neighbouring turns, by adapter and for all.
+def comparison(rows: Sequence[dict[str, Any]], variant: str, beside: str) -> dict[str, list[float]]:
+    """The ratios of the times of two variants of each adapter in neighbouring turns, and those of all adapters.
 
     Args:
         rows: the rows that `measure` returns.
-        against: the root of the other checkout.
+        variant: the name of the variant whose time is divided, with {} for the adapter's name.
+        beside: the name of the variant by whose time it is divided, likewise.
     """
     seconds = {row["variant"]: row["seconds"] for row in rows}
+    pairs = {name: (variant.format(name), beside.format(name)) for name in seconds}
     ratios = {
-        name: [here / there for here, there in zip(times, seconds[f"{name} @ {against.name}"], strict=True)]
-        for name, times in seconds.items()
-        if f"{name} @ {against.name}" in seconds
+        name: [one / other for one, other in zip(seconds[first], seconds[second], strict=True)]
+        for name, (first, second) in pairs.items()
+        if first in seconds and second in seconds
     }
-    return {**ratios, "all": [ratio for each in ratios.values() for ratio in each]}
+    return {**ratios, "all": [ratio for each in ratios.values() for ratio in each]} if ratios else {}
 
 
 HEAD = (
     f"{'':<40} {'trained':>11} {'seconds':>8} {'ratio':>6}  {'quartiles':<14} {'peak MiB':>8} {'saved MiB':>9}"
-    f" {'operations':>10}"
+    f" {'operations':>10} {'weights MiB':>11}"
 )
 
 
@@ -554,7 +626,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/step_time.json"))
     arguments = parser.parse_args()
     for variant in arguments.variants:
-        if variant.removeprefix("dense/") not in VARIANTS and variant not in VARIANTS:
+        prefix, _, adapter = variant.partition("/")
+        if variant not in VARIANTS and not (prefix in PREFIXES and adapter in ADAPTERS):
             parser.error(f"--variants {variant}: must be one of {', '.join(VARIANTS)}")
 
     against = arguments.against and arguments.against.resolve()
@@ -570,10 +643,12 @@ def main() -> None:
             rows = measure(setting, arguments.variants, arguments.rounds, steps, arguments.at_once, against)
             results.append({"setting": vars(setting), "rows": rows})
             print("\n".join([f"\n{setting}", HEAD, *map(_line, rows)]), flush=True)
+            comparisons = {"time in PEFT over that of attach": comparison(rows, IN_PEFT + "{}", "{}")}
             if against:
-                print(f"\ntime over that of {against}, median and quartiles")
-                for name, ratios in comparison(rows, against).items():
-                    print(f"{name:<40} {_quartiles(ratios)}", flush=True)
+                comparisons[f"time over that of {against}"] = comparison(rows, "{}", f"{{}} @ {against.name}")
+            for title, by_name in comparisons.items():
+                lines = [f"{name:<40} {_quartiles(ratios)}" for name, ratios in by_name.items()]
+                print("\n".join(["", f"{title}, median and quartiles", *lines]) if lines else "", flush=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps({"machine": machine(arguments.device), "results": results}, indent=1)
             arguments.out.write_text(text + "\n")  # after every setting, as the next one may take an hour
