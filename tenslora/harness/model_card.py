@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tenslora.harness.backbones.quantisation import bitsandbytes_arguments
 from tenslora.harness.backbones.timm_models import create_arguments, weights_file
 from tenslora.harness.load_run import LoadedRun
 
@@ -43,6 +44,7 @@ def model_card(loaded: LoadedRun, as_lora: bool = True) -> str:
     factorization = "" if record["factorization"] == "matrix" else f", {record['factorization']} factorization"
     rows = {
         "base model": base if run.model.pretrained else f"{base}, with random weights of seed {run.seed}",
+        **({"quantization": run.model.quantization} if run.model.quantization else {}),
         "construction": f"{record['tensor_mode']}{factorization}",
         "ranks": f"{', '.join(map(str, record['ranks']))} ({record['rank_strategy']})",
         "parameters": f"{record['adapter_parameters']:,} in the adapter, {record['head_parameters']:,} in the head",
@@ -93,12 +95,19 @@ def _transformers_code(loaded: LoadedRun) -> list[str]:
     reader = "AutoTokenizer" if is_text else "AutoImageProcessor"
     arguments = f'num_labels={max(1, len(loaded.classes))}, ignore_mismatched_sizes=True, dtype="float32"'
     sentences = ", ".join(['"A sentence."', '"Another."'][: len(loaded.text_columns) or 1])
+    imported, quantised = [auto_class, reader], []
+    if loaded.run.model.quantization is not None:
+        kept = vars(loaded.backbone.model)["config"].quantization_config.llm_int8_skip_modules
+        imported.append("BitsAndBytesConfig")
+        quantised = [f"quantised = BitsAndBytesConfig(**{bitsandbytes_arguments(loaded.run.model, kept)!r})"]
+        arguments += ', quantization_config=quantised, device_map="cpu"'
     return [
         "from peft import PeftModel",
-        f"from transformers import {auto_class}, {reader}",
+        f"from transformers import {', '.join(imported)}",
         "",
         'folder = "."  # where this file is',
         f"base = {json.dumps(base_model(loaded))}",
+        *quantised,
         f"model = {auto_class}.from_pretrained(base, {arguments})",
         "model = PeftModel.from_pretrained(model, folder).eval()",
         f"{'tokenizer' if is_text else 'processor'} = {reader}.from_pretrained(folder)",
@@ -114,13 +123,24 @@ def _timm_code(loaded: LoadedRun) -> list[str]:
     if settings.checkpoint is not None:
         arguments["pretrained_cfg_overlay"] = {"file": base_model(loaded)}
     assert loaded.image_input is not None
+    imported, quantised = [], []
+    if settings.quantization is not None:
+        imported = ["from torch import nn", "from torchao.quantization import Int8WeightOnlyConfig, quantize_"]
+        heads = "[*model.get_classifier()]" if len(loaded.backbone.head) > 1 else "[model.get_classifier()]"
+        quantised = [
+            f"heads = {heads}",
+            "is_quantised = lambda module, _: isinstance(module, nn.Linear) and module not in heads",
+            "quantize_(model, Int8WeightOnlyConfig(), filter_fn=is_quantised)",
+        ]
     return [
         "import timm",
         "from peft import PeftModel",
+        *imported,
         "",
         'folder = "."  # where this file is',
         f"arguments = {arguments!r}",
         f'model = timm.create_model("{settings.architecture}", pretrained=True, **arguments)',
+        *quantised,
         "model = PeftModel.from_pretrained(model, folder).eval()",
         f"images = {loaded.image_input.as_timm_config()!r}",
         "transform = timm.data.create_transform(**images)",

@@ -10,6 +10,7 @@ import torch
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones.head import Backbone, draw_head
 from tenslora.harness.backbones.hub import source_setting
+from tenslora.harness.backbones.quantisation import quantise_timm, require_package
 from tenslora.harness.backbones.timm_models import EMBEDDED, load_timm
 from tenslora.harness.backbones.tokenizer import load_tokenizer
 from tenslora.harness.backbones.transformers_models import load_transformers
@@ -26,7 +27,7 @@ __all__ = ["EMBEDDED", "Backbone", "load_backbone", "load_tokenizer"]
 def load_backbone(
     config: ModelConfig, classes: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Backbone:
-    """Load a model in float32 and give it a new head.
+    """Load a model in float32, or quantised, and give it a new head.
 
     The weights come from `config.checkpoint`, which is a local file or folder or "embedded", or else from the hub,
     where their name is `config.architecture`. If `config.pretrained` is false, the weights are random and nothing is
@@ -43,8 +44,10 @@ def load_backbone(
         The backbone, on the CPU.
 
     Raises:
-        TensLoRAError: if the weights are missing, damaged or those of another model, or if the hub cannot be reached.
+        TensLoRAError: if the weights are missing, damaged or those of another model, if the hub cannot be reached, or
+            if the package that quantises the model is not installed.
     """
+    require_package(config)
     # The weights of a pretrained model do not depend on the seed, so that runs with different seeds can share them.
     backbone = copy.deepcopy(_load(config, classes, 0 if config.pretrained else seed, tokenizer))
     draw_head(backbone.head, seed)
@@ -59,9 +62,12 @@ def _load(config: ModelConfig, classes: int, seed: int, tokenizer: PreTrainedTok
             backbone = load_timm(config, classes)
         else:
             backbone = load_transformers(config, classes, tokenizer)
-    backbone.model.float()
+    if config.quantization is None or config.library == "timm":
+        backbone.model.float()
     if config.pretrained:
         _require_finite_weights(config, backbone)
+    if config.quantization is not None and config.library == "timm":
+        quantise_timm(backbone)
     return backbone
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tenslora.attachment import keep_gradients
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.backbones.head import Backbone
 from tenslora.harness.backbones.hub import building, fetching, folder_or_repository, source_setting, wrong_checkpoint
@@ -22,6 +23,7 @@ from tenslora.harness.backbones.image_input import (
     require_whole_patches,
     resolve_image_input,
 )
+from tenslora.harness.backbones.quantisation import bitsandbytes_config, silence_torchao
 from tenslora.harness.config import ModelConfig
 from tenslora.projections import find_projections
 
@@ -34,19 +36,23 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
 
     See `tenslora.harness.backbones.load_backbone`.
     """
-    # transformers imports torchao where it is installed, which makes torch warn of its own next release.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    silence_torchao()  # transformers imports it where it is installed
     build = _load_pretrained if config.pretrained else _build_random
     model, new = build(config, classes, tokenizer)
+    keep_gradients(model)
+    head = [*_head_of(model).values(), *new]
+    if config.modality == "image":
+        return Backbone(model, head, "pixel_values", _image_input(config, model))
+    return Backbone(model, head, "input_ids", max_tokens=_max_tokens(model))
+
+
+def _head_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     # The Transformer is one child of the model; the other children are the head.
     children = dict(model.named_children())
     transformer = {model.base_model_prefix}
     if not transformer & children.keys():  # the image half of CLIP, for one
         transformer = {target.path.partition(".")[0] for target in find_projections(model)[1]}
-    head = [child for name, child in children.items() if name not in transformer] + new
-    if config.modality == "image":
-        return Backbone(model, head, "pixel_values", _image_input(config, model))
-    return Backbone(model, head, "input_ids", max_tokens=_max_tokens(model))
+    return {name: child for name, child in children.items() if name not in transformer}
 
 
 def _max_tokens(model: nn.Module) -> int | None:
@@ -72,6 +78,10 @@ def _load_pretrained(
         settings = {"config": _own_settings(config, classes, tokenizer)}
     if Path(source).is_dir():
         _require_as_large_as_its_files(config, Path(source), settings.get("config"))
+    if config.quantization is not None:
+        with fetching(config):
+            own = settings.get("config") or read_hub_config(source)
+        settings |= _quantised(config, own)
     with fetching(config):
         model, info = _auto_class(config).from_pretrained(
             source, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **settings
@@ -97,7 +107,7 @@ def _load_pretrained(
 def _build_random(
     config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, list[nn.Module]]:
-    from transformers import AutoConfig
+    import transformers
 
     with building(config):
         if config.architecture is None:
@@ -106,10 +116,30 @@ def _build_random(
             given: dict[str, Any] = {"image_size": config.image_size}
             if tokenizer is not None:
                 given = {"pad_token_id": tokenizer.pad_token_id}
-            settings = AutoConfig.for_model(**{**config.options, **given}, num_labels=classes)
+            settings = transformers.AutoConfig.for_model(**{**config.options, **given}, num_labels=classes)
         if tokenizer is not None and len(tokenizer) > settings.vocab_size:
             raise ValueError(f"vocab_size must be at least {len(tokenizer)}, the number of the tokenizer's tokens")
-        return _auto_class(config).from_config(settings, trust_remote_code=False), []
+        model = _auto_class(config).from_config(settings, trust_remote_code=False)
+        if config.quantization is not None:  # transformers quantises nothing but what it reads from a file
+            transformers.utils.logging.disable_progress_bar()
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                model = _auto_class(config).from_pretrained(
+                    folder, trust_remote_code=False, **_quantised(config, settings)
+                )
+        return model, []
+
+
+def _quantised(config: ModelConfig, own: PretrainedConfig) -> dict[str, Any]:
+    """The arguments with which from_pretrained quantises a model, on the CPU.
+
+    What is trained stays in float32: the head, and a pooler, which the checkpoint may lack.
+    """
+    with torch.device("meta"):
+        model = _auto_class(config).from_config(own, trust_remote_code=False)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    skipped = [*_head_of(model), *(name for name in linears if ".pooler." in name)]
+    return {"quantization_config": bitsandbytes_config(config, skipped), "device_map": "cpu", "dtype": torch.float32}
 
 
 def _own_settings(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:

@@ -33,6 +33,7 @@ _TRAINER_WITHOUT_EFFECT = ("compile", "device", "threads", "workers", "eval_batc
 _LATER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adapter": {"scaling": "direct"},
     "dataset": {"validation": None},
+    "model": {"quantization": None},
     "trainer": {"score_every": 1},
 }
 """The defaults, by group, of settings that are younger than the oldest records, whose identities lack them."""

@@ -48,6 +48,9 @@ IMAGE_SETTINGS = ("image_size", "channels", "mean", "std")
 
 TENSOR_MODES = (*CONSTRUCTIONS, *REFERENCES)
 
+QUANTIZATIONS = ("nf4", "int8")
+"""How a backbone's weights can be quantised."""
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's red, green and blue."""
 
@@ -66,6 +69,8 @@ class ModelConfig:
 
     A named model of conf/model declares all of it. A generic one (timm, hf_image, hf_text) leaves open (None) what its
     own files say: its architecture, the size and the normalization of its images, its dimensions.
+
+    `quantization` is how the Linear weights of the Transformer are stored; None is float32.
     """
 
     name: FolderName
@@ -80,8 +85,11 @@ class ModelConfig:
     channels: Annotated[int | None, within(0, 3, or_null=True)] = 0
     mean: tuple[Annotated[float, within(-1e3, 1e3)], ...] | None = ()
     std: tuple[Annotated[float, within(1e-3, 1e3)], ...] | None = ()
+    quantization: Annotated[str | None, one_of(QUANTIZATIONS)] = None
 
     def __post_init__(self) -> None:
+        if self.quantization == "nf4" and self.library == "timm":
+            raise TensLoRAError("quantization=nf4: must be int8 or null, because the model is one of timm")
         if self.architecture is None and self.library == "timm":
             raise TensLoRAError(f"architecture={self.architecture}: must be the name of a model of timm")
         if self.architecture is None and self.checkpoint is None:
@@ -365,6 +373,11 @@ class RunConfig:
             raise TensLoRAError(
                 f"dataset.transform.normalize=imagenet: must be true or false, because model={model.name} takes images "
                 f"of another number of channels than 3"
+            )
+        if model.quantization is not None and self.tensor_mode == "full":
+            raise TensLoRAError(
+                f"model.quantization={model.quantization}: must be null with tensor_mode=full, because quantised "
+                f"weights cannot be trained"
             )
         if self.adapter is None and self.tensor_mode not in REFERENCES:
             raise TensLoRAError(f"adapter=null: tensor_mode={self.tensor_mode} needs the settings of an adapter")

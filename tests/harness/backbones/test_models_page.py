@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 def test_the_pages_blocks_run(tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     logged = run_blocks((ROOT / "docs" / "models.md").read_text(), tmp_path, commands, "trainer.max_steps=2")
-    names = ("digits/vit_tiny_patch16_224", "reviews/my-bert")
+    names = ("digits/vit_tiny_patch16_224", "reviews/my-bert", "digits/vit_digits")
     assert len(logged) == len(names)
     for log, name in zip(logged, names, strict=True):
         assert f"outputs/{name}/" in log
