@@ -57,7 +57,12 @@ def misspelt(words: Sequence[str], conf: Path, config_name: str) -> str | None:
 
 
 def _options(loader: ConfigLoader, group: str) -> list[str]:
-    return [option for option in loader.get_group_options(group) if option != "base"]
+    """A group's options, with those of its folders, such as paper/dtd. Files in base/ are no choices."""
+    options = [option for option in loader.get_group_options(group) if option != "base"]
+    for folder in loader.list_groups(group):
+        if folder != "base":
+            options += [f"{folder}/{option}" for option in _options(loader, f"{group}/{folder}")]
+    return options
 
 
 def _values(override: Override) -> Iterator[Any]:

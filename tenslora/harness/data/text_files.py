@@ -24,6 +24,7 @@ from tenslora.harness.data.text_columns import (
 
 if TYPE_CHECKING:
     from datasets import Dataset as Rows
+    from datasets import DatasetDict
 
 log = logging.getLogger(__name__)
 
@@ -212,14 +213,28 @@ def _open(config: TextDatasetConfig) -> Source:
     return _open_root(config.root) if config.root is not None else _open_hub(str(config.hub), config.hub_config)
 
 
-def _open_hub(name: str, configuration: str | None) -> Source:
+def load_from_hub(name: str, configuration: str | None) -> DatasetDict:
+    """Load all splits of a dataset of the Hugging Face hub, or of the cache.
+
+    Args:
+        name: the dataset's name on the hub.
+        configuration: the configuration's name; None for the dataset's only one.
+
+    Raises:
+        Exception: OSError, and the types of the hub's client and of its HTTP library.
+    """
     from datasets import load_dataset
 
+    logging.getLogger("datasets").handlers.clear()  # the library prints its warnings, which the root logger prints too
+    return load_dataset(name, configuration)
+
+
+def _open_hub(name: str, configuration: str | None) -> Source:
     setting = f"dataset.hub={name}"
     if Path(name).exists():
         raise TensLoRAError(f"{setting}: there is a local file or folder of that name; set dataset.root to read it")
     try:
-        splits = load_dataset(name, configuration)
+        splits = load_from_hub(name, configuration)
     except Exception as error:  # OSError, and the types of the hub's client and of its HTTP library
         raise TensLoRAError(f"{setting}: cannot be loaded ({first_line(error)})") from error
     return Source(setting, list(map(str, splits)), splits.__getitem__)

@@ -12,6 +12,7 @@ from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, warn_of_another_size
 from tenslora.harness.data.glue import FOLDERS, GLUE_TASKS, HUB, GlueTask
+from tenslora.harness.data.text_files import load_from_hub
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -73,10 +74,8 @@ def _read_split(config: TextDatasetConfig, task: GlueTask, read: Reader, split: 
 
 
 def _hub_reader(config: TextDatasetConfig, task: GlueTask) -> Reader:
-    from datasets import load_dataset
-
     try:
-        splits = load_dataset(HUB, config.name)
+        splits = load_from_hub(HUB, config.name)
     except Exception as error:  # OSError, and the types of the hub's client and of its HTTP library
         raise TensLoRAError(
             f"dataset={config.name}: cannot be downloaded from the Hugging Face hub ({first_line(error)}); download "

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _SAID_BY_THE_TABLE = ("dataset.", "model.", "tensor_mode.name", "rank_strategy.name", "seed")
-_WITHOUT_INTEREST = ("logger.", "resume", "model.geometry.")
+_WITHOUT_INTEREST = ("logger.", "resume", "overwrite", "model.geometry.")
 _SHOW_ONLY = ("collect_only=", "dry_run=")
 
 

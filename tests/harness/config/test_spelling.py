@@ -25,6 +25,9 @@ from tests.running import CONF
         ("tensor_mode=qkv_dept", "; did you mean qkv_depth?"),
         ("dataset=null", "dataset=null: must be one of cifar10, cola"),
         ("hydra/launcher=slrm", "; did you mean slurm?"),
+        ("experiment=paper/dt", ", lotr, paper/cola, paper/dtd, paper/eurosat, "),
+        ("experiment=paper/dt", "; did you mean paper/dtd?"),
+        ("dataset=vtab/kity", "; did you mean vtab/kitti?"),
         # beside a sweep
         ("lr=1 seed=0,1", "lr: there is no such setting; did you mean optimizer.lr?"),
         ("seed=0,1 optimizer.learning_rate=1,2", "did you mean optimizer.lr?"),
@@ -40,7 +43,14 @@ def test_what_does_not_exist_is_answered_with_the_nearest(words: str, line: str)
 
 @pytest.mark.parametrize(
     "words",
-    ["", "optimizer.lr=1 seed=0,1 tensor_mode=lora,att", "dataset=dtd model=vit_base", "+anything=1", "no word"],
+    [
+        "",
+        "optimizer.lr=1 seed=0,1 tensor_mode=lora,att",
+        "dataset=dtd model=vit_base",
+        "experiment=paper/dtd dataset=vtab/kitti hydra/launcher=gpus",
+        "+anything=1",
+        "no word",
+    ],
 )
 def test_words_that_name_what_exists_are_not_at_fault(words: str) -> None:
     assert misspelt(words.split(), CONF, "sweep") is None
