@@ -70,7 +70,7 @@ def stand_in(table: Table) -> str | None:
     """A note for a table that has none of the paper's own experiments; None for other tables."""
     if any(map(is_of_paper, table.columns)):
         return None
-    return "A stand-in for the paper's experiments: the backbone and the data are smaller, or others, than the paper's."
+    return "A stand-in for the paper's experiments, with another backbone or other data."
 
 
 def verdicts(table: Table) -> list[Verdict]:

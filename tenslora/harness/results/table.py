@@ -205,11 +205,11 @@ class Run:
     @property
     def size(self) -> AdapterSize:
         """The adapter's size from the record, or from the declared geometry if there is no record."""
-        if self.record is None:
-            return AdapterSize(self.ranks, self.parameters, self.lora_parameters, self.relative_step)
-        lora_parameters = self.record["lora_parameters"]
+        lora_parameters = self.record["lora_parameters"] if self.record else self.lora_parameters
         if not self.row.has_adapter:
             return AdapterSize(None, None, lora_parameters)
+        if self.record is None:
+            return AdapterSize(self.ranks, self.parameters, lora_parameters, self.relative_step)
         step = self.relative_step  # records of earlier versions do not hold the first step
         if "first_step" in self.record:
             step = multiple_of_lora(self.record["first_step"], self.record["lora_first_step"])
