@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -117,7 +118,8 @@ def trials_by_first_step(panels: Sequence[Panel]) -> Figure:
     Args:
         panels: the result of `panels_of_trials`.
     """
-    return figure_of(panels, _draw_trials, lines=lambda panel: len(panel.constructions))
+    draw = partial(_draw_trials, panels=panels)
+    return figure_of(panels, draw, lines=lambda panel: len(panel.constructions))
 
 
 def _curves(panel: Panel) -> dict[Row, list[tuple[float, Point]]]:
@@ -130,13 +132,17 @@ def _curves(panel: Panel) -> dict[Row, list[tuple[float, Point]]]:
     return {row: sorted(curve, key=lambda pair: pair[0]) for row, curve in curves.items()}
 
 
-def _draw_trials(place: SubFigure, panel: Panel) -> None:
+def _draw_trials(place: SubFigure, panel: Panel, panels: Sequence[Panel]) -> None:
+    # All panels of a column have the same axes, so that the rank strategies can be compared.
+    alike = [
+        pair for each in panels if each.column == panel.column for curve in _curves(each).values() for pair in curve
+    ]
     curves = _curves(panel)
     names = text_width(max(len(name_of(row, panel.width)) for row in curves))
     note = panel.note("mean ± standard deviation over seeds; ring: chosen")
     axes = axes_in(place, panel, left=0.6, right=0.4 + names, note=note)
-    low, high = limits_of([point for curve in curves.values() for _, point in curve])
-    left, right = _log_axis(axes, [step for curve in curves.values() for step, _ in curve], 0.04)
+    low, high = limits_of([point for _, point in alike])
+    left, right = _log_axis(axes, [step for step, _ in alike], 0.04)
     axes.set_ylim(low, high)
     axes.set_xlabel("first step (Frobenius norm)")
     axes.set_ylabel(panel.axis_label)
