@@ -197,7 +197,8 @@ class SharedInput:
         """
         adapter = self.group.adapter
         left_t, rights, ranks = self.group.of_layer(self.layer, dtype)
-        h = F.linear(adapter.dropout(tokens.to(dtype)), left_t)
+        # A quantised Linear may return float32 under autocast, which would make h another dtype.
+        h = F.linear(adapter.dropout(tokens.to(dtype)), left_t).to(dtype)
         if adapter.training and adapter.config.rank_dropout > 0:  # one mask for all tokens
             h = h * adapter.rank_dropout(h.new_ones(h.shape[1]))
         return [h] if len(ranks) == 1 else list(torch.split(h, ranks, dim=1)), list(rights)

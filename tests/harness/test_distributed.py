@@ -17,10 +17,11 @@ from tests.running import record, run
 pytestmark = pytest.mark.slow
 
 
-def test_two_processes_train_what_one_does(commands: Commands, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["null", "int8"])
+def test_two_processes_train_what_one_does(quantization: str, commands: Commands, tmp_path: Path) -> None:
     # Of 65 examples in batches of 32 the last batch holds one, so that one process has none of it.
     overrides = ["trainer.epochs=1", "trainer.batch_size=32", "dataset.train_size=65", "trainer.device=cpu"]
-    overrides += ["trainer.clip_norm=1.0", "dataset.transform.flip=true"]
+    overrides += ["trainer.clip_norm=1.0", "dataset.transform.flip=true", f"model.quantization={quantization}"]
     run(tmp_path / "one", *overrides)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

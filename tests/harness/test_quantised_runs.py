@@ -200,6 +200,16 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
         assert (tmp_path / file).read_bytes() == (finished[kind] / file).read_bytes()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_in_half_precision_too(kind: str, words: dict[str, list[str]], tmp_path: Path) -> None:
+    settings = [*words[kind], "adapter.dropout=0", "optimizer.lr=0.001", "trainer.max_steps=3"]
+    losses = [
+        run(tmp_path / precision, *settings, f"trainer.precision={precision}")["metrics"]["history"][-1]["train_loss"]
+        for precision in ("bf16", "fp32")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
 def test_the_setting_makes_another_run_and_its_default_none() -> None:
     plain, rounded = configured(), configured("model.quantization=int8")
     assert plain.digest() != rounded.digest()

@@ -85,7 +85,12 @@ class Processes:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Wrap a model so that its gradients become the mean over the processes."""
-        wrapped: nn.Module = model if self._accelerator is None else self._accelerator.prepare_model(model)
+        if self._accelerator is None:
+            return model
+        # Each process has loaded the same quantised weights, and torch cannot take torchao's apart to send them.
+        quantised = [name for name, parameter in model.named_parameters() if type(parameter) is not nn.Parameter]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, quantised)
+        wrapped: nn.Module = self._accelerator.prepare_model(model)
         return wrapped
 
     def local_gradients(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
