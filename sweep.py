@@ -8,6 +8,9 @@ A sweep that is started again goes on where it stopped. Its results are in outpu
 
 from __future__ import annotations
 
+import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
+# isort: split
 import sys
 from dataclasses import replace
 from pathlib import Path

@@ -8,6 +8,9 @@ to outputs/<dataset>/<model>/<run>.
 
 from __future__ import annotations
 
+import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
+# isort: split
 import logging
 import time
 from pathlib import Path

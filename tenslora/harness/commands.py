@@ -43,10 +43,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """A context in which a user's mistake ends the process with status 1 and one line on standard error."""
+    """A context in which a user's mistake ends the process with status 1, and Ctrl-C with 130, with one line each."""
     for chatty in QUIET:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         yield
     except TensLoRAError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

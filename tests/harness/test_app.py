@@ -169,12 +169,13 @@ def test_a_stopped_run_ends_with_status_130(accident: str, commands: Commands, t
     assert (tmp_path / "train.log").read_text().rstrip().endswith("interrupted")
 
 
-def test_ctrl_c_while_hydra_is_imported_ends_with_status_130_and_one_line() -> None:
+@pytest.mark.parametrize("library", ["tenslora.harness.app", "hydra"])
+def test_ctrl_c_while_libraries_are_imported_ends_with_status_130_and_one_line(library: str) -> None:
     program = (
         "import runpy, signal, sys\n"
         "class Interrupts:\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'hydra':\n"
+        f"        if name == '{library}':\n"
         "            signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupts())\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
