@@ -71,6 +71,10 @@ def run_app(
         from tenslora.harness.config import register_resolvers
 
         register_resolvers()
+        if {"-sc", "--shell-completion"}.intersection(sys.argv):
+            from tenslora.harness.completion import complete_options_in_folders
+
+            complete_options_in_folders()
         hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name)(guarded)()
     except (KeyboardInterrupt, Exception) as error:
         if guarded.interrupted:

@@ -36,7 +36,7 @@ def misspelt(words: Sequence[str], conf: Path, config_name: str) -> str | None:
         with initialize_config_dir(str(conf), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()
             overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(words))
-            groups = [override for override in overrides if _options(loader, override.key_or_group)]
+            groups = [override for override in overrides if options_of(loader, override.key_or_group)]
             choices = []
             for override in groups:
                 for value in _values(override):
@@ -56,12 +56,17 @@ def misspelt(words: Sequence[str], conf: Path, config_name: str) -> str | None:
     return None
 
 
-def _options(loader: ConfigLoader, group: str) -> list[str]:
-    """A group's options, with those of its folders, such as paper/dtd. Files in base/ are no choices."""
+def options_of(loader: ConfigLoader, group: str) -> list[str]:
+    """The options of a group, with those in its folders, such as paper/dtd. Files in base/ are no options.
+
+    Args:
+        loader: Hydra's loader of the config files.
+        group: the group's name, such as experiment.
+    """
     options = [option for option in loader.get_group_options(group) if option != "base"]
     for folder in loader.list_groups(group):
         if folder != "base":
-            options += [f"{folder}/{option}" for option in _options(loader, f"{group}/{folder}")]
+            options += [f"{folder}/{option}" for option in options_of(loader, f"{group}/{folder}")]
     return options
 
 
@@ -80,7 +85,7 @@ def _values(override: Override) -> Iterator[Any]:
 def _not_an_option(loader: ConfigLoader, group: str, value: Any) -> str | None:
     name = str(value)
     folder, _, option = name.rpartition("/")
-    options = _options(loader, group)
+    options = options_of(loader, group)
     if isinstance(value, str) and option in loader.get_group_options(f"{group}/{folder}" if folder else group):
         return None
     return f"{group}={shown(value)}: must be one of {', '.join(options)}{did_you_mean(name, options)}"
