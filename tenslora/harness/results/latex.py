@@ -192,6 +192,7 @@ def _environment(alignment: str, body: list[str], caption: str, label: str) -> s
             r"\begin{table}",
             r"\centering",
             r"\small",
+            r"\setlength{\belowcaptionskip}{6pt}",  # article leaves no room between a caption and the table below it
             rf"\caption{{{caption}}}",
             rf"\label{{{label}}}",
             r"\setlength{\tabcolsep}{4pt}",
