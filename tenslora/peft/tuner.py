@@ -366,6 +366,10 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             target = layer
         target.updates[adapter_name] = self._planned[current_key]
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, _: nn.Module) -> None:
+        # PEFT's own asks every module for a weight, and a head of several layers that was trained too has none.
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         adapter = self.tenslora_adapters[adapter_name]
         if autocast_adapter_dtype and next(adapter.parameters()).dtype in (torch.float16, torch.bfloat16):

@@ -204,6 +204,20 @@ def test_each_task_has_pefts_own_class_and_is_loaded_again(
     assert f"trainable params: {count:,} ||" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["hf_bert", "hf_roberta"])  # whose heads are a Linear, and a module of several
+def test_a_trained_head_stays_when_the_adapter_is_merged(name: str, tmp_path: Path) -> None:
+    batch = inputs(name)
+    get_peft_model(build(name), TensLoraConfig(task_type="SEQ_CLS")).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: weight + 0.1 for key, weight in load_file(path).items()}, path)
+    model: Any = PeftModel.from_pretrained(build(name), str(tmp_path)).eval()
+    expected = logits(model, batch)
+    assert (expected - logits(build(name), batch)).abs().max() > 1e-2
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch), expected, rtol=0, atol=1e-10)
+    assert merged.state_dict().keys() == build(name).state_dict().keys()
+
+
 def test_an_adapter_is_loaded_from_the_hub_by_its_name(tmp_path: Path) -> None:
     model = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
     model.save_pretrained(str(repository(tmp_path / "hub", "models", "user/name")))
