@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tenslora.constructions import HEAD_LAYOUTS, INITS, SCALINGS, TENSOR_SEEDS, adapted_matrices, stacked_axes
-from tenslora.errors import TensLoRAError, require_one_of
+from tenslora.errors import TensLoRAError, require_numbers, require_one_of
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.ranks import RankStrategy
 
@@ -60,6 +60,8 @@ class AdapterConfig:
             raise TensLoRAError(
                 f"rank_strategy={self.rank_strategy!r}: must be a RankStrategy, such as RankStrategy('isorank')"
             )
+        require_numbers(self, "alpha", "dropout", "rank_dropout")
+        require_numbers(self, "seed", whole=True)
         for name in ("dropout", "rank_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise TensLoRAError(f"{name}={getattr(self, name)}: must be at least 0 and below 1")

@@ -68,7 +68,7 @@ def adapted_matrices(adapt: str, gated: bool = False) -> tuple[str, ...]:
         return feed_forward
     if adapt == "all":
         return (*_ATTENTION.values(), *feed_forward)
-    if not adapt or adapt != "".join(letter for letter in _ATTENTION if letter in adapt):
+    if not isinstance(adapt, str) or not adapt or adapt != "".join(letter for letter in _ATTENTION if letter in adapt):
         raise TensLoRAError(f"adapt={adapt}: must be letters of qkvo in that order, or mlp, or all")
     return tuple(_ATTENTION[letter] for letter in adapt)
 

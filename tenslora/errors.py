@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
 
 
 class TensLoRAError(ValueError):
@@ -45,3 +47,20 @@ def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:
         alike = difflib.get_close_matches(str(value), names, n=len(names))
         ordered = dict.fromkeys([*alike, *names])
         raise TensLoRAError(f"{setting}={value}: must be one of {', '.join(ordered)}")
+
+
+def require_numbers(settings: Any, *names: str, whole: bool = False) -> None:
+    """Check that settings are numbers, before they are compared with their ranges.
+
+    Args:
+        settings: the object that has the settings.
+        names: the settings' names.
+        whole: whether they must be whole numbers by their type.
+
+    Raises:
+        TensLoRAError: for a value of another type, truth values among them.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+            raise TensLoRAError(f"{name}={value!r}: must be a {'whole ' if whole else ''}number")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tenslora.constructions import Geometry, modes, tensor_grid, weight_modes
-from tenslora.errors import TensLoRAError, require_one_of
+from tenslora.errors import TensLoRAError, require_numbers, require_one_of
 from tenslora.factorizations import FACTORIZATIONS, factorization_of
 from tenslora.factorizations.tucker import RULES
 
@@ -299,6 +299,10 @@ class RankStrategy:
     def __post_init__(self) -> None:
         require_one_of("name", self.name, STRATEGIES)
         require_one_of("rule", self.rule, RULES)
+        require_numbers(self, "rank", whole=True)
+        require_numbers(self, "tolerance", "scale")
+        if self.ranks is not None and not isinstance(self.ranks, (tuple, list)):
+            raise TensLoRAError(f"ranks={self.ranks!r}: must be one rank for each mode, as in (4, 4, 3), or None")
         if self.rank < 1:
             raise TensLoRAError(f"rank={self.rank}: must be at least 1")
         if not 0 <= self.tolerance < 1:

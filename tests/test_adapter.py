@@ -243,6 +243,11 @@ def test_an_adapter_in_another_precision_is_read_in_float32(dtype: torch.dtype, 
         ({"tensor_mode": None}, r"^tensor_mode=None: must be one of lora, att"),
         ({"adapt": "vq"}, r"^adapt=vq: must be letters of qkvo in that order"),
         ({"rank_strategy": "isorank"}, r"rank_strategy='isorank': must be a RankStrategy"),
+        ({"alpha": "4"}, r"^alpha='4': must be a number$"),
+        ({"dropout": None}, r"^dropout=None: must be a number$"),
+        ({"rank_dropout": True}, r"^rank_dropout=True: must be a number$"),
+        ({"seed": 1.5}, r"^seed=1\.5: must be a whole number$"),
+        ({"adapt": 3}, r"^adapt=3: must be letters of qkvo in that order"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

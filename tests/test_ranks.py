@@ -191,6 +191,10 @@ def test_explicit_ranks_that_do_not_fit_are_refused_by_name(ranks: list[int] | N
         ({"tolerance": 1.0}, r"^tolerance=1\.0: must be at least 0 and below 1$"),
         ({"scale": 0.0}, r"^scale=0\.0: must be above 0 and at most 1000$"),
         ({"scale": 1e30}, r"^scale=1e\+30: must be above 0 and at most 1000$"),
+        ({"rank": "4"}, r"^rank='4': must be a whole number$"),
+        ({"rank": 4.0}, r"^rank=4\.0: must be a whole number$"),
+        ({"scale": "1"}, r"^scale='1': must be a number$"),
+        ({"ranks": 4}, r"^ranks=4: must be one rank for each mode, as in \(4, 4, 3\), or None$"),
         ({"name": "magic"}, r"^name=magic: must be one of isorank, isoparameters, explicit$"),
     ],
 )

@@ -120,9 +120,10 @@ def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[P
 
 def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config: dict[str, Any]) -> wandb.Run:
     mode = logger.mode
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb.setup().settings.base_url) else "offline")
     try:
+        if mode == "auto":
+            has_key = _has_key(wandb.setup().settings.base_url)
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         return wandb.init(
             project=logger.project,
             entity=logger.entity,
@@ -136,10 +137,12 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
             settings=wandb.Settings(silent=True),
             reinit="finish_previous",
         )
-    except ValidationError as error:  # such as a tag that is too long
+    except ValidationError as error:  # such as a tag that is too long, or a mode that does not exist
         first = error.errors()[0]
         setting = str(first["loc"][0]).removeprefix("run_")
-        raise TensLoRAError(f"logger.{setting}: {first['msg'].removeprefix('Value error, ')}") from error
+        variable = f"WANDB_{setting.upper()}"
+        place = variable if os.environ.get(variable) == first["input"] else f"logger.{setting}"
+        raise TensLoRAError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from error
     except wandb.errors.UsageError as error:
         raise TensLoRAError(f"logger: Weights & Biases does not accept the run ({one_line(str(error))})") from error
     except wandb.errors.Error as error:

@@ -148,6 +148,14 @@ def test_what_wandb_does_not_take_is_named(wrong: dict[str, Any], message: str, 
 
 
 @pytest.mark.usefixtures("_without_keys")
+def test_a_variable_that_wandb_does_not_take_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    table = Table("t", "T", (Run(Row("lora"), Column("d", "m"), 0, "x"),))
+    with pytest.raises(TensLoRAError, match=r"^WANDB_MODE: Input should be 'online', 'offline'"):
+        track_table(replace(OFFLINE, mode="auto"), tmp_path, table, [])
+
+
+@pytest.mark.usefixtures("_without_keys")
 @pytest.mark.parametrize("mode", ["auto", "offline"])
 def test_without_a_key_one_line_says_so_and_how_to_upload(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
