@@ -86,6 +86,11 @@ def _load_pretrained(
         model, info = _auto_class(config).from_pretrained(
             source, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **settings
         )
+    if config.quantization is None and getattr(model, "is_quantized", False):
+        raise TensLoRAError(
+            f"{source_setting(config)}: its weights are quantised already; must be a checkpoint of floats, which "
+            f"model.quantization quantises"
+        )
     # transformers 5 gives (name, shape in the checkpoint, shape in the model) for a mismatch, transformers 4 the name.
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
     new = set()
