@@ -5,7 +5,9 @@ Hydra looks for plugins in the package `hydra_plugins` only.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import re
 import subprocess
 import time
@@ -115,14 +117,15 @@ class _Patient(submitit_launcher.BaseSubmititLauncher):
             executor.update_parameters(
                 **{key if key in everywhere else f"{self._EXECUTOR}_{key}": value for key, value in given.items()}
             )
-            jobs = executor.map_array(
-                self,
-                [list(words) for words in job_overrides],
-                ["hydra.sweep.dir"] * len(numbers),
-                list(numbers),
-                [f"job_id_for_{number}" for number in numbers],
-                [Singleton.get_state()] * len(numbers),
-            )
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
+                jobs = executor.map_array(
+                    self,
+                    [list(words) for words in job_overrides],
+                    ["hydra.sweep.dir"] * len(numbers),
+                    list(numbers),
+                    [f"job_id_for_{number}" for number in numbers],
+                    [Singleton.get_state()] * len(numbers),
+                )
         except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
             advice = settings_for(str(error)) if self._EXECUTOR == "slurm" else ""
             raise TensLoRAError(

@@ -18,4 +18,4 @@ def complete_options_in_folders() -> None:
             return of_hydra(plugin, word, config_name, words)
         return [f"{key}={option}" for option in options if f"{key}={option}".startswith(word)], True
 
-    CompletionPlugin._query_config_groups = query  # type: ignore[method-assign]
+    CompletionPlugin._query_config_groups = query  # type: ignore[assignment, method-assign]

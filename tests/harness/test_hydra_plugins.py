@@ -233,11 +233,14 @@ def test_slurms_reasons_are_told_apart() -> None:
         ("Slurm controller not responding", ""),
     ],
 )
-def test_a_refusal_is_one_line_with_the_setting_that_mends_it(slurm: FakeSlurm, refusal: str, advice: str) -> None:
+def test_a_refusal_is_one_line_with_the_setting_that_mends_it(
+    slurm: FakeSlurm, refusal: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (slurm.folder / "refused").write_text(refusal)
     with pytest.raises(TensLoRAError) as refused:
         slurm.launch(1, "hydra.launcher.partition=nowhere")
     line = str(refused.value)
+    assert refusal not in capsys.readouterr().err
     assert line.startswith("hydra/launcher: slurm takes no jobs (") and refusal in line
     assert line.rpartition(")")[2].startswith(advice) and bool(advice) == (not line.endswith(")"))
 

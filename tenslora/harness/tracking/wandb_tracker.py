@@ -141,7 +141,8 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
         first = error.errors()[0]
         setting = str(first["loc"][0]).removeprefix("run_")
         variable = f"WANDB_{setting.upper()}"
-        place = variable if os.environ.get(variable) == first["input"] else f"logger.{setting}"
+        given = os.environ.get(variable)
+        place = f"{variable}={given}" if given == first["input"] else f"logger.{setting}"
         raise TensLoRAError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from error
     except wandb.errors.UsageError as error:
         raise TensLoRAError(f"logger: Weights & Biases does not accept the run ({one_line(str(error))})") from error

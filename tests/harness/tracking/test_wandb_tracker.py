@@ -151,7 +151,7 @@ def test_what_wandb_does_not_take_is_named(wrong: dict[str, Any], message: str, 
 def test_a_variable_that_wandb_does_not_take_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "ofline")
     table = Table("t", "T", (Run(Row("lora"), Column("d", "m"), 0, "x"),))
-    with pytest.raises(TensLoRAError, match=r"^WANDB_MODE: Input should be 'online', 'offline'"):
+    with pytest.raises(TensLoRAError, match=r"^WANDB_MODE=ofline: Input should be 'online', 'offline'"):
         track_table(replace(OFFLINE, mode="auto"), tmp_path, table, [])
 
 
