@@ -243,6 +243,8 @@ class RunFolder:
         Raises:
             TensLoRAError: if there is no record, or if this version cannot read it.
         """
+        if self.result.exists() and not self.result.is_file():  # a named pipe would be read for ever
+            raise TensLoRAError(f"{self.result}: not a readable record (it is no file)")
         try:
             content = self.result.read_bytes()
         except OSError as error:
@@ -367,6 +369,8 @@ class RunFolder:
 
     def read_failure(self) -> str | None:
         """The reason why the last attempt left no record; None if no attempt left a reason."""
+        if self.failure.exists() and not self.failure.is_file():
+            return f"{self.failure}: not a readable reason (it is no file)"
         try:
             return str(read_form(Failure, self.failure.read_bytes(), self.failure, "reason")["error"])
         except (FileNotFoundError, NotADirectoryError):

@@ -8,13 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import resource
-import select
 import shutil
-import signal
-import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,40 +25,15 @@ from tenslora.harness.export import export
 from tenslora.harness.load_run import load_run
 from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.sweeping.jobs import carry_out
+from tests.forks import in_a_process
 from tests.harness.config.test_any_value import is_one_line, settings_with_any_values
 from tests.harness.conftest import TINY_BERT
 from tests.mutations import LIMIT, as_bytes, damaged, json_like, other_tensors
 from tests.running import SHORT, record
 from train import train
 
-MEMORY = 8 << 30
-"""How many bytes of addresses a run may take."""
-
 LARGE = hypothesis.settings.get_current_profile_name() == "large"
 budget = hypothesis.settings(max_examples=200 if LARGE else 3, phases=[hypothesis.Phase.generate])
-
-
-def in_a_process(work: Callable[[], str]) -> str:
-    """What a function returns in a process of its own, or what is wrong."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(LIMIT), int(LIMIT)))
-        try:
-            said = work()
-        except BaseException:
-            said = traceback.format_exc()
-        os.write(write, said.encode(errors="backslashreplace")[-60_000:])
-        os._exit(0)
-    os.close(write)
-    ready, _, _ = select.select([read], [], [], 12 * LIMIT)  # by the clock, for one that waits
-    said = os.read(read, 65_536).decode() if ready else "it waits"
-    os.close(read)
-    if not ready:
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    return said or f"it ended with status {os.waitstatus_to_exitcode(status)}"
 
 
 def made_short(run: RunConfig) -> RunConfig:
@@ -120,7 +89,7 @@ def test_any_setting_gives_a_run_with_a_record_or_one_line(
     settings = data.draw(settings_with_any_values(bases))
     folder = tmp_path_factory.getbasetemp() / "any_run"
     shutil.rmtree(folder, ignore_errors=True)
-    said = in_a_process(lambda: outcome(settings, folder))
+    said = in_a_process(lambda: outcome(settings, folder), LIMIT)
     assert said in ("ended", "refused"), said
     assert not list(folder.rglob("*.tmp"))
 
@@ -172,6 +141,6 @@ def test_a_run_with_a_changed_file_is_used_or_refused_in_one_line_and_goes_on(
     change(folder.path / data.draw(st.sampled_from(names)), data)
     if data.draw(st.booleans()):  # the run has not finished
         folder.result.unlink()
-    said = in_a_process(lambda: used(folder, run))
+    said = in_a_process(lambda: used(folder, run), LIMIT)
     assert said == "used", said
     assert not list(folder.path.rglob("*.tmp"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,16 @@ def test_a_record_that_cannot_be_read_is_named(content: str | None, message: str
         folder.result.write_text(content)
     with pytest.raises(TensLoRAError, match=f"^{folder.result}: {message}"):
         folder.read_record()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_read(make: Callable[[Path], None], folder: RunFolder) -> None:
+    folder.path.mkdir()
+    make(folder.result)
+    make(folder.failure)
+    with pytest.raises(TensLoRAError, match=rf"^{folder.result}: not a readable record \(it is no file\)$"):
+        folder.read_record()
+    assert folder.read_failure() == f"{folder.failure}: not a readable reason (it is no file)"
 
 
 @pytest.mark.parametrize(

@@ -331,3 +331,27 @@ def test_jobs_in_other_processes_have_the_same_results(commands: Commands, undis
     assert (third.status, third.err) == (0, "")
     assert "GPUs 0, 1 job at a time on each" in third.out
     assert table(on_gpus) == table(undisturbed)
+
+
+def test_a_sweep_whose_main_process_was_killed_while_others_carry_out_its_jobs_ends_as_one_that_was_not(
+    commands: Commands, undisturbed: Path, tmp_path: Path
+) -> None:
+    launchers = {
+        "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"],
+        "gpus": ["hydra/launcher=gpus", "hydra.launcher.gpus=[0]"],
+        "submitit": ["hydra/launcher=submitit_local"],
+    }
+    for name in launchers:
+        (tmp_path / name).mkdir()
+    # The report is written when the first of the two jobs has ended.
+    killed = commands.run_together(
+        [
+            sweep_command(tmp_path / name, [TWO_JOBS, *words], accident="kill write report.html 1")
+            for name, words in launchers.items()
+        ]
+    )
+    assert [ended.status for ended in killed] == [-9] * 3
+    again = commands.run_together([sweep_command(tmp_path / name, [TWO_JOBS]) for name in launchers])
+    assert [(ended.status, ended.err) for ended in again] == [(0, "")] * 3
+    for name in launchers:
+        assert table(tmp_path / name) == table(undisturbed)

@@ -207,6 +207,31 @@ def test_without_a_compiler_it_says_so(tmp_path: Path, monkeypatch: pytest.Monke
         fit_toy(tmp_path, "trainer.compile=true")
 
 
+class Drawing(LinearModel):
+    """Draws a random number in each training step, as dropout does, and notes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.drawn.append(torch.rand(()).item())
+        return super().forward(x)
+
+
+def test_every_epoch_and_every_seed_drops_other_entries_and_equal_runs_the_same(tmp_path: Path) -> None:
+    def drawn(name: str, *words: str) -> list[float]:
+        model = Drawing()
+        fit_toy(tmp_path / name, "trainer.epochs=3", *words, model=model)
+        return model.drawn
+
+    first = drawn("first")
+    assert len(first) == len(set(first)) == 6  # two steps in each epoch
+    assert drawn("again") == first
+    assert not set(drawn("other", "seed=1")) & set(first)
+
+
 def test_equal_settings_give_equal_bytes_and_other_seeds_others(tmp_path: Path) -> None:
     one, again, other = (
         run(tmp_path / name, *SHORT, "trainer.epochs=1", f"seed={seed}", "adapter.dropout=0.1")
