@@ -217,6 +217,21 @@ class Adapter(nn.Module):
             start = stop
         return lefts, rights
 
+    def resize(self, ranks: Sequence[int]) -> None:
+        """Give the tensors other ranks. Their parameters stay the same objects, with zeros of the new shapes.
+
+        The scale and the first step stay those of the ranks that the adapter started with.
+
+        Args:
+            ranks: the ranks, in the order of `ranks.rank_limits`.
+        """
+        self.ranks = tuple(ranks)
+        for module in self.tensors:
+            tensor = cast(FactorizedTensor, module)
+            for name, shape in tensor.factorization.shapes(tensor.modes, self.ranks).items():
+                parameter = tensor.get_parameter(name)
+                parameter.data = parameter.new_zeros(shape)
+
     def save(self, path: Path | str) -> Path:
         """Write the adapter to one safetensors file, atomically. The header holds the config, geometry and ranks.
 

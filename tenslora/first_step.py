@@ -53,7 +53,7 @@ def first_step(
     return math.sqrt(total / (len(geometry.matrices) * geometry.layers))
 
 
-def relative_first_step(config: AdapterConfig, geometry: Geometry) -> float | None:
+def relative_first_step(config: AdapterConfig, geometry: Geometry, ranks: Sequence[int] | None = None) -> float | None:
     """An adapter's first step as a multiple of LoRA's at ``config.rank_strategy.rank`` and the same alpha.
 
     >>> vit_base = Geometry(d_in=768, heads=12, d_head=64, layers=12)
@@ -64,6 +64,7 @@ def relative_first_step(config: AdapterConfig, geometry: Geometry) -> float | No
     Args:
         config: the adapter's settings.
         geometry: the backbone's dimensions.
+        ranks: the ranks that the adapter starts with; None for those of config.rank_strategy.
 
     Returns:
         The multiple; None where the adapter's first step can only be measured.
@@ -75,7 +76,8 @@ def relative_first_step(config: AdapterConfig, geometry: Geometry) -> float | No
         return 1.0
     if config.init != "orthogonal" and config.tensor_mode != "lora":
         return None
-    ranks = config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization)
+    if ranks is None:
+        ranks = config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization)
     own = first_step(config.tensor_mode, geometry, ranks, config.factorization)
     return own and own / lora_first_step(geometry, config.rank_strategy.rank)
 

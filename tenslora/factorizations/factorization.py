@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from tenslora.constructions import DEPTH, PROJECTION, SITE
 from tenslora.errors import TensLoRAError
@@ -18,6 +18,40 @@ Modes = Mapping[str, int]
 
 STRUCTURE = (PROJECTION, DEPTH, SITE)
 """The axes that tell matrices and layers apart."""
+
+
+class Basis(NamedTuple):
+    """The singular vectors of a tensor at one rank r, where the tensor is a product P Q over r terms.
+
+    P = P' S, where P' has orthonormal columns, and w are the left singular vectors of S Q, so that P' w are those of
+    P Q. In the new basis P becomes P before, and Q becomes after^T Q; to cut the rank, only the first columns are used.
+
+    Args:
+        energies: the squared singular values, largest first, (k,); k is r, or less if P has fewer rows.
+        before: pinv(S) w, (r, k).
+        after: S^T w, (r, k).
+    """
+
+    energies: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def basis(root: Tensor, gram: Tensor) -> Basis:
+    """The basis at one rank.
+
+    Args:
+        root: S, (k, r).
+        gram: S Q Q^T S^T, (k, k).
+
+    Returns:
+        The basis.
+    """
+    import torch
+
+    values, vectors = torch.linalg.eigh(gram)
+    vectors = vectors.flip(1)
+    return Basis(values.flip(0).clamp(min=0), torch.linalg.pinv(root) @ vectors, root.T @ vectors)
 
 
 class Factorization(ABC):
@@ -164,6 +198,33 @@ class Factorization(ABC):
         raise TensLoRAError(
             f"factorization={type(self).__name__.lower()}: must be tucker or tensor_train to be computed from updates"
         )
+
+    def bases(self, parameters: Mapping[str, Tensor], modes: Modes) -> dict[str, Basis]:
+        """For each rank, the basis in which the tensor is cut to a lower rank with the least loss.
+
+        Args:
+            parameters: the parameters, with the names and shapes that `shapes` gives, in float64.
+            modes: the tensor's modes.
+
+        Returns:
+            The basis of each rank, by the rank's name.
+
+        Raises:
+            TensLoRAError: if the factorization has no such bases, which is the default.
+        """
+        raise TensLoRAError(f"factorization={type(self).__name__.lower()}: must be tucker or tensor_train to be pruned")
+
+    def rank_dims(self, modes: Modes) -> dict[str, list[tuple[int, str, bool]]]:
+        """The dimensions of each parameter that are ranks; for a factorization that has `bases`.
+
+        Args:
+            modes: the tensor's modes.
+
+        Returns:
+            For each parameter, the dimension, the name of its rank, and whether the parameter stands before the bond
+            that the rank makes: a factor of Tucker, or the core before the bond in a train.
+        """
+        return {}
 
     def full(self, parameters: Mapping[str, Tensor], modes: Modes) -> Tensor:
         """The complete tensor. An attention's updates are never built this way; those of any other weight may be.

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tenslora.constructions import DEPTH, HEAD
-from tenslora.factorizations.factorization import STRUCTURE, Factorization, Modes, leading_vectors
+from tenslora.factorizations.factorization import STRUCTURE, Basis, Factorization, Modes, basis, leading_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +91,32 @@ class TensorTrain(Factorization):
             cores[name] = vectors.reshape(before, modes[name], rank) if cores else vectors
             rest, before = vectors.T @ rest, rank
         return {**cores, last: rest}
+
+    def bases(self, parameters: Mapping[str, Tensor], modes: Modes) -> dict[str, Basis]:
+        import torch
+
+        names, order = self.rank_limits(modes), _order(modes)
+        cores = [parameters[name] for name in order]
+        roots: list[Tensor] = []
+        grams: list[Tensor] = []
+        root, gram = cores[0].new_ones(1, 1), cores[-1].new_ones(1, 1)
+        for core in cores[:-1]:  # P' S up to each bond, from the left
+            _, root = torch.linalg.qr((root @ core.reshape(root.shape[1], -1)).reshape(-1, core.shape[-1]))
+            roots.append(root)
+        for core in reversed(cores[1:]):  # Q Q^T behind each bond, from the right
+            matrices = core.reshape(core.shape[0], -1, gram.shape[0])
+            gram = torch.einsum("anb,bc,dnc->ad", matrices, gram, matrices)
+            grams.insert(0, gram)
+        return {name: basis(s, s @ g @ s.T) for name, s, g in zip(names, roots, grams, strict=True)}
+
+    def rank_dims(self, modes: Modes) -> dict[str, list[tuple[int, str, bool]]]:
+        names, (first, *middle, last) = list(self.rank_limits(modes)), _order(modes)
+        between = zip(middle, pairwise(names), strict=True)
+        return {
+            first: [(1, names[0], True)],
+            **{name: [(0, before, False), (2, after, True)] for name, (before, after) in between},
+            last: [(0, names[-1], False)],
+        }
 
     def ideal(self, modes: Modes, rule: str, t: float) -> list[float]:
         return [min(t, limit) for limit in self.rank_limits(modes).values()]

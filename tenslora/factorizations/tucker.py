@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tenslora.constructions import DEPTH, HEAD, PROJECTION, SITE
-from tenslora.factorizations.factorization import STRUCTURE, Factorization, Modes, leading_vectors
+from tenslora.factorizations.factorization import STRUCTURE, Basis, Factorization, Modes, basis, leading_vectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +74,20 @@ class Tucker(Factorization):
             factors[name] = leading_vectors(tensor.movedim(axis, 0).flatten(1), rank)
             core = core.movedim(0, -1) @ factors[name]  # after N such moves the modes are in their order again
         return {"core": core, **factors}
+
+    def bases(self, parameters: Mapping[str, Tensor], modes: Modes) -> dict[str, Basis]:
+        import torch
+
+        roots = {name: torch.linalg.qr(parameters[name])[1] for name in modes}
+        core = parameters["core"]
+        for name in modes:  # the tensor's coordinates in orthonormal bases of the factors
+            core = core.movedim(0, -1) @ roots[name].T
+        unfoldings = {name: core.movedim(axis, 0).flatten(1) for axis, name in enumerate(modes)}
+        return {name: basis(roots[name], unfolding @ unfolding.T) for name, unfolding in unfoldings.items()}
+
+    def rank_dims(self, modes: Modes) -> dict[str, list[tuple[int, str, bool]]]:
+        core = [(axis, name, False) for axis, name in enumerate(modes)]
+        return {"core": core, **{name: [(1, name, True)] for name in modes}}
 
     def core_joins_input(self, projections: int, r_in: int, r_out: int, d_in: int, d_out: int) -> bool:
         """Whether the grouping U_in G[p] times U_out^T takes fewer multiplications than U_in times G[p] U_out^T.

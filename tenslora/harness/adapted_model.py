@@ -84,7 +84,7 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
     check_ranks(run, geometry)
     adapter = warm_start = None
     if run.adapter:
-        adapter = attach(model, run.adapter)
+        adapter = attach(model, Adapter(run.adapter, geometry, run.start_ranks(geometry)))
         if run.warm_start is not None:
             from tenslora.peft.saved_lora import read_updates  # imports PEFT, which takes seconds
 

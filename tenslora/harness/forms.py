@@ -134,6 +134,7 @@ class Record(Form):
     factorization: Literal[(None, "matrix", *FACTORIZATIONS)]  # type: ignore[valid-type]
     rank_strategy: Line | None
     ranks: list[Number] | None
+    ranks_by_epoch: list[list[Number]] | None = None
     warm_start: dict[str, Any] | None
     seed: Count
     geometry: Annotated[dict[str, Any], AfterValidator(_check_geometry)]
@@ -187,7 +188,8 @@ class Record(Form):
         factorization = "tucker" if self.factorization == "matrix" else self.factorization
         _check(factorization is not None, "factorization=null", f"tensor_mode {self.tensor_mode} has one")
         limits = rank_limits(self.tensor_mode, Geometry(**self.geometry), factorization or "")
-        _check(len(self.ranks or ()) == len(limits), f"ranks={self.ranks}", f"must be {len(limits)}")
+        for ranks in (self.ranks, *(self.ranks_by_epoch or ())):
+            _check(len(ranks or ()) == len(limits), f"ranks={ranks}", f"must be {len(limits)}")
         return self
 
     @model_validator(mode="after")
@@ -232,6 +234,7 @@ class Checkpoint(Form):
     steps: Number
     history: list[Epoch]
     seconds: dict[Literal["train", "wait", "evaluate"], NonNegative]
+    ranks: list[list[Number]] | None = None
 
 
 def check_history(history: Iterable[Epoch], scores: Iterable[str], scored_on: str) -> None:

@@ -122,6 +122,7 @@ def record_of(
         "status": "diverged" if failure else "completed",
         "failure": {"message": str(failure), "step": failure.step, "lr": failure.rate} if failure else None,
         **facts,
+        **_ranks_at_the_end(run, facts, state),
         "metrics": summarize_history(state.history, facts["scores"]),
         "seconds": {**seconds, **state.seconds},
         "steps_per_second": state.steps / state.seconds["train"] if state.steps else None,
@@ -129,6 +130,24 @@ def record_of(
         "environment": describe_environment(),
         "identity": run.identity(),
         "config": run.settings(),
+    }
+
+
+def _ranks_at_the_end(run: RunConfig, facts: Mapping[str, Any], state: TrainingState) -> dict[str, Any]:
+    # What cutting the ranks changes in a record: it is of the adapter that is saved. The first step stays the start's.
+    if state.ranks is None:
+        return {}
+    if not state.ranks or run.adapter is None:
+        return {"ranks_by_epoch": state.ranks}
+    ranks = state.ranks[-1]
+    count = parameter_count(run.tensor_mode, Geometry(**facts["geometry"]), ranks, run.adapter.factorization)
+    less = facts["adapter_parameters"] - count
+    return {
+        "ranks": ranks,
+        "ranks_by_epoch": state.ranks,
+        "adapter_parameters": count,
+        "trained_parameters": facts["trained_parameters"] - less,
+        "total_parameters": facts["total_parameters"] - less,
     }
 
 

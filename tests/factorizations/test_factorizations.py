@@ -200,7 +200,12 @@ def test_tensor_guide_builds_nothing_as_large_as_an_update(name: str) -> None:
     formulas = factorization_of(name, "tensor_guide")
     tensor = FactorizedTensor(formulas, modes(name, geometry), [2, 3], geometry.layers, torch.Generator())
     sizes: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+
+    def kept(x: Tensor) -> Tensor:
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(kept, lambda x: x):
         left, right = tensor.slices(0)
     assert left.shape[-2:] == (96, 2) and right.shape[-2:] == (2, 128)
     assert 0 < max(sizes) <= 3 * 128 * 4 * 3 < 96 * 128

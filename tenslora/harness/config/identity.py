@@ -56,6 +56,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
         "preset": {"name": run.preset},
         "tensor_mode": {"name": run.tensor_mode},
         "rank_strategy": {name: _plain(getattr(strategy, name)) for name in _STRATEGY_SETTINGS[strategy.name]},
+        "rank_schedule": {"name": "fixed"} if run.rank_schedule.name == "fixed" else _fields(run.rank_schedule),
         "model": _fields(run.model),
         "dataset": _fields(run.dataset),
         "optimizer": _fields(run.optimizer),
@@ -109,6 +110,8 @@ def identity(run: RunConfig) -> dict[str, Any]:
         for name, default in defaults.items():
             if name in of_group and of_group[name] == default:
                 del of_group[name]
+    if run.rank_schedule.name == "fixed" or run.adapter is None:  # younger than the oldest records, too
+        del relevant["rank_schedule"]
     if run.adapter is None:
         del relevant["rank_strategy"], relevant["warm_start"]
         del relevant["optimizer"]["core_lr_ratio"], relevant["optimizer"]["factor_weight_decay"]
@@ -116,7 +119,8 @@ def identity(run: RunConfig) -> dict[str, Any]:
         del relevant["factorization"]
         if run.row_strategy == "":
             relevant["rank_strategy"] = {"rank": run.rank_strategy.rank}
-            relevant["adapter"].pop("scaling", None)  # LoRA has its own first step under either value
+            if run.rank_schedule.name == "fixed":  # LoRA then has its own first step under either value
+                relevant["adapter"].pop("scaling", None)
     normalized: dict[str, Any] = _with_whole_numbers(relevant)
     return normalized
 

@@ -35,7 +35,7 @@ from tenslora.harness.config.checks import (
 from tenslora.harness.config.tuning import TuneConfig
 from tenslora.harness.training.metrics import METRICS
 from tenslora.hub import is_repository
-from tenslora.ranks import RankStrategy
+from tenslora.ranks import RankStrategy, rank_limits
 
 REFERENCES = ("head_only", "full")
 """Values of tensor_mode without an adapter: only the head is trained, or every weight."""
@@ -251,6 +251,39 @@ class TextDatasetConfig(DatasetConfig):
 
 
 @dataclass(frozen=True)
+class RankScheduleConfig:
+    """Whether the ranks stay as they are chosen, or start higher and are cut while the run trains."""
+
+    name: Annotated[str, one_of(("fixed", "prune"))] = "fixed"
+    start: Annotated[float, within(1, 100)] = 1.0
+    epochs: Annotated[tuple[Count, ...], all_different()] = ()
+
+    def __post_init__(self) -> None:
+        if self.name == "fixed":
+            for setting, value in (("start", self.start != 1), ("epochs", self.epochs)):
+                if value:
+                    raise TensLoRAError(f"{setting}={getattr(self, setting)}: must be left out with name=fixed")
+        elif not self.epochs or list(self.epochs) != sorted(self.epochs):
+            raise TensLoRAError(f"epochs={list(self.epochs)}: must be at least one epoch, in rising order")
+
+    def budget(self, epoch: int, start: int, end: int) -> int | None:
+        """The number of parameters that the ranks are cut to after an epoch; from cut to cut it falls by one ratio.
+
+        Args:
+            epoch: the epoch's number, from 1.
+            start: the number of parameters that the run starts with.
+            end: the number of parameters after the last cut.
+
+        Returns:
+            The number; None after an epoch without a cut.
+        """
+        if epoch not in self.epochs:
+            return None
+        share = (self.epochs.index(epoch) + 1) / len(self.epochs)
+        return end if share == 1 else round(start ** (1 - share) * end**share)
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
@@ -340,6 +373,7 @@ class RunConfig:
         preset: the name of the published method that the settings follow, or "none".
         overwrite: whether to train a run anew that is finished.
         tuned: how one of the settings was chosen, by other runs; None if no sweep has chosen it.
+        rank_schedule: whether the ranks are cut while the run trains. A run without an adapter ignores it.
 
     Raises:
         TensLoRAError: for settings that are each valid but do not fit each other.
@@ -361,8 +395,10 @@ class RunConfig:
     preset: FolderName = "none"
     overwrite: bool = False
     tuned: TuneConfig | None = None
+    rank_schedule: RankScheduleConfig = RankScheduleConfig()
 
     def __post_init__(self) -> None:
+        self._check_rank_schedule()
         model, dataset = self.model, self.dataset
         if model.modality != dataset.modality:
             raise TensLoRAError(
@@ -381,6 +417,48 @@ class RunConfig:
             )
         if self.adapter is None and self.tensor_mode not in REFERENCES:
             raise TensLoRAError(f"adapter=null: tensor_mode={self.tensor_mode} needs the settings of an adapter")
+
+    def _check_rank_schedule(self) -> None:
+        schedule, trainer = self.rank_schedule, self.trainer
+        if schedule.name == "fixed" or self.adapter is None or self.tensor_mode in REFERENCES:
+            return
+        if self.tensor_mode != "lora" and self.adapter.factorization not in ("tucker", "tensor_train"):
+            raise TensLoRAError(
+                f"factorization={self.adapter.factorization}: must be tucker or tensor_train with rank_schedule=prune"
+            )
+        if schedule.epochs[-1] >= trainer.epochs:
+            raise TensLoRAError(
+                f"rank_schedule.epochs={list(schedule.epochs)}: must be below {trainer.epochs}, the last epoch"
+            )
+        if trainer.compile:
+            raise TensLoRAError("trainer.compile=true: must be false with rank_schedule=prune")
+
+    def start_ranks(self, geometry: Geometry) -> tuple[int, ...] | None:
+        """The ranks that the adapter starts with: those of its rank strategy, or higher ones that will be cut.
+
+        isoparameters gets `rank_schedule.start` times the budget; the ranks of other strategies, and LoRA's, are
+        multiplied, up to their limits.
+
+        Args:
+            geometry: the backbone's dimensions.
+
+        Returns:
+            The ranks; None for a run without an adapter.
+
+        Raises:
+            TensLoRAError: for ranks that do not fit the geometry.
+        """
+        if self.adapter is None:
+            return None
+        strategy, schedule = self.rank_strategy, self.rank_schedule
+        chosen = self.tensor_mode, geometry, self.adapter.factorization
+        if schedule.name == "fixed":
+            return strategy.resolve(*chosen)
+        if strategy.name == "isoparameters" and self.tensor_mode != "lora":
+            return replace(strategy, scale=strategy.scale * schedule.start).resolve(*chosen)
+        limits = rank_limits(*chosen).values()
+        ranks = strategy.resolve(*chosen)
+        return tuple(min(n, max(1, round(schedule.start * r))) for r, n in zip(ranks, limits, strict=True))
 
     def with_seed(self, seed: int) -> RunConfig:
         """The same run with another seed, also for its adapter.

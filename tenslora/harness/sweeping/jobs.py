@@ -177,7 +177,7 @@ class Job:
                 factorization = run.adapter.factorization
                 ranks = run.rank_strategy.resolve(run.tensor_mode, geometry, factorization)
                 parameters = parameter_count(run.tensor_mode, geometry, ranks, factorization)
-                step = relative_first_step(run.adapter, geometry)
+                step = relative_first_step(run.adapter, geometry, run.start_ranks(geometry))
         elif record:
             ranks = record["ranks"] and tuple(record["ranks"])
             parameters, lora = record["adapter_parameters"], record["lora_parameters"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenslora.adapter import Adapter
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.forms import shown
@@ -86,6 +87,7 @@ class TrainingState:
         seconds: the seconds spent in training ("train") and in evaluation ("evaluate"). Those spent in waiting for
             training batches ("wait") are a part of "train".
         predictions: those of the last evaluation, for each split. A checkpoint does not hold them.
+        ranks: the adapter's ranks after each complete epoch, of a run that cuts them; otherwise None.
     """
 
     epochs: int = 0
@@ -93,6 +95,7 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "wait": 0.0, "evaluate": 0.0})
     predictions: dict[str, Predictions] = field(default_factory=dict)
+    ranks: list[list[int]] | None = None
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
@@ -131,6 +134,8 @@ def save_checkpoint(
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
     kept = {name: value for name, value in vars(state).items() if name != "predictions"}
+    if state.ranks is None:
+        del kept["ranks"]
     write_safetensors(path, tensors, {"format": CHECKPOINT_FORMAT, "digest": digest, **kept})
 
 
@@ -140,6 +145,7 @@ def load_checkpoint(
     course: Course,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    pruned: Adapter | None = None,
 ) -> TrainingState:
     """Read a checkpoint into the parameters and the optimizer.
 
@@ -149,6 +155,7 @@ def load_checkpoint(
         course: how that run goes.
         parameters: the parameters to train, by name, as they are before the first step. Their values are replaced.
         optimizer: the optimizer of these parameters. Its moments are replaced.
+        pruned: the adapter, if the run cuts its ranks; it gets those of the checkpoint.
 
     Returns:
         How far the run had come.
@@ -166,6 +173,7 @@ def load_checkpoint(
             raise OtherRun(path, header["digest"], digest)
         try:
             course.check(header["epochs"], header["steps"], [Epoch.model_validate(each) for each in header["history"]])
+            _take_ranks(header, pruned)
             moments = _check_tensors(tensors, header["steps"], parameters, optimizer)
         except ValueError as error:
             raise TensLoRAError(f"{path}: does not fit this run ({error}); start without resume") from error
@@ -176,8 +184,28 @@ def load_checkpoint(
             parameter.copy_(tensors[f"parameters/{name}"])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return TrainingState(
-        header["epochs"], header["steps"], header["history"], {**TrainingState().seconds, **header["seconds"]}
+        header["epochs"],
+        header["steps"],
+        header["history"],
+        {**TrainingState().seconds, **header["seconds"]},
+        ranks=header["ranks"],
     )
+
+
+def _take_ranks(header: Mapping[str, Any], pruned: Adapter | None) -> None:
+    ranks = header["ranks"]
+    if (ranks is None) != (pruned is None):
+        raise TensLoRAError(f"ranks={shown(ranks)}: does not fit rank_schedule")
+    if pruned is None:
+        return
+    if len(ranks) != header["epochs"]:
+        raise TensLoRAError(f"ranks: must have {header['epochs']} entries, one for each epoch")
+    before = list(pruned.ranks)
+    for entry in ranks:  # ranks only fall, so that a damaged file cannot ask for more memory than the run itself
+        if len(entry) != len(before) or any(now > then for now, then in zip(entry, before, strict=True)):
+            raise TensLoRAError(f"ranks={shown(entry)}: must be {len(before)} numbers, none above {shown(before)}")
+        before = entry
+    pruned.resize(before)
 
 
 def _check_tensors(

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tenslora.attachment import SUBMODULE
+from tenslora.adapter import Adapter
+from tenslora.attachment import SUBMODULE, adapter_of
 from tenslora.errors import TensLoRAError
-from tenslora.harness.config import RunConfig
+from tenslora.harness.config import RankScheduleConfig, RunConfig
 from tenslora.harness.data.batches import Batch, TrainBatches
 from tenslora.harness.data.encoding import EncodedDataset
 from tenslora.harness.training.checkpoint import Course, TrainingState, load_checkpoint, save_checkpoint
@@ -31,6 +33,8 @@ from tenslora.harness.training.progress import ProgressBar
 from tenslora.harness.training.schedule import cosine_rate
 from tenslora.harness.training.tasks import TASKS, outputs_of
 from tenslora.random_streams import stream_seed
+from tenslora.rank_pruning import prune
+from tenslora.ranks import parameter_count
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +112,17 @@ def fit(
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
     scores = tuple(score_names(data.metrics, data.more_tests))
     course = Course(batches.steps_per_epoch, steps, run.trainer.evaluate_every, scores, data.scored_on)
-    state = TrainingState()
+    pruning = _pruning(model, run, processes, last_epoch=math.ceil(steps / batches.steps_per_epoch))
+    state = TrainingState(ranks=None if pruning is None else [])
     if run.resume and checkpoint.is_file():
-        state = load_checkpoint(checkpoint, run.digest(), course, optimization.parameters, optimization.adamw)
+        state = load_checkpoint(
+            checkpoint,
+            run.digest(),
+            course,
+            optimization.parameters,
+            optimization.adamw,
+            pruning.adapter if pruning else None,
+        )
         log.info("resuming after epoch %d of %d", state.epochs, run.trainer.epochs)
         if processes.is_main:
             for entry in state.history:
@@ -129,6 +141,8 @@ def fit(
             torch.manual_seed(stream_seed("epoch", run.seed, epoch, processes.index))
             with state.timed("train"):
                 train_loss, rate = optimization.epoch(batches.epoch(epoch), steps, state, report)
+                if pruning is not None and state.ranks is not None:
+                    state.ranks.append(pruning.after(epoch, optimization.adamw))
             is_scored = course.is_scored(epoch)
             if is_scored:
                 with state.timed("evaluate"):
@@ -157,6 +171,41 @@ def fit(
         if not state.predictions:  # the checkpoint is of the last epoch, so no epoch was left to evaluate
             state.predictions = evaluate_epoch().predictions
     return state
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    """Cuts the adapter's ranks after the epochs that the schedule names."""
+
+    adapter: Adapter
+    schedule: RankScheduleConfig
+    start: int
+    end: int
+
+    def after(self, epoch: int, optimizer: torch.optim.Optimizer) -> list[int]:
+        """Cut the ranks if the schedule says so, and return them."""
+        budget = self.schedule.budget(epoch, self.start, self.end)
+        if budget is not None:
+            prune(self.adapter, budget, optimizer)
+            log.info("epoch %d: cut to %s parameters at most, ranks %s", epoch, f"{budget:,}", list(self.adapter.ranks))
+        return list(self.adapter.ranks)
+
+
+def _pruning(model: nn.Module, run: RunConfig, processes: Processes, last_epoch: int) -> _Pruning | None:
+    schedule = run.rank_schedule
+    if schedule.name == "fixed" or run.adapter is None:
+        return None
+    if processes.count > 1:
+        raise TensLoRAError(f"rank_schedule=prune: must be fixed for {processes.count} processes")
+    if schedule.epochs[-1] >= last_epoch:
+        raise TensLoRAError(f"rank_schedule.epochs={list(schedule.epochs)}: must be below {last_epoch}, the last epoch")
+    adapter, factorization = adapter_of(model), run.adapter.factorization
+    ranks = run.rank_strategy.resolve(run.tensor_mode, adapter.geometry, factorization)
+    start, end = (
+        parameter_count(run.tensor_mode, adapter.geometry, each, factorization)
+        for each in (cast(Any, run.start_ranks(adapter.geometry)), ranks)
+    )
+    return _Pruning(adapter, schedule, start, end)
 
 
 class _Optimization:

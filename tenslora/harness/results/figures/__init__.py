@@ -22,6 +22,7 @@ from tenslora.harness.results.figures.by_parameters import score_by_parameters
 from tenslora.harness.results.figures.by_setting import score_by_setting
 from tenslora.harness.results.figures.learning_curves import learning_curves
 from tenslora.harness.results.figures.panels import Panel, panels_of
+from tenslora.harness.results.figures.ranks_by_epoch import cuts_ranks, ranks_by_epoch
 from tenslora.harness.results.figures.style import GREY, svg, write_figure
 from tenslora.harness.results.paper import PROTOCOL
 from tenslora.harness.results.summary import Summary
@@ -32,6 +33,7 @@ FIGURE_NAMES = (
     "score_by_setting",
     "score_vs_parameters",
     "learning_curves",
+    "ranks_by_epoch",
     "score_vs_first_step",
 )
 """The names of all figures that a table can have, and of their files."""
@@ -91,6 +93,18 @@ def figures_of(summary: Summary) -> list[TableFigure]:
         learning_curves,
         panels,
     )
+    pruned_panels = [
+        replace(panel, cells=cells)
+        for panel in panels
+        if (cells := {row: cell for row, cell in panel.cells.items() if cuts_ranks(cell)})
+    ]
+    pruned = TableFigure(
+        "ranks_by_epoch",
+        "Ranks by epoch",
+        "The ranks of the runs that start with more parameters than their budget and cut them.",
+        ranks_by_epoch,
+        pruned_panels,
+    )
     step_panels = panels_by_first_step(summary)
     by_first_step = TableFigure(
         "score_vs_first_step",
@@ -103,7 +117,9 @@ def figures_of(summary: Summary) -> list[TableFigure]:
     are_readable = most_rows <= _MOST_ROWS and setting != PROTOCOL
     has_curves = any(len(run.metrics["history"]) > 1 for run in summary.runs if run.metrics)
     readable = [by_parameters, *[over_epochs] * has_curves] if are_readable else []
-    return [*of_trials, *[by_setting] * (setting is not None), *readable, *[by_first_step] * bool(step_panels)]
+    of_ranks = [pruned] * bool(pruned_panels and most_rows <= _MOST_ROWS)
+    by_step = [by_first_step] * bool(step_panels)
+    return [*of_trials, *[by_setting] * (setting is not None), *readable, *of_ranks, *by_step]
 
 
 def _figures_of_trials(trials: Summary) -> list[TableFigure]:

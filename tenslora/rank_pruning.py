@@ -1,0 +1,127 @@
+"""Cuts the ranks of an adapter while it trains, and takes AdamW's moments along."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tenslora.adapter import Adapter
+from tenslora.errors import TensLoRAError
+from tenslora.factorizations.factorization import Basis
+from tenslora.tensor import FactorizedTensor
+
+LARGEST_GRID = 20_000_000
+"""The largest number of combinations of ranks that are compared, the first rank left out."""
+
+
+@torch.no_grad()
+def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None = None) -> tuple[int, ...]:
+    """Cut all tensors of an adapter to the ranks that keep the most energy within a number of parameters.
+
+    Every tensor is brought into the bases of its unfoldings' singular vectors, and each rank keeps the first of them:
+    this is the truncated HOSVD for Tucker, and the SVD of the train at each of its bonds for tensor trains. All tensors
+    get the same ranks. These are the ranks, none above today's, that lose the least energy: the sum over all ranks and
+    tensors of the squared singular values that are left out, which bounds the squared error.
+
+    A gradient follows the change of basis, and so do AdamW's first moments, which are means of gradients. Squares of
+    gradients do not, so the second moments start anew: each parameter's from one number, the mean of its old ones. From
+    zero they could not start, because AdamW would take the next step for one of many and make it some thirty times too
+    long.
+
+    Args:
+        adapter: the adapter; its parameters are changed in place and stay the same objects.
+        budget: the largest number of the adapter's parameters.
+        optimizer: the AdamW that trains them; its moments are changed in place. None if there is none.
+
+    Returns:
+        The new ranks.
+
+    Raises:
+        TensLoRAError: if the factorization has no such bases (CP), or if even rank 1 exceeds the budget.
+    """
+    tensors = [cast(FactorizedTensor, tensor) for tensor in adapter.tensors]
+    bases = [t.factorization.bases({n: p.double() for n, p in t.named_parameters()}, t.modes) for t in tensors]
+    ranks = best_ranks(adapter, [[basis.energies for basis in each.values()] for each in bases], budget)
+    old = [{name: parameter.data for name, parameter in tensor.named_parameters()} for tensor in tensors]
+    adapter.resize(ranks)
+    for tensor, own_bases, values in zip(tensors, bases, old, strict=True):
+        cut = {
+            name: Basis(basis.energies, basis.before[:, :rank], basis.after[:, :rank])
+            for (name, basis), rank in zip(own_bases.items(), ranks, strict=True)
+        }
+        dims = tensor.factorization.rank_dims(tensor.modes)
+        for name, parameter in tensor.named_parameters():
+            parameter.copy_(_in_basis(values[name], dims[name], cut, of_gradient=False))
+            state = optimizer.state.get(parameter) if optimizer is not None else None
+            if state:
+                state["exp_avg"] = _in_basis(state["exp_avg"], dims[name], cut, of_gradient=True)
+                state["exp_avg_sq"] = torch.full_like(parameter, state["exp_avg_sq"].mean().item())
+    return ranks
+
+
+def best_ranks(adapter: Adapter, energies: Sequence[Sequence[Tensor]], budget: int) -> tuple[int, ...]:
+    """The ranks that lose the least energy within a number of parameters.
+
+    All combinations of all ranks but the first are compared. A higher rank never loses more, and the count is affine in
+    the first rank, so that this rank follows from the others. Of equal combinations the first is taken, in the order of
+    `ranks.rank_limits`, smallest first.
+
+    Args:
+        adapter: the adapter.
+        energies: for each tensor and each of its ranks, the squared singular values, largest first.
+        budget: the largest number of the adapter's parameters.
+
+    Returns:
+        The ranks.
+
+    Raises:
+        TensLoRAError: if even rank 1 exceeds the budget, or if there are too many combinations to compare.
+    """
+    highest, *others = adapter.ranks
+    if math.prod(others) > LARGEST_GRID:
+        raise TensLoRAError(
+            f"ranks={list(adapter.ranks)}: have {math.prod(others):,} combinations; must be at most {LARGEST_GRID:,} "
+            f"to be pruned"
+        )
+    tensors = [cast(FactorizedTensor, tensor) for tensor in adapter.tensors]
+    grids = np.meshgrid(*[np.arange(1.0, rank + 1) for rank in others], indexing="ij", sparse=True)
+    fixed, with_one = (
+        sum((np.asarray(t.factorization.count(t.modes, (first, *grids))) for t in tensors), np.zeros(others))
+        for first in (0, 1)
+    )
+    first = np.minimum(np.floor((budget - fixed) / (with_one - fixed)), highest).astype(int)
+    if first.max() < 1:
+        raise TensLoRAError(f"budget={budget}: must be at least {int(with_one.min())}, the parameters at rank 1")
+    loss = _lost(energies, 0, highest)[np.maximum(first, 1) - 1]
+    for position, rank in enumerate(others, start=1):
+        lost = _lost(energies, position, rank)
+        loss = loss + lost.reshape([-1 if axis == position - 1 else 1 for axis in range(len(others))])
+    best = np.unravel_index(np.argmin(np.where(first >= 1, loss, np.inf)), loss.shape)
+    return int(first[best]), *(int(index) + 1 for index in best)
+
+
+def _lost(energies: Sequence[Sequence[Tensor]], position: int, rank: int) -> NDArray[Any]:
+    # What the ranks 1, 2, ... leave out at one position of the list of ranks, over all tensors.
+    lost = np.zeros(rank)
+    for of_tensor in energies:
+        values = of_tensor[position].cpu().numpy()
+        lost[: len(values)] += np.append(np.cumsum(values[::-1])[::-1][1:], 0.0)
+    return lost
+
+
+def _in_basis(
+    value: Tensor, dims: Sequence[tuple[int, str, bool]], bases: Mapping[str, Basis], of_gradient: bool
+) -> Tensor:
+    # A gradient changes the other way: what is multiplied by `before` in a parameter is so by `after` in its gradient.
+    changed = value.double()
+    for dim, rank, is_before in dims:
+        basis = bases[rank]
+        matrix = basis.before if is_before != of_gradient else basis.after
+        changed = (changed.movedim(dim, -1) @ matrix).movedim(-1, dim)
+    return changed.to(value).contiguous()

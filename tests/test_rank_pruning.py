@@ -1,0 +1,158 @@
+"""Pruned ranks, against NumPy's SVD, autograd and a search over all ranks."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tenslora.adapter import Adapter, load_adapter
+from tenslora.adapter_config import AdapterConfig
+from tenslora.constructions import Geometry
+from tenslora.errors import TensLoRAError
+from tenslora.rank_pruning import best_ranks, prune
+from tenslora.ranks import RankStrategy, parameter_count, rank_limits
+from tenslora.tensor import FactorizedTensor
+
+GEOMETRY = Geometry(d_in=10, heads=3, d_head=4, layers=5)
+CASES = [
+    (construction, factorization)
+    for construction in ("lora", "att", "qkv", "depth", "qkv_depth", "att_qkv_depth", "site")
+    for factorization in (("tucker", "tensor_train") if construction != "lora" else ("tucker",))
+]
+
+
+def build(construction: str, factorization: str, rank: int = 3) -> Adapter:
+    """An adapter in float64, all of whose numbers are random; no rank is above its mode's size."""
+    strategy = RankStrategy("isorank", rank=rank, cap=True)
+    adapter = Adapter(AdapterConfig(construction, strategy, factorization=factorization), GEOMETRY).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(generator=generator)
+    return adapter
+
+
+def updates(adapter: Adapter) -> Tensor:
+    return torch.stack([torch.cat([d.flatten() for d in adapter.dense(layer)]) for layer in range(5)])
+
+
+def unfolding_projector(x: np.ndarray[Any, Any], rows: int, rank: int) -> np.ndarray[Any, Any]:
+    """The projector on the leading left singular vectors of x as a matrix of so many rows."""
+    u = np.linalg.svd(x.reshape(rows, -1), full_matrices=False)[0][:, :rank]
+    return u @ u.T
+
+
+def cut_by_numpy(x: np.ndarray[Any, Any], factorization: str, ranks: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Truncated HOSVD of a tensor; or, of a train, its projection at each bond, the last bond first."""
+    y = x
+    if factorization == "tucker":
+        for axis, rank in enumerate(ranks):
+            moved = np.moveaxis(x, axis, 0)
+            projector = unfolding_projector(moved, x.shape[axis], rank)
+            y = np.moveaxis(np.tensordot(projector, np.moveaxis(y, axis, 0), 1), 0, axis)
+        return y
+    for bond in reversed(range(len(ranks))):
+        rows = int(np.prod(x.shape[: bond + 1]))
+        y = (unfolding_projector(x, rows, ranks[bond]) @ y.reshape(rows, -1)).reshape(x.shape)
+    return y
+
+
+@pytest.mark.parametrize(("construction", "factorization"), CASES)
+def test_tensors_are_cut_to_their_leading_singular_vectors(construction: str, factorization: str) -> None:
+    adapter = build(construction, factorization)
+    train = factorization == "tensor_train" or construction == "lora"
+
+    def tensors() -> list[np.ndarray[Any, Any]]:
+        # In the order of the train, whose bonds are between neighbours.
+        found = []
+        for module in adapter.tensors:
+            tensor = cast(FactorizedTensor, module)
+            names = list(tensor.modes)
+            order = list(dict(tensor.named_parameters())) if train else names
+            found.append(tensor.full().detach().permute([names.index(name) for name in order]).numpy())
+        return found
+
+    before, full = tensors(), parameter_count(construction, GEOMETRY, adapter.ranks, factorization)
+    ranks = prune(adapter, int(0.6 * full))
+    assert adapter.ranks == ranks and any(rank < 3 for rank in ranks)
+    assert sum(p.numel() for p in adapter.parameters()) == parameter_count(construction, GEOMETRY, ranks, factorization)
+    for old, new in zip(before, tensors(), strict=True):
+        expected = cut_by_numpy(old, "tensor_train" if train else "tucker", ranks)
+        np.testing.assert_allclose(new, expected, atol=1e-9 * np.abs(old).max())
+
+
+@pytest.mark.parametrize(("construction", "factorization"), CASES)
+def test_without_a_cut_the_updates_stay_and_first_moments_are_the_gradients_in_the_new_basis(
+    construction: str, factorization: str
+) -> None:
+    adapter = build(construction, factorization, rank=2)
+    limits = rank_limits(construction, GEOMETRY, factorization).values()
+    assert all(rank <= limit for rank, limit in zip(adapter.ranks, limits, strict=True))
+    direction = torch.randn(updates(adapter).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.0, weight_decay=0.0)
+    torch.autograd.backward((updates(adapter) * direction).sum())
+    optimizer.step()  # the first moments are (1 - beta1) times the gradients
+    optimizer.zero_grad()
+    before, objects = updates(adapter).detach(), list(map(id, adapter.parameters()))
+    means = [optimizer.state[p]["exp_avg_sq"].mean().item() for p in adapter.parameters()]
+    ranks = adapter.ranks
+    assert prune(adapter, sum(p.numel() for p in adapter.parameters()), optimizer) == ranks
+    torch.testing.assert_close(updates(adapter), before, rtol=1e-9, atol=1e-9)
+    assert list(map(id, adapter.parameters())) == objects
+    gradients = torch.autograd.grad((updates(adapter) * direction).sum(), list(adapter.parameters()))
+    for parameter, gradient, mean in zip(adapter.parameters(), gradients, means, strict=True):
+        state = optimizer.state[parameter]
+        torch.testing.assert_close(state["exp_avg"], 0.1 * gradient, rtol=1e-7, atol=1e-9)
+        assert state["exp_avg_sq"].unique().item() == pytest.approx(mean)
+        assert state["step"] == 1
+
+
+@pytest.mark.parametrize(("construction", "factorization"), [("qkv", "tucker"), ("qkv_depth", "tensor_train")])
+def test_the_ranks_are_the_best_of_all(construction: str, factorization: str) -> None:
+    adapter = build(construction, factorization)
+    energies = [
+        [
+            torch.linalg.svdvals(torch.randn(rank, 9, generator=torch.Generator().manual_seed(7 * i + j))).square()
+            for j, rank in enumerate(adapter.ranks)
+        ]
+        for i in range(len(adapter.tensors))
+    ]
+    budget = int(0.7 * parameter_count(construction, GEOMETRY, adapter.ranks, factorization))
+    losses = {
+        ranks: sum(float(e[rank:].sum()) for each in energies for e, rank in zip(each, ranks, strict=True))
+        for ranks in itertools.product(*[range(1, rank + 1) for rank in adapter.ranks])
+        if parameter_count(construction, GEOMETRY, ranks, factorization) <= budget
+    }
+    assert losses[best_ranks(adapter, energies, budget)] == pytest.approx(min(losses.values()))
+
+
+def test_all_tensors_get_the_ranks_that_suit_them_together() -> None:
+    adapter = build("depth", "tucker")
+    prune(adapter, int(0.5 * sum(p.numel() for p in adapter.parameters())))
+    shapes = {tuple(tuple(p.shape) for p in tensor.parameters()) for tensor in adapter.tensors}
+    assert len(shapes) == 1
+
+
+def test_what_cannot_be_pruned_is_refused() -> None:
+    with pytest.raises(TensLoRAError, match=r"^factorization=cp: must be tucker or tensor_train to be pruned$"):
+        prune(build("depth", "cp"), 100)
+    with pytest.raises(TensLoRAError, match=r"^budget=3: must be at least \d+, the parameters at rank 1$"):
+        prune(build("depth", "tucker"), 3)
+
+
+def test_a_pruned_adapter_keeps_its_scale_when_it_is_saved(tmp_path: Path) -> None:
+    adapter = Adapter(AdapterConfig("qkv", RankStrategy("isorank"), scaling="first_step"), GEOMETRY)
+    scale = adapter.scale
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    prune(adapter, 300)
+    loaded = load_adapter(adapter.save(tmp_path / "adapter.safetensors"))
+    assert (loaded.scale, loaded.ranks) == (scale, adapter.ranks)
+    assert all(map(torch.equal, loaded.dense(1), adapter.dense(1)))
