@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from tenslora.adapter_config import LARGEST_SCALE
 from tenslora.constructions import SCALINGS, weight_modes
-from tenslora.errors import TensLoRAError, require_one_of
+from tenslora.errors import TensLoRAError, require_numbers, require_one_of
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.forms import from_json
@@ -57,6 +57,8 @@ class TensorUpdateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_numbers(self, "alpha")
+        require_numbers(self, "seed", whole=True)
         if not abs(self.alpha) <= LARGEST_SCALE:
             raise TensLoRAError(f"alpha={self.alpha}: must be a finite number, from -1,000,000 to 1,000,000")
         require_one_of("scaling", self.scaling, SCALINGS)

@@ -292,6 +292,7 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         ("weight", {"ranks": [1]}, r"^ranks=\[1\]: factorization tucker needs 2 integers \(d_out 1..6, d_in 1..5\)$"),
         ("weight", {"ranks": 2, "factorization": "tt"}, r"^factorization=tt: must be one of "),
         ("weight", {"ranks": 2, "scaling": "none"}, r"^scaling=none: must be one of "),
+        ("weight", {"ranks": 2, "alpha": "2"}, r"^alpha='?2'?: must be a"),
         ("weight", {"ranks": 2, "alpha": math.nan}, r"^alpha=nan: must be a finite number"),
     ],
 )
