@@ -89,7 +89,8 @@ class Processes:
             return model
         # Each process has loaded the same quantised weights, and torch cannot take torchao's apart to send them.
         quantised = [name for name, parameter in model.named_parameters() if type(parameter) is not nn.Parameter]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, quantised)
+        ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(model, quantised)  # type: ignore[no-untyped-call]
         wrapped: nn.Module = self._accelerator.prepare_model(model)
         return wrapped
 
