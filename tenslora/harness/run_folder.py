@@ -311,6 +311,14 @@ class RunFolder:
         """
         _write_lines(self.metrics, history)
 
+    def remove_metrics(self) -> None:
+        """Remove metrics.csv.
+
+        Raises:
+            TensLoRAError: if it cannot be removed.
+        """
+        _remove(self.metrics)
+
     def write_steps(self, steps: Mapping[int, tuple[float, float]]) -> None:
         """Write steps.csv.
 
@@ -389,11 +397,8 @@ class RunFolder:
         Raises:
             TensLoRAError: if a file cannot be removed.
         """
-        try:
-            for file in (self.failure, self.result, *([] if keep_checkpoint else [self.checkpoint])):
-                file.unlink(missing_ok=True)
-        except OSError as error:
-            raise TensLoRAError(f"{error.filename}: cannot be removed ({error.strerror})") from error
+        for file in (self.failure, self.result, *([] if keep_checkpoint else [self.checkpoint])):
+            _remove(file)
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[bool]:
@@ -441,6 +446,13 @@ class RunFolder:
             return True
         lock.release()
         return False
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise TensLoRAError(f"{file}: cannot be removed ({error.strerror})") from error
 
 
 def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from tests.running import record, run
 
 WORDS = [
     "trainer.epochs=2", "trainer.batch_size=16", "trainer.accumulation=2", "trainer.eval_batch_size=100",
-    "trainer.clip_norm=1", "dataset.train_size=40",
+    "trainer.clip_norm=1", "dataset.train_size=40", "dataset.validation=0.25",
 ]  # fmt: skip
 
 
@@ -50,15 +50,17 @@ def compared(on_cpu: Path, on_device: Path, words: list[str]) -> str:
     run(on_device, *WORDS, *words, "resume=true")  # its second epoch, from a checkpoint that is put on the device
     for name in ("adapter", "head") if "trainer.precision=bf16" not in words else ():  # bf16 is rounded elsewhere
         ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (on_device, on_cpu))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
-    losses = [[epoch["test_loss"] for epoch in record(folder)["metrics"]["history"]] for folder in (on_device, on_cpu)]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    losses = [
+        [epoch["validation_loss"] for epoch in record(folder)["metrics"]["history"]] for folder in (on_device, on_cpu)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     loaded = load_run(on_device)
     scores = loaded.evaluate().scores
     if {weight.device.type for weight in loaded.backbone.model.state_dict().values()} != {NAME}:
         return "a weight is not on the device"
     merge(loaded.backbone.model)
-    assert loaded.evaluate().scores == pytest.approx(scores, abs=0.02)
+    assert loaded.evaluate().scores == pytest.approx(scores, abs=0.11)
     unmerge(loaded.backbone.model)
     return "equal"
 

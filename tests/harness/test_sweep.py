@@ -150,6 +150,14 @@ def test_results_that_could_not_be_written_end_the_sweep_in_one_line_before_the_
     assert not list(tmp_path.rglob("train.log"))
 
 
+def test_a_job_whose_folder_cannot_be_made_is_one_line(sweep: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "digits").touch()
+    ended = sweep(tmp_path, "tensor_mode=lora")
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert ended.err.startswith("error: hydra.launcher: broke off ([Errno 20] Not a directory: 'outputs/digits/")
+
+
 def test_at_the_end_the_report_is_complete_and_has_the_command_the_settings_and_the_classes(undisturbed: Path) -> None:
     html = (undisturbed / "outputs" / "tables" / "digits" / "report.html").read_text()
     assert "2 of 2 runs finished." in html

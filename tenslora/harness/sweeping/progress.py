@@ -145,7 +145,7 @@ def _failed_at(job: Job) -> list[int]:
     # because a job may fail again before it was seen running.
     times = []
     for file in (job.folder.failure, job.folder.result):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             times.append(file.stat().st_mtime_ns)
     return times
 

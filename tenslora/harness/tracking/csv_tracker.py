@@ -21,7 +21,7 @@ class CsvTracker(Tracker):
 
     def __init__(self, folder: Path) -> None:
         self._folder = RunFolder(folder)
-        self._folder.metrics.unlink(missing_ok=True)
+        self._folder.remove_metrics()
         self._history: list[dict[str, Any]] = []
         self._steps: dict[int, tuple[float, float]] = {}
 

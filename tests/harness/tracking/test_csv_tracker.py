@@ -32,6 +32,12 @@ def test_an_earlier_attempts_file_is_removed_when_a_run_starts(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_in_the_files_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(TensLoRAError, match=rf"^{tmp_path}/metrics\.csv: cannot be removed \("):
+        CsvTracker(tmp_path)
+
+
 def test_a_full_disk_is_one_line_and_the_file_stays_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker = CsvTracker(tmp_path)
     tracker.epoch(ENTRY)
