@@ -35,7 +35,7 @@ class Processes:
         if threads is not None and threads > most:
             raise TensLoRAError(f"trainer.threads={threads}: must be at most {most}, four times the processors here")
         torch.set_num_threads(threads or _THREADS)
-        self.index, self.count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.index, self.count = _place_among_processes()
         self._accelerator: Any = None
         self.device = _device(device)
         if self.count > 1:
@@ -112,6 +112,19 @@ class Processes:
         from accelerate.utils import gather_object
 
         return list(gather_object(list(items)))
+
+
+def _place_among_processes() -> tuple[int, int]:
+    """This process's number and the number of processes, as torchrun and accelerate launch tell them."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    started = "torchrun and accelerate launch set it"
+    if not (size.isdecimal() and int(size)):
+        raise TensLoRAError(f"WORLD_SIZE={size}: must be a number of processes; {started}")
+    if not (rank.isdecimal() and int(rank) < int(size)):
+        raise TensLoRAError(f"RANK={rank}: must be a number below WORLD_SIZE={size}; {started}")
+    if int(size) > 1 and "MASTER_ADDR" not in os.environ:
+        raise TensLoRAError(f"WORLD_SIZE={size}: needs MASTER_ADDR too; {started}")
+    return int(rank), int(size)
 
 
 def _device(name: str) -> torch.device:

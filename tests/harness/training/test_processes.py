@@ -30,3 +30,22 @@ def test_far_more_threads_than_processors_are_refused() -> None:
     most = 4 * (os.cpu_count() or 1)
     with pytest.raises(TensLoRAError, match=rf"^trainer\.threads={most + 1}: must be at most {most}, "):
         Processes("cpu", most + 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "abc"}, "RANK=abc: must be a number below WORLD_SIZE=1; "),
+        ({"RANK": "1"}, "RANK=1: must be a number below WORLD_SIZE=1; "),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: must be a number of processes; "),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: needs MASTER_ADDR too; "),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_is_refused(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TensLoRAError, match=f"^{message}torchrun and accelerate launch set it$"):
+        Processes("cpu")
