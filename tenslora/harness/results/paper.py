@@ -79,7 +79,8 @@ def verdicts(table: Table) -> list[Verdict]:
     A row beats another on a dataset, or is beaten by it, if the paired t-test of their difference says so after Holm's
     correction for all rows of the dataset that are compared with the other row. Otherwise the comparison is undecided
     (`Difference.above`). A claim about several rows or datasets holds if it holds for each, does not hold if it fails
-    for one, and is not decided otherwise. Claims about numbers of parameters need no runs.
+    for one, and is not decided otherwise. A claim of whose comparisons the table has none is left out. Claims about
+    numbers of parameters need no runs.
     """
     tables = {"": table}
     if table.swept_setting == PROTOCOL:
@@ -90,8 +91,8 @@ def verdicts(table: Table) -> list[Verdict]:
         for protocol, judged in tables.items():
             strategies = [s for s in ("isorank", "isoparameters") if any(r.strategy == s for r in _paper_rows(judged))]
             of_claim = [strategy for strategy in strategies if entry["table"] in (strategy, "both")]
-            if of_claim:
-                truth, because = _RULES[entry["claim"]](judged, of_claim)
+            if of_claim and (answer := _RULES[entry["claim"]](judged, of_claim)):
+                truth, because = answer
                 if absent := [column.label for column in table.columns if column not in judged.columns]:
                     truth = False if truth is False else None  # it would hold on fewer datasets than under others
                     because += f"; not in this table: {', '.join(absent)}"
@@ -108,13 +109,16 @@ def _paper_rows(table: Table) -> list[Row]:
 
 _SEVEN = tuple(mode for mode in PAPER_CONSTRUCTIONS if mode != "lora")
 
-# A rule returns whether its claim holds (None if undecided), and the numbers behind that answer.
-_Answer = tuple[bool | None, str]
+# A rule returns whether its claim holds (None if undecided), and the numbers behind that answer; or None if the table
+# lacks all the rows that the claim compares.
+_Answer = tuple[bool | None, str] | None
 
 
 def _no_construction_beats_lora(table: Table, strategies: list[str]) -> _Answer:
     rows = [row for row in _paper_rows(table) if row.strategy in strategies]
     beats = _compare(table, [(row, table.reference(row)) for row in rows])
+    if not beats:
+        return None
     truths = [None if truth is None else not truth for truth in beats.values()]
     absent = _absent(table, _SEVEN, strategies)
     return _all([*truths, *([None] if absent else [])]), _listed(beats, "above LoRA", absent)
@@ -141,6 +145,8 @@ def _two_beat_lora_everywhere(table: Table, strategies: list[str]) -> _Answer:
     modes = ("qkv_depth", "att_qkv_depth")
     rows = [row for row in _paper_rows(table) if row.tensor_mode in modes and row.strategy in strategies]
     beats = _compare(table, [(row, table.reference(row)) for row in rows])
+    if not beats:
+        return None
     absent = _absent(table, modes, strategies)
     datasets = f"{len(table.columns)} dataset{'s' if len(table.columns) > 1 else ''} here"
     return None if absent else _all(beats.values()), f"{_listed(beats, 'above LoRA', absent)} ({datasets})"
@@ -154,6 +160,8 @@ def _att_is_the_weakest(table: Table, strategies: list[str]) -> _Answer:
         if att.tensor_mode == "att" != row.tensor_mode and att.strategy == row.strategy in strategies
     ]
     beats = _compare(table, pairs)
+    if not beats:
+        return None
     absent = _absent(table, _SEVEN, strategies)
     return _all([*beats.values(), *([None] if absent else [])]), _listed(beats, "above att", absent)
 

@@ -244,6 +244,21 @@ def test_one_column_is_enough_for_a_claim_to_fail(failing: Column) -> None:
     assert verdict(runs, NO_BETTER)[0] == DOES_NOT
 
 
+def test_a_claim_whose_rows_are_not_in_the_table_is_left_out() -> None:
+    lora = [make_run("lora", seed=seed, epochs=[0.7]) for seed in range(3)]
+    of = {
+        mode: [make_run(mode, "isoparameters", seed=seed, epochs=[0.8]) for seed in range(3)]
+        for mode in ("att", "qkv", "qkv_depth")
+    }
+    claims = {
+        modes: [
+            verdict.claim for verdict in verdicts(make_table([*lora, *(run for mode in modes for run in of[mode])]))
+        ]
+        for modes in (("qkv",), ("qkv_depth",), ("att", "qkv"), ("att",))
+    }
+    assert claims == {("qkv",): [], ("qkv_depth",): [TWO_BETTER], ("att", "qkv"): [ATT], ("att",): []}
+
+
 def test_variants_are_not_the_papers_rows() -> None:
     variant = [make_run("qkv", "isorank", seed=s, epochs=[0.9 + s / 1000], variant=("alpha=8",)) for s in range(3)]
     assert verdict([*runs_of(BELOW, "isorank"), *variant], NO_BETTER)[0] == HOLDS
