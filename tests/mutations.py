@@ -133,7 +133,9 @@ def _cast(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def _filled(number: float) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: torch.full_like(tensor, number) if tensor.is_floating_point() else tensor
+    return lambda tensor: (
+        torch.full_like(tensor, number, dtype=torch.float64).to(tensor.dtype) if tensor.is_floating_point() else tensor
+    )
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Any:

@@ -7,7 +7,7 @@ it again. A field with a default is younger than the oldest records, which lack 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -257,7 +257,8 @@ def check_history(history: Iterable[Epoch], scores: Iterable[str], scored_on: st
         before = now
         _check(values.keys() == {f"{scored_on}_loss", *names}, where, f"must have the {scored_on} loss and {names}")
         for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            # An int may be too large for a float, and a comparison takes any.
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
                 raise ValueError(f"{where}: {name}={shown(value)}: must be a number")
         for name in names:
             _check_score(where, name, values[name])

@@ -135,6 +135,14 @@ def test_scores_that_cannot_be_are_refused(changes: dict[str, Any], message: str
         folder.read_record()
 
 
+def test_a_loss_of_hundreds_of_digits_is_refused(tmp_path: Path) -> None:
+    folder, record = RunFolder(tmp_path), finished(configured(*SETTINGS))
+    record["metrics"]["history"][0]["test_loss"] = 10**400
+    folder.write_record(record)
+    with pytest.raises(TensLoRAError, match=r"history: epoch 1: test_loss=10+\.\.\.: must be a number"):
+        folder.read_record()
+
+
 @given(content=st.one_of(json_like({"error": "no space"}).map(as_bytes), damaged(b'{"error": "no space"}')))
 def test_a_changed_reason_is_one_line_and_the_job_runs_again(job: Job, content: bytes) -> None:
     job.folder.path.mkdir(parents=True, exist_ok=True)
