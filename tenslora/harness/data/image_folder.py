@@ -144,6 +144,8 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
         if any(part.startswith(".") for part in Path(path).relative_to(folder).parts):
             return False
         suffix = Path(path).suffix.lower()
+        if Path(path).is_fifo():  # it would be read for ever
+            suffix = "a named pipe"
         if suffix not in IMG_EXTENSIONS:
             skipped[suffix or "no suffix"] += 1
         return suffix in IMG_EXTENSIONS

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,10 @@ def test_hidden_files_and_files_of_other_kinds_are_left_out(tmp_path: Path, capl
     paint(tmp_path / "train" / "ant" / ".cache" / "1.png", 9)
     (tmp_path / "train" / "ant" / "._003.png").write_bytes(b"a resource fork")
     (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
+    os.mkfifo(tmp_path / "train" / "ant" / "pipe.png")
     dataset = load_own(tmp_path)
     assert (reds(dataset.train), dataset.classes) == ([3, 1, 2], ("ant", "cat"))
-    assert "1 files that are no images are left out (.txt)" in caplog.text
+    assert "2 files that are no images are left out (.txt, a named pipe)" in caplog.text
 
 
 def write_lists(root: Path, train: str, test: str) -> Path:
