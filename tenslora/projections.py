@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
@@ -185,6 +186,7 @@ def find_projections(
         _require_same_sizes(model, layer, found[0])
     geometry = found[0].sizes.geometry(len(found), adapt)
     targets = [target for index, layer in enumerate(found) for target in _targets(index, layer, geometry)]
+    _refuse_parametrized_weights(targets)
     _refuse_shared_weights(targets)
     return geometry, targets
 
@@ -415,6 +417,16 @@ def _targets(index: int, layer: _Layer, geometry: Geometry) -> Iterator[TargetLi
             columns.append(Columns(members.index(name), layer.matrices[name].start, width // parts, parts))
         group = range(start, start + len(members))
         yield TargetLinear(path, first.linear, index, group, tuple(columns), writes_to_stream)
+
+
+def _refuse_parametrized_weights(targets: Iterable[TargetLinear]) -> None:
+    # The weight is then computed anew whenever it is read, and what merge adds to it would be lost.
+    for target in targets:
+        if is_parametrized(target.linear, "weight"):
+            raise TensLoRAError(
+                f"{target.path}: its weight has a parametrization, so a merge into it would be lost; remove it first "
+                f"(detach_tensors removes the updates of adapt_tensor)"
+            )
 
 
 def _refuse_shared_weights(targets: Iterable[TargetLinear]) -> None:

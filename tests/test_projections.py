@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from tenslora import AdapterConfig, attach
+from tenslora import AdapterConfig, adapt_tensor, attach, detach_tensors
 from tenslora.errors import TensLoRAError
 from tenslora.projections import TargetLinear, features, find_projections
 from tests.models import BUILDERS, DECODERS, FURTHER, GEOMETRY, PLAIN, build, inputs, logits
@@ -108,6 +108,16 @@ class _Separate(nn.Module):
         super().__init__()
         self.num_heads = 4
         self.q_proj, self.k_proj, self.v_proj = nn.Linear(8, query), nn.Linear(reads, key), nn.Linear(reads, value)
+
+
+def test_a_weight_that_has_a_parametrization_is_refused() -> None:
+    model = build("hf_bert")
+    query = model.get_submodule("bert.encoder.layer.1.attention.self.query")
+    adapt_tensor(query, "weight", ranks=2)
+    with pytest.raises(TensLoRAError, match=r"layer\.1\.attention\.self\.query: its weight has a parametrization"):
+        attach(model, AdapterConfig("qkv"))
+    detach_tensors(query)
+    attach(model, AdapterConfig("qkv"))
 
 
 def test_key_and_value_may_have_fewer_heads() -> None:
