@@ -63,7 +63,9 @@ def test_neither_batches_nor_workers_nor_the_order_change_the_scores(overrides: 
         assert math.isclose(other.loss, plain.loss, rel_tol=1e-6)
         assert other.scores == plain.scores
         assert np.array_equal(other.predictions["test"].labels, plain.predictions["test"].labels)
-        np.testing.assert_allclose(other.predictions["test"].outputs, plain.predictions["test"].outputs, rtol=1e-6)
+        # Some processors add the products of a row in another order if the batch has another size.
+        ours, theirs = other.predictions["test"].outputs, plain.predictions["test"].outputs
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_further_splits_are_scored_under_their_names() -> None:
