@@ -109,6 +109,11 @@ def test_python_and_conf_choose_the_same_ranks_by_default() -> None:
     assert AdapterConfig().rank_strategy == RankStrategy(**conf)
 
 
+def test_an_adapter_of_the_smallest_ranks_is_loaded_too(tmp_path: Path) -> None:
+    build("qkv", rank_strategy=RankStrategy("isorank", rank=1)).save(tmp_path / "a.safetensors")
+    assert load_adapter(tmp_path / "a.safetensors").ranks == (1, 1, 1)
+
+
 def test_equal_adapters_are_saved_as_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         build("att_qkv_depth").save(tmp_path / name)

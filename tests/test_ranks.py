@@ -203,6 +203,13 @@ def test_a_strategy_out_of_range_is_refused(settings: dict[str, Any], message: s
         RankStrategy(**settings)
 
 
+def test_the_ends_of_the_ranges_are_valid() -> None:
+    assert RankStrategy(tolerance=0).tolerance == 0
+    assert RankStrategy(scale=1000).scale == 1000
+    assert RankStrategy("isorank", rank=1).resolve("depth", VIT_BASE) == (1, 1, 1)
+    assert RankStrategy("isorank", rank=768).resolve("lora", VIT_BASE) == (768,)
+
+
 @pytest.mark.parametrize("name", ["isorank", "isoparameters"])
 def test_a_rank_that_exceeds_the_projections_width_is_refused(name: str) -> None:
     with pytest.raises(TensLoRAError, match=r"^rank=769: must be from 1 to 768"):

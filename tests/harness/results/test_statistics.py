@@ -85,6 +85,8 @@ def test_rows_are_corrected_together() -> None:
         assert difference.holm_p == pytest.approx(3 * alone.p)
         assert difference.above is None
     assert several["none"] is None
+    single = several["one seed"]
+    assert single is not None and (single.seeds, single.p, single.above) == (1, None, None)
 
 
 @pytest.mark.parametrize(
