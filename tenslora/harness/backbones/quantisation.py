@@ -68,7 +68,7 @@ def bitsandbytes_config(config: ModelConfig, skipped: Sequence[str]) -> BitsAndB
     """
     from transformers import BitsAndBytesConfig
 
-    # It says that it has no kernels of its own for this processor, and computes with torch's.
+    # bitsandbytes warns that it has no kernels of its own for this processor. It computes with torch's instead.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return BitsAndBytesConfig(**bitsandbytes_arguments(config, skipped))
 

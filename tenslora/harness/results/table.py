@@ -183,24 +183,26 @@ class Run:
         return self.record.get("scored_on", "test") if self.record else None
 
     @property
-    def first_step(self) -> float | None:
-        """How far the run's first step moves the matrices, with its alpha and rate; None where it is unknown."""
+    def zero_rate(self) -> float | None:
+        """The highest learning rate of the parameter that starts at zero; None without a record of it."""
         optimizer: dict[str, Any] = (self.record or {}).get("config", {}).get("optimizer", {})
-        step, rate = (self.record or {}).get("first_step"), optimizer.get("lr")
-        return None if step is None or rate is None else float(step * rate * optimizer.get("core_lr_ratio", 1.0))
+        rate = optimizer.get("lr")
+        return None if rate is None else float(rate * optimizer.get("core_lr_ratio", 1.0))
+
+    @property
+    def first_step(self) -> float | None:
+        """How far the first step moves the matrices with the run's own alpha and rate; None where it is unknown."""
+        step, rate = (self.record or {}).get("first_step"), self.zero_rate
+        return None if step is None or rate is None else float(step * rate)
 
     @property
     def step_scale(self) -> float | None:
-        """Alpha times the highest learning rate of the parameter that starts at zero; None without a record of both.
+        """Alpha times `zero_rate`; None without a record of both.
 
         `AdapterSize.relative_step` is relative to a LoRA with the same scale.
         """
-        config: dict[str, Any] = (self.record or {}).get("config", {})
-        alpha, rate = config.get("adapter", {}).get("alpha"), config.get("optimizer", {}).get("lr")
-        if alpha is None or rate is None:
-            return None
-        scale: float = alpha * rate * config["optimizer"].get("core_lr_ratio", 1.0)
-        return scale
+        alpha, rate = (self.record or {}).get("config", {}).get("adapter", {}).get("alpha"), self.zero_rate
+        return None if alpha is None or rate is None else float(alpha * rate)
 
     @property
     def size(self) -> AdapterSize:
