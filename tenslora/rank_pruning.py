@@ -30,9 +30,9 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
     tensors of the squared singular values that are left out, which bounds the squared error.
 
     A gradient follows the change of basis, and so do AdamW's first moments, which are means of gradients. Squares of
-    gradients do not, so the second moments start anew: each parameter's from one number, the mean of its old ones. Zeros
-    would not do: AdamW counts its steps for both moments at once, would take the second moments for means over many
-    steps, and its next step would be about thirty times too long.
+    gradients do not, so the second moments start anew: each parameter's from one number, the mean of its old ones.
+    Zeros would not do: AdamW counts its steps for both moments at once, would take the second moments for means over
+    many steps, and its next step would be about thirty times too long.
 
     Args:
         adapter: the adapter; its parameters are changed in place and stay the same objects.

@@ -12,8 +12,8 @@ from pathlib import Path
 from tenslora.errors import TensLoRAError
 
 QUIET = ("transformers", "torch.utils._pytree", "bitsandbytes")
-"""Loggers whose warnings do not help a user of the commands. transformers warns of a new head, torch of its next release
-when torchao is imported, and bitsandbytes of kernels that are not installed."""
+"""Loggers whose warnings do not help a user of the commands. transformers warns of a new head, torch of its next
+release when torchao is imported, and bitsandbytes of kernels that are not installed."""
 
 
 def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
