@@ -312,36 +312,7 @@ def test_a_run_in_a_table_is_the_one_that_train_py_would_make(undisturbed: Path)
     }
 
 
-def test_jobs_in_other_processes_have_the_same_results(commands: Commands, undisturbed: Path, tmp_path: Path) -> None:
-    submitted, diverged, on_gpus = (tmp_path / name for name in ("submitted", "diverged", "on_gpus"))
-    for folder in (submitted, diverged, on_gpus):
-        folder.mkdir()
-    submitit = ["tensor_mode=lora", "hydra/launcher=submitit_local"]
-    joblib = [
-        "tensor_mode=lora",
-        "hydra/launcher=joblib",
-        "hydra.launcher.n_jobs=2",
-        "optimizer.lr=1e9",
-        "adapter.alpha=1e6",
-    ]
-    gpus = [TWO_JOBS, "hydra/launcher=gpus", "hydra.launcher.gpus=[0]"]
-    first, second, third = commands.run_together(
-        [sweep_command(folder, words) for folder, words in ((submitted, submitit), (diverged, joblib), (on_gpus, gpus))]
-    )
-    assert first.status == 0
-    assert "submitted 1 jobs to local" in first.out
-    assert rows(submitted) == [row for row in rows(undisturbed) if row["tensor_mode"] == "lora"]
-    assert second.status == 1
-    assert second.err.splitlines()[-1] == "error: 1 of 1 jobs failed; the same command runs them again"
-    (row,) = rows(diverged)
-    assert row["status"] == "failed"
-    assert row["problem"].startswith("the training loss is nan at step ")
-    assert (third.status, third.err) == (0, "")
-    assert "GPUs 0, 1 job at a time on each" in third.out
-    assert table(on_gpus) == table(undisturbed)
-
-
-def test_a_sweep_whose_main_process_was_killed_while_others_carry_out_its_jobs_ends_as_one_that_was_not(
+def test_jobs_in_other_processes_outlive_a_killed_sweep_and_have_the_same_results(
     commands: Commands, undisturbed: Path, tmp_path: Path
 ) -> None:
     launchers = {
@@ -349,16 +320,22 @@ def test_a_sweep_whose_main_process_was_killed_while_others_carry_out_its_jobs_e
         "gpus": ["hydra/launcher=gpus", "hydra.launcher.gpus=[0]"],
         "submitit": ["hydra/launcher=submitit_local"],
     }
-    for name in launchers:
+    for name in (*launchers, "diverged"):
         (tmp_path / name).mkdir()
     # The report is written when the first of the two jobs has ended.
-    killed = commands.run_together(
-        [
-            sweep_command(tmp_path / name, [TWO_JOBS, *words], accident="kill write report.html 1")
-            for name, words in launchers.items()
-        ]
-    )
+    started = [
+        sweep_command(tmp_path / name, [TWO_JOBS, *words], accident="kill write report.html 1")
+        for name, words in launchers.items()
+    ]
+    diverging = ["tensor_mode=lora", "hydra/launcher=joblib", "optimizer.lr=1e9", "adapter.alpha=1e6"]
+    *killed, failed = commands.run_together([*started, sweep_command(tmp_path / "diverged", diverging)])
     assert [ended.status for ended in killed] == [-9] * 3
+    assert "GPUs 0, 1 job at a time on each" in killed[1].out
+    assert failed.status == 1
+    assert failed.err.splitlines()[-1] == "error: 1 of 1 jobs failed; the same command runs them again"
+    (row,) = rows(tmp_path / "diverged")
+    assert row["status"] == "failed"
+    assert row["problem"].startswith("the training loss is nan at step ")
     again = commands.run_together([sweep_command(tmp_path / name, [TWO_JOBS]) for name in launchers])
     assert [(ended.status, ended.err) for ended in again] == [(0, "")] * 3
     for name in launchers:
