@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from tenslora.errors import TensLoRAError, require_one_of
+from tenslora.errors import TensLoRAError, require_numbers, require_one_of
 
 HEAD, PROJECTION, DEPTH = "head", "projection", "depth"
 SITE = "site"  # projection and depth as one axis of P * L positions: index = projection * L + layer
@@ -88,7 +88,8 @@ class Geometry:
         gated: whether the feed-forward block has a gate beside its first matrix.
 
     Raises:
-        TensLoRAError: for a size below 1, or if the feed-forward block is to be adapted and d_ff is missing.
+        TensLoRAError: for a size that is no whole number or below 1, or if the feed-forward block is to be adapted and
+            d_ff is missing.
     """
 
     d_in: int
@@ -101,9 +102,11 @@ class Geometry:
     gated: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("d_in", "heads", "d_head", "layers", "kv_heads", "d_ff"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
+        optional = [name for name in ("kv_heads", "d_ff") if getattr(self, name) is not None]
+        sizes = ("d_in", "heads", "d_head", "layers", *optional)
+        require_numbers(self, *sizes, whole=True)
+        for name in sizes:
+            if (size := getattr(self, name)) < 1:
                 raise TensLoRAError(f"{name}={size}: must be at least 1")
         if self.d_ff is None and {"up", "down"} & set(self.matrices):
             raise TensLoRAError(f"adapt={self.adapt}: needs d_ff, the feed-forward block's width")

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 
 from tenslora.constructions import Geometry, modes, tensor_grid, weight_modes
 from tenslora.errors import TensLoRAError, require_numbers, require_one_of
@@ -131,7 +132,7 @@ def weight_ranks(shape: Sequence[int], ranks: int | Sequence[int], factorization
     """
     require_one_of("factorization", factorization, FACTORIZATIONS)
     limits = FACTORIZATIONS[factorization].rank_limits(weight_modes(shape))
-    if isinstance(ranks, int):
+    if isinstance(ranks, int) and not isinstance(ranks, bool):
         ranks = [min(ranks, limit) for limit in limits.values()]
     return _within(limits, ranks, f"factorization {factorization}")
 
@@ -156,11 +157,15 @@ def weight_parameter_count(shape: Sequence[int], ranks: int | Sequence[int], fac
 
 def _within(limits: Mapping[str, int], ranks: Sequence[int] | None, owner: str) -> tuple[int, ...]:
     wanted = ", ".join(f"{name} 1..{limit}" for name, limit in limits.items())
-    given = None if ranks is None else list(ranks)
+    given = list(ranks) if isinstance(ranks, Sequence) else ranks
+    if not isinstance(given, list | None):
+        raise TensLoRAError(f"ranks={given!r}: must be a list of whole numbers ({wanted})")
     if given is None or len(given) != len(limits):
         integers = "1 integer" if len(limits) == 1 else f"{len(limits)} integers"
         raise TensLoRAError(f"ranks={given}: {owner} needs {integers} ({wanted})")
     for (name, limit), rank in zip(limits.items(), given, strict=True):
+        if isinstance(rank, bool) or not isinstance(rank, Integral):
+            raise TensLoRAError(f"ranks={given}: the rank {rank!r} of {name} must be a whole number ({wanted})")
         if not 1 <= rank <= limit:
             raise TensLoRAError(f"ranks={given}: the rank {rank} of {name} must be from 1 to {limit} ({wanted})")
     return tuple(given)
@@ -303,6 +308,8 @@ class RankStrategy:
         require_numbers(self, "tolerance", "scale")
         if self.ranks is not None and not isinstance(self.ranks, (tuple, list)):
             raise TensLoRAError(f"ranks={self.ranks!r}: must be one rank for each mode, as in (4, 4, 3), or None")
+        if not isinstance(self.cap, bool):
+            raise TensLoRAError(f"cap={self.cap!r}: must be True or False")
         if self.rank < 1:
             raise TensLoRAError(f"rank={self.rank}: must be at least 1")
         if not 0 <= self.tolerance < 1:

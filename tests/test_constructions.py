@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 
@@ -56,9 +57,19 @@ def test_the_error_for_an_unknown_construction_lists_the_known_ones() -> None:
         stacked_axes("nope")
 
 
-def test_a_dimension_below_one_is_refused() -> None:
-    with pytest.raises(TensLoRAError, match=r"^heads=0: must be at least 1$"):
-        Geometry(d_in=8, heads=0, d_head=4, layers=1)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"heads": 0}, r"^heads=0: must be at least 1$"),
+        ({"kv_heads": 0}, r"^kv_heads=0: must be at least 1$"),
+        ({"d_in": "8"}, r"^d_in='8': must be a whole number$"),
+        ({"layers": 2.0}, r"^layers=2\.0: must be a whole number$"),
+        ({"d_ff": True}, r"^d_ff=True: must be a whole number$"),
+    ],
+)
+def test_a_dimension_that_is_no_whole_number_from_1_up_is_refused(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TensLoRAError, match=message):
+        Geometry(**{"d_in": 8, "heads": 2, "d_head": 4, "layers": 1, **sizes})
 
 
 def test_adapted_matrices_are_named_by_letters_or_groups() -> None:

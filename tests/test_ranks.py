@@ -14,7 +14,15 @@ from tenslora.constructions import CONSTRUCTIONS, Geometry, modes
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.factorizations.tucker import RULES
-from tenslora.ranks import RankStrategy, explicit, isoparameters, isorank, parameter_count, rank_limits
+from tenslora.ranks import (
+    RankStrategy,
+    explicit,
+    isoparameters,
+    isorank,
+    parameter_count,
+    rank_limits,
+    weight_ranks,
+)
 
 TENSORS = [name for name in CONSTRUCTIONS if name != "lora"]
 GEOMETRIES = {
@@ -176,11 +184,21 @@ def test_explicit_ranks_are_taken_as_given() -> None:
         ([60, 60, 3], r"needs 4 integers"),
         ([60, 60, 3, 13], r"the rank 13 of depth must be from 1 to 12"),
         ([60, 0, 3, 12], r"the rank 0 of d_out must be from 1 to 768"),
+        ([60, "60", 3, 12], r"the rank '60' of d_out must be a whole number"),
+        ([60, 60, 3.0, 12], r"the rank 3\.0 of projection must be a whole number"),
+        ([60, 60, True, 12], r"the rank True of projection must be a whole number"),
+        (60, r"^ranks=60: must be a list of whole numbers"),
     ],
 )
-def test_explicit_ranks_that_do_not_fit_are_refused_by_name(ranks: list[int] | None, message: str) -> None:
+def test_explicit_ranks_that_do_not_fit_are_refused_by_name(ranks: Any, message: str) -> None:
     with pytest.raises(TensLoRAError, match=message):
         explicit("qkv_depth", VIT_BASE, ranks)
+
+
+@pytest.mark.parametrize("ranks", [2.5, True, [2, "2"]])
+def test_ranks_of_a_weight_are_whole_numbers(ranks: Any) -> None:
+    with pytest.raises(TensLoRAError, match=r"^ranks=.* whole number"):
+        weight_ranks((4, 3), ranks)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +212,7 @@ def test_explicit_ranks_that_do_not_fit_are_refused_by_name(ranks: list[int] | N
         ({"rank": "4"}, r"^rank='4': must be a whole number$"),
         ({"rank": 4.0}, r"^rank=4\.0: must be a whole number$"),
         ({"scale": "1"}, r"^scale='1': must be a number$"),
+        ({"cap": "no"}, r"^cap='no': must be True or False$"),
         ({"ranks": 4}, r"^ranks=4: must be one rank for each mode, as in \(4, 4, 3\), or None$"),
         ({"name": "magic"}, r"^name=magic: must be one of isorank, isoparameters, explicit$"),
     ],
