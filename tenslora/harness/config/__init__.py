@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config.checks import as_typed, in_one_line, require_plain_values, settings_with_numbers
@@ -74,6 +75,8 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
     except OmegaConfBaseException as error:
         reason = "is missing" if isinstance(error, MissingMandatoryValue) else str(error).splitlines()[0]
         raise TensLoRAError(f"{error.full_key}: {reason}" if error.full_key else reason) from error
+    if isinstance(composed, DictConfig):
+        _require_all(plain)
     try:
         arranged = _arranged(plain)
         require_plain_values(arranged, _numbers())
@@ -151,6 +154,26 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
         for key in config
         if key not in ("hydra", *SWEEP_KEYS)
     }
+
+
+def _require_all(plain: dict[str, Any]) -> None:
+    """Check that a composed config has the settings that only a record of an earlier version may lack.
+
+    A setting that was taken away (``~adapter``) would otherwise get a default that the user has not seen.
+    """
+    # These settings of the adapter are groups of their own in conf/. Without the groups logger and preset there is no
+    # logger and no preset, as the user has said.
+    elsewhere = {"tensor_mode", "factorization", "rank_strategy", "seed"}
+    needed = {
+        "": {"factorization", *(field.name for field in fields(RunConfig))} - {"logger", "preset", "tuned"},
+        "adapter": {field.name for field in fields(AdapterConfig)} - elsewhere,
+        "trainer": {field.name for field in fields(TrainerConfig)},
+    }
+    for group, names in needed.items():
+        place = plain.get(group) if group else plain
+        if isinstance(place, dict) and (missing := sorted(names - place.keys())):
+            name = f"{group}.{missing[0]}" if group else missing[0]
+            raise TensLoRAError(f"{name}: is missing; a setting can be changed, but not taken away")
 
 
 def _arranged(plain: dict[str, Any]) -> dict[str, Any]:

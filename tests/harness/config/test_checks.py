@@ -122,7 +122,12 @@ REFUSED = {
     "+adapter.alfa=1": "adapter.alfa: there is no such setting; did you mean adapter.alpha?",
     "+dataset.max_length=64": "dataset.max_length: there is no such setting for a dataset of images",
     "+elsewhere.x=1": "elsewhere: there is no such setting; --help lists all settings",
-    "~trainer.epochs": "trainer.epochs: is missing",
+    "~trainer.epochs": "trainer.epochs: is missing; a setting can be changed, but not taken away",
+    "~trainer.evaluate": "trainer.evaluate: is missing; a setting can be changed, but not taken away",
+    "~adapter": "adapter: is missing; a setting can be changed, but not taken away",
+    "~adapter.alpha": "adapter.alpha: is missing; a setting can be changed, but not taken away",
+    "~factorization": "factorization: is missing; a setting can be changed, but not taken away",
+    "~rank_schedule": "rank_schedule: is missing; a setting can be changed, but not taken away",
     "seed=???": "seed: is missing",
     "dataset.root=${nowhere}": "dataset.root: Interpolation key 'nowhere' not found",
     # settings that do not go together
