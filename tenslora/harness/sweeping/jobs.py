@@ -214,7 +214,8 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
             values.setdefault(key, {})[value] = None
     varied = [key for key, given in values.items() if len(given) > 1]
     for key in varied:
-        if key.split(".")[0] in (*SWEEP_KEYS, "logger", "overwrite"):  # the last two do not make another run
+        # The last three do not make another run.
+        if key.split(".")[0] in (*SWEEP_KEYS, "logger", "overwrite", "resume"):
             raise TensLoRAError(f"{key}={','.join(values[key])}: one value for the whole sweep, not several")
 
     in_column = {*_COLUMNS_AND_SEED, *_named_after(composed, varied)}
@@ -271,8 +272,10 @@ def overwrite(jobs: Sequence[Job], collect_only: bool) -> None:
         collect_only: whether the sweep is not to run anything.
 
     Raises:
-        TensLoRAError: with `collect_only`, or if a file cannot be removed.
+        TensLoRAError: with `collect_only` or `resume`, or if a file cannot be removed.
     """
+    if any(job.run.resume for job in jobs):
+        raise TensLoRAError("overwrite=true: must be false with resume=true, which goes on where the runs stopped")
     if collect_only:
         raise TensLoRAError("overwrite=true: must be false with collect_only=true, which runs nothing")
     for job in jobs:

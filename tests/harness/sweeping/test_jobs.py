@@ -88,7 +88,12 @@ def test_a_setting_that_varies_without_effect_is_in_no_row(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("key", "first", "second"),
-    [("table", "digits", "isorank"), ("dry_run", "true", "false"), ("logger", "csv", "none")],
+    [
+        ("table", "digits", "isorank"),
+        ("dry_run", "true", "false"),
+        ("logger", "csv", "none"),
+        ("resume", "true", "false"),
+    ],
 )
 def test_a_sweep_is_of_one_table_with_the_same_loggers(key: str, first: str, second: str, tmp_path: Path) -> None:
     runs = [swept(f"{key}={value}", f"seed={seed}") for value in (first, second) for seed in (0, 1)]
@@ -211,6 +216,8 @@ def test_overwritten_jobs_are_new_but_those_of_another_process_are_left_alone(tm
     assert not new.folder.path.exists()
     with pytest.raises(TensLoRAError, match="overwrite=true: must be false with collect_only=true"):
         overwrite([running], collect_only=True)
+    with pytest.raises(TensLoRAError, match="overwrite=true: must be false with resume=true"):
+        overwrite([planned(tmp_path, "seed=1", "resume=true")], collect_only=False)
     assert running.look().state is State.DONE
 
 
