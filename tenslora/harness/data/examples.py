@@ -114,7 +114,11 @@ class ImageFiles(Sequence["Image"]):
         path = self.paths[index]
         try:
             with Image.open(path) as image:
+                if image.format == "EPS":  # PIL would hand it to Ghostscript, which runs it
+                    raise TensLoRAError(f"{path}: must be an image, not a program in PostScript")
                 return to_rgb(image, str(path))
+        except TensLoRAError:
+            raise
         except Image.DecompressionBombError as error:
             raise TensLoRAError(f"{path}: the image is too large ({error})") from error
         except (OSError, SyntaxError, ValueError) as error:

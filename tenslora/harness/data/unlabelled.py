@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tenslora.errors import TensLoRAError
+from tenslora.files import require_file
 from tenslora.harness.data.examples import Examples, ImageFiles, to_rgb
 
 _INPUTS = {"image": "images", "text": "sentences or of pairs of sentences"}
@@ -59,10 +61,9 @@ def _image(item: Any) -> Any:
     from PIL import Image
 
     if isinstance(item, (str, Path)):
-        if Path(item).is_dir():
+        if os.path.isdir(item):
             raise TensLoRAError(f"{item}: is a folder; must be an image, such as each of {Path(item) / '*'}")
-        if not Path(item).is_file():
-            raise TensLoRAError(f"{item}: no such file")
+        require_file(Path(item))
         return Path(item)
     if isinstance(item, Image.Image):
         return item

@@ -237,8 +237,19 @@ def test_grey_and_transparent_images_become_rgb(tmp_path: Path) -> None:
 def test_pixels_that_would_be_clipped_are_refused(pixels: Any, message: str, tmp_path: Path) -> None:
     write_train_and_test(tmp_path)
     Image.fromarray(pixels).save(tmp_path / "test" / "ant" / "deep.tif")
-    with pytest.raises(TensLoRAError, match=rf"deep\.tif: .*{message}"):
+    with pytest.raises(TensLoRAError, match=rf"deep\.tif: has pixels of {message}"):
         reds(load_own(tmp_path).test)
+
+
+def test_a_program_in_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: ran.append(1) or Image.new("RGB", (8, 8)).im)
+    write_train_and_test(tmp_path)
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "train" / "cat" / "picture.png").write_bytes(program)
+    with pytest.raises(TensLoRAError, match=r"picture\.png: must be an image, not a program in PostScript$"):
+        reds(load_own(tmp_path).train)
+    assert not ran
 
 
 def test_an_enormous_image_is_refused_in_one_line(tmp_path: Path) -> None:
