@@ -287,7 +287,7 @@ class _Header:
         }
 
 
-def load_adapter(path: Path) -> Adapter:
+def load_adapter(path: Path | str) -> Adapter:
     """Read an adapter that `Adapter.save` wrote.
 
     Args:
@@ -300,6 +300,7 @@ def load_adapter(path: Path) -> Adapter:
         TensLoRAError: if the file is missing, damaged, or not an adapter; the message names the file and what is wrong
             with it.
     """
+    path = Path(path)
     data, tensors = read_safetensors(path)
     if data.get("format") != FORMAT:
         raise TensLoRAError(f"{path}: not a TensLoRA adapter (its header must say format={FORMAT})")

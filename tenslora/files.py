@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         TensLoRAError: if the file cannot be written.
     """
+    if not path.name:
+        raise TensLoRAError(f"{path}: cannot be written (is not the name of a file)")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +88,26 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     return path
 
 
+def require_file(path: Path) -> None:
+    """Check that there is a file to read. A named pipe or a device is none: it could be read for ever.
+
+    Args:
+        path: the file's path.
+
+    Raises:
+        TensLoRAError: if there is nothing at that path, something else, or something out of reach.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise TensLoRAError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:  # a ValueError for a character that no path can have
+        raise TensLoRAError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(mode):
+        other = "folder" if stat.S_ISDIR(mode) else "pipe or a device"
+        raise TensLoRAError(f"{path}: must be a file, not a {other}")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -97,8 +120,7 @@ def read_json(path: Path) -> Any:
     Raises:
         TensLoRAError: if the file is missing or not JSON.
     """
-    if not path.is_file():
-        raise TensLoRAError(f"{path}: no such file")
+    require_file(path)
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -143,8 +165,7 @@ def _opened(path: Path, framework: str) -> Iterator[tuple[dict[str, Any], Any]]:
     """The header of a safetensors file, and the open file."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise TensLoRAError(f"{path}: no such file")
+    require_file(path)
     try:
         with safe_open(path, framework=framework) as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))

@@ -11,6 +11,7 @@ A finished run of the harness that froze its backbone leaves the same two files,
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -65,9 +66,9 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
             same reasons as in `attach`. The model is then as it was.
     """
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, it also answers where a name is too long for a file
         return attach(model, load_adapter(path))
-    folder = path if path.is_dir() else _download(str(source), revision)
+    folder = path if os.path.isdir(path) else _download(str(source), revision)
     if not (folder / ADAPTER_FILE).is_file():
         raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
     adapter = load_adapter(folder / ADAPTER_FILE)

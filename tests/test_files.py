@@ -110,10 +110,29 @@ def test_a_safetensors_file_from_elsewhere_has_an_empty_header(metadata: dict[st
     assert tensors.keys() == {"w"}
 
 
-@pytest.mark.parametrize("path", ["absent.safetensors", "."])
-def test_a_missing_file_is_named(path: str, tmp_path: Path) -> None:
-    with pytest.raises(TensLoRAError, match=rf"{tmp_path.name}\S*: no such file"):
-        read_safetensors(tmp_path / path)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "no such file"),
+        ("file/below", "no such file"),
+        (".", "must be a file, not a folder"),
+        ("pipe", "must be a file, not a pipe or a device"),
+        ("x" * 300, r"cannot be read \(File name too long\)"),
+        ("a\0b", r"cannot be read \(embedded null byte\)"),
+    ],
+)
+def test_what_is_no_file_is_refused_by_name(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_safetensors, read_json):
+        with pytest.raises(TensLoRAError, match=rf"^{tmp_path}\S*: {message}$"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["", "/"])
+def test_a_path_that_names_no_file_is_not_written_to(path: str) -> None:
+    with pytest.raises(TensLoRAError, match=r"cannot be written \(is not the name of a file\)$"):
+        write_bytes(Path(path), b"")
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut in the header", "cut in the data", "text", "pickle", "other header"])
@@ -144,8 +163,6 @@ def test_a_file_that_is_no_json_is_named_in_one_line(content: str, tmp_path: Pat
     with pytest.raises(TensLoRAError, match=r"value\.json: not a readable JSON file") as caught:
         read_json(tmp_path / "value.json")
     assert "\n" not in str(caught.value)
-    with pytest.raises(TensLoRAError, match="no such file"):
-        read_json(tmp_path)
 
 
 def test_an_error_is_one_line_whatever_it_quotes() -> None:

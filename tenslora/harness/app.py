@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError
+from tenslora.harness.commands import OUT_OF_REACH
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,9 +31,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 _CONF = _ROOT / "conf"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _WATCH_SECONDS = 2.0
-
-_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""The numbers of the system's errors for a file or folder that may not be written or has no space."""
 
 
 def run_app(
@@ -53,6 +51,8 @@ def run_app(
     for word in sys.argv[1:]:
         if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|''|\"\")?", word):  # Hydra would write into the current folder
             sys.exit(f"error: {word}: must be a folder")
+        if not _is_text(word):  # the bytes of a name in another encoding, which no file of a run could hold
+            sys.exit(f"error: {TensLoRAError(word)}: must be text in UTF-8")
     guarded = _Task(task, sweep, wants_traceback=os.environ.get(_FULL_ERROR) == "1")
     # With this setting Hydra raises its own errors instead of printing them over several lines.
     os.environ[_FULL_ERROR] = "1"
@@ -85,6 +85,14 @@ def run_app(
         if line is None:
             raise
         sys.exit(f"error: {line}")
+
+
+def _is_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Task:
@@ -184,8 +192,9 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             return _joined(cause)
     for cause in causes:
         # Hydra's own OSErrors, which are about conf/, have no number.
-        if isinstance(cause, OSError) and cause.errno and (cause.errno in _CANNOT_WRITE or config_name):
-            return f"{cause.filename or _output_folder()}: cannot be written ({cause.strerror})"
+        if isinstance(cause, OSError) and cause.errno and (cause.errno in OUT_OF_REACH or config_name):
+            failed = "used" if cause.errno == errno.ENAMETOOLONG else "written"
+            return f"{cause.filename or _output_folder()}: cannot be {failed} ({cause.strerror})"
     if config_name is None:
         return None
     from tenslora.harness.config.spelling import misspelt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from tenslora.errors import TensLoRAError
 QUIET = ("transformers", "torch.utils._pytree", "bitsandbytes")
 """Loggers whose warnings do not help a user of the commands. transformers warns of a new head, torch of its next
 release when torchao is imported, and bitsandbytes of kernels that are not installed."""
+
+OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+"""The numbers of the system's errors for a path that a user may not use, has no space for, or that is too long."""
 
 
 def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
@@ -50,6 +54,10 @@ def mistakes_in_one_line() -> Iterator[None]:
         yield
     except TensLoRAError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in OUT_OF_REACH:
+            raise
+        sys.exit(f"error: {TensLoRAError(f'{error.filename}: cannot be used ({error.strerror})')}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

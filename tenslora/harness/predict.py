@@ -181,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.out:
             content = io.StringIO(newline="")
             WRITERS[given.out.suffix](rows, content)
-            write_bytes(given.out, content.getvalue().encode())
+            # An image's name may hold bytes that are not UTF-8, and the table holds them too.
+            write_bytes(given.out, content.getvalue().encode(errors="surrogateescape"))
     if given.out:
         print(given.out)
     else:

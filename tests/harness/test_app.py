@@ -45,12 +45,15 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["optimizer=null"], "optimizer=null: must be one of adamw"),
         (["trainer=nope"], "trainer=nope: "),
         (["hydra.run.dir="], "hydra.run.dir=: must be a folder"),
+        (["seed=\udcff"], r"seed=\udcff: must be text in UTF-8"),
         # the settings'
         (["optimizer.lr=-0.001"], "optimizer.lr=-0.001: must be at least 0"),
         (["rank_strategy=explicit"], "rank_strategy.ranks=null: tensor_mode qkv_depth needs 4 integers"),
         # those of the data, the backbone, the device
         (["dataset=dtd", "dataset.root=missing"], "dataset.root=missing: no such folder; the folder should hold dtd"),
         (["model.checkpoint=missing"], "model.checkpoint=missing: no such file"),
+        ([f"warm_start={'y' * 300}"], "y/adapter_config.json: cannot be read (File name too long)"),
+        (["dataset=dtd", f"dataset.root={'y' * 300}"], "y: cannot be used (File name too long)"),
         (["model.geometry.layers=6", "rank_strategy=isorank"], "layers=6: the backbone that was loaded has 4"),
         (["trainer.device=cuda:77"], "trainer.device=cuda:77: this machine has"),
     ],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,22 @@ def test_a_file_of_images_names_them_relative_to_itself(digits_run: Path, digits
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     expected = load_run(digits_run).predict([Image.open(file) for file in digits])
     assert [row["prediction"] for row in rows] == [each.answer for each in expected]
+
+
+def test_a_name_that_is_not_utf8_comes_back_as_it_was(digits_run: Path, digits: list[Path], tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff\xfe.png"
+    shutil.copy(digits[0], name)
+    main([str(digits_run), os.fsdecode(name), "--out", str(tmp_path / "o.csv")])
+    assert name in (tmp_path / "o.csv").read_bytes()
+
+
+def test_a_path_that_is_too_long_is_one_line(digits_run: Path) -> None:
+    long = "y" * 300
+    for words in ([long, "a.png"], [digits_run, long], [digits_run, "--file", f"{long}.csv"]):
+        with pytest.raises(
+            SystemExit, match=r"^error: .*y(\.csv|/\S*)?: cannot be (read|used) \(File name too long\)$"
+        ):
+            main(list(map(str, words)))
 
 
 @pytest.mark.parametrize(
