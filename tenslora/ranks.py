@@ -155,7 +155,7 @@ def weight_parameter_count(shape: Sequence[int], ranks: int | Sequence[int], fac
     return int(FACTORIZATIONS[factorization].count(weight_modes(shape), resolved))
 
 
-def _within(limits: Mapping[str, int], ranks: Sequence[int] | None, owner: str) -> tuple[int, ...]:
+def _within(limits: Mapping[str, int], ranks: int | Sequence[int] | None, owner: str) -> tuple[int, ...]:
     wanted = ", ".join(f"{name} 1..{limit}" for name, limit in limits.items())
     given = list(ranks) if isinstance(ranks, Sequence) else ranks
     if not isinstance(given, list | None):
