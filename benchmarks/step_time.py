@@ -180,7 +180,7 @@ def _names(model: Any) -> list[str]:
     """The names of the modules that hold query, key and value, as PEFT takes them."""
     from tenslora.projections import find_projections
 
-    return sorted({target.path.rpartition(".")[2] for target in find_projections(model)[1]})
+    return sorted({target.path.rpartition(".")[2] for stage in find_projections(model) for target in stage.targets})
 
 
 def _quantise(model: Any, head: Any) -> None:

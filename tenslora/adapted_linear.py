@@ -150,8 +150,8 @@ class SharedInput:
     """One layer's matrices of a group: ``h = x @ left`` is computed once for all matrices that read the same x.
 
     Args:
-        group: the matrices, in all layers.
-        layer: the index of this layer, 0-based.
+        group: the matrices, in all layers of the stage.
+        layer: the index of this layer in its stage, 0-based.
     """
 
     def __init__(self, group: MatrixGroup, layer: int) -> None:
@@ -173,7 +173,8 @@ class SharedInput:
         Returns:
             h (tokens, r) and right (r, outputs).
         """
-        pending, key = self.group.forward_pass.here.pending, (self.group.first_matrix, self.layer)
+        pending = self.group.forward_pass.here.pending
+        key = *self.group.key, self.layer
         latest, products = pending.get(key, (None, {}))
         if latest is not x or matrix not in products:
             hs, rights = self.all_products(tokens, dtype)

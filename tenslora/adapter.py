@@ -1,4 +1,8 @@
-"""The adapter of one model: its tensors, the updates that they give, and the file that it is saved in."""
+"""The adapter of one model: its tensors, the updates that they give, and the file that it is saved in.
+
+An `Adapter` is that of layers of equal sizes. A model whose layers come in several sizes has a `StagedAdapter`, which
+holds one `Adapter` for each size. Both have `stages`, so that code for any model reads ``for stage in adapter.stages``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +21,7 @@ from tenslora.constructions import PROJECTION, SITE, Geometry, modes, stacked_ax
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import factorization_of
 from tenslora.files import read_safetensors, require_tensors, write_safetensors
-from tenslora.first_step import first_step, lora_first_step
+from tenslora.first_step import first_step, lora_first_step, over_stages
 from tenslora.forms import from_json, shown
 from tenslora.random_streams import stream_seed
 from tenslora.ranks import rank_limits
@@ -29,7 +33,7 @@ _Products = tuple[list[Tensor], list[Tensor]]
 
 
 class Adapter(nn.Module):
-    """The trainable updates of all adapted matrices of one backbone.
+    """The trainable updates of all adapted matrices of one backbone, or of one stage of it.
 
     >>> Adapter(AdapterConfig("qkv_depth"), Geometry(d_in=768, heads=12, d_head=64, layers=12))
     Adapter(qkv_depth, tucker, ranks d_in=60, d_out=60, projection=3, depth=12; 221,913 parameters in 1 tensor)
@@ -40,6 +44,8 @@ class Adapter(nn.Module):
         ranks: the ranks, where they are known already, as in a saved adapter; None to let the config's strategy choose
             them.
         first_step: the first step with a scale of 1, where it is known already, as in a saved adapter; None to find it.
+        stage: the place of these layers among the backbone's stages. It chooses the random streams that the tensors are
+            drawn from, so that stages do not start alike.
 
     Attributes:
         scale: multiplies the updates. It is alpha, and with scaling="first_step" alpha times the ratio of LoRA's first
@@ -59,25 +65,29 @@ class Adapter(nn.Module):
         geometry: Geometry,
         ranks: Sequence[int] | None = None,
         first_step: float | None = None,
+        stage: int = 0,
     ) -> None:
         super().__init__()
         if config.adapt != geometry.adapt:
             raise TensLoRAError(f"adapt={config.adapt}: must be {geometry.adapt}, as in the geometry")
         self.config = config
         self.geometry = geometry
+        self._stage = stage
         self.ranks = tuple(ranks or config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization))
         self.grid = tensor_grid(config.tensor_mode, geometry)
         # This is looked up here and not in every forward pass, because torch.compile cannot trace the look-up.
         self._stacks_matrices = bool(stacked_axes(config.tensor_mode) & {PROJECTION, SITE})
         self.tensors = nn.ModuleList()
         for index in range(math.prod(self.grid)):
-            stream = index if config.tensor_seeds == "distinct" else 0
+            # The first stage draws what a backbone of a single stage draws.
+            stream = (index, stage) if stage else (index,)
+            stream = stream if config.tensor_seeds == "distinct" else (0,)
             tensor = FactorizedTensor(
                 factorization_of(config.tensor_mode, config.factorization),
                 modes(config.tensor_mode, geometry, index // self.grid[1]),
                 self.ranks,
                 geometry.layers,
-                torch.Generator().manual_seed(stream_seed("adapter", config.seed, stream)),
+                torch.Generator().manual_seed(stream_seed("adapter", config.seed, *stream)),
                 # PEFT draws lora_A by kaiming_uniform_ with a = sqrt(5), whose bound is 1 / sqrt(d_in).
                 "kaiming_uniform" if config.tensor_mode == "lora" else config.init,
                 config.head_layout,
@@ -104,7 +114,7 @@ class Adapter(nn.Module):
                 return expected
         if any(parameter.is_meta for parameter in self.parameters()):  # has no numbers that could be measured
             with torch.device("cpu"):
-                return Adapter(config, self.geometry, self.ranks).unscaled_first_step
+                return Adapter(config, self.geometry, self.ranks, stage=self._stage).unscaled_first_step
         return self._measure_first_step()
 
     @torch.enable_grad()
@@ -138,6 +148,11 @@ class Adapter(nn.Module):
         count, tensors = sum(parameter.numel() for parameter in self.parameters()), len(self.tensors)
         plural = "s" * (tensors > 1)
         return f"Adapter({kind}, {ranks}{scaling}; {count:,} parameters in {tensors} tensor{plural})"
+
+    @property
+    def stages(self) -> tuple[Adapter, ...]:
+        """The adapters of the backbone's stages: this one alone."""
+        return (self,)
 
     @property
     def zero_parameter(self) -> str:
@@ -244,51 +259,177 @@ class Adapter(nn.Module):
         Raises:
             TensLoRAError: if the file cannot be written.
         """
-        header = {
-            "format": FORMAT,
-            "config": dataclasses.asdict(self.config),
-            "geometry": dataclasses.asdict(self.geometry),
-            "ranks": list(self.ranks),
-            "first_step": self.unscaled_first_step,
+        return _write(Path(path), self)
+
+
+class StagedAdapter(nn.Module):
+    """The trainable updates of a backbone whose layers come in stages of different sizes.
+
+    Within a stage everything is as in a backbone of one size: its tensors stack its own layers and no others, it has
+    ranks, a number of parameters and a scale of its own, and each of these follows from the settings, which all stages
+    share.
+
+    >>> stages = [Geometry(d_in=96, heads=3, d_head=32, layers=2), Geometry(d_in=192, heads=6, d_head=32, layers=2)]
+    >>> make_adapter(AdapterConfig("qkv_depth"), stages)
+    StagedAdapter(qkv_depth, tucker, ranks (16, 16, 3, 2), (19, 18, 3, 2); 13,790 parameters in 2 stages)
+
+    Args:
+        stages: the adapters of the stages, in the order of `projections.find_projections`, all with the same settings.
+
+    Attributes:
+        config: the settings.
+        first_step: the root mean square, over all adapted matrices of all stages, as `Adapter.first_step` is over
+            those of one.
+    """
+
+    def __init__(self, stages: Sequence[Adapter]) -> None:
+        super().__init__()
+        self.config = stages[0].config
+        self.stage = nn.ModuleList(stages)  # so that the parameters are named stage.0.tensors.0.core
+        self.first_step = over_stages([stage.first_step for stage in stages], [stage.geometry for stage in stages])
+
+    def __repr__(self) -> str:
+        mode, factorization = self.config.tensor_mode, self.config.factorization
+        kind = mode if mode == "lora" else f"{mode}, {factorization}"
+        scaling = "" if self.config.scaling == "direct" else f", scaling={self.config.scaling}"
+        ranks = ", ".join(str(stage.ranks if len(stage.ranks) > 1 else stage.ranks[0]) for stage in self.stages)
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"StagedAdapter({kind}, ranks {ranks}{scaling}; {count:,} parameters in {len(self.stages)} stages)"
+
+    @property
+    def stages(self) -> tuple[Adapter, ...]:
+        """The adapters of the backbone's stages."""
+        return tuple(cast(Adapter, stage) for stage in self.stage)
+
+    @property
+    def zero_parameter(self) -> str:
+        """The name of the parameter that starts at zero in every tensor."""
+        return self.stages[0].zero_parameter
+
+    def save(self, path: Path | str) -> Path:
+        """Write the adapter to one safetensors file, as `Adapter.save` does. The header lists the stages.
+
+        Args:
+            path: the file's path.
+
+        Returns:
+            The path.
+
+        Raises:
+            TensLoRAError: if the file cannot be written.
+        """
+        return _write(Path(path), self)
+
+
+def make_adapter(
+    config: AdapterConfig,
+    geometries: Sequence[Geometry],
+    ranks: Sequence[Sequence[int] | None] | None = None,
+    first_steps: Sequence[float | None] | None = None,
+) -> Adapter | StagedAdapter:
+    """Make the adapter of a backbone of one or several stages.
+
+    Args:
+        config: the settings, which all stages share.
+        geometries: the dimensions of each stage.
+        ranks: the ranks of each stage, where they are known already; None as for `Adapter`.
+        first_steps: likewise, the first step of each stage.
+
+    Returns:
+        An `Adapter` for a single stage, otherwise a `StagedAdapter`.
+
+    Raises:
+        TensLoRAError: for settings that do not fit one of the geometries.
+    """
+    unknown = [None] * len(geometries)
+    each = zip(geometries, ranks or unknown, first_steps or unknown, strict=True)
+    stages = [Adapter(config, *of_stage, stage=index) for index, of_stage in enumerate(each)]
+    return stages[0] if len(stages) == 1 else StagedAdapter(stages)
+
+
+def _write(path: Path, adapter: Adapter | StagedAdapter) -> Path:
+    of_stages = [
+        {
+            "geometry": dataclasses.asdict(stage.geometry),
+            "ranks": list(stage.ranks),
+            "first_step": stage.unscaled_first_step,
         }
-        return write_safetensors(Path(path), dict(self.state_dict()), header)
+        for stage in adapter.stages
+    ]
+    header: dict[str, Any] = {"format": FORMAT, "config": dataclasses.asdict(adapter.config)}
+    header |= of_stages[0] if isinstance(adapter, Adapter) else {"stages": of_stages}
+    return write_safetensors(path, dict(adapter.state_dict()), header)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Header:
-    # The form of an adapter file's header.
-    format: str
-    config: AdapterConfig
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Stage:
+    # What an adapter file's header says of a stage.
     geometry: Geometry
     ranks: tuple[int, ...]
     first_step: float | None = None
 
-    def __post_init__(self) -> None:
-        limits = rank_limits(self.config.tensor_mode, self.geometry, self.config.factorization)
+    def check(self, config: AdapterConfig) -> None:
+        limits = rank_limits(config.tensor_mode, self.geometry, config.factorization)
         if len(self.ranks) != len(limits) or min(self.ranks) < 1:
             raise TensLoRAError(f"ranks={shown(self.ranks)}: must be {len(limits)} whole numbers from 1 up")
         if self.first_step is not None and self.first_step <= 0:
             raise TensLoRAError(f"first_step={self.first_step}: must be above 0")
 
-    def shapes(self, tensors: int) -> dict[str, tuple[int, ...]]:
-        # The shapes of Adapter's parameters and of its noise, by name. Nothing is listed if the file's number of
-        # tensors is another: a damaged header may declare a billion layers.
-        mode, (rows, columns) = self.config.tensor_mode, tensor_grid(self.config.tensor_mode, self.geometry)
-        chosen = factorization_of(mode, self.config.factorization)
-        sizes = [modes(mode, self.geometry, row) for row in range(rows)]
-        of_rows = [{**chosen.shapes(of_row, self.ranks), **chosen.noise(of_row)} for of_row in sizes]
-        if (expected := columns * sum(map(len, of_rows))) != tensors:
-            raise TensLoRAError(f"its header declares {expected} tensors, and it holds {tensors}")
-        return {
-            f"tensors.{row * columns + column}.{name}": shape
-            for row, shapes in enumerate(of_rows)
-            for column in range(columns)
-            for name, shape in shapes.items()
-        }
+    def rows(self, config: AdapterConfig) -> list[dict[str, tuple[int, ...]]]:
+        # For each row of the grid of tensors, the shapes of a tensor's parameters and of its noise, by name.
+        mode, chosen = config.tensor_mode, factorization_of(config.tensor_mode, config.factorization)
+        sizes = [modes(mode, self.geometry, row) for row in range(tensor_grid(mode, self.geometry)[0])]
+        return [{**chosen.shapes(of_row, self.ranks), **chosen.noise(of_row)} for of_row in sizes]
 
 
-def load_adapter(path: Path | str) -> Adapter:
-    """Read an adapter that `Adapter.save` wrote.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Header(_Stage):
+    # The form of the header if there is a single stage.
+    format: str
+    config: AdapterConfig
+
+    @property
+    def stages(self) -> tuple[_Stage, ...]:
+        return (self,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _StagedHeader:
+    # The form of the header if there are several stages.
+    format: str
+    config: AdapterConfig
+    stages: tuple[_Stage, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.stages) < 2:
+            raise TensLoRAError("stages: must be two or more")
+
+
+def _shapes(header: _Header | _StagedHeader, tensors: int) -> dict[str, tuple[int, ...]]:
+    # The shapes of all tensors by name. Nothing is listed if the file's number of tensors is another: a damaged header
+    # may declare a billion layers.
+    of_stages = []
+    for index, stage in enumerate(header.stages):
+        prefix = "" if isinstance(header, _Header) else f"stage.{index}."
+        try:
+            stage.check(header.config)
+            columns = tensor_grid(header.config.tensor_mode, stage.geometry)[1]
+            of_stages.append((prefix, columns, stage.rows(header.config)))
+        except TensLoRAError as error:
+            raise TensLoRAError(f"{prefix}{error}") from error
+    if (expected := sum(columns * sum(map(len, rows)) for _, columns, rows in of_stages)) != tensors:
+        raise TensLoRAError(f"its header declares {expected} tensors, and it holds {tensors}")
+    return {
+        f"{prefix}tensors.{row * columns + column}.{name}": shape
+        for prefix, columns, rows in of_stages
+        for row, shapes in enumerate(rows)
+        for column in range(columns)
+        for name, shape in shapes.items()
+    }
+
+
+def load_adapter(path: Path | str) -> Adapter | StagedAdapter:
+    """Read an adapter that `Adapter.save` or `StagedAdapter.save` wrote.
 
     Args:
         path: the file's path.
@@ -305,9 +446,10 @@ def load_adapter(path: Path | str) -> Adapter:
     if data.get("format") != FORMAT:
         raise TensLoRAError(f"{path}: not a TensLoRA adapter (its header must say format={FORMAT})")
     try:
-        header = from_json(_Header, data)
-        require_tensors(tensors, header.shapes(len(tensors)))
-        adapter = Adapter(header.config, header.geometry, header.ranks, header.first_step)
+        header = from_json(_StagedHeader, data) if "stages" in data else from_json(_Header, data)
+        require_tensors(tensors, _shapes(header, len(tensors)))
+        geometries, ranks, steps = zip(*((s.geometry, s.ranks, s.first_step) for s in header.stages), strict=True)
+        adapter = make_adapter(header.config, geometries, ranks, steps)
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: not a readable adapter: {error}") from error
     adapter.load_state_dict(tensors)

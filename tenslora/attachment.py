@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from tenslora.adapted_linear import AdaptedLinear, SharedInput
-from tenslora.adapter import Adapter
+from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError
 from tenslora.forward_pass import ForwardPass
-from tenslora.projections import TargetLinear, features, find_projections, is_plain
+from tenslora.projections import Stage, features, find_projections, is_plain
 from tenslora.thin_products import MatrixGroup
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ SUBMODULE = "tenslora"
 """The name of the adapter in the model."""
 
 
-def attach(model: nn.Module, adapter: AdapterConfig | Adapter, train: Sequence[str] = ()) -> Adapter:
+def attach(
+    model: nn.Module, adapter: AdapterConfig | Adapter | StagedAdapter, train: Sequence[str] = ()
+) -> Adapter | StagedAdapter:
     """Freeze `model`, except for the modules to train, and put an adapter on its attention projections.
 
     The model's outputs do not change until the adapter is trained.
@@ -54,7 +56,8 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter, train: Sequence[s
             name stands for every module whose path is that name or ends with it.
 
     Returns:
-        The adapter, on the model's device; it is also ``model.tenslora``.
+        The adapter, on the model's device; it is also ``model.tenslora``. It is a `StagedAdapter` if the model's
+        layers come in several sizes.
 
     Raises:
         TensLoRAError: if the model has an adapter already, if the matrices to adapt or a module to train are not
@@ -63,27 +66,34 @@ def attach(model: nn.Module, adapter: AdapterConfig | Adapter, train: Sequence[s
     if hasattr(model, SUBMODULE):
         raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
     trained = _modules_named(model, train)
-    geometry, targets = find_projections(
-        model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt
-    )
+    stages = find_projections(model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt)
     if isinstance(adapter, AdapterConfig):
-        adapter = Adapter(adapter, geometry)
-    differing = [
-        f"{name} is {value} in the adapter and {getattr(geometry, name)} in the backbone"
-        for name, value in vars(adapter.geometry).items()
-        if value != getattr(geometry, name)
-    ]
-    if differing:
+        adapter = make_adapter(adapter, [stage.geometry for stage in stages])
+    if differing := _differences(adapter, stages):
         raise TensLoRAError(f"the adapter does not fit {type(model).__name__}: {'; '.join(differing)}")
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)
     keep_gradients(model)
-    adapter.to(next(targets[0].linear.parameters()).device).train(model.training)
-    for path, linear in adapt_linears(adapter, targets, ForwardPass(model)).items():
+    for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
+        of_stage.to(next(targets[0].linear.parameters()).device)
+    adapter.train(model.training)
+    for path, linear in adapt_linears(adapter, stages, ForwardPass(model)).items():
         _replace(model, path, linear)
     model.add_module(SUBMODULE, adapter)
     return adapter
+
+
+def _differences(adapter: Adapter | StagedAdapter, stages: Sequence[Stage]) -> list[str]:
+    if len(adapter.stages) != len(stages):
+        return [f"it has {len(adapter.stages)} stages and the backbone has {len(stages)}"]
+    return [
+        f"{name}{f' of stage {index}' if len(stages) > 1 else ''} is {value} in the adapter and "
+        f"{getattr(geometry, name)} in the backbone"
+        for index, (of_stage, (geometry, _)) in enumerate(zip(adapter.stages, stages, strict=True))
+        for name, value in vars(of_stage.geometry).items()
+        if value != getattr(geometry, name)
+    ]
 
 
 def keep_gradients(model: nn.Module) -> None:
@@ -104,35 +114,36 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def adapt_linears(
-    adapter: Adapter, targets: Sequence[TargetLinear], forward_pass: ForwardPass
+    adapter: Adapter | StagedAdapter, stages: Sequence[Stage], forward_pass: ForwardPass
 ) -> dict[str, AdaptedLinear]:
     """Build the layers that add an adapter's updates. They still have to take the places of their Linear layers.
 
     Args:
-        adapter: the adapter, whose geometry is that of the targets.
-        targets: the Linear layers that hold the matrices, from `find_projections`.
+        adapter: the adapter, whose geometries are those of the stages.
+        stages: the stages with the Linear layers that hold the matrices, from `find_projections`.
         forward_pass: the model's forward pass.
 
     Returns:
         The layers by the paths of the Linear layers.
     """
-    groups: dict[range, MatrixGroup] = {}
-    shared: dict[tuple[int, range], SharedInput] = {}
     adapted = {}
-    for target in targets:
-        if target.group not in groups:
-            held = sum(columns.parts * columns.width for columns in target.columns)
-            fused = len(target.columns) == len(target.group) and features(target.linear)[1] == held
+    for index, (of_stage, (geometry, targets)) in enumerate(zip(adapter.stages, stages, strict=True)):
+        groups: dict[tuple[range, int], MatrixGroup] = {}
+        shared: dict[tuple[int, range], SharedInput] = {}
+        for target in targets:
+            group, held = target.group, sum(columns.parts * columns.width for columns in target.columns)
+            fused = len(target.columns) == len(group) and features(target.linear)[1] == held
             parts = target.columns[0].parts if fused else 0
-            groups[target.group] = MatrixGroup(adapter, target.group, target.writes_to_stream, parts, forward_pass)
-        own = shared.setdefault((target.layer, target.group), SharedInput(groups[target.group], target.layer))
-        names = [adapter.geometry.matrices[target.group[columns.matrix]] for columns in target.columns]
-        call = forward_pass.layer(target.path, names)
-        adapted[target.path] = AdaptedLinear(target.linear, own, target.columns, call)
+            if (group, parts) not in groups:  # some layers may hold in one Linear what others hold in several
+                groups[group, parts] = MatrixGroup(of_stage, group, target.writes_to_stream, parts, forward_pass, index)
+            own = shared.setdefault((target.layer, group), SharedInput(groups[group, parts], target.layer))
+            names = [geometry.matrices[group[columns.matrix]] for columns in target.columns]
+            call = forward_pass.layer(target.path, names)
+            adapted[target.path] = AdaptedLinear(target.linear, own, target.columns, call)
     return adapted
 
 
-def detach(model: nn.Module) -> Adapter:
+def detach(model: nn.Module) -> Adapter | StagedAdapter:
     """Take the adapter off, so that the model has its own modules again.
 
     A merged update stays in the weights. Frozen parameters stay frozen, and trainable ones stay trainable.
@@ -203,7 +214,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             linear.enabled = enabled
 
 
-def adapter_of(model: nn.Module) -> Adapter:
+def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
     """The adapter on a model.
 
     Args:
@@ -216,7 +227,7 @@ def adapter_of(model: nn.Module) -> Adapter:
         TensLoRAError: if there is no adapter.
     """
     adapter = getattr(model, SUBMODULE, None)
-    if not isinstance(adapter, Adapter):
+    if not isinstance(adapter, (Adapter, StagedAdapter)):
         raise TensLoRAError(f"{type(model).__name__}: has no adapter")
     return adapter
 

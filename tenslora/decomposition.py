@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tenslora.adapter import Adapter
+from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.constructions import DEPTH, HEAD, PROJECTION, SITE, Geometry, modes, stacked_axes, tensor_grid
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import factorization_of
 from tenslora.factorizations.factorization import leading_vectors
 
 Updates = Sequence[Sequence[Tensor]]
-"""``updates[layer][m]`` is alpha dW of the m-th of `Geometry.matrices` in that layer, with shape (d_in, width)."""
+"""The updates of one stage: ``updates[layer][m]`` is alpha dW of the m-th of `Geometry.matrices` in that layer of the
+stage, with shape (d_in, width)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def stack(updates: Updates, construction: str, geometry: Geometry, head_layout: 
     """Stack updates into the tensors of a construction.
 
     Args:
-        updates: the updates of all layers.
+        updates: the updates of all layers of a stage.
         construction: the construction's name.
         geometry: the backbone's dimensions.
         head_layout: how d_out divides into d_head and head, see `Factorization.slices`.
@@ -77,20 +78,21 @@ def _slices_of_layer(layer: Sequence[Tensor], geometry: Geometry) -> Tensor:
     return torch.stack(parts)
 
 
-def _energy(updates: Updates) -> float:
-    total = sum(update.double().square().sum().item() for layer in updates for update in layer)
+def _energy(stages: Sequence[Updates]) -> float:
+    total = sum(update.double().square().sum().item() for stage in stages for layer in stage for update in layer)
     if total == 0:
         raise TensLoRAError("the updates are all zero, as before any training, and cannot be approximated")
     return total
 
 
 @torch.no_grad()
-def approximate(adapter: Adapter, updates: Updates) -> Approximation:
+def approximate(adapter: Adapter | StagedAdapter, updates: Sequence[Updates]) -> Approximation:
     """Set an adapter's parameters so that its updates approximate given ones, with `Factorization.decompose`.
 
     Args:
         adapter: an adapter with the ranks to compress to; it is changed in place.
-        updates: the updates of all layers, in any precision. The computation takes place in float64, on their device.
+        updates: the updates of each stage, in any precision; ``[updates]`` if there is one. The computation takes place
+            in float64, on their device.
 
     Returns:
         How closely the adapter's updates approximate the given ones.
@@ -98,10 +100,27 @@ def approximate(adapter: Adapter, updates: Updates) -> Approximation:
     Raises:
         TensLoRAError: if the factorization has no direct method (CP), if alpha is zero, or if all updates are zero.
     """
-    config, geometry = adapter.config, adapter.geometry
-    if config.alpha == 0:
+    if adapter.config.alpha == 0:
         raise TensLoRAError("alpha=0: must not be 0, because an adapter with alpha 0 can only give updates of zero")
     total = _energy(updates)
+    squared_error, energy = 0.0, dict[str, float]()
+    for stage, of_stage in zip(adapter.stages, updates, strict=True):
+        for name, left in _decompose(stage, of_stage).items():
+            energy[name] = energy.get(name, 0.0) + left
+        for layer, of_matrices in enumerate(of_stage):
+            for update, dense in zip(of_matrices, stage.dense(layer), strict=True):
+                difference = update.double() - stage.scale * dense.to(update.device).double()
+                squared_error += difference.square().sum().item()
+    return Approximation((squared_error / total) ** 0.5, {name: value / total for name, value in energy.items()})
+
+
+def _decompose(adapter: Adapter, updates: Updates) -> dict[str, float]:
+    # Sets the adapter of one stage. Returns what is left of ||X||^2 if only one mode is compressed, for each mode.
+    config, geometry = adapter.config, adapter.geometry
+    if not any(update.any() for layer in updates for update in layer):  # of this stage alone
+        for module in adapter.tensors:
+            module.get_parameter(adapter.zero_parameter).zero_()
+        return {}
     factorization = factorization_of(config.tensor_mode, config.factorization)
     tensors = stack(
         [[update.double() for update in layer] for layer in updates], config.tensor_mode, geometry, config.head_layout
@@ -118,12 +137,7 @@ def approximate(adapter: Adapter, updates: Updates) -> Approximation:
                 vectors = leading_vectors(tensor.movedim(axis, 0).flatten(1), min(value.shape[-1], sizes[name]))
                 compressed = vectors.T @ tensor.movedim(axis, 0).flatten(1)
                 energy[name] = energy.get(name, 0.0) + compressed.square().sum().item()
-    squared_error = 0.0
-    for layer, of_matrices in enumerate(updates):
-        for update, dense in zip(of_matrices, adapter.dense(layer), strict=True):
-            difference = update.double() - adapter.scale * dense.to(update.device).double()
-            squared_error += difference.square().sum().item()
-    return Approximation((squared_error / total) ** 0.5, {name: value / total for name, value in energy.items()})
+    return energy
 
 
 @torch.no_grad()
@@ -131,8 +145,8 @@ def spectra(updates: Updates, geometry: Geometry, head_layout: str = "aligned") 
     """How the energy of the updates is distributed along every axis: d_in, d_out, d_head, head, projection and depth.
 
     Args:
-        updates: the updates of all layers.
-        geometry: the backbone's dimensions.
+        updates: the updates of all layers of a stage.
+        geometry: the stage's dimensions.
         head_layout: how d_out divides into d_head and head, see `Factorization.slices`.
 
     Returns:
@@ -142,7 +156,7 @@ def spectra(updates: Updates, geometry: Geometry, head_layout: str = "aligned") 
     Raises:
         TensLoRAError: if all updates are zero.
     """
-    _energy(updates)
+    _energy([updates])
     in_double = [[update.double() for update in layer] for layer in updates]
     shares: dict[str, Tensor] = {}
     for construction in ("qkv_depth", "att_qkv_depth"):

@@ -82,6 +82,22 @@ def relative_first_step(config: AdapterConfig, geometry: Geometry, ranks: Sequen
     return own and own / lora_first_step(geometry, config.rank_strategy.rank)
 
 
+def over_stages(first_steps: Sequence[float], geometries: Sequence[Geometry]) -> float:
+    """The first step of a backbone of several stages: the root mean square over the matrices of all of them.
+
+    >>> small, large = Geometry(d_in=96, heads=3, d_head=32, layers=2), Geometry(d_in=192, heads=6, d_head=32, layers=6)
+    >>> over_stages([2.0, 4.0], [small, large])
+    3.605551275463989
+
+    Args:
+        first_steps: the first step of each stage.
+        geometries: the dimensions of each stage.
+    """
+    counts = [len(geometry.matrices) * geometry.layers for geometry in geometries]
+    squares = (count * step**2 for count, step in zip(counts, first_steps, strict=True))
+    return math.sqrt(math.fsum(squares) / sum(counts))
+
+
 def lora_first_step(geometry: Geometry, rank: int) -> float:
     """LoRA's first step, sqrt(r d_out / 3) where all matrices are d_out wide.
 

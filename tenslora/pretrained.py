@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tenslora.adapter import Adapter, load_adapter
+from tenslora.adapter import Adapter, StagedAdapter, load_adapter
 from tenslora.attachment import SUBMODULE, adapter_of, attach
 from tenslora.errors import TensLoRAError
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
@@ -47,7 +47,7 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
     return folder
 
 
-def load(model: nn.Module, source: Path | str, revision: str | None = None) -> Adapter:
+def load(model: nn.Module, source: Path | str, revision: str | None = None) -> Adapter | StagedAdapter:
     """Attach a saved adapter, and give the model the weights that were trained beside it.
 
     These weights are trainable, as they were when they were saved; all others are frozen.
@@ -159,6 +159,7 @@ def _model_card(model: nn.Module, repo_id: str) -> str:
     of_base = f"[{base}](https://huggingface.co/{base})" if base else type(model).__name__
     head = sum(weight.numel() for weight in _trained_weights(model).values())
     count = sum(parameter.numel() for parameter in adapter.parameters())
+    ranks = "; ".join(", ".join(map(str, stage.ranks)) for stage in adapter.stages)
     return "\n".join(
         [
             "---", *metadata, "---", "",
@@ -166,7 +167,7 @@ def _model_card(model: nn.Module, repo_id: str) -> str:
             f"A TensLoRA adapter ([arXiv 2509.19391](https://arxiv.org/abs/2509.19391)) of {of_base}.", "",
             "| | |", "|---|---|",
             f"| construction | {adapter.config.tensor_mode} |",
-            f"| ranks | {', '.join(map(str, adapter.ranks))} ({adapter.config.rank_strategy.name}) |",
+            f"| ranks | {ranks} ({adapter.config.rank_strategy.name}) |",
             f"| parameters | {count:,} in the adapter, {head:,} trained beside it |", "",
             "```python",
             "from tenslora import load", "",

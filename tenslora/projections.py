@@ -26,6 +26,11 @@ SEPARATE = (
 """The names of an attention block's Linear layers for query, key and value. Single letters count only beside an o."""
 
 
+KEY_AND_VALUE = ("q", "kv")
+"""The names of the Linear layers for query, and for key and value side by side, of attention in which key and value
+read a smaller feature map (PVT v2 and Twins of timm). They count only beside an sr, which makes that feature map."""
+
+
 class FusedLayout(NamedTuple):
     """How one Linear holds query, key and value.
 
@@ -63,6 +68,8 @@ OUTPUT = ("proj", "o_proj", "out_proj", "out_lin", "c_proj", ".output.dense", "d
 FEED_FORWARD = (
     {"gate": "..mlp.gate_proj", "up": "..mlp.up_proj", "down": "..mlp.down_proj"},
     {"up": "..mlp.fc1", "down": "..mlp.fc2"},
+    {"up": ".mlp.fc1", "down": ".mlp.fc2"},
+    {"up": "..mlp.dense1", "down": "..mlp.dense2"},
     {"up": "..intermediate.dense", "down": "..output.dense"},
     {"up": "..ffn.lin1", "down": "..ffn.lin2"},
     {"up": "..mlp.c_fc", "down": "..mlp.c_proj"},
@@ -113,7 +120,8 @@ class TargetLinear:
     Args:
         path: the module's path in the model.
         linear: the module.
-        layer: the index of its layer, 0-based.
+        layer: the index of its layer in its stage, 0-based.
+        model_layer: the index of its layer among all layers of the model, 0-based.
         group: the matrices that read the same input, as a range of indices in `Geometry.matrices`.
         columns: the output columns of each matrix that the module holds.
         writes_to_stream: whether the module's output goes to the residual stream.
@@ -122,9 +130,24 @@ class TargetLinear:
     path: str
     linear: nn.Module
     layer: int
+    model_layer: int
     group: range
     columns: tuple[Columns, ...]
     writes_to_stream: bool
+
+
+class Stage(NamedTuple):
+    """The layers of a model that have equal sizes, and so can share tensors.
+
+    Most Transformers are a single stage. A hierarchical one, such as Swin, has a stage for each of its widths.
+
+    Args:
+        geometry: the dimensions of these layers.
+        targets: the Linear layers that hold their matrices, layer by layer.
+    """
+
+    geometry: Geometry
+    targets: list[TargetLinear]
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
@@ -147,30 +170,32 @@ def is_plain(linear: nn.Module) -> bool:
     return plain and cast(Tensor, weight).is_floating_point() and {*cast(Tensor, weight).shape} == sizes
 
 
-def find_projections(
-    model: nn.Module, adapt: str = "qkv", layers: Collection[int] | None = None
-) -> tuple[Geometry, list[TargetLinear]]:
+def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[int] | None = None) -> list[Stage]:
     """Find the matrices to adapt in every layer of a model.
 
-    An attention block is a module with three Linear layers for query, key and value (`SEPARATE`) or with one that
-    holds all three (`FUSED`). Each such block counts as one layer, and layers are numbered in the order of the model's
-    modules. The attention's output and the feed-forward block are looked up by name (`OUTPUT`, `FEED_FORWARD`).
+    An attention block is a module with three Linear layers for query, key and value (`SEPARATE`), with one that holds
+    all three (`FUSED`), or with one for query and one for the others (`KEY_AND_VALUE`). Each such block counts as one
+    layer, and layers are numbered in the order of the model's modules. The attention's output and the feed-forward
+    block are looked up by name (`OUTPUT`, `FEED_FORWARD`).
+
+    Layers of equal sizes form one stage, whether they follow one another or not: a tensor that stacks layers needs the
+    same dimensions in all of them.
 
     A warning says so if layers of the same list have no such block, as in models that mix attention with other layers.
 
     Args:
         model: any Transformer.
         adapt: which matrices, see `constructions.adapted_matrices`.
-        layers: which of the model's layers to take, counted from 0; None for all. The layers that are taken are
-            numbered anew, from 0 and without gaps.
+        layers: which of the model's layers to take, counted from 0 through all stages; None for all. The layers that
+            are taken are numbered anew, in each stage from 0 and without gaps.
 
     Returns:
-        The geometry that all layers share, and the Linear layers that hold the matrices, layer by layer.
+        The stages, in the order of their first layers.
 
     Raises:
         TensLoRAError: if there is no attention block, if an attention block is of a kind in which an adapter would not
-            do what it should, if a layer lacks a matrix that is to be adapted, if the layers differ in width or in
-            heads, if two layers share a weight, or if the model is wrapped for several processes already.
+            do what it should, if a layer lacks a matrix that is to be adapted, if two layers share a weight, or if the
+            model is wrapped for several processes already.
     """
     _refuse_wrapped(model)
     blocks = list(_attention_blocks(model))
@@ -180,15 +205,16 @@ def find_projections(
             f"{type(model).__name__}: no attention projections found; they must be nn.Linear children named {known}"
         )
     _warn_of_skipped_layers(model, [path for path, _, _ in blocks])
-    taken = blocks if layers is None else [block for index, block in enumerate(blocks) if index in layers]
-    found = [_inspect_layer(model, path, block, names, adapt) for path, block, names in taken]
-    for layer in found:
-        _require_same_sizes(model, layer, found[0])
-    geometry = found[0].sizes.geometry(len(found), adapt)
-    targets = [target for index, layer in enumerate(found) for target in _targets(index, layer, geometry)]
+    by_sizes: dict[_Sizes, list[_Layer]] = {}
+    for index, (path, block, names) in enumerate(blocks):
+        if layers is None or index in layers:
+            layer = _inspect_layer(model, index, path, block, names, adapt)
+            by_sizes.setdefault(layer.sizes, []).append(layer)
+    stages = [_stage(sizes, of_stage, adapt) for sizes, of_stage in by_sizes.items()]
+    targets = sorted((target for stage in stages for target in stage.targets), key=lambda target: target.model_layer)
     _refuse_parametrized_weights(targets)
     _refuse_shared_weights(targets)
-    return geometry, targets
+    return stages
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -206,8 +232,10 @@ def _refuse_wrapped(model: nn.Module) -> None:
 def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     # Yields the path of each block, the block, and the names of its Linear layers.
     for path, module in model.named_modules():
-        for names in (*SEPARATE, *[(name,) for name in FUSED]):
-            if all(_is_linear(getattr(module, name, None)) for name in names):
+        for names in (*SEPARATE, *[(name,) for name in FUSED], KEY_AND_VALUE):
+            if (names != KEY_AND_VALUE or hasattr(module, "sr")) and all(
+                _is_linear(getattr(module, name, None)) for name in names
+            ):
                 if reason := _reason_to_refuse(module, names[0]):
                     raise TensLoRAError(f"{path or type(module).__name__}: {reason}")
                 yield path, module, names[:3]
@@ -226,6 +254,9 @@ def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
     if side_by_side and (getattr(block, "multi_query", None) is False or getattr(block, "head_first", False)):
         # transformers' GPTBigCode without multi_query, and timm's AttentionCl.
         return f"its Linear {name} holds query, key and value one head after the other, which is not supported"
+    if kind.__name__ == "ChannelAttention":
+        # timm's DaViT: softmax(key^T value) query^T, whose query is what value is in attention.
+        return f"in {kind.__name__} query, key and value mean something else than in attention, which is not supported"
     if _is_linear(getattr(block, f"{name}_global", None)):
         # Longformer and LED: its global tokens use these instead, and in the last layer nothing else is read.
         return f"has a {name}_global beside {name}, which an adapter would leave out"
@@ -258,7 +289,7 @@ def _is_linear(module: object) -> bool:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The sizes that have to be the same in all layers."""
+    """The sizes that have to be the same in all layers of a stage."""
 
     heads: int
     d_in: int
@@ -284,14 +315,16 @@ class _Matrix(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """The path of a layer's attention block, the layer's sizes, and its matrices by name."""
+    """The number of a layer in the model, from 0, its sizes, and its matrices by name."""
 
-    path: str
+    number: int
     sizes: _Sizes
     matrices: Mapping[str, _Matrix]
 
 
-def _inspect_layer(model: nn.Module, path: str, block: nn.Module, names: tuple[str, ...], adapt: str) -> _Layer:
+def _inspect_layer(
+    model: nn.Module, index: int, path: str, block: nn.Module, names: tuple[str, ...], adapt: str
+) -> _Layer:
     def path_of(name: str) -> str:
         return f"{path}.{name}".lstrip(".")
 
@@ -314,12 +347,12 @@ def _inspect_layer(model: nn.Module, path: str, block: nn.Module, names: tuple[s
             name: _Matrix(path_of(names[0]), linear, start, parts) for name, start in zip(qkv, starts, strict=True)
         }
     else:
-        linears = [getattr(block, name) for name in names]
-        d_in, widths = features(linears[0])[0], [features(linear)[1] for linear in linears]
-        matrices = {
-            matrix: _Matrix(path_of(name), linear) for matrix, name, linear in zip(qkv, names, linears, strict=True)
-        }
-        for name, linear in zip(names, linears, strict=True):
+        d_in, widths, matrices = features(getattr(block, names[0]))[0], [], {}
+        for name, held in zip(names, (qkv[:1], qkv[1:]) if names == KEY_AND_VALUE else zip(qkv), strict=True):
+            linear = getattr(block, name)
+            width = features(linear)[1] // len(held)
+            matrices |= {each: _Matrix(path_of(name), linear, start * width) for start, each in enumerate(held)}
+            widths += [width] * len(held)
             if features(linear)[0] != d_in:
                 raise TensLoRAError(
                     f"{path_of(name)}: has {features(linear)[0]} inputs, but {path_of(names[0])} has {d_in}; the "
@@ -353,7 +386,7 @@ def _inspect_layer(model: nn.Module, path: str, block: nn.Module, names: tuple[s
                 f"{matrix.path}: (inputs, outputs) is {features(matrix.linear)}, but must be {expected[name]} for the "
                 f"{name} matrix"
             )
-    return _Layer(path, _Sizes(heads, d_in, query, key, value, d_ff, gated), matrices)
+    return _Layer(index, _Sizes(heads, d_in, query, key, value, d_ff, gated), matrices)
 
 
 def _head_count(path: str, block: nn.Module, model: nn.Module) -> int:
@@ -390,13 +423,11 @@ def _look_up(model: nn.Module, path: str, choices: Iterable[Mapping[str, str]], 
     )
 
 
-def _require_same_sizes(model: nn.Module, layer: _Layer, first: _Layer) -> None:
-    for name, value in vars(layer.sizes).items():
-        if value != getattr(first.sizes, name):
-            raise TensLoRAError(
-                f"{type(model).__name__}: layers are uneven, {name} is {value} at {layer.path} and "
-                f"{getattr(first.sizes, name)} at {first.path}; tensors need the same dimensions in every layer"
-            )
+def _stage(sizes: _Sizes, layers: Sequence[_Layer], adapt: str) -> Stage:
+    geometry = sizes.geometry(len(layers), adapt)
+    return Stage(
+        geometry, [target for index, layer in enumerate(layers) for target in _targets(index, layer, geometry)]
+    )
 
 
 def _targets(index: int, layer: _Layer, geometry: Geometry) -> Iterator[TargetLinear]:
@@ -405,9 +436,11 @@ def _targets(index: int, layer: _Layer, geometry: Geometry) -> Iterator[TargetLi
     held: dict[str, list[str]] = {}  # by the path of a Linear, the matrices that it holds
     for name in names:
         held.setdefault(layer.matrices[name].path, []).append(name)
+    query, key, value = (layer.matrices[name].path for name in _SAME_INPUT[0])
+    same_input = (("query",), ("key", "value"), *_SAME_INPUT[1:]) if query != key == value else _SAME_INPUT
     for path, of_linear in held.items():
         first = layer.matrices[of_linear[0]]
-        members = [name for name in next(group for group in _SAME_INPUT if of_linear[0] in group) if name in names]
+        members = [name for name in next(group for group in same_input if of_linear[0] in group) if name in names]
         start = names.index(members[0])
         writes_to_stream = of_linear[0] in ("output", "down")
         columns = []
@@ -416,7 +449,7 @@ def _targets(index: int, layer: _Layer, geometry: Geometry) -> Iterator[TargetLi
             parts = layer.matrices[name].parts
             columns.append(Columns(members.index(name), layer.matrices[name].start, width // parts, parts))
         group = range(start, start + len(members))
-        yield TargetLinear(path, first.linear, index, group, tuple(columns), writes_to_stream)
+        yield TargetLinear(path, first.linear, index, layer.number, group, tuple(columns), writes_to_stream)
 
 
 def _refuse_parametrized_weights(targets: Iterable[TargetLinear]) -> None:
@@ -436,6 +469,6 @@ def _refuse_shared_weights(targets: Iterable[TargetLinear]) -> None:
         owner = owners.setdefault(id(target.linear.weight), target)
         if owner is not target:
             raise TensLoRAError(
-                f"{target.path}: would be adapted twice, for layers {owner.layer} and {target.layer} (there as "
-                f"{owner.path}), but a weight can take only one update; choose the matrices with adapt"
+                f"{target.path}: would be adapted twice, for layers {owner.model_layer} and {target.model_layer} "
+                f"(there as {owner.path}), but a weight can take only one update; choose the matrices with adapt"
             )

@@ -33,24 +33,31 @@ class LayerProducts(NamedTuple):
 
 
 class MatrixGroup:
-    """The matrices that read the same input, such as query, key and value, in all layers.
+    """The matrices that read the same input, such as query, key and value, in all layers of a stage.
 
     Args:
-        adapter: the adapter that holds the matrices' updates.
+        adapter: the adapter of the stage, which holds the matrices' updates.
         matrices: the matrices, as a range of indices in `Geometry.matrices`.
         writes_to_stream: whether the matrices write to the residual stream instead of reading from it. The adapter then
             holds the transposes of their updates.
         fused_parts: if one Linear per layer holds all the matrices and nothing else, the number of equal parts in which
             it does so, see `projections.Columns`; otherwise 0.
         forward_pass: the model's forward pass.
+        stage: the index of the adapter among the stages of its model.
     """
 
     def __init__(
-        self, adapter: Adapter, matrices: range, writes_to_stream: bool, fused_parts: int, forward_pass: ForwardPass
+        self,
+        adapter: Adapter,
+        matrices: range,
+        writes_to_stream: bool,
+        fused_parts: int,
+        forward_pass: ForwardPass,
+        stage: int = 0,
     ) -> None:
         self.adapter = adapter
         self.matrices = None if len(matrices) == len(adapter.geometry.matrices) else matrices
-        self.first_matrix = matrices.start  # identifies the group in a forward pass
+        self.key = stage, matrices.start, matrices.stop, fused_parts  # identifies the group in a forward pass
         self.writes_to_stream = writes_to_stream
         self.fused_parts = fused_parts
         self.forward_pass = forward_pass
@@ -83,7 +90,7 @@ class MatrixGroup:
         cached = self.forward_pass.here.products
         if cached is None or _saved_tensors_have_hooks():
             return self._compute(range(layer, layer + 1), dtype)[0]
-        key = self.first_matrix, dtype, torch.is_grad_enabled()
+        key = *self.key, dtype, torch.is_grad_enabled()
         if key not in cached:
             cached[key] = self._compute(range(self.adapter.geometry.layers), dtype)
         return cast(LayerProducts, cached[key][layer])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from tenslora import AdapterConfig, attach
 from tenslora.adapted_linear import AdaptedLinear
-from tenslora.adapter import Adapter
+from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.constructions import Geometry
 from tenslora.tensor import FactorizedTensor
 from tests.plain_transformer import PlainTransformer
+
+AnyAdapter = TypeVar("AnyAdapter", bound=Adapter | StagedAdapter)
 
 GEOMETRY = Geometry(d_in=24, heads=3, d_head=8, layers=2)
 _SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
@@ -130,6 +132,67 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
 """Query, key and value in one Linear for each head or with fewer key heads, and other names."""
 
 
+_STAGES = {"embed_dim": 8, "depths": [2, 1], "num_heads": [2, 4], "window_size": 2}
+_PVT = {"depths": [1, 2], "sr_ratios": [2, 1], "mlp_ratios": [2, 2]}
+
+
+def _swin() -> nn.Module:
+    return hf.SwinForImageClassification(hf.SwinConfig(**_STAGES, image_size=32))
+
+
+def _swin_v2() -> nn.Module:
+    return hf.Swinv2ForImageClassification(hf.Swinv2Config(**_STAGES, image_size=32))
+
+
+def _timm_swin() -> nn.Module:
+    model: nn.Module = timm.create_model("swin_tiny_patch4_window7_224", **_STAGES, img_size=32, num_classes=2)
+    return model
+
+
+def _pvt_v2() -> nn.Module:
+    sizes = {"hidden_sizes": [8, 16], "num_attention_heads": [1, 2], "num_encoder_blocks": 2}
+    strides = {"patch_sizes": [7, 3], "strides": [4, 2], "image_size": 32}
+    return hf.PvtV2ForImageClassification(hf.PvtV2Config(**_PVT, **sizes, **strides))
+
+
+def _timm_pvt_v2() -> nn.Module:
+    model: nn.Module = timm.create_model("pvt_v2_b0", **_PVT, embed_dims=(8, 16), num_heads=(1, 2), num_classes=2)
+    return model
+
+
+def _twins() -> nn.Module:
+    sizes = {"embed_dims": (8, 16), "num_heads": (2, 4), "depths": (2, 2), "sr_ratios": (4, 2), "wss": (4, 2)}
+    model: nn.Module = timm.create_model("twins_svt_small", **sizes, mlp_ratios=(2, 2), num_classes=2, img_size=32)
+    return model
+
+
+def _maxvit() -> nn.Module:
+    # Its convolutions would be most of the model's size: one block in each of two stages.
+    sizes = {"embed_dim": (8, 16), "depths": (1, 1), "block_type": ("M", "M"), "stem_width": 4}
+    transformer = {"transformer_dim_head": 4, "transformer_window_size": (4, 4), "transformer_grid_size": (4, 4)}
+    model: nn.Module = timm.create_model("maxvit_tiny_tf_224", **sizes, **transformer, img_size=32, num_classes=2)
+    return model
+
+
+def _vit_mae() -> nn.Module:
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    config = hf.ViTMAEConfig(**_SIZES, **decoder, decoder_intermediate_size=32, image_size=32, patch_size=8)
+    return hf.ViTMAEForPreTraining(config)
+
+
+HIERARCHICAL: dict[str, Callable[[], nn.Module]] = {
+    "hf_swin": _swin,
+    "timm_swin": _timm_swin,
+    "hf_swin_v2": _swin_v2,
+    "hf_pvt_v2": _pvt_v2,
+    "timm_pvt_v2": _timm_pvt_v2,
+    "timm_twins": _twins,
+    "timm_maxvit": _maxvit,
+    "hf_vit_mae": _vit_mae,
+}
+"""Their layers come in two stages of different sizes."""
+
+
 PLAIN: dict[str, Callable[[], nn.Module]] = {
     "separate": lambda: PlainTransformer(fused=False),
     "fused": lambda: PlainTransformer(fused=True),
@@ -140,7 +203,7 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
 def build(name: str) -> nn.Module:
     """A model of one of the dictionaries above, in evaluation mode, in float64, with reproducible random weights."""
     torch.manual_seed(0)
-    return {**BUILDERS, **DECODERS, **FURTHER, **PLAIN}[name]().double().eval()
+    return {**BUILDERS, **DECODERS, **FURTHER, **PLAIN, **HIERARCHICAL}[name]().double().eval()
 
 
 def inputs(name: str, seed: int = 0) -> dict[str, Tensor]:
@@ -151,7 +214,10 @@ def inputs(name: str, seed: int = 0) -> dict[str, Tensor]:
     if name in ("hf_bert", "hf_roberta", "hf_distilbert", *DECODERS, *FURTHER):
         tokens = torch.randint(5, 50, (2, 7), generator=generator)
         return {"input_ids": tokens, "decoder_input_ids": tokens[:, :5]} if name == "t5" else {"input_ids": tokens}
-    pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=generator)
+    size = 32 if name in HIERARCHICAL else 16
+    pixels = torch.randn(2, 3, size, size, dtype=torch.float64, generator=generator)
+    if name == "hf_vit_mae":  # which patches are masked
+        return {"pixel_values": pixels, "noise": torch.rand(2, 16, generator=generator)}
     return {"x" if name.startswith("timm") else "pixel_values": pixels}
 
 
@@ -163,10 +229,15 @@ def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 def attached(model: nn.Module, mode: str, **settings: Any) -> Adapter:
     """Attach an adapter with random entries in all its parameters, in float64."""
-    adapter = attach(model, AdapterConfig(mode, **settings)).double()
+    (adapter,) = randomised(attach(model, AdapterConfig(mode, **settings))).stages
+    return adapter
+
+
+def randomised(adapter: AnyAdapter) -> AnyAdapter:
+    """Give an adapter random entries in all its parameters, in float64."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in adapter.parameters():
+        for parameter in adapter.double().parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return adapter
 

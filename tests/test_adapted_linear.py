@@ -26,7 +26,7 @@ from tests.plain_transformer import PlainTransformer
 def dense_logits(name: str, adapter: Adapter) -> Tensor:
     """Logits of a fresh backbone whose weights had alpha dW^T added, as a function of the adapter's parameters."""
     model = build(name)
-    _, targets = find_projections(model, adapter.config.adapt)
+    [(_, targets)] = find_projections(model, adapter.config.adapt)
     weights = {}
     for target in targets:
         weight = target.linear.get_parameter("weight").detach().clone()
@@ -179,7 +179,7 @@ def test_lora_is_pefts_lora(name: str) -> None:
 def test_training_makes_no_matrix_as_large_as_a_weight(mode: str) -> None:
     # Of two tokens, with ranks of 2, a new tensor as large as a weight of 24 x 24 could only be an update.
     model = PlainTransformer()
-    adapter = attach(model, AdapterConfig(mode, RankStrategy("isorank", rank=2)))
+    (adapter,) = attach(model, AdapterConfig(mode, RankStrategy("isorank", rank=2))).stages
     with RecordedOperations(known=model.parameters()) as operations:
         torch.autograd.backward(model(torch.randn(1, 2, 24)).sum())
     assert 0 < operations.largest < 24 * 24

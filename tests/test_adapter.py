@@ -72,7 +72,7 @@ def test_tensors_start_differently_unless_equal_seeds_are_asked_for() -> None:
 def test_a_saved_adapter_is_loaded_as_it_was(name: str, tmp_path: Path) -> None:
     adapter = build_random(name)
     adapter.save(tmp_path / "a.safetensors")
-    loaded = load_adapter(tmp_path / "a.safetensors")
+    (loaded,) = load_adapter(tmp_path / "a.safetensors").stages
     assert (loaded.config, loaded.geometry, loaded.ranks) == (adapter.config, adapter.geometry, adapter.ranks)
     for layer in range(GEOMETRY.layers):
         assert all(map(torch.equal, loaded.dense(layer), adapter.dense(layer)))
@@ -82,7 +82,7 @@ def test_a_saved_adapter_keeps_its_ranks_whatever_its_strategy_would_choose(tmp_
     config = AdapterConfig("depth", RankStrategy("isoparameters"))
     adapter = Adapter(config, GEOMETRY, ranks=[3, 2, 4])
     adapter.save(tmp_path / "a.safetensors")
-    assert load_adapter(tmp_path / "a.safetensors").ranks == (3, 2, 4)
+    assert load_adapter(tmp_path / "a.safetensors").stages[0].ranks == (3, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_python_and_conf_choose_the_same_ranks_by_default() -> None:
 
 def test_an_adapter_of_the_smallest_ranks_is_loaded_too(tmp_path: Path) -> None:
     build("qkv", rank_strategy=RankStrategy("isorank", rank=1)).save(tmp_path / "a.safetensors")
-    assert load_adapter(tmp_path / "a.safetensors").ranks == (1, 1, 1)
+    assert load_adapter(tmp_path / "a.safetensors").stages[0].ranks == (1, 1, 1)
 
 
 def test_equal_adapters_are_saved_as_equal_bytes(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_changed_folder_of_pefts_is_refused_in_one_line_or_gives_finite_update
     model = build("hf_bert").float()
     with time_limit():
         try:
-            updates = read_updates(folder, *find_projections(model))
+            [updates] = read_updates(folder, find_projections(model))
         except TensLoRAError as error:
             one_line(error, folder)
             return

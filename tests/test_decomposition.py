@@ -52,7 +52,7 @@ def test_at_full_rank_nothing_is_lost(mode: str, factorization: str, head_layout
         mode, list(rank_limits(mode, GEOMETRY, factorization).values()), factorization, head_layout=head_layout
     )
     given = updates()
-    approximation = approximate(adapter, given)
+    approximation = approximate(adapter, [given])
     assert approximation.error < 1e-7
     for layer, each in enumerate(given):
         for update, dense in zip(each, adapter.dense(layer), strict=True):
@@ -64,7 +64,7 @@ def test_tucker_is_the_truncated_hosvd(mode: str) -> None:
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=5)
     ranks = [max(1, n - 1) for n in modes(mode, geometry).values()]
     adapter, given = build(mode, ranks, "tucker", geometry), updates(geometry)
-    approximation = approximate(adapter, given)
+    approximation = approximate(adapter, [given])
     squared_error = total = 0.0
     energy = dict.fromkeys(modes(mode, geometry), 0.0)
     for tensor in stack(given, mode, geometry):
@@ -85,7 +85,7 @@ def test_the_tensor_train_has_the_error_of_tensorlys(mode: str) -> None:
     limits = rank_limits(mode, geometry, "tensor_train").values()
     ranks = [max(1, limit // 2) for limit in limits]
     adapter, given = build(mode, ranks, "tensor_train", geometry), updates(geometry)
-    approximation = approximate(adapter, given)
+    approximation = approximate(adapter, [given])
     names = list(modes(mode, geometry))
     order = [n for n in ("d_in", "projection", "depth", "site", "head", "d_head", "d_out") if n in names]
     squared_error = total = 0.0
@@ -99,7 +99,7 @@ def test_the_tensor_train_has_the_error_of_tensorlys(mode: str) -> None:
 def test_a_lora_is_the_nearest_of_its_rank() -> None:
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=2)
     adapter, given = build("lora", [3], "tucker", geometry), updates(geometry)
-    approximation = approximate(adapter, given)
+    approximation = approximate(adapter, [given])
     squares = [torch.linalg.svdvals(update).square() for layer in given for update in layer]
     remainder = sum(s[3:].sum().item() for s in squares) / sum(s.sum().item() for s in squares)
     assert approximation.error == pytest.approx(math.sqrt(remainder), rel=1e-9)
@@ -109,23 +109,23 @@ def test_ranks_above_a_modes_size_give_finite_factors() -> None:
     geometry = Geometry(d_in=10, heads=3, d_head=4, layers=2)
     config = AdapterConfig("qkv_depth", RankStrategy("isorank", rank=10))  # of a projection mode of 3
     adapter = Adapter(config, geometry).double()
-    approximate(adapter, updates(geometry))
+    approximate(adapter, [updates(geometry)])
     assert all(parameter.isfinite().all() for parameter in adapter.parameters())
 
 
 def test_updates_that_are_zero_and_an_alpha_of_zero_are_refused() -> None:
     nothing = [[torch.zeros_like(update) for update in layer] for layer in updates()]
     with pytest.raises(TensLoRAError, match="the updates are all zero"):
-        approximate(Adapter(AdapterConfig("qkv_depth", adapt="all"), GEOMETRY), nothing)
+        approximate(Adapter(AdapterConfig("qkv_depth", adapt="all"), GEOMETRY), [nothing])
     with pytest.raises(TensLoRAError, match="the updates are all zero"):
         spectra(nothing, GEOMETRY)
     with pytest.raises(TensLoRAError, match=r"^alpha=0"):
-        approximate(Adapter(AdapterConfig("qkv_depth", adapt="all", alpha=0.0), GEOMETRY), updates())
+        approximate(Adapter(AdapterConfig("qkv_depth", adapt="all", alpha=0.0), GEOMETRY), [updates()])
 
 
 def test_cp_has_no_direct_method() -> None:
     with pytest.raises(TensLoRAError, match=r"^factorization=cp: must be tucker or tensor_train"):
-        approximate(build("depth", [4], "cp"), updates())
+        approximate(build("depth", [4], "cp"), [updates()])
 
 
 @pytest.mark.parametrize("mode", TENSORS)

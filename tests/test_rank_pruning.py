@@ -153,6 +153,6 @@ def test_a_pruned_adapter_keeps_its_scale_when_it_is_saved(tmp_path: Path) -> No
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter))
     prune(adapter, 300)
-    loaded = load_adapter(adapter.save(tmp_path / "adapter.safetensors"))
+    (loaded,) = load_adapter(adapter.save(tmp_path / "adapter.safetensors")).stages
     assert (loaded.scale, loaded.ranks) == (scale, adapter.ranks)
     assert all(map(torch.equal, loaded.dense(1), adapter.dense(1)))

@@ -77,18 +77,21 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
     """
     model = backbone.model.to(device)
     try:
-        geometry, targets = find_projections(model, run.adapter.adapt if run.adapter else "qkv")
+        stages = find_projections(model, run.adapter.adapt if run.adapter else "qkv")
+        if len(stages) > 1:
+            raise TensLoRAError(f"its layers come in {len(stages)} sizes, and a run needs layers of one size")
     except TensLoRAError as error:
         raise TensLoRAError(f"{source_setting(run.model)}: cannot be adapted: {error}") from error
+    geometry = stages[0].geometry
     check_geometry(run.geometry, geometry)
     check_ranks(run, geometry)
     adapter = warm_start = None
     if run.adapter:
-        adapter = attach(model, Adapter(run.adapter, geometry, run.start_ranks(geometry)))
+        (adapter,) = attach(model, Adapter(run.adapter, geometry, run.start_ranks(geometry))).stages
         if run.warm_start is not None:
             from tenslora.peft.saved_lora import read_updates  # imports PEFT, which takes seconds
 
-            warm_start = approximate(adapter, read_updates(Path(run.warm_start), geometry, targets))
+            warm_start = approximate(adapter, read_updates(Path(run.warm_start), stages))
             log.info("warm start from %s: relative error %.4f", run.warm_start, warm_start.error)
     else:
         model.requires_grad_(run.tensor_mode == "full")

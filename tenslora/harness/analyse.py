@@ -45,7 +45,7 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> tu
         TensLoRAError: if there is no adapter in the folder, or if the backbone cannot be found.
     """
     if not (folder / CONFIG).is_file():
-        adapter = load_adapter(RunFolder(folder).adapter)
+        (adapter,) = load_adapter(RunFolder(folder).adapter).stages
         with torch.no_grad():
             layers = [adapter.dense(layer) for layer in range(adapter.geometry.layers)]
             return adapter.geometry, [[adapter.scale * update for update in layer] for layer in layers]
@@ -63,8 +63,10 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> tu
         raise TensLoRAError(
             f"--model {name}: must be a folder or hub name with a model's config ({first_line(error)})"
         ) from error
-    geometry, targets = find_projections(backbone, adapt)
-    return geometry, read_updates(folder, geometry, targets)
+    stages = find_projections(backbone, adapt)
+    if len(stages) > 1:
+        raise TensLoRAError(f"--model {name}: its layers come in {len(stages)} sizes; must be of one size")
+    return stages[0].geometry, read_updates(folder, stages)[0]
 
 
 def rank_for(shares: Sequence[float], energy: float) -> int:

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_json, read_safetensors, require_finite, require_tensors
 from tenslora.forms import from_json, shown
 from tenslora.peft.patterns import first_matches
-from tenslora.projections import TargetLinear, features
+from tenslora.projections import Stage, TargetLinear, features
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files in the folder that PEFT's `save_pretrained` writes."""
@@ -140,58 +139,61 @@ def read_config(folder: Path) -> SavedLora:
     return lora
 
 
-def read_updates(folder: Path, geometry: Geometry, targets: list[TargetLinear]) -> list[list[Tensor]]:
+def read_updates(folder: Path, stages: Sequence[Stage]) -> list[list[list[Tensor]]]:
     """Read the updates that a saved LoRA makes, PEFT's scaling included.
 
     Args:
         folder: a folder that PEFT's `save_pretrained` wrote.
-        geometry: the dimensions of the model that the LoRA is for, from `find_projections`.
-        targets: that model's Linear layers, from `find_projections`.
+        stages: those of the model that the LoRA is for, from `find_projections`.
 
     Returns:
-        ``updates[layer][m]``, the update of the m-th of `Geometry.matrices` in that layer, with shape (d_in, width). It
-        is zero if the LoRA does not adapt that matrix.
+        ``updates[stage][layer][m]``, the update of the m-th of `Geometry.matrices` in that layer of the stage, with
+        shape (d_in, width). It is zero if the LoRA does not adapt that matrix.
 
     Raises:
-        TensLoRAError: if the LoRA adapts anything beside the geometry's matrices, if its sizes are not the model's, or
+        TensLoRAError: if the LoRA adapts anything beside the stages' matrices, if its sizes are not the model's, or
             if all of its updates are zero.
     """
     config, path = read_config(folder), folder / WEIGHTS
     matrices = {key: tensor for key, tensor in read_safetensors(path)[1].items() if ".lora_" in key}
     saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(_PREFIX)) for key in matrices}
-    found: dict[str, TargetLinear] = {}
-    for target in targets:
+    found: dict[str, tuple[int, TargetLinear]] = {}
+    for stage, target in ((index, target) for index, (_, targets) in enumerate(stages) for target in targets):
         # A model with a head has a prefix in front of the backbone's paths. Either model may have a head: the LoRA's
         # own model, or the one that is adapted.
         name = next((name for name in saved if _ends_with(name, target.path) or _ends_with(target.path, name)), None)
         if name is not None:
             saved.remove(name)
-            found[name] = target
+            found[name] = stage, target
     if saved and not found:
         raise TensLoRAError(f"{folder}: adapts {min(saved)} and others; this model has none of them")
     if saved:
-        raise _left_out(folder, min(saved), geometry)
+        raise _left_out(folder, min(saved), stages)
     try:
-        products = _products(config, matrices, found)
+        products = _products(config, matrices, {name: target for name, (_, target) in found.items()})
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: {error}") from error
-    updates = [[torch.zeros(geometry.d_in, width) for width in geometry.widths] for _ in range(geometry.layers)]
-    for name, target in found.items():
+    updates = [
+        [[torch.zeros(geometry.d_in, width) for width in geometry.widths] for _ in range(geometry.layers)]
+        for geometry, _ in stages
+    ]
+    for name, (stage, target) in found.items():
         update = products[name]
         remainder = update.clone()
         for columns in target.columns:
             own = columns.of(update).flatten(1)
-            updates[target.layer][target.group[columns.matrix]] = own.T if target.writes_to_stream else own
+            updates[stage][target.layer][target.group[columns.matrix]] = own.T if target.writes_to_stream else own
             columns.of(remainder).zero_()
         if remainder.any():  # the Linear holds other matrices too, which the geometry leaves out
-            raise _left_out(folder, name, geometry)
-    if not any(update.any() for layer in updates for update in layer):
+            raise _left_out(folder, name, stages)
+    if not any(update.any() for of_stage in updates for layer in of_stage for update in layer):
         raise TensLoRAError(f"{folder}: its updates are all zero, as before any training")
     return updates
 
 
-def _left_out(folder: Path, name: str, geometry: Geometry) -> TensLoRAError:
-    return TensLoRAError(f"{folder}: adapts {name}, which adapt={geometry.adapt} leaves out; choose more matrices")
+def _left_out(folder: Path, name: str, stages: Sequence[Stage]) -> TensLoRAError:
+    adapt = stages[0].geometry.adapt
+    return TensLoRAError(f"{folder}: adapts {name}, which adapt={adapt} leaves out; choose more matrices")
 
 
 def _ends_with(path: str, end: str) -> bool:

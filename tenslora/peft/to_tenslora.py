@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
-from tenslora.adapter import Adapter
-from tenslora.adapter_config import AdapterConfig
+from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.attachment import adapted_linears, detach
 from tenslora.decomposition import Approximation, approximate
 from tenslora.files import read_safetensors
@@ -20,15 +20,15 @@ from tenslora.peft.tuner import TensLoraConfig
 from tenslora.ranks import RankStrategy
 
 
-def peft_config(config: AdapterConfig, ranks: Sequence[int], modules_to_save: Sequence[str] = ()) -> TensLoraConfig:
+def peft_config(adapter: Adapter | StagedAdapter, modules_to_save: Sequence[str] = ()) -> TensLoraConfig:
     """The settings of an adapter as PEFT knows them.
 
     Args:
-        config: the settings in the library.
-        ranks: the adapter's ranks.
+        adapter: the adapter in the library.
         modules_to_save: modules that were trained beside the adapter.
     """
-    strategy = config.rank_strategy
+    config, strategy = adapter.config, adapter.config.rank_strategy
+    ranks: list[Any] = [list(stage.ranks) for stage in adapter.stages]
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     del settings["rank_strategy"]
     options = {
@@ -40,7 +40,7 @@ def peft_config(config: AdapterConfig, ranks: Sequence[int], modules_to_save: Se
         **settings,
         rank_strategy="isorank" if strategy.name == "isorank" else "isoparameters",
         r=strategy.rank,
-        ranks=None if strategy.name == "isorank" else list(ranks),
+        ranks=None if strategy.name == "isorank" else ranks[0] if len(ranks) == 1 else ranks,
         rank_options=options or None,
         modules_to_save=list(modules_to_save) or None,
     )
@@ -64,7 +64,7 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
     """
     adapted_linears(model)  # raises if the adapter is merged
     adapter = detach(model)
-    peft_model = get_peft_model(model, peft_config(adapter.config, adapter.ranks, modules_to_save))  # type: ignore[arg-type]
+    peft_model = get_peft_model(model, peft_config(adapter, modules_to_save))  # type: ignore[arg-type]
     own = _adapter_of(peft_model)
     own.to(next(adapter.parameters()).dtype).load_state_dict(adapter.state_dict())
     return peft_model
@@ -89,7 +89,7 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
     folder = Path(folder)
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     tuner = peft_model.base_model
-    approximation = approximate(_adapter_of(peft_model), read_updates(folder, *tuner.targets("default")))
+    approximation = approximate(_adapter_of(peft_model), read_updates(folder, tuner.stages("default")))
     _, weights = read_safetensors(folder / WEIGHTS)
     others = {name: weight for name, weight in weights.items() if ".lora_" not in name}
     with torch.no_grad():
@@ -97,7 +97,7 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
     return peft_model, approximation
 
 
-def _adapter_of(peft_model: PeftModel) -> Adapter:
+def _adapter_of(peft_model: PeftModel) -> Adapter | StagedAdapter:
     adapter = peft_model.base_model.tenslora_adapters["default"]
-    assert isinstance(adapter, Adapter)
+    assert isinstance(adapter, (Adapter, StagedAdapter))
     return adapter

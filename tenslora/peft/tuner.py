@@ -22,7 +22,7 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from tenslora.adapted_linear import AdaptedLinear, forward_with_updates
-from tenslora.adapter import Adapter
+from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.attachment import adapt_linears, keep_gradients
 from tenslora.constructions import Geometry, adapted_matrices
@@ -32,8 +32,8 @@ from tenslora.forms import from_json, typed
 from tenslora.forward_pass import ForwardPass
 from tenslora.peft.patterns import first_matches
 from tenslora.peft.quantised import QuantisedWeights, warn_of_rounding
-from tenslora.projections import TargetLinear, find_projections, is_plain
-from tenslora.ranks import RankStrategy
+from tenslora.projections import Stage, TargetLinear, find_projections, is_plain
+from tenslora.ranks import RankStrategy, explicit
 
 METHOD = "tenslora"
 """The method's name in PEFT. In adapter_config.json it is written in capitals, as `peft_type`."""
@@ -85,8 +85,9 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         tensor_mode: the construction, one of `constructions.CONSTRUCTIONS`.
         rank_strategy: "isoparameters" or "isorank", see `ranks.RankStrategy`.
         r: for isorank, the rank; for isoparameters, the LoRA rank whose number of parameters is matched.
-        ranks: the rank of each mode; None lets rank_strategy choose. The ranks that isoparameters has chosen are saved
-            here, so that a saved adapter does not depend on the rule that chose them.
+        ranks: the rank of each mode, or for a model of several stages a list of them for each stage; None lets
+            rank_strategy choose. The ranks that isoparameters has chosen are saved here, so that a saved adapter does
+            not depend on the rule that chose them.
         rank_options: further fields of `ranks.RankStrategy`, such as {"rule": "uniform"}.
         alpha: multiplies the update; unlike lora_alpha, it is not divided by the rank.
         scaling: "direct", or "first_step" to give the adapter the first step of LoRA at rank r.
@@ -101,10 +102,13 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         rank_dropout: the probability that a component of h = x @ left is zeroed in a training step.
         target_modules: names or a regular expression, as in LoraConfig; None adapts all layers.
         exclude_modules: names or a regular expression of modules to leave out, as in LoraConfig.
-        layers_to_transform: the indices of the layers to adapt, as in LoraConfig.
-        layers_pattern: the name of the list of layers, as in LoraConfig.
+        layers_to_transform: the indices of the layers to adapt, as in LoraConfig. PEFT takes the first number in a
+            module's path for the index, which is the stage's where each stage has a list of layers, as in Swin.
+        layers_pattern: the name of the list that the index counts, as in LoraConfig. In Swin "blocks" counts the layers
+            of every stage.
         modules_to_save: modules that are trained and saved beside the adapter, such as a new head.
-        first_step: written when the adapter is made: the first step with a scale of 1, see `Adapter`.
+        first_step: written when the adapter is made: the first step with a scale of 1, see `Adapter`; for a model of
+            several stages, that of each stage.
 
     Raises:
         TensLoRAError: for a value that is out of range; the message names the field, its value and what is valid.
@@ -113,7 +117,7 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
     tensor_mode: str = "qkv_depth"
     rank_strategy: str = "isoparameters"
     r: int = 4
-    ranks: list[int] | None = None
+    ranks: list[int | list[int]] | None = None
     rank_options: dict[str, Any] | None = None
     alpha: float = 4.0
     scaling: str = "direct"
@@ -130,7 +134,7 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    first_step: float | None = None
+    first_step: float | list[float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,11 +167,37 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
             if name not in known:
                 raise TensLoRAError(f"rank_options={name}: must be one of {', '.join(known)}")
         strategy = from_json(RankStrategy, {"name": self.rank_strategy, "rank": self.r, **options})
-        if self.ranks is not None:
-            strategy = dataclasses.replace(strategy, name="explicit", ranks=tuple(self.ranks))
+        if self.ranks is not None and not self._ranks_of_stages():
+            strategy = dataclasses.replace(strategy, name="explicit", ranks=tuple(cast(list[int], self.ranks)))
         elif strategy.name == "explicit":
             raise TensLoRAError("ranks=None: must be the rank of each mode with rank_strategy=explicit")
         return AdapterConfig(rank_strategy=strategy, adapt=adapt, **{name: getattr(self, name) for name in own})
+
+    def _ranks_of_stages(self) -> list[list[int]]:
+        # The ranks of each stage, where they are given for each; otherwise an empty list.
+        lists = [each for each in self.ranks or [] if isinstance(each, list)]
+        if lists and len(lists) < len(self.ranks or []):
+            raise TensLoRAError(f"ranks={self.ranks}: must be one rank for each mode, or a list of them for each stage")
+        return lists
+
+    def make_adapter(self, geometries: Sequence[Geometry]) -> Adapter | StagedAdapter:
+        """Make the adapter of a model.
+
+        Args:
+            geometries: the dimensions of the model's stages.
+
+        Raises:
+            TensLoRAError: for settings that do not fit them.
+        """
+        config, stages = self.adapter_config(geometries[0].adapt), len(geometries)
+        ranks: list[list[int]] | None = self._ranks_of_stages() or None
+        steps = self.first_step if isinstance(self.first_step, list) else [self.first_step] * stages
+        for name, given in (("ranks", ranks or geometries), ("first_step", steps)):
+            if len(given) != stages:
+                raise TensLoRAError(f"{name}={getattr(self, name)}: has {len(given)} stages; this model has {stages}")
+        for geometry, of_stage in zip(geometries, ranks or [], strict=False):
+            explicit(config.tensor_mode, geometry, of_stage, config.factorization)
+        return make_adapter(config, geometries, ranks, steps)
 
 
 class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -305,21 +335,23 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         """
         config = copy.copy(cast(TensLoraConfig, self.peft_config[adapter_name]))  # the user may have use for it again
         _require_timely_patterns(config, [path for path, _ in model.named_modules()])
-        geometry, targets = self.targets(adapter_name)
-        adapter = Adapter(config.adapter_config(geometry.adapt), geometry, first_step=config.first_step)
+        stages = self.stages(adapter_name)
+        adapter = config.make_adapter([stage.geometry for stage in stages])
+        ranks, steps = ([getattr(each, name) for each in adapter.stages] for name in ("ranks", "unscaled_first_step"))
         if config.rank_strategy == "isoparameters":
-            config.ranks = list(adapter.ranks)
-        config.first_step, config.adapt = adapter.unscaled_first_step, geometry.adapt
-        names: Any = {_last_name(target) for target in targets}  # PEFT keeps a set, and saves it as a list
-        config.target_modules = config.target_modules or names
+            config.ranks = list(ranks[0]) if len(stages) == 1 else [list(each) for each in ranks]
+        config.first_step, config.adapt = steps[0] if len(stages) == 1 else steps, adapter.config.adapt
+        names: Any = {_last_name(target) for stage in stages for target in stage.targets}
+        config.target_modules = config.target_modules or names  # PEFT keeps a set, and saves it as a list
         self.peft_config[adapter_name] = config
-        weight = targets[0].linear.get_parameter("weight")
         on_meta = any(parameter.is_meta for parameter in adapter.parameters())  # low_cpu_mem_usage; loading fills them
-        adapter.to("meta" if on_meta else weight.device, weight.dtype if weight.is_floating_point() else None)
+        for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
+            weight = targets[0].linear.get_parameter("weight")
+            of_stage.to("meta" if on_meta else weight.device, weight.dtype if weight.is_floating_point() else None)
         adapter.register_load_state_dict_pre_hook(_require_adapters_tensors)  # type: ignore[no-untyped-call]
         forward_pass = ForwardPass(model)
         keep_gradients(model)
-        self._planned = adapt_linears(adapter, targets, forward_pass)
+        self._planned = adapt_linears(adapter, stages, forward_pass)
         self.tenslora_adapters[adapter_name], self._forward_passes[adapter_name] = adapter, forward_pass
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -329,8 +361,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         finally:
             self._planned = {}
 
-    def targets(self, adapter_name: str) -> tuple[Geometry, list[TargetLinear]]:
-        """The dimensions of the matrices that an adapter adapts, and the Linear layers that hold them.
+    def stages(self, adapter_name: str) -> list[Stage]:
+        """The stages of the matrices that an adapter adapts, see `find_projections`.
 
         Args:
             adapter_name: the adapter's name.
@@ -468,22 +500,24 @@ def _require_adapters_tensors(adapter: nn.Module, state: dict[str, Any], prefix:
             raise TensLoRAError(f"{prefix.rstrip('.')}: the saved adapter does not fit: {error}") from error
 
 
-def _chosen(model: nn.Module, config: TensLoraConfig) -> tuple[Geometry, list[TargetLinear]]:
+def _chosen(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     # The matrices that adapt, target_modules, exclude_modules and layers_to_transform leave, in the layers that they
     # leave. PEFT's own function matches the names.
-    geometry, targets = _widest(model, config)
+    stages = _widest(model, config)
     if not any((config.target_modules, config.exclude_modules, config.layers_to_transform is not None)):
-        return geometry, targets
-    matching = _named(config, config.target_modules or {_last_name(target) for target in targets})
+        return stages
+    last_names = {_last_name(target) for stage in stages for target in stage.targets}
+    matching = _named(config, config.target_modules or last_names)
     layers: dict[int, list[str]] = {}
-    for target in targets:
-        if check_target_module_exists(matching, target.path):
-            names = [geometry.matrices[target.group[columns.matrix]] for columns in target.columns]
-            layers.setdefault(target.layer, []).extend(names)
+    for geometry, targets in stages:
+        for target in targets:
+            if check_target_module_exists(matching, target.path):
+                names = [geometry.matrices[target.group[columns.matrix]] for columns in target.columns]
+                layers.setdefault(target.model_layer, []).extend(names)
     if not layers:
         raise TensLoRAError(
             f"target_modules={config.target_modules}: must match some of the model's attention projections, such as "
-            f"{targets[0].path}, and not only modules that are excluded"
+            f"{stages[0].targets[0].path}, and not only modules that are excluded"
         )
     first = next(iter(layers))
     for layer, names in layers.items():
@@ -505,7 +539,7 @@ def _named(config: PeftConfig, names: Any) -> PeftConfig:
     return named
 
 
-def _widest(model: nn.Module, config: TensLoraConfig) -> tuple[Geometry, list[TargetLinear]]:
+def _widest(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     # All matrices among which target_modules can choose.
     if config.adapt or not config.target_modules:
         return find_projections(model, config.adapt or "qkv")

@@ -69,7 +69,7 @@ def guided_updates(tensor: FactorizedTensor, layer: int) -> Tensor:
         x = x.reshape(z, count, z, size, *x.shape[2:])
         x = torch.einsum("mn,minj...->ij...", noise, x).flatten(0, 1)
         if axes == ["site"]:
-            x = x.reshape(len(x), 3, GEOMETRY.layers, -1)[:, :, layer]
+            x = x.reshape(len(x), 3, tensor.layers, -1)[:, :, layer]
         elif "depth" in axes:
             x = x.select(1 + axes.index("depth"), layer)
         return x.unsqueeze(0) if x.ndim == 2 else x.movedim(1, 0)
@@ -96,7 +96,7 @@ def dense_updates(factorization: str, tensor: FactorizedTensor, layer: int, head
     order = [n for n in ("d_in", "d_head", "head", "d_out", "projection", "depth", "site") if n in names]
     x = x.permute([names.index(name) for name in order])
     if "site" in order:
-        x = x.reshape(*x.shape[:-1], 3, GEOMETRY.layers)
+        x = x.reshape(*x.shape[:-1], 3, tensor.layers)
         order[-1:] = ["projection", "depth"]
     if "depth" in order:
         x = x.select(order.index("depth"), layer)

@@ -65,8 +65,8 @@ def test_the_updates_are_what_peft_adds_to_the_weights(
 ) -> None:
     model = build(name).float()
     merged = save_random_lora(model, tmp_path, **settings)
-    geometry, targets = find_projections(model, adapt)
-    updates = read_updates(tmp_path, geometry, targets)
+    stages = find_projections(model, adapt)
+    [(_, targets)], [updates] = stages, read_updates(tmp_path, stages)
     changed = 0
     for target in targets:
         before, after = (m.get_parameter(f"{target.path}.weight") for m in (model, merged))
@@ -96,7 +96,7 @@ def test_a_lora_that_changes_more_than_the_adapted_matrices_is_refused(
     model = build("hf_bert").float()
     save_random_lora(model, tmp_path, r=2, **settings)
     with pytest.raises(TensLoRAError, match=problem):
-        read_updates(tmp_path, *find_projections(model))
+        read_updates(tmp_path, find_projections(model))
 
 
 @pytest.mark.parametrize(
@@ -109,27 +109,27 @@ def test_an_adapted_part_of_a_fused_linear_that_the_geometry_leaves_out_is_named
     model = build(name).float()
     save_random_lora(model, tmp_path, r=2, **settings)
     with pytest.raises(TensLoRAError, match=r"adapts .*(qkv|c_attn), which adapt=qv leaves out"):
-        read_updates(tmp_path, *find_projections(model, "qv"))
+        read_updates(tmp_path, find_projections(model, "qv"))
 
 
 def test_a_lora_for_another_model_is_refused(tmp_path: Path) -> None:
     save_random_lora(build("hf_bert").float(), tmp_path, r=2, target_modules=["query"])
     with pytest.raises(TensLoRAError, match="this model has none of them"):
-        read_updates(tmp_path, *find_projections(build("timm_vit")))
+        read_updates(tmp_path, find_projections(build("timm_vit")))
 
 
 def test_an_untrained_lora_is_refused(tmp_path: Path) -> None:
     model = build("hf_bert").float()
     with_lora(model, target_modules=["query"]).save_pretrained(str(tmp_path))
     with pytest.raises(TensLoRAError, match="its updates are all zero"):
-        read_updates(tmp_path, *find_projections(model))
+        read_updates(tmp_path, find_projections(model))
 
 
 def test_a_matrix_that_only_the_lora_adapts_is_named(tmp_path: Path) -> None:
     model = build("hf_bert").float()
     save_random_lora(model, tmp_path, r=2, target_modules=["query", "output.dense"])
     with pytest.raises(TensLoRAError, match=r"adapts bert\..*output\.dense, which adapt=qkv leaves out"):
-        read_updates(tmp_path, *find_projections(model))
+        read_updates(tmp_path, find_projections(model))
 
 
 def test_other_sizes_and_other_kinds_of_adapter_are_refused(tmp_path: Path) -> None:
@@ -137,13 +137,13 @@ def test_other_sizes_and_other_kinds_of_adapter_are_refused(tmp_path: Path) -> N
     wide = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
     other = transformers.BertForSequenceClassification(transformers.BertConfig(**wide, vocab_size=50))
     with pytest.raises(TensLoRAError, match=r"query.lora_A.weight has the shape \(2, 24\), not \(2, 36\)"):
-        read_updates(tmp_path, *find_projections(other))
+        read_updates(tmp_path, find_projections(other))
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"LORA"', '"IA3"'))
     with pytest.raises(TensLoRAError, match=r"must be a plain LoRA, .* not IA3"):
-        read_updates(tmp_path, *find_projections(other))
+        read_updates(tmp_path, find_projections(other))
     with pytest.raises(TensLoRAError, match=r"adapter_config\.json: no such file"):
-        read_updates(tmp_path / "nowhere", *find_projections(other))
+        read_updates(tmp_path / "nowhere", find_projections(other))
 
 
 def edited(folder: Path, changes: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ def test_settings_of_another_form_are_refused_in_one_line(
     save_random_lora(model, tmp_path, r=2, target_modules=["query"])
     edited(tmp_path, changes)
     with pytest.raises(TensLoRAError, match=rf"adapter_(config\.json|model\.safetensors): .*{problem}") as caught:
-        read_updates(tmp_path, *find_projections(model))
+        read_updates(tmp_path, find_projections(model))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -215,4 +215,4 @@ def test_matrices_of_another_form_are_refused(end: str, tensor: Tensor | None, p
         weights[name] = tensor
     save_file(weights, path)
     with pytest.raises(TensLoRAError, match=rf"adapter_model\.safetensors: .*{problem}"):
-        read_updates(tmp_path, *find_projections(model))
+        read_updates(tmp_path, find_projections(model))

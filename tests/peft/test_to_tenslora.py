@@ -74,7 +74,7 @@ def test_settings_that_differ_from_the_defaults_survive() -> None:
     strategy = RankStrategy("isoparameters", 3, rule="uniform", scale=2.0)
     config = AdapterConfig("att_depth", strategy, init="normal", dropout=0.1, seed=4, adapt="qv")
     model = build("hf_bert")
-    adapter = attach(model, config)
+    (adapter,) = attach(model, config).stages
     settings = to_tenslora(model).peft_config["default"]
     assert isinstance(settings, TensLoraConfig)
     again = settings.adapter_config("qv")

@@ -51,7 +51,8 @@ def _head_of(model: PreTrainedModel) -> dict[str, nn.Module]:
     children = dict(model.named_children())
     transformer = {model.base_model_prefix}
     if not transformer & children.keys():  # the image half of CLIP, for one
-        transformer = {target.path.partition(".")[0] for target in find_projections(model)[1]}
+        stages = find_projections(model)
+        transformer = {target.path.partition(".")[0] for stage in stages for target in stage.targets}
     return {name: child for name, child in children.items() if name not in transformer}
 
 

@@ -199,7 +199,7 @@ def _pruning(model: nn.Module, run: RunConfig, processes: Processes, last_epoch:
         raise TensLoRAError(f"rank_schedule=prune: must be fixed for {processes.count} processes")
     if schedule.epochs[-1] >= last_epoch:
         raise TensLoRAError(f"rank_schedule.epochs={list(schedule.epochs)}: must be below {last_epoch}, the last epoch")
-    adapter, factorization = adapter_of(model), run.adapter.factorization
+    (adapter,), factorization = adapter_of(model).stages, run.adapter.factorization
     ranks = run.rank_strategy.resolve(run.tensor_mode, adapter.geometry, factorization)
     start, end = (
         parameter_count(run.tensor_mode, adapter.geometry, each, factorization)
