@@ -60,11 +60,13 @@ def attach(
         layers come in several sizes.
 
     Raises:
-        TensLoRAError: if the model has an adapter already, if the matrices to adapt or a module to train are not
-            found, or if the adapter is for other dimensions; the message says which ones differ.
+        TensLoRAError: if the model or a part of it has an adapter already, if the matrices to adapt or a module to
+            train are not found, or if the adapter is for other dimensions; the message says which ones differ.
     """
     if hasattr(model, SUBMODULE):
         raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
+    if held := next(iter(_adapted_linears(model)), None):
+        raise TensLoRAError(f"{held}: has an adapter already; detach it first from the model that holds it")
     trained = _modules_named(model, train)
     stages = find_projections(model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt)
     if isinstance(adapter, AdapterConfig):
@@ -176,7 +178,8 @@ def merge(model: nn.Module) -> None:
         model: with an adapter; its weights are changed in place.
 
     Raises:
-        TensLoRAError: if there is no adapter, or if a weight is of a kind that cannot be quantised again.
+        TensLoRAError: if there is no adapter, if it holds a NaN or an infinity, or if a weight is of a kind that cannot
+            be quantised again.
     """
     _move_updates(model, into_weights=True)
 
@@ -274,7 +277,11 @@ def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 @torch.no_grad()
 def _move_updates(model: nn.Module, into_weights: bool) -> None:
-    adapter_of(model)
+    for name, parameter in adapter_of(model).named_parameters():
+        if into_weights and not parameter.is_meta and not parameter.isfinite().all():
+            raise TensLoRAError(
+                f"{SUBMODULE}.{name}: holds a NaN or an infinity, which no unmerge could take out again"
+            )
     to_move = {path: linear for path, linear in _adapted_linears(model).items() if linear.merged != into_weights}
     # Every layer is looked at before the first weight is changed.
     quantised = {path: _backend(path, linear, model) for path, linear in to_move.items() if not is_plain(linear)}

@@ -174,7 +174,7 @@ def merge_tensors(model: nn.Module) -> None:
         model: with updates on its weights; the weights are changed in place. A single module will do.
 
     Raises:
-        TensLoRAError: if there is no update.
+        TensLoRAError: if there is no update, or if one holds a NaN or an infinity. No weight is changed then.
     """
     _move(model, into_weights=True)
 
@@ -330,7 +330,11 @@ def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, str, TensorUpdate]]
 
 @torch.no_grad()
 def _move(model: nn.Module, into_weights: bool) -> None:
-    for module, name, update in _adapted(model).values():
+    adapted = _adapted(model)
+    for path, (_, _, update) in adapted.items():
+        if into_weights and not all(parameter.isfinite().all() for parameter in update.parameters()):
+            raise TensLoRAError(f"{path}: its update holds a NaN or an infinity, which no unmerge could take out again")
+    for module, name, update in adapted.values():
         if update.merged != into_weights:
             weight = cast(Tensor, cast(nn.Module, _parametrizations(module, name)).original)
             weight.add_(update.update().to(weight), alpha=1 if into_weights else -1)

@@ -209,6 +209,31 @@ def test_a_second_adapter_and_a_missing_one_are_refused() -> None:
         attach(model, AdapterConfig("qkv"))
 
 
+def test_a_part_of_an_adapted_model_and_what_holds_one_are_refused() -> None:
+    # A second adapter on the same layers would hide the first, and a merge of one would merge the other.
+    model = build("hf_bert")
+    attach(model, AdapterConfig("qkv"))
+    for other in (model.get_submodule("bert"), nn.Sequential(model), nn.ModuleList([model.get_submodule("bert")])):
+        with pytest.raises(TensLoRAError, match=r"query: has an adapter already; detach it first from the model"):
+            attach(other, AdapterConfig("qkv"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_not_merged(value: float) -> None:
+    model = build("hf_bert")
+    adapter = attach(model, AdapterConfig("qkv"))
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        next(adapter.parameters()).view(-1)[3] = value
+    with pytest.raises(TensLoRAError, match=r"^tenslora\.tensors\.0\.\w+: holds a NaN or an infinity"):
+        merge(model)
+    assert all(
+        torch.equal(before[name], weight)
+        for name, weight in model.state_dict().items()
+        if name in before and "tenslora" not in name
+    )
+
+
 def test_a_deep_copy_has_an_adapter_of_its_own() -> None:
     model = build("timm_vit")
     attached(model, "qkv_depth")

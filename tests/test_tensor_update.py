@@ -213,6 +213,19 @@ def test_merging_unmerging_and_detaching_keep_what_they_promise() -> None:
     assert not model.block.conv1.weight.requires_grad
 
 
+def test_an_update_that_is_not_finite_is_not_merged() -> None:
+    model, updates = adapted_block()
+    before = copy.deepcopy(model.state_dict())
+    path, update = list(updates.items())[-1]
+    with torch.no_grad():
+        next(update.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(TensLoRAError, match=rf"^{path}: its update holds a NaN or an infinity"):
+        merge_tensors(model)
+    kept = [torch.equal(weight, before[name]) for name, weight in model.state_dict().items() if "original" in name]
+    assert kept
+    assert all(kept)
+
+
 def test_detaching_without_merging_gives_the_old_weight_back() -> None:
     holder = Holder(5, 4, 7)
     before = holder.weight.detach().clone()
