@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from tenslora import Adapter, AdapterConfig, RankStrategy, TensLoRAError, attach, detach, disabled, load, merge, unmerge
 from tenslora.adapter import StagedAdapter, load_adapter, make_adapter
 from tenslora.constructions import CONSTRUCTIONS, Geometry
+from tenslora.decomposition import approximate
 from tenslora.files import read_safetensors, write_safetensors
 from tenslora.first_step import first_step, over_stages
+from tenslora.peft.to_lora import to_peft
 from tenslora.projections import find_projections
+from tenslora.rank_pruning import prune
 from tenslora.ranks import parameter_count
 from tests.factorizations.test_factorizations import dense_updates
 from tests.models import HIERARCHICAL, build, inputs, logits, randomised, tensor_of
@@ -271,3 +274,63 @@ def test_products_of_stages_do_not_mix_in_one_forward_pass() -> None:
     outside = model.forward(x)  # no pass begins, so nothing is cached
     for ours, theirs in zip(model(x), outside, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def _random_updates(geometry: Geometry, generator: torch.Generator) -> list[list[Tensor]]:
+    return [
+        [torch.randn(geometry.d_in, width, generator=generator) for width in geometry.widths]
+        for _ in range(geometry.layers)
+    ]
+
+
+@pytest.mark.parametrize("factorization", ["tucker", "tensor_train"])
+def test_every_stage_is_approximated_by_itself(factorization: str) -> None:
+    config = AdapterConfig("qkv_depth", RankStrategy("isorank", rank=2, cap=True), factorization=factorization)
+    generator = torch.Generator().manual_seed(0)
+    given = [_random_updates(geometry, generator) for geometry in (SMALL, LARGE)]
+    adapter = make_adapter(config, [SMALL, LARGE]).double()
+    together = approximate(adapter, given)
+    squares = [sum(update.square().sum().item() for layer in each for update in layer) for each in given]
+    alone = [approximate(Adapter(config, g).double(), [each]) for g, each in zip((SMALL, LARGE), given, strict=True)]
+    lost = sum(size * each.error**2 for size, each in zip(squares, alone, strict=True))
+    assert together.error == pytest.approx((lost / sum(squares)) ** 0.5)
+    for name, left in together.energy.items():
+        expected = sum(size * each.energy[name] for size, each in zip(squares, alone, strict=True)) / sum(squares)
+        assert left == pytest.approx(expected)
+    # a stage without updates gets none, and is no reason to refuse the others
+    given[0] = [[torch.zeros_like(update) for update in layer] for layer in given[0]]
+    assert approximate(adapter, given).error == pytest.approx(alone[1].error)
+    assert all(update.abs().max() == 0 for layer in range(2) for update in adapter.stages[0].dense(layer))
+
+
+def test_stages_are_pruned_one_by_one_with_the_optimizer_of_all() -> None:
+    config = AdapterConfig("qkv_depth", RankStrategy("isorank", rank=4, cap=True))
+    adapter, twin = (make_adapter(config, [SMALL, LARGE]) for _ in range(2))
+    optimizers = [torch.optim.AdamW(each.parameters()) for each in (adapter, twin)]
+
+    def step(adapter: Adapter | StagedAdapter, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        updates = [u for stage in adapter.stages for layer in range(stage.geometry.layers) for u in stage.dense(layer)]
+        torch.autograd.backward([(update.sin() + update).sum() for update in updates])
+        optimizer.step()
+
+    for each, optimizer in zip((adapter, twin), optimizers, strict=True):
+        for _ in range(2):
+            step(each, optimizer)
+    budgets = [100, 150]
+    for stage, budget in zip(adapter.stages, budgets, strict=True):
+        prune(stage, budget, optimizers[0])
+        assert sum(p.numel() for p in stage.parameters()) <= budget
+    alone = Adapter(config, LARGE, stage=1)
+    alone.load_state_dict(twin.stages[1].state_dict())
+    assert prune(alone, budgets[1]) == adapter.stages[1].ranks != adapter.stages[0].ranks
+    assert all(map(torch.equal, alone.parameters(), adapter.stages[1].parameters()))
+    step(adapter, optimizers[0])  # the moments have the new shapes
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_hierarchical_models_become_loras_of_peft(name: str) -> None:
+    model, batch = build(name), inputs(name)
+    randomised(attach(model, AdapterConfig("qkv_depth")))
+    adapted = logits(model, batch)
+    torch.testing.assert_close(logits(to_peft(model).double(), batch), adapted, rtol=0, atol=1e-10)

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_pef
 from tenslora import AdapterConfig, RankStrategy, TensLoRAError, attach, merge
 from tenslora.peft import TensLoraConfig
 from tenslora.peft.to_tenslora import from_lora, to_tenslora
-from tests.models import attached, build, inputs, logits
+from tests.models import attached, build, inputs, logits, randomised
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,38 @@ def test_an_adapter_of_the_library_is_saved_by_peft(name: str, strategy: RankStr
     again: Any = PeftModel.from_pretrained(build(name), str(tmp_path))  # type: ignore[arg-type]
     torch.testing.assert_close(logits(again, inputs(name)), expected, rtol=0, atol=1e-12)
     assert sum(p.numel() for p in again.base_model.tenslora_adapters.parameters()) == count
+
+
+@pytest.mark.parametrize("strategy", [RankStrategy("isorank"), RankStrategy()])
+def test_an_adapter_of_several_stages_is_saved_by_peft(strategy: RankStrategy, tmp_path: Path) -> None:
+    model, batch = build("hf_swin"), inputs("hf_swin")
+    adapter = randomised(attach(model, AdapterConfig("qkv_depth", strategy, alpha=2.5, scaling="first_step")))
+    expected, ranks = logits(model, batch), [stage.ranks for stage in adapter.stages]
+    peft_model = to_tenslora(model)
+    assert torch.equal(logits(peft_model, batch), expected)
+    peft_model.save_pretrained(str(tmp_path))
+    again: Any = PeftModel.from_pretrained(build("hf_swin"), str(tmp_path))  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-12)
+    assert [stage.ranks for stage in again.base_model.tenslora_adapters["default"].stages] == ranks
+
+
+def test_a_lora_on_several_stages_becomes_a_tenslora_adapter(tmp_path: Path) -> None:
+    batch, targets = inputs("hf_swin"), ["query", "value", "q_proj", "v_proj"]  # as transformers' versions name them
+    of_peft = get_peft_model(build("hf_swin"), LoraConfig(r=1, target_modules=targets))  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in of_peft.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    of_peft.save_pretrained(str(tmp_path))
+    expected = logits(of_peft.eval(), batch)
+    # Four matrices of rank 1 in the first stage and two in the second.
+    config = TensLoraConfig(ranks=[[4, 4, 2, 2], [2, 2, 2, 1]], adapt="qv")
+    model, approximation = from_lora(build("hf_swin"), tmp_path, config)
+    assert approximation.error < 1e-6
+    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-6)
+    _, rough = from_lora(build("hf_swin"), tmp_path, TensLoraConfig(ranks=[1, 1, 1, 1], adapt="qv"))
+    assert 0.1 < rough.error < 1
 
 
 def test_a_merged_adapter_is_not_exported_a_second_time() -> None:

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tenslora import AdapterConfig, TensLoRAError, attach
-from tenslora.adapter import Adapter
+from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.peft import TensLoraConfig, TensLoraLinear
@@ -48,7 +48,7 @@ from tests.models import build, inputs, logits
 from tests.operations import RecordedOperations
 from tests.peft.train_in_trainer import train_in_trainer
 
-NAMES = ["hf_bert", "hf_roberta", "hf_vit", "llama", "qwen2", "gemma", "gpt2"]
+NAMES = ["hf_bert", "hf_roberta", "hf_vit", "llama", "qwen2", "gemma", "gpt2", "hf_swin"]
 CASES = [
     (NAMES[index % len(NAMES)], mode, factorization)
     for index, (mode, factorization) in enumerate(itertools.product(CONSTRUCTIONS, FACTORIZATIONS))
@@ -56,9 +56,9 @@ CASES = [
 ] + [(name, "qkv_depth", "tucker") for name in NAMES]
 
 
-def adapter_of(model: Any, name: str = "default") -> Adapter:
+def adapter_of(model: Any, name: str = "default") -> Adapter | StagedAdapter:
     adapter = model.base_model.tenslora_adapters[name]
-    assert isinstance(adapter, Adapter)
+    assert isinstance(adapter, (Adapter, StagedAdapter))
     return adapter
 
 
@@ -136,7 +136,7 @@ def test_a_saved_adapter_is_loaded_again(tmp_path: Path, low_cpu_mem_usage: bool
         "base_model.model.classifier.bias",
     }
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (saved["peft_type"], saved["ranks"]) == ("TENSLORA", list(adapter_of(model).ranks))
+    assert (saved["peft_type"], saved["ranks"]) == ("TENSLORA", list(adapter_of(model).stages[0].ranks))
     again = PeftModel.from_pretrained(
         build("hf_bert"), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage, is_trainable=True
     ).eval()
@@ -147,6 +147,37 @@ def test_a_saved_adapter_is_loaded_again(tmp_path: Path, low_cpu_mem_usage: bool
     frozen = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))
     assert not any(p.requires_grad for p in frozen.parameters())
     assert isinstance(PeftConfig.from_pretrained(str(tmp_path)), TensLoraConfig)
+
+
+@pytest.mark.parametrize(("strategy", "scaling"), [("isoparameters", "direct"), ("isorank", "first_step")])
+def test_an_adapter_of_several_stages_is_loaded_with_the_ranks_of_each(
+    strategy: str, scaling: str, tmp_path: Path
+) -> None:
+    model = trained(get_peft_model(build("hf_swin"), TensLoraConfig(rank_strategy=strategy, scaling=scaling)))
+    expected = logits(model, inputs("hf_swin"))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    ranks = [list(stage.ranks) for stage in adapter_of(model).stages]
+    assert saved["ranks"] == (ranks if strategy == "isoparameters" else None)
+    assert saved["first_step"] == [stage.unscaled_first_step for stage in adapter_of(model).stages]
+    again = PeftModel.from_pretrained(build("hf_swin"), str(tmp_path)).eval()
+    assert [list(stage.ranks) for stage in adapter_of(again).stages] == ranks
+    torch.testing.assert_close(logits(again, inputs("hf_swin")), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("hf_bert", {"ranks": [[2, 2, 3, 2], [2, 2, 3, 2]]}, r"ranks=.*: has 2 stages; this model has 1$"),
+        ("hf_bert", {"first_step": [1.0, 2.0]}, r"first_step=.*: has 2 stages; this model has 1$"),
+        ("hf_swin", {"ranks": [[2, 2, 3, 2]]}, r"ranks=.*: has 1 stages; this model has 2$"),
+        ("hf_swin", {"ranks": [[2, 2, 3, 2], [2, 2, 3, 2]]}, r"the rank 2 of depth must be from 1 to 1"),
+        ("hf_swin", {"ranks": [2, [2, 2, 3, 2]]}, r"ranks=.*: must be one rank for each mode, or a list of them for"),
+    ],
+)
+def test_ranks_of_other_stages_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TensLoRAError, match=message):
+        get_peft_model(build(name), TensLoraConfig(**settings))
 
 
 def test_the_state_dict_goes_from_one_model_to_another() -> None:
@@ -286,7 +317,7 @@ def test_several_adapters_are_switched_added_up_and_deleted() -> None:
     delta = hidden.get_delta_weight("default")
     model.add_adapter("other", TensLoraConfig(tensor_mode="att_depth", adapt="qkvo"))
     assert torch.equal(logits(model, batch), alone)  # an added adapter is not active
-    assert adapter_of(model).tensors[0].core.requires_grad  # type: ignore[union-attr]
+    assert all(p.requires_grad for p in adapter_of(model).parameters())
     trained(model, seed=8, name="other")
     model.set_adapter("other")
     other = logits(model, batch)
@@ -320,12 +351,16 @@ def test_several_adapters_are_switched_added_up_and_deleted() -> None:
         ("timm_vit", {"adapt": "qv"}, ("qv", 2)),
         ("timm_vit", {"adapt": "qv", "target_modules": ["blocks.1.attn.qkv"]}, ("qv", 1)),
         ("gpt2", {"target_modules": ["c_attn"]}, ("qkv", 2)),
+        ("hf_swin", {"target_modules": ["query", "value", "q_proj", "v_proj"]}, ("qv", 2, 1)),  # of several versions
+        ("hf_swin", {"target_modules": r".*layers\.1\..*(query|key|value|[qkv]_proj)"}, ("qkv", 1)),
+        ("hf_swin", {"layers_to_transform": [1]}, ("qkv", 1)),  # the first number in a path is the stage's
+        ("hf_swin", {"layers_to_transform": [0], "layers_pattern": "blocks"}, ("qkv", 1, 1)),
     ],
 )
-def test_names_choose_matrices_and_layers(name: str, settings: dict[str, Any], adapted: tuple[str, int]) -> None:
+def test_names_choose_matrices_and_layers(name: str, settings: dict[str, Any], adapted: tuple[Any, ...]) -> None:
     model = get_peft_model(build(name), TensLoraConfig(**settings))
-    geometry = adapter_of(model).geometry
-    assert (geometry.adapt, geometry.layers) == adapted
+    geometries = [stage.geometry for stage in adapter_of(model).stages]
+    assert (geometries[0].adapt, *(geometry.layers for geometry in geometries)) == adapted
     held = [module for module in model.modules() if isinstance(module, TensLoraLinear)]
     assert len(held) == len(model.base_model.targeted_module_names)
     assert all(module.updates for module in held)
