@@ -30,6 +30,7 @@ from tenslora.harness.config.checks import (
     at_least_one,
     matching,
     one_of,
+    shown,
     within,
 )
 from tenslora.harness.config.tuning import TuneConfig
@@ -56,6 +57,13 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 LARGEST_SEED = 2**53
 """Larger numbers are not exact in every reader of JSON."""
+
+OPTIONS_ELSEWHERE = {
+    **dict.fromkeys(("num_classes", "num_labels", "id2label", "label2id"), "dataset"),
+    "pretrained": "model.pretrained",
+    **dict.fromkeys(("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"), "model.checkpoint"),
+}
+"""The options of a model that other settings decide, and these settings."""
 
 _NO_PROJECT = "must be a name of at most 128 characters, without / \\ # ? % and :"
 
@@ -94,6 +102,11 @@ class ModelConfig:
             raise TensLoRAError(f"architecture={self.architecture}: must be the name of a model of timm")
         if self.architecture is None and self.checkpoint is None:
             raise TensLoRAError(f"checkpoint={self.checkpoint}: must be a folder, or a repository of the hub")
+        for name, decides in OPTIONS_ELSEWHERE.items():
+            if name in self.options:
+                raise TensLoRAError(
+                    f"options.{name}={shown(self.options[name])}: must be left out; {decides} decides it"
+                )
         if self.modality == "text":
             return
         if self.image_size is not None:

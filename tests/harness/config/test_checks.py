@@ -112,6 +112,8 @@ REFUSED = {
     "optimizer.betas=[a,0.9]": "optimizer.betas=a: must be a number",
     "resume=maybe": "resume=maybe: must be true or false",
     "rank_strategy.name=null": "rank_strategy=null: must be text",
+    "+model.options.num_classes=0": "model.options.num_classes=0: must be left out; dataset decides it",
+    "+model.options.cache_dir=x": "model.options.cache_dir=x: must be left out; model.checkpoint decides it",
     "model.options=5": "model.options=5: must be a group of settings",
     "dataset.transform=null": "dataset.transform=null: must be a group of settings: crop_ratio, squash, interpolation, "
     "color_jitter, flip, normalize",
