@@ -100,6 +100,11 @@ def _in_split_folders(root: Path, config: ImageDatasetConfig) -> Dataset:
             raise TensLoRAError(
                 f"dataset.{cause}={value}: there is no folder {root / split}; {LAYOUT}. Folders there: {listed}"
             )
+    if tested and test_split in train_splits:
+        raise TensLoRAError(
+            f"dataset.test_split={config.test_split or 'null'}: must be a folder that is not trained on, and "
+            f"{test_split} is one of train_splits"
+        )
     if tested and config.test_split is None and found[1:]:
         log.info("%s: tested on %s/; %s/ is not used", config.name, test_split, "/, ".join(found[1:]))
     train = [_read_classes(root, root / split) for split in train_splits]
@@ -195,6 +200,8 @@ def _check_same_classes(setting: str, one: tuple[str, Iterable[str]], other: tup
 
 def _subfolders(folder: Path) -> list[str]:
     try:
-        return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        "".join(names).encode()  # the record of a run could not hold a name in another encoding
+    except (OSError, UnicodeEncodeError) as error:
         raise TensLoRAError(f"dataset.root: {folder} cannot be read ({error})") from error
+    return names

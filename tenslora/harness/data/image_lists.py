@@ -40,8 +40,8 @@ def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
         The list.
 
     Raises:
-        TensLoRAError: if the file cannot be read or is empty, or for a line that is not a path and a label, or whose
-            image does not exist.
+        TensLoRAError: if the file cannot be read or is empty, or for a line that is not a path and a label, whose
+            image does not exist, or that contradicts an earlier one.
     """
     try:
         content = file.read_text(encoding="utf-8-sig")
@@ -49,6 +49,7 @@ def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"not a readable text file ({error})"
         raise TensLoRAError(f"{setting}: {file}: {reason}") from error
     lines, paths, labels = [], [], []
+    seen: dict[Path, str] = {}
     for number, line in enumerate(content.splitlines(), start=1):
         words = line.strip().rsplit(maxsplit=1)
         if not words:
@@ -59,6 +60,11 @@ def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise TensLoRAError(f"{setting}: line {number} of {file}: neither {places[0]} nor {places[1]} exists")
+        if seen.setdefault(path, words[1]) != words[1]:
+            raise TensLoRAError(
+                f"{setting}: line {number} of {file}: gives {path} the label {words[1]}, and an earlier "
+                f"line {seen[path]}"
+            )
         lines.append(number)
         paths.append(path)
         labels.append(words[1])

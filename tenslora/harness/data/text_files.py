@@ -175,6 +175,8 @@ def _choose_splits(config: TextDatasetConfig, source: Source) -> tuple[tuple[str
             raise TensLoRAError(
                 f"dataset.{setting}={value}: {split} is not a split there; the splits are {shortened(splits)}"
             )
+    if config.test_split in train:
+        raise TensLoRAError(f"dataset.test_split={config.test_split}: must not be a split to train on")
     if config.test_split is not None:
         return train, config.test_split
     found = [name for name in TEST_SPLITS if name in splits and name not in train]

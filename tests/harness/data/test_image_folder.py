@@ -125,7 +125,12 @@ def test_an_image_in_both_lists_is_reported(tmp_path: Path, caplog: pytest.LogCa
         ),
         ("1.png a\n2.png b\n", "\n\n", r"dataset\.test_list=test\.txt: .*test\.txt is empty"),
         ("1.png a\n9.png b\n", "2.png a\n", r"line 2 of .*train\.txt: neither \S*9\.png nor \S*images/9\.png exists"),
-        ("1.png a\n2.png b\n", "3.png a\n3.png c\n", "same classes; b only in train.txt; c only in test.txt"),
+        ("1.png a\n2.png b\n", "3.png a\n2.png c\n", "same classes; b only in train.txt; c only in test.txt"),
+        (
+            "1.png a\n2.png b\n1.png b\n",
+            "3.png a\n",
+            r"line 3 of .*train\.txt: gives \S*1\.png the label b, .* line a$",
+        ),
         ("1.png a\n", "2.png a\n", "at least two classes, but has only a"),
         ("\x80", "2.png a\n", r"dataset\.train_list=train\.txt: .*not a readable text file"),
     ],
@@ -150,6 +155,13 @@ def test_a_list_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         ({"train/a": [1]}, {"train_splits": ("more",)}, r"dataset\.train_splits=more: there is no folder \S+/more"),
         ({"train": [1], "test/a": [1]}, {}, r"\S+/train has no folders, but must have one for each class"),
         ({"train/a": [1], "train/b": [], "test/a": [1]}, {}, r"dataset\.root=.*\(\.jpg.*but there are none in b"),
+        ({"train/a\udcff": [1], "test/a": [1]}, {}, r"dataset\.root: \S*train cannot be read \('utf-8' codec"),
+        (
+            {"train/a": [1], "test/a": [2]},
+            {"train_splits": ("test",)},
+            r"test_split=null: .* not trained on, and test is one",
+        ),
+        ({"train/a": [1]}, {"test_split": "train"}, r"test_split=train: .* not trained on, and train is one"),
         ({"train/a": [1], "test/a": [2]}, {}, "at least two classes, but has only a"),
         (
             {"train/a": [1], "train/b": [1], "test/a": [2]},
@@ -243,7 +255,7 @@ def test_pixels_that_would_be_clipped_are_refused(pixels: Any, message: str, tmp
 
 def test_a_program_in_postscript_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: ran.append(1) or Image.new("RGB", (8, 8)).im)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: ran.append(1))
     write_train_and_test(tmp_path)
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "train" / "cat" / "picture.png").write_bytes(program)

@@ -174,6 +174,7 @@ def test_splits_are_chosen_by_name_or_given(tmp_path: Path) -> None:
     refused(
         root, r"dataset\.test_split=tset: tset is not a split there; the splits are dev, final, mor", test_split="tset"
     )
+    refused(root, r"dataset\.test_split=train: must not be a split to train on$", test_split="train")
     refused(root, r"dataset\.train_splits=all: all is not a split there; ", train_splits=("all",))
     refused(root, r"dataset\.train_fraction=0.5: must be null, because dev is a split to test on", train_fraction=0.5)
     (root / "dev.csv").unlink()
