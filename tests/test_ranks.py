@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from scipy.optimize import brentq
 
 from tenslora.adapter import Adapter
 from tenslora.adapter_config import AdapterConfig
@@ -90,6 +93,53 @@ def test_no_integer_ranks_nearby_come_nearer_when_the_tolerance_is_zero(name: st
     for r_in, r_out in itertools.product(range(-1, 2), repeat=2):
         neighbour = (chosen[0] + r_in, chosen[1] + r_out, *chosen[2:])
         assert miss(chosen) <= miss(neighbour)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.003, 0.01, 0.05])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("depth", (16, 4, 8, 6)),
+        ("depth", (64, 2, 16, 3)),
+        ("qkv", (64, 2, 12, 3)),
+        ("qkv", (64, 1, 12, 5)),
+        ("qkv", (200, 2, 24, 6)),
+        ("qkv_depth", (24, 2, 8, 6)),
+    ],
+)
+def test_isoparameters_takes_the_best_of_all_ranks_within_a_third(
+    name: str, sizes: tuple[int, int, int, int], tolerance: float
+) -> None:
+    geometry = Geometry(*sizes)
+    d_in, d_out, *stacked = modes(name, geometry).values()
+    tensors = {"depth": 3, "qkv": geometry.layers, "qkv_depth": 1}[name]
+    budget = 4 * (d_in + d_out) * 3 * geometry.layers
+
+    def count(*ranks: float) -> float:
+        every = [*ranks, *stacked]
+        return tensors * (math.prod(every) + sum(n * r for n, r in zip((d_in, d_out, *stacked), every, strict=True)))
+
+    def real(t: float) -> tuple[float, float]:
+        return min(t, d_in), min(t, d_out)
+
+    t = brentq(lambda t: count(*real(t)) - budget, 1, max(d_in, d_out), xtol=1e-12)
+
+    def distances(ranks: Sequence[float]) -> tuple[float, float]:
+        excess = max(abs(count(*ranks) / budget - 1) - tolerance, 0.0)
+        return round(excess, 9), round(sum(math.log(r / s) ** 2 for r, s in zip(ranks, real(t), strict=True)), 9)
+
+    nearby = (
+        range(max(1, math.ceil(0.75 * r)), min(n, int(r / 0.75)) + 1)
+        for r, n in zip(real(t), (d_in, d_out), strict=True)
+    )
+    chosen = list(isoparameters(name, geometry, tolerance=tolerance))
+    assert chosen[2:] == stacked
+    assert distances(chosen[:2]) == min(map(distances, itertools.product(*nearby)))
+
+
+def test_the_count_may_be_one_per_cent_off_unless_said_otherwise() -> None:
+    for name, geometry in itertools.product(TENSORS, GEOMETRIES.values()):
+        assert isoparameters(name, geometry) == isoparameters(name, geometry, tolerance=0.01)
 
 
 @pytest.mark.parametrize("scale", [0.7, 0.8, 0.9, 1.1, 1.2, 1.3])
