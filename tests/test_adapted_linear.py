@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tenslora import Adapter, AdapterConfig, RankStrategy, TensLoRAError, attach
 from tenslora.adapted_linear import AdaptedLinear, SharedInput
@@ -315,3 +316,19 @@ def test_data_parallel_is_refused() -> None:
     attached(model, "qkv")
     with pytest.raises(TensLoRAError, match="DataParallel: cannot copy an adapter; start one process per device"):
         linear_at(model, "blocks.0.attention.query")._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("mode", ["qkv", "lora"])  # where query, key and value share h, and where they do not
+@pytest.mark.parametrize("adapt", ["qkv", "qv"])
+def test_second_derivatives_are_those_of_dense_updates(mode: str, adapt: str) -> None:
+    model = build("timm_vit")  # one Linear holds query, key and value
+    adapter = attached(model, mode, adapt=adapt)
+    parameters = list(adapter.parameters())
+    second = []
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        for output in (logits(model, inputs("timm_vit")), dense_logits("timm_vit", adapter)):
+            gradients = torch.autograd.grad(output.square().sum(), parameters, create_graph=True)
+            total = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+            second.append(torch.autograd.grad(total, parameters))
+    for actual, expected in zip(*second, strict=True):
+        assert (actual - expected).norm() <= 1e-8 * expected.norm()
