@@ -251,8 +251,12 @@ def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
         # timm's BEiT and EVA read the weight and add biases of their own.
         return f"does not call its Linear {name}, so an adapter there has no effect"
     side_by_side = name in FUSED and not FUSED[name].by_head
-    if side_by_side and (getattr(block, "multi_query", None) is False or getattr(block, "head_first", False)):
-        # transformers' GPTBigCode without multi_query, and timm's AttentionCl.
+    one_head_after_the_other = (
+        getattr(block, "multi_query", None) is False  # transformers' GPTBigCode
+        or getattr(block, "head_first", False)  # timm's AttentionCl
+        or hasattr(block, "val_dim")  # timm's EfficientFormer and TinyViT
+    )
+    if side_by_side and one_head_after_the_other:
         return f"its Linear {name} holds query, key and value one head after the other, which is not supported"
     if kind.__name__ == "ChannelAttention":
         # timm's DaViT: softmax(key^T value) query^T, whose query is what value is in attention.

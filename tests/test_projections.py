@@ -164,6 +164,19 @@ _FOUR = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "i
             r"^AttentionCl: its Linear qkv holds query, key and value one head after the other",
         ),
         (
+            lambda: timm.create_model("tiny_vit_5m_224"),
+            r"stages\.1\.blocks\.0\.attn: its Linear qkv holds query, key and value one head after the other",
+        ),
+        (
+            lambda: timm.create_model("efficientformer_l1"),
+            r"token_mixer: its Linear qkv holds query, key and value one head after the other",
+        ),
+        (
+            lambda: timm.create_model("davit_tiny"),
+            r"attn: in ChannelAttention query, key and value mean something else than in attention",
+        ),
+        (lambda: timm.create_model("swinv2_tiny_window8_256"), r"blocks\.0\.attn: does not call its Linear qkv"),
+        (
             lambda: hf.CodeGenModel(hf.CodeGenConfig(n_embd=16, n_layer=1, n_head=4, rotary_dim=4)),
             r"attn: the order of the outputs of qkv_proj in CodeGenAttention is not known; it is in Phi3Attention",
         ),
@@ -176,7 +189,17 @@ _FOUR = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "i
             r"layers\.3\.self_attn\.q_proj: has 64 outputs, which are not 4 heads of 8",
         ),
     ],
-    ids=["GPTBigCode", "AttentionCl", "CodeGen", "Longformer", "Qwen3Next"],
+    ids=[
+        "GPTBigCode",
+        "AttentionCl",
+        "TinyViT",
+        "EfficientFormer",
+        "DaViT",
+        "SwinV2",
+        "CodeGen",
+        "Longformer",
+        "Qwen3Next",
+    ],
 )
 def test_attention_on_which_an_adapter_would_be_wrong_is_refused(
     build_model: Callable[[], nn.Module], message: str
