@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral
 
@@ -23,9 +23,6 @@ LARGEST_SCALE = 1000
 """The most times as many parameters as LoRA's that isoparameters can ask for."""
 
 STRATEGIES = ("isorank", "isoparameters", "explicit")
-
-_USES = {"isorank": {"cap"}, "isoparameters": {"rule", "tolerance", "scale"}, "explicit": {"ranks"}}
-"""Which settings each strategy uses beside the rank."""
 
 
 def rank_limits(construction: str, geometry: Geometry, factorization: str = "tucker") -> dict[str, int]:
@@ -319,10 +316,6 @@ class RankStrategy:
             raise TensLoRAError(f"tolerance={self.tolerance}: must be at least 0 and below 1")
         if not 0 < self.scale <= LARGEST_SCALE:
             raise TensLoRAError(f"scale={self.scale}: must be above 0 and at most {LARGEST_SCALE}")
-        for field in fields(self):
-            used = field.name in {"name", "rank", *_USES[self.name]}
-            if not used and (value := getattr(self, field.name)) != field.default:
-                raise TensLoRAError(f"{field.name}={value}: must be left out, because {self.name} does not use it")
 
     def resolve(self, construction: str, geometry: Geometry, factorization: str = "tucker") -> tuple[int, ...]:
         """The ranks of the construction's tensors.

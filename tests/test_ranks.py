@@ -264,13 +264,6 @@ def test_ranks_of_a_weight_are_whole_numbers(ranks: Any) -> None:
         ({"scale": "1"}, r"^scale='1': must be a number$"),
         ({"cap": "no"}, r"^cap='no': must be True or False$"),
         ({"ranks": 4}, r"^ranks=4: must be one rank for each mode, as in \(4, 4, 3\), or None$"),
-        ({"name": "isorank", "scale": 2}, r"^scale=2: must be left out, because isorank does not use it$"),
-        (
-            {"name": "explicit", "ranks": (1,), "rule": "uniform"},
-            r"^rule=uniform: must be left out, because explicit do",
-        ),
-        ({"cap": True}, r"^cap=True: must be left out, because isoparameters does not use it$"),
-        ({"ranks": (4, 4, 3)}, r"^ranks=\(4, 4, 3\): must be left out, because isoparameters does not use it$"),
         ({"name": "magic"}, r"^name=magic: must be one of isorank, isoparameters, explicit$"),
     ],
 )
