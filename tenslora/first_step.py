@@ -93,6 +93,8 @@ def over_stages(first_steps: Sequence[float], geometries: Sequence[Geometry]) ->
         first_steps: the first step of each stage.
         geometries: the dimensions of each stage.
     """
+    if len(geometries) == 1:
+        return first_steps[0]
     counts = [len(geometry.matrices) * geometry.layers for geometry in geometries]
     squares = (count * step**2 for count, step in zip(counts, first_steps, strict=True))
     return math.sqrt(math.fsum(squares) / sum(counts))

@@ -18,7 +18,7 @@ def finished(run: RunConfig, last: float = 0.5, **changes: Any) -> dict[str, Any
         last: its score.
         changes: fields with another value.
     """
-    geometry = run.geometry or Geometry(d_in=8, heads=2, d_head=4, layers=2)
+    (geometry,) = run.geometries or [Geometry(d_in=8, heads=2, d_head=4, layers=2)]
     metric = (run.dataset.metrics or ["accuracy"])[0]
     epoch = {"epoch": 1, "step": 2, "lr": 1e-6, "train_loss": 1.5, f"{run.dataset.scored_on}_loss": 1.25, metric: last}
     ranks = [4] * len(rank_limits(run.tensor_mode, geometry, run.adapter.factorization)) if run.adapter else None

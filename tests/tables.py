@@ -86,8 +86,10 @@ def make_run(
     row = Row(mode, strategy, variant)
     digest = f"{mode}-{strategy}-{column.dataset}-{seed}"
     if not history:
-        return Run(row, column, seed, digest, ranks, parameters, lora, None, problem or "missing")
-    return Run(row, column, seed, digest, ranks, parameters, lora, record, problem)
+        return Run(
+            row, column, seed, digest, None if ranks is None else (ranks,), parameters, lora, None, problem or "missing"
+        )
+    return Run(row, column, seed, digest, None if ranks is None else (ranks,), parameters, lora, record, problem)
 
 
 def make_table(runs: Iterable[Run], **changes: Any) -> Table:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from tenslora.adapter import Adapter
+from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.attachment import attach
 from tenslora.constructions import Geometry
 from tenslora.decomposition import Approximation, approximate
@@ -30,15 +31,15 @@ class AdaptedModel:
     Args:
         model: the backbone with its head, and with the adapter if there is one. The parameters to train require
             gradients.
-        geometry: the dimensions found in the backbone.
+        geometries: the dimensions found in the backbone, of each stage.
         adapter: the attached adapter; None for a run without an adapter.
         warm_start: how closely the adapter approximates the LoRA that it starts from; None without a warm start.
         head: the parameters of the head, under their names in the model.
     """
 
     model: nn.Module
-    geometry: Geometry
-    adapter: Adapter | None
+    geometries: tuple[Geometry, ...]
+    adapter: Adapter | StagedAdapter | None
     warm_start: Approximation | None
     head: dict[str, nn.Parameter]
 
@@ -78,16 +79,14 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
     model = backbone.model.to(device)
     try:
         stages = find_projections(model, run.adapter.adapt if run.adapter else "qkv")
-        if len(stages) > 1:
-            raise TensLoRAError(f"its layers come in {len(stages)} sizes, and a run needs layers of one size")
     except TensLoRAError as error:
         raise TensLoRAError(f"{source_setting(run.model)}: cannot be adapted: {error}") from error
-    geometry = stages[0].geometry
-    check_geometry(run.geometry, geometry)
-    check_ranks(run, geometry)
+    geometries = tuple(stage.geometry for stage in stages)
+    check_geometries(run.geometries, geometries)
+    check_ranks(run, geometries)
     adapter = warm_start = None
     if run.adapter:
-        (adapter,) = attach(model, Adapter(run.adapter, geometry, run.start_ranks(geometry))).stages
+        adapter = attach(model, make_adapter(run.adapter, geometries, [run.start_ranks(each) for each in geometries]))
         if run.warm_start is not None:
             from tenslora.peft.saved_lora import read_updates  # imports PEFT, which takes seconds
 
@@ -98,24 +97,33 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
     head = backbone.head_parameters()
     for parameter in head.values():
         parameter.requires_grad_(True)
-    return AdaptedModel(model, geometry, adapter, warm_start, head)
+    return AdaptedModel(model, geometries, adapter, warm_start, head)
 
 
-def check_geometry(declared: Geometry | None, actual: Geometry) -> None:
+def check_geometries(declared: Sequence[Geometry] | None, actual: Sequence[Geometry]) -> None:
     """Check that a backbone has the dimensions that its config file declares.
 
     Args:
-        declared: the dimensions in the config file; None if the file does not declare them.
-        actual: the backbone's dimensions.
+        declared: the dimensions of each stage in the config file; None if the file does not declare them.
+        actual: those of the backbone's stages.
 
     Raises:
         TensLoRAError: if a dimension differs; the message names the first one.
     """
-    for name, value in vars(declared).items() if declared else ():
-        if name in ("d_ff", "gated") and actual.d_ff is None:  # the feed-forward block is not adapted
-            continue
-        if value != getattr(actual, name):
-            raise TensLoRAError(
-                f"model.geometry.{name}={value}: the backbone that was loaded has {getattr(actual, name)}; check that "
-                f"model.checkpoint belongs to this model, or set model.geometry=null"
-            )
+    if declared is None:
+        return
+    advice = "check that model.checkpoint belongs to this model, or set model.geometry=null"
+    if len(declared) != len(actual):
+        raise TensLoRAError(
+            f"model.geometry: has {len(declared)} stages, and the backbone that was loaded has {len(actual)}; {advice}"
+        )
+    for index, (stage, loaded) in enumerate(zip(declared, actual, strict=True)):
+        place = f"{index}." if len(declared) > 1 else ""
+        for name, value in vars(stage).items():
+            if name in ("d_ff", "gated") and loaded.d_ff is None:  # the feed-forward block is not adapted
+                continue
+            if value != getattr(loaded, name):
+                raise TensLoRAError(
+                    f"model.geometry.{place}{name}={value}: the backbone that was loaded has {getattr(loaded, name)}; "
+                    f"{advice}"
+                )

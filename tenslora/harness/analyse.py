@@ -4,13 +4,13 @@
 
 For each of the axes d_in, d_out, d_head, head, projection and depth, the command prints the rank that keeps 90 and 99
 per cent of the updates' energy when only that axis is compressed. It writes all spectra to spectra.json and draws them
-in a figure.
+in a figure, one for each stage of the backbone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, cycle
+from itertools import accumulate, chain, cycle
 from pathlib import Path
 
 import torch
@@ -25,11 +25,13 @@ from tenslora.harness.backbones.transformers_models import read_hub_config
 from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.harness.results.figures.style import COLOURS, GREY, HEIGHT, INK, WIDTH, styled, write_figure
 from tenslora.harness.run_folder import RunFolder
+from tenslora.harness.stages import as_in_files
 from tenslora.peft.saved_lora import CONFIG, read_config, read_updates
 from tenslora.projections import find_projections
 
 
-def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> tuple[Geometry, Updates]:
+@torch.no_grad()
+def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> list[tuple[Geometry, Updates]]:
     """The updates that a run's adapter, or a LoRA saved by PEFT, adds to its backbone.
 
     Args:
@@ -39,16 +41,19 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> tu
         adapt: which matrices of the LoRA to analyse, see `constructions.adapted_matrices`.
 
     Returns:
-        The backbone's dimensions, and the updates of all layers with alpha, see `decomposition.Updates`.
+        For each stage of the backbone, its dimensions and the updates of its layers, see `decomposition.Updates`.
 
     Raises:
         TensLoRAError: if there is no adapter in the folder, or if the backbone cannot be found.
     """
     if not (folder / CONFIG).is_file():
-        (adapter,) = load_adapter(RunFolder(folder).adapter).stages
-        with torch.no_grad():
-            layers = [adapter.dense(layer) for layer in range(adapter.geometry.layers)]
-            return adapter.geometry, [[adapter.scale * update for update in layer] for layer in layers]
+        return [
+            (
+                stage.geometry,
+                [[stage.scale * update for update in stage.dense(n)] for n in range(stage.geometry.layers)],
+            )
+            for stage in load_adapter(RunFolder(folder).adapter).stages
+        ]
     from transformers import AutoModel
 
     name = model or read_config(folder).base_model_name_or_path
@@ -64,9 +69,7 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> tu
             f"--model {name}: must be a folder or hub name with a model's config ({first_line(error)})"
         ) from error
     stages = find_projections(backbone, adapt)
-    if len(stages) > 1:
-        raise TensLoRAError(f"--model {name}: its layers come in {len(stages)} sizes; must be of one size")
-    return stages[0].geometry, read_updates(folder, stages)[0]
+    return list(zip([stage.geometry for stage in stages], read_updates(folder, stages), strict=True))
 
 
 def rank_for(shares: Sequence[float], energy: float) -> int:
@@ -120,16 +123,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     out = given.out or given.folder
     with mistakes_in_one_line():
-        geometry, updates = updates_in(given.folder, given.model, given.adapt)
-        if not any(update.any() for layer in updates for update in layer):
-            raise TensLoRAError(f"{given.folder}: its updates are all zero")
-        shares = {axis: of_axis.tolist() for axis, of_axis in spectra(updates, geometry).items()}
-        write_json(out / "spectra.json", shares)
-        files = write_figure(energy_by_rank(shares), out, "spectra")
-    print(f"{'axis':<12}{'size':>6}{'90 %':>8}{'99 %':>8}")
-    for axis, of_axis in shares.items():
-        print(f"{axis:<12}{len(of_axis):>6}{rank_for(of_axis, 0.9):>8}{rank_for(of_axis, 0.99):>8}")
-    print(*files, sep="\n")
+        stages = updates_in(given.folder, given.model, given.adapt)
+        if not all(any(update.any() for layer in updates for update in layer) for _, updates in stages):
+            raise TensLoRAError(f"{given.folder}: its updates are all zero" + " in a stage" * (len(stages) > 1))
+        shares = [
+            {axis: of_axis.tolist() for axis, of_axis in spectra(updates, geometry).items()}
+            for geometry, updates in stages
+        ]
+        write_json(out / "spectra.json", as_in_files(shares))
+        names = ["spectra"] if len(stages) == 1 else [f"spectra_{number}" for number, _ in enumerate(stages, start=1)]
+        files = [write_figure(energy_by_rank(each), out, name) for each, name in zip(shares, names, strict=True)]
+    for number, of_stage in enumerate(shares, start=1):
+        title = "axis" if len(stages) == 1 else f"stage {number}"
+        print(f"{title:<12}{'size':>6}{'90 %':>8}{'99 %':>8}")
+        for axis, of_axis in of_stage.items():
+            print(f"{axis:<12}{len(of_axis):>6}{rank_for(of_axis, 0.9):>8}{rank_for(of_axis, 0.99):>8}")
+    print(*chain(*files), sep="\n")
 
 
 if __name__ == "__main__":

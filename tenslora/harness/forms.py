@@ -21,6 +21,7 @@ from tenslora.factorizations import FACTORIZATIONS
 from tenslora.forms import shown
 from tenslora.harness.config import REFERENCES
 from tenslora.harness.config.identity import digest_of
+from tenslora.harness.stages import of_stages
 from tenslora.harness.training.metrics import metric_of
 from tenslora.ranks import rank_limits
 
@@ -44,6 +45,16 @@ def _check_printable(value: str) -> str:
     return value
 
 
+def _check_ranks(value: Any) -> Any:
+    for stage in of_stages(value) if value is not None else ():
+        if not isinstance(stage, list) or not all(type(rank) is int and rank >= 1 for rank in stage):
+            raise ValueError("must be whole numbers from 1 up, for several stages a list of them for each")
+    return value
+
+
+Ranks = Annotated[Any, AfterValidator(_check_ranks)]
+"""The ranks of a backbone's one stage, or of each of several, see `stages.as_in_files`."""
+
 Line = Annotated[str, AfterValidator(_check_printable)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
 
@@ -54,10 +65,13 @@ class Form(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-def _check_geometry(value: dict[str, Any]) -> dict[str, Any]:
-    if unknown := value.keys() - Geometry.__dataclass_fields__:
-        raise ValueError(f"has no {min(unknown)}")
-    _GEOMETRY.validate_python(value)
+def _check_geometry(value: Any) -> Any:
+    for stage in of_stages(value):
+        if not isinstance(stage, dict):
+            raise ValueError("must be an object, for several stages a list of them")
+        if unknown := stage.keys() - Geometry.__dataclass_fields__:
+            raise ValueError(f"has no {min(unknown)}")
+        _GEOMETRY.validate_python(stage)
     return value
 
 
@@ -133,11 +147,11 @@ class Record(Form):
     tensor_mode: Literal[(*CONSTRUCTIONS, *REFERENCES)]  # type: ignore[valid-type]
     factorization: Literal[(None, "matrix", *FACTORIZATIONS)]  # type: ignore[valid-type]
     rank_strategy: Line | None
-    ranks: list[Number] | None
-    ranks_by_epoch: list[list[Number]] | None = None
+    ranks: Ranks
+    ranks_by_epoch: list[Ranks] | None = None
     warm_start: dict[str, Any] | None
     seed: Count
-    geometry: Annotated[dict[str, Any], AfterValidator(_check_geometry)]
+    geometry: Annotated[Any, AfterValidator(_check_geometry)]
     image_input: dict[str, Any] | None = None
     adapter_parameters: Count
     lora_parameters: Number
@@ -187,9 +201,11 @@ class Record(Form):
             return self
         factorization = "tucker" if self.factorization == "matrix" else self.factorization
         _check(factorization is not None, "factorization=null", f"tensor_mode {self.tensor_mode} has one")
-        limits = rank_limits(self.tensor_mode, Geometry(**self.geometry), factorization or "")
+        stages = [rank_limits(self.tensor_mode, Geometry(**g), factorization or "") for g in of_stages(self.geometry)]
         for ranks in (self.ranks, *(self.ranks_by_epoch or ())):
-            _check(len(ranks or ()) == len(limits), f"ranks={ranks}", f"must be {len(limits)}")
+            lengths = [len(of_stage or ()) for of_stage in of_stages(ranks)]
+            wanted = [len(limits) for limits in stages]
+            _check(lengths == wanted, f"ranks={ranks}", f"must be {' and '.join(map(str, wanted))}")
         return self
 
     @model_validator(mode="after")
@@ -234,7 +250,7 @@ class Checkpoint(Form):
     steps: Number
     history: list[Epoch]
     seconds: dict[Literal["train", "wait", "evaluate"], NonNegative]
-    ranks: list[list[Number]] | None = None
+    ranks: list[Ranks] | None = None
 
 
 def check_history(history: Iterable[Epoch], scores: Iterable[str], scored_on: str) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import Geometry
-from tenslora.first_step import lora_first_step
 from tenslora.harness.results.table import percent_of_lora
+from tenslora.harness.stages import adapter_parameters, as_in_files, lora_parameters, lora_step, of_stages
 from tenslora.harness.training.metrics import METRICS, score_names
-from tenslora.ranks import parameter_count, rank_limits
+from tenslora.ranks import rank_limits
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -69,15 +69,15 @@ def facts_of(
         "tensor_mode": run.tensor_mode,
         "factorization": factorization,
         "rank_strategy": run.rank_strategy.name if adapter else None,
-        "ranks": list(adapter.ranks) if adapter else None,
+        "ranks": as_in_files(list(stage.ranks) for stage in adapter.stages) if adapter else None,
         "warm_start": asdict(warm_start) if warm_start else None,
         "seed": run.seed,
-        "geometry": vars(adapted.geometry),
+        "geometry": as_in_files(vars(geometry) for geometry in adapted.geometries),
         "image_input": asdict(data.image_input) if data.image_input else None,
         "adapter_parameters": _count(adapter.parameters()) if adapter else 0,
-        "lora_parameters": parameter_count("lora", adapted.geometry, [run.rank_strategy.rank]),
+        "lora_parameters": lora_parameters(adapted.geometries, run.rank_strategy.rank),
         "first_step": adapter.first_step if adapter else None,
-        "lora_first_step": abs(run.adapter.alpha) * lora_first_step(adapted.geometry, run.rank_strategy.rank)
+        "lora_first_step": abs(run.adapter.alpha) * lora_step(adapted.geometries, run.rank_strategy.rank)
         if run.adapter
         else None,
         "head_parameters": _count(adapted.head.values()),
@@ -140,7 +140,8 @@ def _ranks_at_the_end(run: RunConfig, facts: Mapping[str, Any], state: TrainingS
     if not state.ranks or run.adapter is None:
         return {"ranks_by_epoch": state.ranks}
     ranks = state.ranks[-1]
-    count = parameter_count(run.tensor_mode, Geometry(**facts["geometry"]), ranks, run.adapter.factorization)
+    geometries = [Geometry(**stage) for stage in of_stages(facts["geometry"])]
+    count = adapter_parameters(run.adapter, geometries, tuple(of_stages(ranks)))
     less = facts["adapter_parameters"] - count
     return {
         "ranks": ranks,
@@ -217,12 +218,14 @@ def describe_run(record: dict[str, Any]) -> str:
     lines = [f"{mode} on {record['dataset']} with {record['model']}, seed {record['seed']}: {record['status']}"]
     if record["ranks"]:
         factorization = "tucker" if record["factorization"] == "matrix" else record["factorization"]
-        names = rank_limits(mode, Geometry(**record["geometry"]), factorization)
-        ranks = ", ".join(f"{name} {rank}" for name, rank in zip(names, record["ranks"], strict=True))
-        parameters, lora_parameters = record["adapter_parameters"], record["lora_parameters"]
-        percent = percent_of_lora(parameters, lora_parameters)
-        lines.append(f"ranks ({record['rank_strategy']}): {ranks}")
-        lines.append(f"adapter: {parameters:,} parameters, {percent:.1f} % of LoRA's {lora_parameters:,}")
+        stages = []
+        for geometry, ranks in zip(of_stages(record["geometry"]), of_stages(record["ranks"]), strict=True):
+            names = rank_limits(mode, Geometry(**geometry), factorization)
+            stages.append(", ".join(f"{name} {rank}" for name, rank in zip(names, ranks, strict=True)))
+        parameters, of_lora = record["adapter_parameters"], record["lora_parameters"]
+        percent = percent_of_lora(parameters, of_lora)
+        lines.append(f"ranks ({record['rank_strategy']}): {'; '.join(stages)}")
+        lines.append(f"adapter: {parameters:,} parameters, {percent:.1f} % of LoRA's {of_lora:,}")
     lines.append(f"head: {record['head_parameters']:,} parameters; trained in all: {record['trained_parameters']:,}")
     if metrics["last"] is not None:
         others = "".join(f", {name} {value:.4f}" for name, value in metrics["others_last"].items())

@@ -18,6 +18,14 @@ TINY_BERT = (
 )  # fmt: skip
 """A short run of a BERT of random weights."""
 
+TINY_SWIN = (
+    "model=swin_tiny", "model.pretrained=false", "model.image_size=32", "trainer.eval_batch_size=300",
+    "model.geometry=[{d_in:8,heads:1,d_head:8,layers:2,d_ff:32},{d_in:16,heads:2,d_head:8,layers:2,d_ff:64}]",
+    "+model.options={embed_dim:8,depths:[2,2],num_heads:[1,2],window_size:4}", "dataset.train_size=50",
+    "trainer.epochs=2", "optimizer.lr=0.02",
+)  # fmt: skip
+"""A short run on a Swin of random weights, whose layers come in two stages."""
+
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
@@ -33,6 +41,14 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run on images with a timm backbone."""
     folder = tmp_path_factory.mktemp("digits_run")
     run(folder, "trainer.epochs=1", "dataset.train_size=64", "optimizer.lr=0.05", "tensor_mode=att_qkv")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def staged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on images with a Swin of random weights."""
+    folder = tmp_path_factory.mktemp("staged_run")
+    run(folder, *TINY_SWIN)
     return folder
 
 

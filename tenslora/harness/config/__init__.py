@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
 from typing import Any
@@ -85,24 +86,25 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
         raise in_one_line(error, RunConfig) from error
     if run.tensor_mode in REFERENCES:
         return replace(run, adapter=None)
-    if run.geometry:
-        check_ranks(run, run.geometry)
+    if run.geometries:
+        check_ranks(run, run.geometries)
     return run
 
 
-def check_ranks(run: RunConfig, geometry: Geometry) -> None:
+def check_ranks(run: RunConfig, geometries: Sequence[Geometry]) -> None:
     """Check that the ranks of a run fit its backbone.
 
     Args:
         run: the settings.
-        geometry: the backbone's dimensions, as declared or as found.
+        geometries: the dimensions of each of the backbone's stages, as declared or as found.
 
     Raises:
         TensLoRAError: if they do not.
     """
     if run.adapter:
         try:
-            run.rank_strategy.resolve(run.tensor_mode, geometry, run.adapter.factorization)
+            for geometry in geometries:
+                run.rank_strategy.resolve(run.tensor_mode, geometry, run.adapter.factorization)
         except TensLoRAError as error:
             group = "rank_strategy." if str(error).startswith(("rank=", "ranks=")) else ""
             raise TensLoRAError(as_typed(f"{group}{error}")) from error

@@ -216,12 +216,12 @@ def settings_with_numbers(schema: Any) -> frozenset[str]:
         schema: the dataclass.
     """
     return frozenset(
-        name for name, hint in _settings_of(schema) if {int, float} & (kinds := _kinds(hint)) and bool not in kinds
+        name for name, hint in _settings_of(schema) if {int, float} & {*(kinds := _kinds(hint))} and bool not in kinds
     )
 
 
-def _kinds(hint: Any) -> set[Any]:
-    return {hint}.union(*map(_kinds, get_args(hint)))
+def _kinds(hint: Any) -> list[Any]:
+    return list(dict.fromkeys([hint, *(kind for part in get_args(hint) for kind in _kinds(part))]))
 
 
 def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
@@ -240,8 +240,7 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
     modality = path.pop(1) if path[:1] == ["dataset"] and path[1:2] in (["image"], ["text"]) else ""
     if kind.startswith("union_tag"):  # pydantic blames the group for the setting that says which kind it is
         path, value = [*path, "modality"], details.get("tag")
-    while path and path[-1].isdigit():  # an item of a list
-        path.pop()
+    path = [part for part in path if not part.isdigit()]  # the place in a list
     setting, cause = ".".join(path), details.get("error")
     if isinstance(cause, TensLoRAError):  # from one of the dataclasses; it begins with the name of its field
         return TensLoRAError(as_typed(".".join([*path, str(cause)])))
@@ -331,7 +330,7 @@ def _settings_of(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     # Yields the names of all settings, with the groups that they are in, and their types.
     hints = get_type_hints(schema)
     for field in fields(schema):
-        groups = [kind for kind in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(kind)]
+        groups = [kind for kind in _kinds(hints[field.name]) if is_dataclass(kind)]
         if groups:
             for group in groups:
                 yield from _settings_of(group, f"{prefix}{field.name}.")

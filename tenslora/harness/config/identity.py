@@ -11,6 +11,9 @@ import json
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from tenslora.constructions import Geometry
+from tenslora.harness.stages import as_in_files
+
 if TYPE_CHECKING:
     from tenslora.harness.config.schema import RunConfig
 
@@ -72,13 +75,7 @@ def settings(run: RunConfig) -> dict[str, Any]:
         nested["factorization"] = {"name": adapter.pop("factorization")}
         nested["adapter"] = adapter
     if run.model.geometry is not None:
-        declared = run.model.geometry
-        # The files in conf/model leave out what has its default; `adapt` belongs to the adapter.
-        nested["model"]["geometry"] = {
-            field.name: value
-            for field in fields(declared)
-            if field.name != "adapt" and (value := getattr(declared, field.name)) != field.default
-        }
+        nested["model"]["geometry"] = as_in_files(map(_dimensions, run.model.geometry))
     # The files in conf/dataset have these settings only where they mean something.
     if run.dataset.source is None:
         del nested["dataset"]["source"]
@@ -153,6 +150,15 @@ def folder(run: RunConfig) -> str:
     """
     row = "-".join(filter(None, (run.tensor_mode, run.row_factorization, run.row_strategy)))
     return f"{run.dataset.name}/{run.model.name}/{row}-seed{run.seed}-{run.digest()}"
+
+
+def _dimensions(geometry: Geometry) -> dict[str, Any]:
+    # The files in conf/model leave out what has its default; `adapt` belongs to the adapter.
+    return {
+        field.name: value
+        for field in fields(geometry)
+        if field.name != "adapt" and (value := getattr(geometry, field.name)) != field.default
+    }
 
 
 def _fields(settings: Any) -> dict[str, Any]:

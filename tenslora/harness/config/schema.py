@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import permutations
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import CONSTRUCTIONS, Geometry
@@ -71,12 +71,18 @@ SOURCES = ("image_folder", "vtab", "text_files")
 """What a dataset's `source` may be."""
 
 
+def _of_each_stage(value: Any) -> Any:
+    return value if value is None or isinstance(value, (list, tuple)) else [value]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A backbone: where its weights come from, and for an image model what its images look like.
 
     A named model of conf/model declares all of it. A generic one (timm, hf_image, hf_text) leaves open (None) what its
     own files say: its architecture, the size and the normalization of its images, its dimensions.
+
+    `geometry` has the dimensions of each stage. A file writes those of a single stage without a list around them.
 
     `quantization` is how the Linear weights of the Transformer are stored; None is float32.
     """
@@ -88,7 +94,7 @@ class ModelConfig:
     options: dict[str, Any]
     checkpoint: str | None
     pretrained: bool
-    geometry: Geometry | None
+    geometry: Annotated[tuple[Geometry, ...] | None, BeforeValidator(_of_each_stage)]
     image_size: Annotated[int | None, within(0, 4096, or_null=True)] = 0
     channels: Annotated[int | None, within(0, 3, or_null=True)] = 0
     mean: tuple[Annotated[float, within(-1e3, 1e3)], ...] | None = ()
@@ -96,6 +102,8 @@ class ModelConfig:
     quantization: Annotated[str | None, one_of(QUANTIZATIONS)] = None
 
     def __post_init__(self) -> None:
+        if self.geometry == ():
+            raise TensLoRAError("geometry=[]: must have the dimensions of a stage, or of several, or be null")
         if self.quantization == "nf4" and self.library == "timm":
             raise TensLoRAError("quantization=nf4: must be int8 or null, because the model is one of timm")
         if self.architecture is None and self.library == "timm":
@@ -446,23 +454,19 @@ class RunConfig:
         if trainer.compile:
             raise TensLoRAError("trainer.compile=true: must be false with rank_schedule=prune")
 
-    def start_ranks(self, geometry: Geometry) -> tuple[int, ...] | None:
+    def start_ranks(self, geometry: Geometry) -> tuple[int, ...]:
         """The ranks that the adapter starts with: those of its rank strategy, or higher ones that will be cut.
 
         isoparameters gets `rank_schedule.start` times the budget; the ranks of other strategies, and LoRA's, are
         multiplied, up to their limits.
 
         Args:
-            geometry: the backbone's dimensions.
-
-        Returns:
-            The ranks; None for a run without an adapter.
+            geometry: the dimensions of a stage of the backbone.
 
         Raises:
             TensLoRAError: for ranks that do not fit the geometry.
         """
-        if self.adapter is None:
-            return None
+        assert self.adapter is not None
         strategy, schedule = self.rank_strategy, self.rank_schedule
         chosen = self.tensor_mode, geometry, self.adapter.factorization
         if schedule.name == "fixed":
@@ -492,13 +496,13 @@ class RunConfig:
         return replace(self, seed=seed, adapter=self.adapter and replace(self.adapter, seed=seed))
 
     @cached_property
-    def geometry(self) -> Geometry | None:
-        """The backbone's dimensions as conf/model declares them; None where the file leaves them open."""
+    def geometries(self) -> tuple[Geometry, ...] | None:
+        """The dimensions of each of the backbone's stages, as conf/model declares them; None where they are open."""
         declared = self.model.geometry
         adapt = self.adapter.adapt if self.adapter else "qkv"
-        if declared is None or (declared.d_ff is None and adapt in ("mlp", "all")):
+        if declared is None or (any(stage.d_ff is None for stage in declared) and adapt in ("mlp", "all")):
             return None
-        return replace(declared, adapt=adapt)
+        return tuple(replace(stage, adapt=adapt) for stage in declared)
 
     @property
     def row_strategy(self) -> str:

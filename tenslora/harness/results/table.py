@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.harness.config.schema import TENSOR_MODES
+from tenslora.harness.stages import Ranks, of_stages, ranks_text
 from tenslora.harness.training.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
@@ -86,13 +87,13 @@ class AdapterSize:
     """The size of an adapter, beside LoRA's on the same matrices.
 
     Args:
-        ranks: the ranks of each tensor; None without an adapter or where they are unknown.
+        ranks: the ranks of each stage; None without an adapter or where they are unknown.
         parameters: the adapter's number of parameters; None without an adapter or where it is unknown.
         lora_parameters: the number of parameters of LoRA at the run's rank; None where it is unknown.
         relative_step: the adapter's first step as a multiple of LoRA's; None without an adapter or where it is unknown.
     """
 
-    ranks: tuple[int, ...] | None
+    ranks: Ranks | None
     parameters: int | None
     lora_parameters: int | None
     relative_step: float | None = None
@@ -107,7 +108,7 @@ class AdapterSize:
         """Ranks, number of parameters, per cent of LoRA's, first step as a multiple of LoRA's; a dash where unknown."""
         percent = self.percent_of_lora
         return (
-            ", ".join(map(str, self.ranks)) if self.ranks else "-",
+            ranks_text(self.ranks) if self.ranks else "-",
             "-" if self.parameters is None else f"{self.parameters:,}",
             "-" if percent is None else f"{percent:.1f}",
             "-" if self.relative_step is None else f"{self.relative_step:.2f}",
@@ -123,7 +124,8 @@ class Run:
         column: the run's column.
         seed: the run's seed.
         digest: the digest of the run's settings.
-        ranks: the ranks, from the backbone's declared geometry; None without an adapter or a declared geometry.
+        ranks: the ranks of each stage, from the backbone's declared geometry; None without an adapter or a declared
+            geometry.
         parameters: the adapter's number of parameters, from the same; None likewise.
         lora_parameters: LoRA's number of parameters, from the same; None without a declared geometry.
         record: the run's result.json; None if there is none yet.
@@ -139,7 +141,7 @@ class Run:
     column: Column
     seed: int
     digest: str
-    ranks: tuple[int, ...] | None = None
+    ranks: Ranks | None = None
     parameters: int | None = None
     lora_parameters: int | None = None
     record: dict[str, Any] | None = None
@@ -215,7 +217,8 @@ class Run:
         step = self.relative_step  # records of earlier versions do not hold the first step
         if "first_step" in self.record:
             step = multiple_of_lora(self.record["first_step"], self.record["lora_first_step"])
-        return AdapterSize(tuple(self.record["ranks"]), self.record["adapter_parameters"], lora_parameters, step)
+        ranks = tuple(map(tuple, of_stages(self.record["ranks"])))
+        return AdapterSize(ranks, self.record["adapter_parameters"], lora_parameters, step)
 
     def score(self, which: str) -> float | None:
         """The headline metric of a completed run, as a fraction; None for any other run.

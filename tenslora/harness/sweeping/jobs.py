@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from tenslora.errors import TensLoRAError
-from tenslora.first_step import relative_first_step
 from tenslora.harness.config import SWEEP_KEYS, RunConfig, validate
 from tenslora.harness.config.checks import shown
 from tenslora.harness.results.table import Column, Row, Run
 from tenslora.harness.run_folder import RunFolder, UnusableCheckpoint
-from tenslora.ranks import parameter_count
+from tenslora.harness.stages import adapter_parameters, lora_parameters, of_stages, relative_step
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -171,15 +170,15 @@ class Job:
         """
         run, record = self.run, look.record
         ranks = parameters = lora = step = None
-        if geometry := run.geometry:
-            lora = parameter_count("lora", geometry, [run.rank_strategy.rank])
+        if geometries := run.geometries:
+            lora = lora_parameters(geometries, run.rank_strategy.rank)
             if run.adapter:
-                factorization = run.adapter.factorization
-                ranks = run.rank_strategy.resolve(run.tensor_mode, geometry, factorization)
-                parameters = parameter_count(run.tensor_mode, geometry, ranks, factorization)
-                step = relative_first_step(run.adapter, geometry, run.start_ranks(geometry))
+                chosen = run.tensor_mode, run.adapter.factorization
+                ranks = tuple(run.rank_strategy.resolve(chosen[0], each, chosen[1]) for each in geometries)
+                parameters = adapter_parameters(run.adapter, geometries, ranks)
+                step = relative_step(run.adapter, geometries, tuple(map(run.start_ranks, geometries)))
         elif record:
-            ranks = record["ranks"] and tuple(record["ranks"])
+            ranks = record["ranks"] and tuple(map(tuple, of_stages(record["ranks"])))
             parameters, lora = record["adapter_parameters"], record["lora_parameters"]
         if run.tensor_mode == "head_only":
             parameters = 0

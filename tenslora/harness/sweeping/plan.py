@@ -12,6 +12,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.config.checks import shown
 from tenslora.harness.results.table import Table, percent_of_lora
 from tenslora.harness.run_folder import RunFolder
+from tenslora.harness.stages import ranks_text
 from tenslora.harness.sweeping.jobs import Job, Look, State
 from tenslora.harness.sweeping.tuning import MOST_EXTENSIONS, Known, has_diverged
 
@@ -44,7 +45,7 @@ def plan(table: Table, looks: Mapping[Job, Look]) -> str:
             if runs := table.cell(row, column):
                 first = runs[0]
                 unknown = "-" if row.has_adapter else ""  # a generic model's dimensions are found when it is loaded
-                ranks = ", ".join(map(str, first.ranks or [])) or unknown
+                ranks = ranks_text(first.ranks or ()) or unknown
                 count = unknown if first.parameters is None else f"{first.parameters:,}"
                 percent = percent_of_lora(first.parameters, first.lora_parameters)
                 share = unknown if percent is None else f"{percent:.1f} %"

@@ -17,6 +17,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.config import LoggerConfig, RunConfig
 from tenslora.harness.results.summary import Summary, one_line, summarize
 from tenslora.harness.results.table import Row, Run, Table, multiple_of_lora, percent_of_lora
+from tenslora.harness.stages import ranks_text
 from tenslora.harness.tracking.tracker import SCORE, Tracker
 
 log = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ def _place(run: Run) -> dict[str, Any]:
         "variant": "; ".join(run.row.variant),
         "dataset": run.column.dataset,
         "model": run.column.model,
-        "ranks": ", ".join(map(str, run.size.ranks or ())),
+        "ranks": ranks_text(run.size.ranks or ()),
         "adapter_parameters": run.size.parameters,
         "percent_of_lora": run.size.percent_of_lora,
         "relative_first_step": run.size.relative_step,

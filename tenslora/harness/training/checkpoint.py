@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenslora.adapter import Adapter
+from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.forms import shown
 from tenslora.harness.forms import CHECKPOINT_FORMAT, Checkpoint, Epoch, check_history, read_form
 from tenslora.harness.predictions import Predictions
 from tenslora.harness.run_folder import OtherRun, UnusableCheckpoint
+from tenslora.harness.stages import as_in_files, of_stages
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, for each parameter
 
@@ -87,7 +88,8 @@ class TrainingState:
         seconds: the seconds spent in training ("train") and in evaluation ("evaluate"). Those spent in waiting for
             training batches ("wait") are a part of "train".
         predictions: those of the last evaluation, for each split. A checkpoint does not hold them.
-        ranks: the adapter's ranks after each complete epoch, of a run that cuts them; otherwise None.
+        ranks: the adapter's ranks after each complete epoch, as files hold them (`stages.as_in_files`), of a run that
+            cuts them; otherwise None.
     """
 
     epochs: int = 0
@@ -95,7 +97,7 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "wait": 0.0, "evaluate": 0.0})
     predictions: dict[str, Predictions] = field(default_factory=dict)
-    ranks: list[list[int]] | None = None
+    ranks: list[Any] | None = None
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
@@ -145,7 +147,7 @@ def load_checkpoint(
     course: Course,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    pruned: Adapter | None = None,
+    pruned: Adapter | StagedAdapter | None = None,
 ) -> TrainingState:
     """Read a checkpoint into the parameters and the optimizer.
 
@@ -192,7 +194,7 @@ def load_checkpoint(
     )
 
 
-def _take_ranks(header: Mapping[str, Any], pruned: Adapter | None) -> None:
+def _take_ranks(header: Mapping[str, Any], pruned: Adapter | StagedAdapter | None) -> None:
     ranks = header["ranks"]
     if (ranks is None) != (pruned is None):
         raise TensLoRAError(f"ranks={shown(ranks)}: does not fit rank_schedule")
@@ -200,12 +202,19 @@ def _take_ranks(header: Mapping[str, Any], pruned: Adapter | None) -> None:
         return
     if len(ranks) != header["epochs"]:
         raise TensLoRAError(f"ranks: must have {header['epochs']} entries, one for each epoch")
-    before = list(pruned.ranks)
+    before = [list(stage.ranks) for stage in pruned.stages]
     for entry in ranks:  # ranks only fall, so that a damaged file cannot ask for more memory than the run itself
-        if len(entry) != len(before) or any(now > then for now, then in zip(entry, before, strict=True)):
-            raise TensLoRAError(f"ranks={shown(entry)}: must be {len(before)} numbers, none above {shown(before)}")
-        before = entry
-    pruned.resize(before)
+        stages = of_stages(entry)
+        if len(stages) != len(before) or not all(map(_are_cut, stages, before)):
+            what = "as many numbers" if len(before) > 1 else f"{len(before[0])} numbers"
+            raise TensLoRAError(f"ranks={shown(entry)}: must be {what}, none above {shown(as_in_files(before))}")
+        before = stages
+    for stage, left in zip(pruned.stages, before, strict=True):
+        stage.resize(left)
+
+
+def _are_cut(now: Sequence[int], then: Sequence[int]) -> bool:
+    return len(now) == len(then) and all(rank <= earlier for rank, earlier in zip(now, then, strict=True))
 
 
 def _check_tensors(

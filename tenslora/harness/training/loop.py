@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tenslora.adapter import Adapter
+from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.attachment import SUBMODULE, adapter_of
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RankScheduleConfig, RunConfig
 from tenslora.harness.data.batches import Batch, TrainBatches
 from tenslora.harness.data.encoding import EncodedDataset
+from tenslora.harness.stages import as_in_files
 from tenslora.harness.training.checkpoint import Course, TrainingState, load_checkpoint, save_checkpoint
 from tenslora.harness.training.evaluation import evaluate
 from tenslora.harness.training.metrics import score_names
@@ -175,20 +176,21 @@ def fit(
 
 @dataclass(frozen=True)
 class _Pruning:
-    """Cuts the adapter's ranks after the epochs that the schedule names."""
+    """Cuts the ranks of each stage after the epochs that the schedule names, within the stage's own budget."""
 
-    adapter: Adapter
+    adapter: Adapter | StagedAdapter
     schedule: RankScheduleConfig
-    start: int
-    end: int
+    starts: Sequence[int]
+    ends: Sequence[int]
 
-    def after(self, epoch: int, optimizer: torch.optim.Optimizer) -> list[int]:
-        """Cut the ranks if the schedule says so, and return them."""
-        budget = self.schedule.budget(epoch, self.start, self.end)
-        if budget is not None:
-            prune(self.adapter, budget, optimizer)
-            log.info("epoch %d: cut to %s parameters at most, ranks %s", epoch, f"{budget:,}", list(self.adapter.ranks))
-        return list(self.adapter.ranks)
+    def after(self, epoch: int, optimizer: torch.optim.Optimizer) -> list[Any]:
+        """Cut the ranks if the schedule says so, and return them as files hold them."""
+        for stage, start, end in zip(self.adapter.stages, self.starts, self.ends, strict=True):
+            budget = self.schedule.budget(epoch, start, end)
+            if budget is not None:
+                prune(stage, budget, optimizer)
+                log.info("epoch %d: cut to %s parameters at most, ranks %s", epoch, f"{budget:,}", list(stage.ranks))
+        return as_in_files(list(stage.ranks) for stage in self.adapter.stages)
 
 
 def _pruning(model: nn.Module, run: RunConfig, processes: Processes, last_epoch: int) -> _Pruning | None:
@@ -199,13 +201,13 @@ def _pruning(model: nn.Module, run: RunConfig, processes: Processes, last_epoch:
         raise TensLoRAError(f"rank_schedule=prune: must be fixed for {processes.count} processes")
     if schedule.epochs[-1] >= last_epoch:
         raise TensLoRAError(f"rank_schedule.epochs={list(schedule.epochs)}: must be below {last_epoch}, the last epoch")
-    (adapter,), factorization = adapter_of(model).stages, run.adapter.factorization
-    ranks = run.rank_strategy.resolve(run.tensor_mode, adapter.geometry, factorization)
-    start, end = (
-        parameter_count(run.tensor_mode, adapter.geometry, each, factorization)
-        for each in (cast(Any, run.start_ranks(adapter.geometry)), ranks)
-    )
-    return _Pruning(adapter, schedule, start, end)
+    adapter, chosen = adapter_of(model), (run.tensor_mode, run.adapter.factorization)
+    starts, ends = [], []
+    for geometry in (stage.geometry for stage in adapter.stages):
+        end = run.rank_strategy.resolve(chosen[0], geometry, chosen[1])
+        starts.append(parameter_count(chosen[0], geometry, run.start_ranks(geometry), chosen[1]))
+        ends.append(parameter_count(chosen[0], geometry, end, chosen[1]))
+    return _Pruning(adapter, schedule, starts, ends)
 
 
 class _Optimization:

@@ -122,9 +122,10 @@ def test_updates_are_those_of_the_papers_formula(preset: str) -> None:
 def test_counts_are_the_papers(preset: str, rank: int, count: int) -> None:
     base = "model.geometry={d_in:768,heads:12,d_head:64,layers:12,d_ff:3072}"
     run = configured(f"preset={preset}", f"rank_strategy.rank={rank}", base)
-    assert run.geometry is not None and run.adapter is not None
-    ranks = run.rank_strategy.resolve(run.tensor_mode, run.geometry, run.adapter.factorization)
-    assert parameter_count(run.tensor_mode, run.geometry, ranks, run.adapter.factorization) == count
+    assert run.geometries is not None and run.adapter is not None
+    (geometry,) = run.geometries
+    ranks = run.rank_strategy.resolve(run.tensor_mode, geometry, run.adapter.factorization)
+    assert parameter_count(run.tensor_mode, geometry, ranks, run.adapter.factorization) == count
 
 
 def test_a_preset_is_the_settings_that_it_picks_and_no_more() -> None:

@@ -42,7 +42,7 @@ def test_a_run_without_an_adapter_keeps_the_rank_that_its_record_compares_with()
 def test_the_geometry_is_the_declared_one_with_the_matrices_that_are_adapted(
     words: str, geometry: Geometry | None
 ) -> None:
-    assert configured(*words.split()).geometry == geometry
+    assert configured(*words.split()).geometries == (geometry and (geometry,))
 
 
 @pytest.mark.parametrize(

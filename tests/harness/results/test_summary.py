@@ -64,7 +64,7 @@ def test_a_row_has_its_adapters_ranks_and_parameters() -> None:
     lora, qkv, full = summarize(THREE_ROWS).rows
     assert (lora.ranks, lora.parameters, lora.percent_of_lora) == ("4", "221,184", "100.0")
     assert (qkv.ranks, qkv.parameters, qkv.percent_of_lora) == ("4, 4, 4", "74,640", "33.7")
-    assert qkv.sizes == (AdapterSize((4, 4, 4), 74640, 221184, 0.125),)
+    assert qkv.sizes == (AdapterSize(((4, 4, 4),), 74640, 221184, 0.125),)
     assert (full.ranks, full.parameters, full.percent_of_lora) == ("-", "-", "-")
     assert (lora.first_step, qkv.first_step, full.first_step) == ("1.00", "0.12", "-")
 

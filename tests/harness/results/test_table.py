@@ -57,7 +57,7 @@ def test_a_rows_label_has_what_sets_it_apart() -> None:
 def test_an_adapters_size_is_as_recorded_or_else_as_planned() -> None:
     planned, recorded = make_run("qkv", "isorank"), make_run("qkv", "isorank", epochs=[0.5])
     planned = replace(planned, relative_step=0.125)
-    assert planned.size == recorded.size == AdapterSize((4, 4, 4), 74640, 221184, 0.125)
+    assert planned.size == recorded.size == AdapterSize(((4, 4, 4),), 74640, 221184, 0.125)
     assert replace(recorded, ranks=None, parameters=None, lora_parameters=None).size == recorded.size
     for head_only in (make_run("head_only", epochs=[0.5]), replace(make_run("head_only"), parameters=0)):
         assert head_only.size == AdapterSize(None, None, 221184)

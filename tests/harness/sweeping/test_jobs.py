@@ -159,14 +159,14 @@ def test_a_record_of_other_settings_does_not_count(job: Job, tmp_path: Path) -> 
 def test_sizes_are_counted_from_the_declared_geometry_before_there_is_a_record(tmp_path: Path) -> None:
     # (64, 64, 3) at rank 4 for each of 4 layers; LoRA has 12 projections.
     run = in_table(planned(tmp_path, "tensor_mode=qkv", "rank_strategy=isorank"))
-    assert (run.ranks, run.parameters, run.lora_parameters) == ((4, 4, 4), 4 * (4 * 131 + 64), 12 * 4 * 128)
+    assert (run.ranks, run.parameters, run.lora_parameters) == (((4, 4, 4),), 4 * (4 * 131 + 64), 12 * 4 * 128)
     head_only = in_table(planned(tmp_path, "tensor_mode=head_only"))
     assert (head_only.ranks, head_only.parameters) == (None, 0)
     undeclared = planned(tmp_path, "tensor_mode=qkv", "rank_strategy=isorank", "model.geometry=null")
     assert (in_table(undeclared).ranks, in_table(undeclared).parameters) == (None, None)
     complete(undeclared, ranks=[3, 2, 1], adapter_parameters=7, lora_parameters=70)
     run = in_table(undeclared)
-    assert (run.ranks, run.parameters, run.lora_parameters) == ((3, 2, 1), 7, 70)
+    assert (run.ranks, run.parameters, run.lora_parameters) == (((3, 2, 1),), 7, 70)
 
 
 # Carrying out

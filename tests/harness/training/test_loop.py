@@ -37,8 +37,8 @@ def test_the_loop_is_adamw_on_the_mean_loss(tmp_path: Path, core_ratio: float, f
     dataset = load_dataset(settings.dataset, 0)
     backbone = load_backbone(settings.model, 5, 0)
     model = backbone.model.requires_grad_(False).eval()
-    assert settings.adapter is not None and settings.geometry is not None
-    adapter = Adapter(settings.adapter, settings.geometry)
+    assert settings.adapter is not None and settings.geometries is not None
+    adapter = Adapter(settings.adapter, settings.geometries[0])
     head = list(backbone.head_parameters().values())
     for parameter in head:
         parameter.requires_grad_(True)
@@ -282,8 +282,8 @@ def test_other_matrices_and_factorizations_are_trained_and_counted_as_planned(
     overrides += ["adapter.adapt=all"]
     trained, settings = run(tmp_path, *overrides), configured(*overrides)
     assert (trained["status"], trained["factorization"]) == ("completed", factorization)
-    geometry = settings.geometry
-    assert geometry is not None
+    assert settings.geometries is not None
+    (geometry,) = settings.geometries
     assert trained["ranks"] == list(settings.rank_strategy.resolve("att_qkv_depth", geometry, factorization))
     planned = parameter_count("att_qkv_depth", geometry, trained["ranks"], factorization)
     saved = load_file(tmp_path / "adapter.safetensors").items()

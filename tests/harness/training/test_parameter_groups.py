@@ -14,8 +14,8 @@ from tests.running import SHORT, configured, run
 def groups(*overrides: str) -> list[tuple[float, float, set[str]]]:
     """(rate ratio, weight decay, names) of each group, for a small adapter and a head."""
     settings = configured(*overrides)
-    assert settings.adapter is not None and settings.geometry is not None
-    adapter = Adapter(settings.adapter, settings.geometry)
+    assert settings.adapter is not None and settings.geometries is not None
+    adapter = Adapter(settings.adapter, settings.geometries[0])
     parameters = {f"tenslora.{name}": p for name, p in adapter.named_parameters()}
     parameters["head.weight"] = torch.nn.Parameter(torch.zeros(2))
     names = {id(p): name for name, p in parameters.items()}
