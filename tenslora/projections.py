@@ -258,6 +258,9 @@ def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
     )
     if side_by_side and one_head_after_the_other:
         return f"its Linear {name} holds query, key and value one head after the other, which is not supported"
+    if any(isinstance(child, nn.MultiheadAttention) for child in block.children()):
+        # transformers' Aria, in its cross-attention.
+        return f"projects what its {name} puts out a second time, so its columns are not those of heads"
     if kind.__name__ == "ChannelAttention":
         # timm's DaViT: softmax(key^T value) query^T, whose query is what value is in attention.
         return f"in {kind.__name__} query, key and value mean something else than in attention, which is not supported"

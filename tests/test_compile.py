@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import attached, build, inputs, logits
+from tenslora import AdapterConfig, attach
+from tests.models import build, inputs, logits, randomised
 
 pytestmark = pytest.mark.slow
 
@@ -23,11 +24,12 @@ pytestmark = pytest.mark.slow
         # and the models of both libraries.
         ("hf_roberta", "qkv_depth", "tucker", "qkv"),
         ("timm_vit", "qkv_depth", "tucker", "all"),
+        ("hf_swin", "qkv_depth", "tucker", "qkv"),
     ],
 )
 def test_a_compiled_model_is_one_graph_for_all_shapes(name: str, mode: str, factorization: str, adapt: str) -> None:
     model, batch = build(name), inputs(name)
-    attached(model, mode, factorization=factorization, adapt=adapt)
+    randomised(attach(model, AdapterConfig(mode, factorization=factorization, adapt=adapt)))
     expected = logits(model, batch)
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []

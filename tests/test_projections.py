@@ -212,6 +212,13 @@ def test_attention_on_which_an_adapter_would_be_wrong_is_refused(
             find_projections(model)
 
 
+def test_attention_that_projects_a_second_time_is_refused() -> None:
+    block = _Separate(8, 8, 8)
+    block.add_module("attention", nn.MultiheadAttention(8, 4))
+    with pytest.raises(TensLoRAError, match=r"_Separate: projects what its q_proj puts out a second time"):
+        find_projections(block)
+
+
 def test_layers_without_attention_are_mentioned() -> None:
     model = build("llama")
     layers = model.get_submodule("model.layers")
