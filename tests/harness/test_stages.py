@@ -17,7 +17,7 @@ from tenslora.harness.results.summary import summarize
 from tenslora.harness.run_record import describe_run
 from tests.harness.conftest import TINY_SWIN
 from tests.harness.training.test_rank_schedule import Stopped, stop_after
-from tests.running import accuracy_of, configured, record, run
+from tests.running import CONF, accuracy_of, configured, record, run
 from tests.sweeps import planned
 from tests.tables import make_table
 
@@ -87,3 +87,13 @@ def test_each_stage_is_analysed_by_itself(staged_run: Path, tmp_path: Path, caps
         ["stage", "2", "size"],
     ]
     assert lines[-1] == str(tmp_path / "spectra_2.svg")
+
+
+@pytest.mark.parametrize("preset", [path.stem for path in sorted((CONF / "preset").glob("*.yaml"))])
+def test_every_preset_trains_all_stages(preset: str, tmp_path: Path) -> None:
+    found = run(tmp_path, *TINY_SWIN, f"preset={preset}", "rank_strategy.rank=4", "trainer.max_steps=2")
+    assert found["status"] == "completed"
+    saved = load_file(tmp_path / "adapter.safetensors")
+    assert {name.split(".")[1] for name in saved} == {"0", "1"}
+    starting = {name.rpartition(".")[2] for name, value in saved.items() if not value.any()}
+    assert not starting, "what starts at zero has moved in every stage"
