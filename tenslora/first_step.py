@@ -96,8 +96,8 @@ def over_stages(first_steps: Sequence[float], geometries: Sequence[Geometry]) ->
     if len(geometries) == 1:
         return first_steps[0]
     counts = [len(geometry.matrices) * geometry.layers for geometry in geometries]
-    squares = (count * step**2 for count, step in zip(counts, first_steps, strict=True))
-    return math.sqrt(math.fsum(squares) / sum(counts))
+    parts = (math.sqrt(count) * step for count, step in zip(counts, first_steps, strict=True))
+    return math.hypot(*parts) / math.sqrt(sum(counts))  # hypot, because squares may overflow
 
 
 def lora_first_step(geometry: Geometry, rank: int) -> float:

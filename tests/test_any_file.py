@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenslora import AdapterConfig, Geometry, TensLoRAError
-from tenslora.adapter import Adapter, load_adapter
+from tenslora.adapter import Adapter, load_adapter, make_adapter
 from tenslora.files import read_safetensors, write_safetensors
 from tenslora.peft.saved_lora import CONFIG, WEIGHTS, read_updates
 from tenslora.projections import find_projections
@@ -53,7 +53,9 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         AdapterConfig("att_depth", isorank, factorization="cp", scaling="first_step"),
         AdapterConfig("att_site", RankStrategy("explicit", ranks=(2, 2, 2)), factorization="tensor_train"),
     ]
-    return [Adapter(config, geometry).save(folder / f"{number}.safetensors") for number, config in enumerate(configs)]
+    files = [Adapter(config, geometry).save(folder / f"{number}.safetensors") for number, config in enumerate(configs)]
+    stages = make_adapter(configs[0], [geometry, Geometry(d_in=16, heads=2, d_head=8, layers=1)])
+    return [*files, stages.save(folder / "stages.safetensors")]
 
 
 @given(data=st.data())
@@ -69,7 +71,7 @@ def test_a_changed_adapter_is_refused_in_one_line_or_is_an_adapter(adapters: lis
         assert all(parameter.isfinite().all() for parameter in adapter.parameters())
         again = load_adapter(adapter.save(path))
     assert repr(again) == repr(adapter)
-    assert again.scale == adapter.scale
+    assert [stage.scale for stage in again.stages] == [stage.scale for stage in adapter.stages]
     assert all(map(torch.equal, again.state_dict().values(), adapter.state_dict().values()))
 
 
