@@ -66,6 +66,7 @@ def test_tensors_start_differently_unless_equal_seeds_are_asked_for() -> None:
     for adapter, equal in ((build("depth"), False), (build("depth", tensor_seeds="equal"), True)):
         first, second = (tensor.get_parameter("d_in") for tensor in adapter.tensors[:2])
         assert torch.equal(first, second) == equal
+        assert torch.equal(first, build("depth").tensors[0].get_parameter("d_in"))
 
 
 @pytest.mark.parametrize("name", CONSTRUCTIONS)

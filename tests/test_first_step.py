@@ -18,7 +18,7 @@ from tenslora.constructions import CONSTRUCTIONS, Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.factorizations.factorization import Factorization
-from tenslora.first_step import first_step, lora_first_step
+from tenslora.first_step import first_step, lora_first_step, relative_first_step
 from tenslora.ranks import RankStrategy
 from tests.models import attached, build, inputs, logits
 
@@ -126,3 +126,24 @@ def test_a_merged_model_has_the_scaled_update() -> None:
 def test_scaling_is_one_of_two_words() -> None:
     with pytest.raises(TensLoRAError, match=r"^scaling=equal: must be one of direct, first_step$"):
         AdapterConfig(scaling="equal")
+
+
+@pytest.mark.parametrize("factorization", FACTORIZATIONS)
+@pytest.mark.parametrize("mode", ["lora", "att", "depth", "qkv_depth"])
+@pytest.mark.parametrize("init", ["orthogonal", "normal"])
+def test_the_relative_first_step_is_the_ratio_of_the_adapters_own(mode: str, init: str, factorization: str) -> None:
+    strategy, geometry = RankStrategy("isorank", rank=2), GEOMETRY
+    lora = Adapter(AdapterConfig("lora", strategy), geometry).first_step
+    config = AdapterConfig(mode, strategy, init=init, factorization=factorization)
+    ratio = relative_first_step(config, geometry)
+    known = mode == "lora" or (init == "orthogonal" and factorization in ("tucker", "tensor_train"))
+    if not known:  # it can only be measured
+        assert ratio is None or factorization not in ("tucker", "tensor_train")
+        assert relative_first_step(replace(config, scaling="first_step"), geometry) == 1
+        return
+    adapter = Adapter(config, geometry)
+    assert ratio == pytest.approx(adapter.first_step / lora, rel=1e-6)
+    assert relative_first_step(replace(config, scaling="first_step"), geometry) == 1
+    higher = tuple(rank + 1 for rank in adapter.ranks)
+    expected = Adapter(config, geometry, ranks=higher).first_step / lora
+    assert relative_first_step(config, geometry, higher) == pytest.approx(expected, rel=1e-6)

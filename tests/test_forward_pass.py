@@ -19,10 +19,10 @@ from tests.models import build, inputs
 from tests.plain_transformer import PlainTransformer
 
 
-def reads_weights_of_query(blocks: Sequence[int]) -> PlainTransformer:
-    """A model that in some of its two blocks applies query's weight itself."""
-    model = PlainTransformer()
-    for block in blocks:
+def reads_weights_of_query(where: Sequence[int], blocks: int = 2) -> PlainTransformer:
+    """A model that in some of its blocks applies query's weight itself."""
+    model = PlainTransformer(layers=blocks)
+    for block in where:
         model.get_submodule(f"blocks.{block}.attention").__class__ = _ReadsTheWeight
     return model
 
@@ -119,3 +119,19 @@ def test_a_compiled_model_is_checked() -> None:
     attach(model, AdapterConfig("qkv_depth"))
     with pytest.raises(TensLoRAError, match=NONE_OF_QUERY):
         torch.compile(model, backend=backend)(X)
+
+
+@pytest.mark.parametrize(
+    ("uncalled", "listed"),
+    [
+        (2, r"blocks\.1\.attention\.query, blocks\.2\.attention\.query;"),
+        (3, r"blocks\.1\S+, blocks\.2\S+, blocks\.3\.attention\.query;"),
+        (4, r"blocks\.1\S+, blocks\.2\S+, blocks\.3\.attention\.query and 1 more;"),
+        (5, r"blocks\.1\S+, blocks\.2\S+, blocks\.3\.attention\.query and 2 more;"),
+    ],
+)
+def test_a_warning_lists_three_layers_and_counts_the_rest(uncalled: int, listed: str) -> None:
+    model = reads_weights_of_query(range(1, uncalled + 1), blocks=uncalled + 1)
+    attach(model, AdapterConfig("qkv_depth"))
+    with pytest.warns(UserWarning, match=rf"calls {2 * uncalled + 3} of the {3 * uncalled + 3} .* not {listed}"):
+        model(X)

@@ -137,6 +137,41 @@ def test_isoparameters_takes_the_best_of_all_ranks_within_a_third(
     assert distances(chosen[:2]) == min(map(distances, itertools.product(*nearby)))
 
 
+@pytest.mark.parametrize("tolerance", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("scale", [0.1, 0.3, 1.0, 1.7])
+@pytest.mark.parametrize("sizes", [(16, 4, 8, 6), (64, 2, 16, 3), (12, 2, 4, 5)])
+def test_isoparameters_takes_the_best_ranks_of_a_train_that_differ_by_less_than_two(
+    sizes: tuple[int, int, int, int], scale: float, tolerance: float
+) -> None:
+    geometry = Geometry(*sizes)
+    d_in, d_out, depth = modes("depth", geometry).values()
+    limits = min(d_in, depth * d_out), min(d_in * depth, d_out)
+    assert tuple(rank_limits("depth", geometry, "tensor_train").values()) == limits
+    budget = scale * 4 * (d_in + d_out) * 3 * geometry.layers
+
+    def count(first: float, second: float) -> float:
+        return 3 * (d_in * first + first * depth * second + second * d_out)
+
+    def real(t: float) -> list[float]:
+        return [min(t, n) for n in limits]
+
+    t = brentq(lambda t: count(*real(t)) - budget, 0.01, max(limits), xtol=1e-12)
+    ideal = [max(1.0, r) for r in real(t)]
+
+    def distances(ranks: Sequence[int]) -> tuple[float, float]:
+        excess = max(abs(count(*ranks) / budget - 1) - tolerance, 0.0)
+        return round(excess, 9), round(sum(math.log(r / s) ** 2 for r, s in zip(ranks, ideal, strict=True)), 9)
+
+    nearby = ([r for r in range(1, n + 1) if abs(r - s) < 2] for s, n in zip(ideal, limits, strict=True))
+    chosen = isoparameters("depth", geometry, tolerance=tolerance, scale=scale, factorization="tensor_train")
+    assert distances(chosen) == min(map(distances, itertools.product(*nearby)))
+
+
+def test_a_cp_rank_beyond_the_product_of_all_modes_but_the_largest_is_of_no_use() -> None:
+    assert rank_limits("depth", VIT_BASE, "cp") == {"rank": 768 * 12}
+    assert rank_limits("att_qkv", VIT_BASE, "cp") == {"rank": 64 * 12 * 3}
+
+
 def test_the_count_may_be_one_per_cent_off_unless_said_otherwise() -> None:
     for name, geometry in itertools.product(TENSORS, GEOMETRIES.values()):
         assert isoparameters(name, geometry) == isoparameters(name, geometry, tolerance=0.01)
