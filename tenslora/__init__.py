@@ -8,7 +8,7 @@ disabled, detach        leave the adapter out for a while, and take it off
 adapt_tensor            put an update of its own shape on any other weight; merge_tensors, unmerge_tensors,
                         detach_tensors, save_tensors and load_tensors go with it
 AdapterConfig           the settings of an adapter; RankStrategy says how its ranks are chosen
-Adapter                 the trained updates, with `save`
+Adapter, StagedAdapter  the trained updates, with `save`, of a model of one stage or of several
 Geometry                the dimensions of a backbone; `attach` finds them by itself
 TensLoRAError           the error raised for a mistake that the user can put right
 """
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tenslora.adapter import Adapter
+    from tenslora.adapter import Adapter, StagedAdapter
     from tenslora.adapter_config import AdapterConfig
     from tenslora.attachment import attach, detach, disabled, merge, unmerge
     from tenslora.constructions import Geometry
@@ -51,6 +51,7 @@ _MODULES = {
     "push_to_hub": "pretrained",
     "save_pretrained": "pretrained",
     "RankStrategy": "ranks",
+    "StagedAdapter": "adapter",
     "adapt_tensor": "tensor_update",
     "detach_tensors": "tensor_update",
     "load_tensors": "tensor_update",
@@ -63,6 +64,7 @@ __all__ = [
     "AdapterConfig",
     "Geometry",
     "RankStrategy",
+    "StagedAdapter",
     "TensLoRAError",
     "adapt_tensor",
     "attach",

@@ -88,7 +88,7 @@ def attach(
 
 def _differences(adapter: Adapter | StagedAdapter, stages: Sequence[Stage]) -> list[str]:
     if len(adapter.stages) != len(stages):
-        return [f"it has {len(adapter.stages)} stages and the backbone has {len(stages)}"]
+        return [f"the number of stages is {len(adapter.stages)} in the adapter and {len(stages)} in the backbone"]
     return [
         f"{name}{f' of stage {index}' if len(stages) > 1 else ''} is {value} in the adapter and "
         f"{getattr(geometry, name)} in the backbone"

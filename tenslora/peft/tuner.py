@@ -194,7 +194,10 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         steps = self.first_step if isinstance(self.first_step, list) else [self.first_step] * stages
         for name, given in (("ranks", ranks or geometries), ("first_step", steps)):
             if len(given) != stages:
-                raise TensLoRAError(f"{name}={getattr(self, name)}: has {len(given)} stages; this model has {stages}")
+                raise TensLoRAError(
+                    f"{name}={getattr(self, name)}: has {len(given)} entries; must have {stages}, one for each "
+                    f"stage of the model"
+                )
         for geometry, of_stage in zip(geometries, ranks or [], strict=False):
             explicit(config.tensor_mode, geometry, of_stage, config.factorization)
         return make_adapter(config, geometries, ranks, steps)

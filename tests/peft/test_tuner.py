@@ -168,9 +168,13 @@ def test_an_adapter_of_several_stages_is_loaded_with_the_ranks_of_each(
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("hf_bert", {"ranks": [[2, 2, 3, 2], [2, 2, 3, 2]]}, r"ranks=.*: has 2 stages; this model has 1$"),
-        ("hf_bert", {"first_step": [1.0, 2.0]}, r"first_step=.*: has 2 stages; this model has 1$"),
-        ("hf_swin", {"ranks": [[2, 2, 3, 2]]}, r"ranks=.*: has 1 stages; this model has 2$"),
+        (
+            "hf_bert",
+            {"ranks": [[2, 2, 3, 2], [2, 2, 3, 2]]},
+            r"ranks=.*: has 2 entries; must have 1, one for each stage",
+        ),
+        ("hf_bert", {"first_step": [1.0, 2.0]}, r"first_step=.*: has 2 entries; must have 1, one for each stage"),
+        ("hf_swin", {"ranks": [[2, 2, 3, 2]]}, r"ranks=.*: has 1 entries; must have 2, one for each stage"),
         ("hf_swin", {"ranks": [[2, 2, 3, 2], [2, 2, 3, 2]]}, r"the rank 2 of depth must be from 1 to 1"),
         ("hf_swin", {"ranks": [2, [2, 2, 3, 2]]}, r"ranks=.*: must be one rank for each mode, or a list of them for"),
     ],
