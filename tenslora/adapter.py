@@ -139,15 +139,11 @@ class Adapter(nn.Module):
 
     def __repr__(self) -> str:
         # One line, also where the adapter is printed as a part of its model.
-        mode, factorization = self.config.tensor_mode, self.config.factorization
-        kind = mode if mode == "lora" else f"{mode}, {factorization}"
-        scaling = "" if self.config.scaling == "direct" else f", scaling={self.config.scaling}"
-        names = rank_limits(mode, self.geometry, factorization)
+        names = rank_limits(self.config.tensor_mode, self.geometry, self.config.factorization)
         named = ", ".join(f"{name}={rank}" for name, rank in zip(names, self.ranks, strict=True))
         ranks = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {named}"
-        count, tensors = sum(parameter.numel() for parameter in self.parameters()), len(self.tensors)
-        plural = "s" * (tensors > 1)
-        return f"Adapter({kind}, {ranks}{scaling}; {count:,} parameters in {tensors} tensor{plural})"
+        tensors = f"{len(self.tensors)} tensor{'s' * (len(self.tensors) > 1)}"
+        return _described(self, ranks, tensors)
 
     @property
     def stages(self) -> tuple[Adapter, ...]:
@@ -289,12 +285,8 @@ class StagedAdapter(nn.Module):
         self.first_step = over_stages([stage.first_step for stage in stages], [stage.geometry for stage in stages])
 
     def __repr__(self) -> str:
-        mode, factorization = self.config.tensor_mode, self.config.factorization
-        kind = mode if mode == "lora" else f"{mode}, {factorization}"
-        scaling = "" if self.config.scaling == "direct" else f", scaling={self.config.scaling}"
         ranks = ", ".join(str(stage.ranks if len(stage.ranks) > 1 else stage.ranks[0]) for stage in self.stages)
-        count = sum(parameter.numel() for parameter in self.parameters())
-        return f"StagedAdapter({kind}, ranks {ranks}{scaling}; {count:,} parameters in {len(self.stages)} stages)"
+        return _described(self, f"ranks {ranks}", f"{len(self.stages)} stages")
 
     @property
     def stages(self) -> tuple[Adapter, ...]:
@@ -345,6 +337,13 @@ def make_adapter(
     each = zip(geometries, ranks or unknown, first_steps or unknown, strict=True)
     stages = [Adapter(config, *of_stage, stage=index) for index, of_stage in enumerate(each)]
     return stages[0] if len(stages) == 1 else StagedAdapter(stages)
+
+
+def _described(adapter: Adapter | StagedAdapter, ranks: str, parts: str) -> str:
+    config, count = adapter.config, sum(parameter.numel() for parameter in adapter.parameters())
+    kind = config.tensor_mode if config.tensor_mode == "lora" else f"{config.tensor_mode}, {config.factorization}"
+    scaling = "" if config.scaling == "direct" else f", scaling={config.scaling}"
+    return f"{type(adapter).__name__}({kind}, {ranks}{scaling}; {count:,} parameters in {parts})"
 
 
 def _write(path: Path, adapter: Adapter | StagedAdapter) -> Path:
