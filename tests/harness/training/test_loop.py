@@ -289,3 +289,12 @@ def test_other_matrices_and_factorizations_are_trained_and_counted_as_planned(
     saved = load_file(tmp_path / "adapter.safetensors").items()
     counted = sum(tensor.numel() for name, tensor in saved if not name.endswith(".noise"))
     assert trained["adapter_parameters"] == planned == counted
+
+
+@pytest.mark.parametrize("metric", ["pearson", "f1"])  # for a regression, and for two classes
+def test_a_metric_of_another_task_is_refused_before_the_first_step(metric: str, tmp_path: Path) -> None:
+    model = LinearModel()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(TensLoRAError, match=rf"^dataset\.metrics={metric}: must be one of accuracy, matthews for a cl"):
+        fit_toy(tmp_path, "trainer.epochs=1", "trainer.max_steps=1", model=model, metrics=("accuracy", metric))
+    assert all(map(torch.equal, before, model.parameters()))
