@@ -209,6 +209,11 @@ def test_a_second_adapter_and_a_missing_one_are_refused() -> None:
         attach(model, AdapterConfig("qkv"))
 
 
+def test_a_misspelt_module_to_train_gets_the_nearest_names_wherever_they_are() -> None:
+    with pytest.raises(TensLoRAError, match=r"^train=poler: must be the name of a module .*, such as pooler, "):
+        attach(build("hf_bert"), AdapterConfig("qkv"), train=["poler"])
+
+
 def test_a_part_of_an_adapted_model_and_what_holds_one_are_refused() -> None:
     # A second adapter on the same layers would hide the first, and a merge of one would merge the other.
     model = build("hf_bert")
