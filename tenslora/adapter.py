@@ -44,8 +44,8 @@ class Adapter(nn.Module):
         ranks: the ranks, where they are known already, as in a saved adapter; None to let the config's strategy choose
             them.
         first_step: the first step with a scale of 1, where it is known already, as in a saved adapter; None to find it.
-        stage: the place of these layers among the backbone's stages. It chooses the random streams that the tensors are
-            drawn from, so that stages do not start alike.
+        stage: the index of these layers' stage, 0-based. It chooses the random streams that the tensors are drawn from,
+            so that stages do not start alike.
 
     Attributes:
         scale: multiplies the updates. It is alpha, and with scaling="first_step" alpha times the ratio of LoRA's first
@@ -261,9 +261,7 @@ class Adapter(nn.Module):
 class StagedAdapter(nn.Module):
     """The trainable updates of a backbone whose layers come in stages of different sizes.
 
-    Within a stage everything is as in a backbone of one size: its tensors stack its own layers and no others, it has
-    ranks, a number of parameters and a scale of its own, and each of these follows from the settings, which all stages
-    share.
+    Each stage has its own tensors, ranks and scale. All follow from the same settings.
 
     >>> stages = [Geometry(d_in=96, heads=3, d_head=32, layers=2), Geometry(d_in=192, heads=6, d_head=32, layers=2)]
     >>> make_adapter(AdapterConfig("qkv_depth"), stages)

@@ -115,7 +115,7 @@ def approximate(adapter: Adapter | StagedAdapter, updates: Sequence[Updates]) ->
 
 
 def _decompose(adapter: Adapter, updates: Updates) -> dict[str, float]:
-    # Sets the adapter of one stage. Returns what is left of ||X||^2 if only one mode is compressed, for each mode.
+    # Sets the adapter of one stage. Returns for each mode the part of ||X||^2 that is kept if it alone is compressed.
     config, geometry = adapter.config, adapter.geometry
     if not any(update.any() for layer in updates for update in layer):  # of this stage alone
         for module in adapter.tensors:

@@ -28,7 +28,8 @@ SEPARATE = (
 
 KEY_AND_VALUE = ("q", "kv")
 """The names of the Linear layers for query, and for key and value side by side, of attention in which key and value
-read a smaller feature map (PVT v2 and Twins of timm). They count only beside an sr, which makes that feature map."""
+read a smaller feature map (PVT v2 and Twins of timm). They count only beside an sr, the
+layer that makes that feature map."""
 
 
 class FusedLayout(NamedTuple):
@@ -139,7 +140,7 @@ class TargetLinear:
 class Stage(NamedTuple):
     """The layers of a model that have equal sizes, and so can share tensors.
 
-    Most Transformers are a single stage. A hierarchical one, such as Swin, has a stage for each of its widths.
+    Most Transformers are a single stage. A hierarchical one, such as Swin, has a stage for each size of its layers.
 
     Args:
         geometry: the dimensions of these layers.
@@ -260,10 +261,10 @@ def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
         return f"its Linear {name} holds query, key and value one head after the other, which is not supported"
     if any(isinstance(child, nn.MultiheadAttention) for child in block.children()):
         # transformers' Aria, in its cross-attention.
-        return f"projects what its {name} puts out a second time, so its columns are not those of heads"
+        return f"passes the output of {name} through a second projection, so its columns are not those of heads"
     if kind.__name__ == "ChannelAttention":
         # timm's DaViT: softmax(key^T value) query^T, whose query is what value is in attention.
-        return f"in {kind.__name__} query, key and value mean something else than in attention, which is not supported"
+        return f"in {kind.__name__} query, key and value do not have their usual roles, which is not supported"
     if _is_linear(getattr(block, f"{name}_global", None)):
         # Longformer and LED: its global tokens use these instead, and in the last layer nothing else is read.
         return f"has a {name}_global beside {name}, which an adapter would leave out"

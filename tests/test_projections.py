@@ -173,7 +173,7 @@ _FOUR = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "i
         ),
         (
             lambda: timm.create_model("davit_tiny"),
-            r"attn: in ChannelAttention query, key and value mean something else than in attention",
+            r"attn: in ChannelAttention query, key and value do not have their usual roles",
         ),
         (lambda: timm.create_model("swinv2_tiny_window8_256"), r"blocks\.0\.attn: does not call its Linear qkv"),
         (
@@ -215,7 +215,7 @@ def test_attention_on_which_an_adapter_would_be_wrong_is_refused(
 def test_attention_that_projects_a_second_time_is_refused() -> None:
     block = _Separate(8, 8, 8)
     block.add_module("attention", nn.MultiheadAttention(8, 4))
-    with pytest.raises(TensLoRAError, match=r"_Separate: projects what its q_proj puts out a second time"):
+    with pytest.raises(TensLoRAError, match=r"_Separate: passes the output of q_proj through a second projection"):
         find_projections(block)
 
 

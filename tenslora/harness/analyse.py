@@ -124,16 +124,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = given.out or given.folder
     with mistakes_in_one_line():
         stages = updates_in(given.folder, given.model, given.adapt)
-        if not all(any(update.any() for layer in updates for update in layer) for _, updates in stages):
-            raise TensLoRAError(f"{given.folder}: its updates are all zero" + " in a stage" * (len(stages) > 1))
+        for number, (_, updates) in enumerate(stages):
+            if not any(update.any() for layer in updates for update in layer):
+                place = f" in stage {number}" if len(stages) > 1 else ""
+                raise TensLoRAError(f"{given.folder}: its updates are all zero{place}")
         shares = [
             {axis: of_axis.tolist() for axis, of_axis in spectra(updates, geometry).items()}
             for geometry, updates in stages
         ]
         write_json(out / "spectra.json", as_in_files(shares))
-        names = ["spectra"] if len(stages) == 1 else [f"spectra_{number}" for number, _ in enumerate(stages, start=1)]
+        names = ["spectra"] if len(stages) == 1 else [f"spectra_{number}" for number, _ in enumerate(stages)]
         files = [write_figure(energy_by_rank(each), out, name) for each, name in zip(shares, names, strict=True)]
-    for number, of_stage in enumerate(shares, start=1):
+    for number, of_stage in enumerate(shares):
         title = "axis" if len(stages) == 1 else f"stage {number}"
         print(f"{title:<12}{'size':>6}{'90 %':>8}{'99 %':>8}")
         for axis, of_axis in of_stage.items():

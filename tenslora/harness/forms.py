@@ -21,7 +21,7 @@ from tenslora.factorizations import FACTORIZATIONS
 from tenslora.forms import shown
 from tenslora.harness.config import REFERENCES
 from tenslora.harness.config.identity import digest_of
-from tenslora.harness.stages import of_stages
+from tenslora.harness.stages import stages_in_file
 from tenslora.harness.training.metrics import metric_of
 from tenslora.ranks import rank_limits
 
@@ -46,9 +46,9 @@ def _check_printable(value: str) -> str:
 
 
 def _check_ranks(value: Any) -> Any:
-    for stage in of_stages(value) if value is not None else ():
+    for stage in stages_in_file(value) if value is not None else ():
         if not isinstance(stage, list) or not all(type(rank) is int and rank >= 1 for rank in stage):
-            raise ValueError("must be whole numbers from 1 up, for several stages a list of them for each")
+            raise ValueError("must be a list of whole numbers from 1 up, or one such list for each stage")
     return value
 
 
@@ -66,9 +66,9 @@ class Form(BaseModel):
 
 
 def _check_geometry(value: Any) -> Any:
-    for stage in of_stages(value):
+    for stage in stages_in_file(value):
         if not isinstance(stage, dict):
-            raise ValueError("must be an object, for several stages a list of them")
+            raise ValueError("must be an object, or a list of one for each stage")
         if unknown := stage.keys() - Geometry.__dataclass_fields__:
             raise ValueError(f"has no {min(unknown)}")
         _GEOMETRY.validate_python(stage)
@@ -201,11 +201,11 @@ class Record(Form):
             return self
         factorization = "tucker" if self.factorization == "matrix" else self.factorization
         _check(factorization is not None, "factorization=null", f"tensor_mode {self.tensor_mode} has one")
-        stages = [rank_limits(self.tensor_mode, Geometry(**g), factorization or "") for g in of_stages(self.geometry)]
+        geometries = [Geometry(**stage) for stage in stages_in_file(self.geometry)]
+        wanted = [len(rank_limits(self.tensor_mode, geometry, factorization or "")) for geometry in geometries]
         for ranks in (self.ranks, *(self.ranks_by_epoch or ())):
-            lengths = [len(of_stage or ()) for of_stage in of_stages(ranks)]
-            wanted = [len(limits) for limits in stages]
-            _check(lengths == wanted, f"ranks={ranks}", f"must be {' and '.join(map(str, wanted))}")
+            lengths = [len(of_stage or ()) for of_stage in stages_in_file(ranks)]
+            _check(lengths == wanted, f"ranks={ranks}", f"must be {' and '.join(map(str, wanted))} numbers")
         return self
 
     @model_validator(mode="after")

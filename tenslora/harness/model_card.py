@@ -10,7 +10,7 @@ from typing import Any
 from tenslora.harness.backbones.quantisation import bitsandbytes_arguments
 from tenslora.harness.backbones.timm_models import create_arguments, weights_file
 from tenslora.harness.load_run import LoadedRun
-from tenslora.harness.stages import of_stages, ranks_text
+from tenslora.harness.stages import ranks_text, stages_in_file
 
 
 def base_model(loaded: LoadedRun) -> str:
@@ -47,7 +47,7 @@ def model_card(loaded: LoadedRun, as_lora: bool = True) -> str:
         "base model": base if run.model.pretrained else f"{base}, with random weights of seed {run.seed}",
         **({"quantization": run.model.quantization} if run.model.quantization else {}),
         "construction": f"{record['tensor_mode']}{factorization}",
-        "ranks": f"{ranks_text(of_stages(record['ranks']))} ({record['rank_strategy']})",
+        "ranks": f"{ranks_text(stages_in_file(record['ranks']))} ({record['rank_strategy']})",
         "parameters": f"{record['adapter_parameters']:,} in the adapter, {record['head_parameters']:,} in the head",
         "data": f"{record['dataset']}, {record['train_examples']:,} training examples",
         "classes": ", ".join(loaded.classes) or "none, the output is a value",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import Geometry
 from tenslora.harness.results.table import percent_of_lora
-from tenslora.harness.stages import adapter_parameters, as_in_files, lora_parameters, lora_step, of_stages
+from tenslora.harness.stages import adapter_parameters, as_in_files, lora_first_step_of, lora_parameters, stages_in_file
 from tenslora.harness.training.metrics import METRICS, score_names
 from tenslora.ranks import rank_limits
 
@@ -77,7 +77,7 @@ def facts_of(
         "adapter_parameters": _count(adapter.parameters()) if adapter else 0,
         "lora_parameters": lora_parameters(adapted.geometries, run.rank_strategy.rank),
         "first_step": adapter.first_step if adapter else None,
-        "lora_first_step": abs(run.adapter.alpha) * lora_step(adapted.geometries, run.rank_strategy.rank)
+        "lora_first_step": abs(run.adapter.alpha) * lora_first_step_of(adapted.geometries, run.rank_strategy.rank)
         if run.adapter
         else None,
         "head_parameters": _count(adapted.head.values()),
@@ -140,8 +140,8 @@ def _ranks_at_the_end(run: RunConfig, facts: Mapping[str, Any], state: TrainingS
     if not state.ranks or run.adapter is None:
         return {"ranks_by_epoch": state.ranks}
     ranks = state.ranks[-1]
-    geometries = [Geometry(**stage) for stage in of_stages(facts["geometry"])]
-    count = adapter_parameters(run.adapter, geometries, tuple(of_stages(ranks)))
+    geometries = [Geometry(**stage) for stage in stages_in_file(facts["geometry"])]
+    count = adapter_parameters(run.adapter, geometries, tuple(stages_in_file(ranks)))
     less = facts["adapter_parameters"] - count
     return {
         "ranks": ranks,
@@ -219,7 +219,7 @@ def describe_run(record: dict[str, Any]) -> str:
     if record["ranks"]:
         factorization = "tucker" if record["factorization"] == "matrix" else record["factorization"]
         stages = []
-        for geometry, ranks in zip(of_stages(record["geometry"]), of_stages(record["ranks"]), strict=True):
+        for geometry, ranks in zip(stages_in_file(record["geometry"]), stages_in_file(record["ranks"]), strict=True):
             names = rank_limits(mode, Geometry(**geometry), factorization)
             stages.append(", ".join(f"{name} {rank}" for name, rank in zip(names, ranks, strict=True)))
         parameters, of_lora = record["adapter_parameters"], record["lora_parameters"]

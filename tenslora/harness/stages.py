@@ -1,4 +1,4 @@
-"""The stages of a run's backbone: what their adapters add up to, and how files and tables hold their ranks.
+"""The stages of a run's backbone: totals over them, and how files and tables hold their dimensions and ranks.
 
 Most backbones have one stage. Files then hold its dimensions as one mapping and its ranks as one list. For a backbone
 whose layers come in several sizes, such as Swin, they hold a list with one of these for each stage.
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def as_in_files(stages: Iterable[T]) -> T | list[T]:
-    """What a file holds of a backbone's stages.
+    """What files hold of a backbone's stages: of a single one no list, but its entry alone.
 
     >>> as_in_files([[4, 4, 4]]), as_in_files([[4, 4, 4], [4, 4, 4]])
     ([4, 4, 4], [[4, 4, 4], [4, 4, 4]])
@@ -33,14 +33,14 @@ def as_in_files(stages: Iterable[T]) -> T | list[T]:
     return listed[0] if len(listed) == 1 else listed
 
 
-def of_stages(held: Any) -> list[Any]:
-    """For each stage, its ranks or its dimensions, from what a file holds.
+def stages_in_file(held: Any) -> list[Any]:
+    """The entries of all stages, from what a file holds.
 
-    >>> of_stages([4, 4, 4]), of_stages([[4, 4, 4], [4, 4, 4]])
+    >>> stages_in_file([4, 4, 4]), stages_in_file([[4, 4, 4], [4, 4, 4]])
     ([[4, 4, 4]], [[4, 4, 4], [4, 4, 4]])
 
     Args:
-        held: what `as_in_files` gave.
+        held: what was read from a file.
     """
     is_listed = isinstance(held, list) and bool(held) and isinstance(held[0], (list, dict))
     return list(held) if is_listed else [held]
@@ -84,7 +84,7 @@ def lora_parameters(geometries: Sequence[Geometry], rank: int) -> int:
     return sum(parameter_count("lora", geometry, [rank]) for geometry in geometries)
 
 
-def lora_step(geometries: Sequence[Geometry], rank: int) -> float:
+def lora_first_step_of(geometries: Sequence[Geometry], rank: int) -> float:
     """LoRA's first step, see `first_step.lora_first_step`.
 
     Args:
@@ -94,7 +94,7 @@ def lora_step(geometries: Sequence[Geometry], rank: int) -> float:
     return over_stages([lora_first_step(geometry, rank) for geometry in geometries], geometries)
 
 
-def relative_step(config: AdapterConfig, geometries: Sequence[Geometry], ranks: Ranks) -> float | None:
+def relative_first_step_of(config: AdapterConfig, geometries: Sequence[Geometry], ranks: Ranks) -> float | None:
     """An adapter's first step as a multiple of LoRA's, see `first_step.relative_first_step`.
 
     Args:
@@ -114,4 +114,4 @@ def relative_step(config: AdapterConfig, geometries: Sequence[Geometry], ranks: 
     if len(multiples) == 1:
         return multiples[0]
     steps = [multiple * lora_first_step(g, rank) for multiple, g in zip(multiples, geometries, strict=True)]
-    return over_stages(steps, geometries) / lora_step(geometries, rank)
+    return over_stages(steps, geometries) / lora_first_step_of(geometries, rank)

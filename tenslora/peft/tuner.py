@@ -102,8 +102,8 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         rank_dropout: the probability that a component of h = x @ left is zeroed in a training step.
         target_modules: names or a regular expression, as in LoraConfig; None adapts all layers.
         exclude_modules: names or a regular expression of modules to leave out, as in LoraConfig.
-        layers_to_transform: the indices of the layers to adapt, as in LoraConfig. PEFT takes the first number in a
-            module's path for the index, which is the stage's where each stage has a list of layers, as in Swin.
+        layers_to_transform: the indices of the layers to adapt, as in LoraConfig. PEFT reads the first number in a
+            module's path; in Swin that is the stage's index.
         layers_pattern: the name of the list that the index counts, as in LoraConfig. In Swin "blocks" counts the layers
             of every stage.
         modules_to_save: modules that are trained and saved beside the adapter, such as a new head.

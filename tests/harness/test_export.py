@@ -25,7 +25,7 @@ from tenslora.harness.backbones import load_backbone
 from tenslora.harness.data import load_dataset
 from tenslora.harness.export import export, main
 from tenslora.harness.load_run import LoadedRun, load_run
-from tenslora.harness.stages import of_stages, ranks_text
+from tenslora.harness.stages import ranks_text, stages_in_file
 from tenslora.harness.training.tasks import outputs_of
 from tests.running import run
 
@@ -107,7 +107,7 @@ def test_the_model_card_of_a_peft_adapter_says_what_it_is_and_its_code_loads_it(
     _, metadata, text = card.split("---\n", maxsplit=2)
     assert set(yaml.safe_load(metadata)) == {"base_model", "library_name", "pipeline_tag", "tags"}
     for value in (
-        record["tensor_mode"], record["rank_strategy"], ranks_text(of_stages(record["ranks"])), record["dataset"],
+        record["tensor_mode"], record["rank_strategy"], ranks_text(stages_in_file(record["ranks"])), record["dataset"],
         f"{record['metrics']['last']:.4f}", ", ".join(record["classes"]),
     ):  # fmt: skip
         assert value in text

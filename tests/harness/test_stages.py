@@ -83,10 +83,10 @@ def test_each_stage_is_analysed_by_itself(staged_run: Path, tmp_path: Path, caps
     assert (len(first["d_in"]), len(second["d_in"])) == (8, 16)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines if line.startswith("stage")] == [
+        ["stage", "0", "size"],
         ["stage", "1", "size"],
-        ["stage", "2", "size"],
     ]
-    assert lines[-1] == str(tmp_path / "spectra_2.svg")
+    assert lines[-1] == str(tmp_path / "spectra_1.svg")
 
 
 @pytest.mark.parametrize("preset", [path.stem for path in sorted((CONF / "preset").glob("*.yaml"))])

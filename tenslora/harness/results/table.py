@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.harness.config.schema import TENSOR_MODES
-from tenslora.harness.stages import Ranks, of_stages, ranks_text
+from tenslora.harness.stages import Ranks, ranks_text, stages_in_file
 from tenslora.harness.training.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class Run:
         step = self.relative_step  # records of earlier versions do not hold the first step
         if "first_step" in self.record:
             step = multiple_of_lora(self.record["first_step"], self.record["lora_first_step"])
-        ranks = tuple(map(tuple, of_stages(self.record["ranks"])))
+        ranks = tuple(map(tuple, stages_in_file(self.record["ranks"])))
         return AdapterSize(ranks, self.record["adapter_parameters"], lora_parameters, step)
 
     def score(self, which: str) -> float | None:

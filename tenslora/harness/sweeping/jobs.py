@@ -18,7 +18,7 @@ from tenslora.harness.config import SWEEP_KEYS, RunConfig, validate
 from tenslora.harness.config.checks import shown
 from tenslora.harness.results.table import Column, Row, Run
 from tenslora.harness.run_folder import RunFolder, UnusableCheckpoint
-from tenslora.harness.stages import adapter_parameters, lora_parameters, of_stages, relative_step
+from tenslora.harness.stages import adapter_parameters, lora_parameters, relative_first_step_of, stages_in_file
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -176,9 +176,9 @@ class Job:
                 chosen = run.tensor_mode, run.adapter.factorization
                 ranks = tuple(run.rank_strategy.resolve(chosen[0], each, chosen[1]) for each in geometries)
                 parameters = adapter_parameters(run.adapter, geometries, ranks)
-                step = relative_step(run.adapter, geometries, tuple(map(run.start_ranks, geometries)))
+                step = relative_first_step_of(run.adapter, geometries, tuple(map(run.start_ranks, geometries)))
         elif record:
-            ranks = record["ranks"] and tuple(map(tuple, of_stages(record["ranks"])))
+            ranks = record["ranks"] and tuple(map(tuple, stages_in_file(record["ranks"])))
             parameters, lora = record["adapter_parameters"], record["lora_parameters"]
         if run.tensor_mode == "head_only":
             parameters = 0

@@ -20,7 +20,7 @@ from tenslora.forms import shown
 from tenslora.harness.forms import CHECKPOINT_FORMAT, Checkpoint, Epoch, check_history, read_form
 from tenslora.harness.predictions import Predictions
 from tenslora.harness.run_folder import OtherRun, UnusableCheckpoint
-from tenslora.harness.stages import as_in_files, of_stages
+from tenslora.harness.stages import as_in_files, stages_in_file
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, for each parameter
 
@@ -204,10 +204,9 @@ def _take_ranks(header: Mapping[str, Any], pruned: Adapter | StagedAdapter | Non
         raise TensLoRAError(f"ranks: must have {header['epochs']} entries, one for each epoch")
     before = [list(stage.ranks) for stage in pruned.stages]
     for entry in ranks:  # ranks only fall, so that a damaged file cannot ask for more memory than the run itself
-        stages = of_stages(entry)
+        stages = stages_in_file(entry)
         if len(stages) != len(before) or not all(map(_are_cut, stages, before)):
-            what = "as many numbers" if len(before) > 1 else f"{len(before[0])} numbers"
-            raise TensLoRAError(f"ranks={shown(entry)}: must be {what}, none above {shown(as_in_files(before))}")
+            raise TensLoRAError(f"ranks={shown(entry)}: must be as many as {shown(as_in_files(before))}, none above it")
         before = stages
     for stage, left in zip(pruned.stages, before, strict=True):
         stage.resize(left)

@@ -23,7 +23,7 @@ from tenslora.harness.results.figures.panels import (
 from tenslora.harness.results.figures.style import FONT_SIZE, INK, text_width
 from tenslora.harness.results.summary import Cell
 from tenslora.harness.results.table import Row
-from tenslora.harness.stages import of_stages
+from tenslora.harness.stages import stages_in_file
 from tenslora.ranks import rank_limits
 
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))  # one per rank of a tensor
@@ -53,13 +53,13 @@ def _ranks(cell: Cell) -> dict[str, list[float]]:
     if not records:
         return {}
     factorization = "tucker" if records[0]["factorization"] == "matrix" else records[0]["factorization"]
-    stages = of_stages(records[0]["geometry"])
+    stages = stages_in_file(records[0]["geometry"])
     names = [
         name if len(stages) == 1 else f"{name} of stage {number}"
-        for number, geometry in enumerate(stages, start=1)
+        for number, geometry in enumerate(stages)
         for name in rank_limits(records[0]["tensor_mode"], Geometry(**geometry), factorization)
     ]
-    by_epoch = [[list(chain(*of_stages(ranks))) for ranks in record["ranks_by_epoch"]] for record in records]
+    by_epoch = [[list(chain(*stages_in_file(ranks))) for ranks in record["ranks_by_epoch"]] for record in records]
     epochs = list(zip(*by_epoch, strict=False))
     return {
         name: [statistics.fmean(ranks[position] for ranks in runs) for runs in epochs]
