@@ -53,9 +53,11 @@ def one_line(error: TensLoRAError, path: Path) -> None:
 
 @cache
 def records() -> list[dict[str, Any]]:
-    """Records of this version and of earlier ones."""
+    """Records of this version, of one stage and of two, and of earlier ones."""
     paths = sorted(EARLIER.rglob("result.json"))
-    return [{"schema": 1, **finished(configured(*SETTINGS))}, *(json.loads(path.read_text()) for path in paths)]
+    one = {"schema": 1, **finished(configured(*SETTINGS))}
+    two = {**one, "geometry": [one["geometry"]] * 2, "ranks": [one["ranks"]] * 2, "ranks_by_epoch": [[[4] * 5] * 2]}
+    return [one, two, *(json.loads(path.read_text()) for path in paths)]
 
 
 def test_records_of_this_version_and_of_earlier_ones_are_read(tmp_path: Path) -> None:
@@ -63,7 +65,7 @@ def test_records_of_this_version_and_of_earlier_ones_are_read(tmp_path: Path) ->
     for record in records():
         folder.result.write_bytes(as_bytes(record))
         assert folder.read_record().items() >= record.items()
-    assert len(records()) == 11
+    assert len(records()) == 12
 
 
 @given(data=st.data())
