@@ -152,17 +152,21 @@ def _require_usable(config: ModelConfig, images: ImageInput) -> None:
         )
 
 
-def require_whole_patches(config: ModelConfig, size: int, patch_size: object) -> None:
+def require_whole_patches(config: ModelConfig, size: int, patch_size: object, stride: object = None) -> None:
     """Check that images divide into a model's patches; the libraries would cut off the rest of an image.
 
     Args:
         config: the model's settings.
         size: the height and the width of the images, in pixels.
         patch_size: the height and the width of a patch, one number or two; anything else for a model without patches.
+        stride: the distance between two patches, in the same form; None if it is their size. Patches that overlap, as
+            in PVT v2, cover images of any size.
 
     Raises:
         TensLoRAError: if they do not.
     """
+    if stride is not None and stride != patch_size:
+        return
     sides = patch_size if isinstance(patch_size, (tuple, list)) else [patch_size]
     for side in sides:
         if isinstance(side, int) and size % side:

@@ -42,7 +42,9 @@ def load_timm(config: ModelConfig, classes: int) -> Backbone:
     classifier = model.get_classifier()
     head = list(classifier) if isinstance(classifier, tuple) else [classifier]
     image_input = resolve_image_input(config, _own_input(model, config, options))
-    require_whole_patches(config, image_input.size, getattr(getattr(model, "patch_embed", None), "patch_size", None))
+    patches = getattr(model, "patch_embed", None)
+    stride = getattr(getattr(patches, "proj", None), "stride", None)  # XCiT's patches have no proj with one stride
+    require_whole_patches(config, image_input.size, getattr(patches, "patch_size", None), stride)
     backbone = Backbone(model, head, "x", image_input)
     if config.pretrained and config.checkpoint is not None:
         path = weights_file(config.checkpoint)

@@ -239,7 +239,8 @@ def _image_input(config: ModelConfig, model: PreTrainedModel) -> ImageInput:
     if not config.declares_images:
         own = _own_input(config, takes if isinstance(takes, int) else None, getattr(model.config, "num_channels", 3))
     image_input = resolve_image_input(config, own)
-    require_whole_patches(config, image_input.size, getattr(model.config, "patch_size", None))
+    patch_size, stride = (getattr(model.config, name, None) for name in ("patch_size", "patch_stride"))
+    require_whole_patches(config, image_input.size, patch_size, stride)
     if takes not in (None, image_input.size) and not _takes(model, image_input):
         raise TensLoRAError(
             f"model.image_size={image_input.size}: must be {takes}, the size of the images that {config.name} takes"

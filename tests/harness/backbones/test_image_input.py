@@ -129,6 +129,12 @@ def test_images_that_do_not_fit_the_model_are_refused() -> None:
     assert_refused(generic(*words, "model.channels=1"), r"model\.mean=null: .* 3 channels, and the images have 1; set")
 
 
+def test_patches_that_overlap_take_images_of_any_size() -> None:
+    words = ["model=timm", "model.architecture=pvt_v2_b0", "model.pretrained=false", "model.image_size=32"]
+    image_input = load_random_of(generic(*words))  # patches of 7 pixels, one every 4
+    assert image_input is not None and image_input.size == 32
+
+
 def test_a_datasets_settings_come_before_the_models_own() -> None:
     words = ["dataset=dtd", "model=timm", "model.architecture=vit_tiny_patch16_224"]
     for more, expected in (([], CUT), (["dataset.transform.crop_ratio=1"], replace(CUT, crop_ratio=1.0))):
