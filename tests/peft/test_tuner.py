@@ -359,6 +359,8 @@ def test_several_adapters_are_switched_added_up_and_deleted() -> None:
         ("hf_swin", {"target_modules": r".*layers\.1\..*(query|key|value|[qkv]_proj)"}, ("qkv", 1)),
         ("hf_swin", {"layers_to_transform": [1]}, ("qkv", 1)),  # the first number in a path is the stage's
         ("hf_swin", {"layers_to_transform": [0], "layers_pattern": "blocks"}, ("qkv", 1, 1)),
+        ("timm_swin", {"layers_to_transform": [0]}, ("qkv", 1, 1)),  # the first with two names before it is the layer's
+        ("timm_swin", {"layers_to_transform": [1], "layers_pattern": "layers"}, ("qkv", 1)),
     ],
 )
 def test_names_choose_matrices_and_layers(name: str, settings: dict[str, Any], adapted: tuple[Any, ...]) -> None:
