@@ -205,6 +205,9 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     if "--multirun" in str(error):  # Hydra's error for several values without -m
         word = next(word for word in words if word in str(error))
         return f"{word}: is several values; add -m to carry out a run for each of them, or use sweep.py"
+    for word in words:
+        if str(error) == f"Error merging override {word}" and any("Cannot merge" in str(cause) for cause in causes):
+            return f"{word}: must be {'a dictionary' if word.partition('=')[2].startswith('[') else 'a list'}"
     return _joined(error)
 
 

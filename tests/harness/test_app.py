@@ -41,6 +41,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
             "optimizer.learning_rate: there is no such setting; did you mean optimizer.lr?",
         ),
         (["seed=0,1"], "seed=0,1: is several values; add -m"),
+        (["model=swin_tiny", "model.geometry={d_in:8}"], "model.geometry={d_in:8}: must be a list"),
+        (["model=vit_base", "model.geometry=[{d_in:8}]"], "model.geometry=[{d_in:8}]: must be a dictionary"),
         (["tensor_mode"], "missing EQUAL"),
         (["optimizer=null"], "optimizer=null: must be one of adamw"),
         (["trainer=nope"], "trainer=nope: "),
