@@ -185,11 +185,13 @@ class _Pruning:
 
     def after(self, epoch: int, optimizer: torch.optim.Optimizer) -> list[Any]:
         """Cut the ranks if the schedule says so, and return them as files hold them."""
-        for stage, start, end in zip(self.adapter.stages, self.starts, self.ends, strict=True):
+        stages = self.adapter.stages
+        for number, (stage, start, end) in enumerate(zip(stages, self.starts, self.ends, strict=True)):
             budget = self.schedule.budget(epoch, start, end)
             if budget is not None:
                 prune(stage, budget, optimizer)
-                log.info("epoch %d: cut to %s parameters at most, ranks %s", epoch, f"{budget:,}", list(stage.ranks))
+                where = f"epoch {epoch}, stage {number}" if len(stages) > 1 else f"epoch {epoch}"
+                log.info("%s: cut to %s parameters at most, ranks %s", where, f"{budget:,}", list(stage.ranks))
         return as_in_files(list(stage.ranks) for stage in self.adapter.stages)
 
 
