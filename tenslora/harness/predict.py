@@ -30,6 +30,9 @@ Row = Mapping[str, Any]
 IMAGE_COLUMNS = ("image", "path", "file")
 """The columns of a file in which images' paths are looked for, in this order."""
 
+_PROBABILITY = "probability_"
+# A class's column in .csv and .tsv files begins with this.
+
 LIKELIEST = 3
 """The number of classes of which the printed table shows the probability."""
 
@@ -93,7 +96,7 @@ def write_json_lines(rows: Sequence[Row], out: TextIO) -> None:
 def _write_delimited(rows: Sequence[Row], out: TextIO, delimiter: str) -> None:
     flat = [
         {name: value for name, value in row.items() if name != "probabilities"}
-        | {f"probability_{name}": share for name, share in row.get("probabilities", {}).items()}
+        | {_PROBABILITY + name: share for name, share in row.get("probabilities", {}).items()}
         for row in rows
     ]
     writer = csv.DictWriter(out, list(dict.fromkeys(name for row in flat for name in row)), delimiter=delimiter)
@@ -121,6 +124,10 @@ def _given_rows(given: argparse.Namespace, modality: str) -> list[dict[str, Any]
     """The inputs on the command line as rows, with the columns "image" or "text" and "text_pair"."""
     if sum(map(bool, (given.images, given.text, given.file))) != 1:
         raise TensLoRAError("give images, --text or --file, and one of them only")
+    if given.columns is not None and not given.file:
+        raise TensLoRAError(f"--columns {given.columns}: needs --file")
+    if given.text_pair and not given.text:
+        raise TensLoRAError("--text_pair: needs --text")
     if given.file:
         return read_rows(given.file)
     if bool(given.images) != (modality == "image"):
@@ -213,6 +220,12 @@ def predict(given: argparse.Namespace) -> list[dict[str, Any]]:
     if modality == "image":
         folder = given.file.parent if given.file else Path()
         inputs = [folder / path for path, *_ in inputs]
+    if given.out and given.out.suffix != ".jsonl":  # where each class has a column
+        for name in loaded.classes:
+            if _PROBABILITY + name in rows[0]:
+                raise TensLoRAError(
+                    f"--file {given.file}: has a column {_PROBABILITY}{name}, which the answer would replace"
+                )
     predictions = loaded.predict(inputs, device=given.device, batch_size=given.batch_size)
     return [
         {**row, "prediction": each.answer, **({"probabilities": each.probabilities} if each.probabilities else {})}

@@ -124,6 +124,9 @@ def test_a_path_that_is_too_long_is_one_line(digits_run: Path) -> None:
         (["--text", "a", "--text", "b", "--text_pair", "c"], "--text_pair: must be given as often as --text, which is"),
         (["--text", "a", "--text_pair", "b"], r"2 sentences for each input: must be 1, as in .* \(sentence\)"),
         (["--text", "a", "--out", "out.txt"], "--out out.txt: must end in one of .csv, .tsv, .jsonl"),
+        (["--text", "a", "--columns", "text"], "--columns text: needs --file"),
+        (["--file", "in.csv", "--text_pair", "a"], "--text_pair: needs --text"),
+        (["--text", "a\udcff"], r"'a\\udcff': must be text in UTF-8"),
         (["--text", "a", "--device", "abacus"], "--device=abacus: must be auto, cpu, cuda or cuda:<index>"),
         (["--text", "a", "--batch_size", "0"], "batch_size=0: must be at least 1"),
         (["--file", "in.xls"], "--file in.xls: must end in one of .csv, .tsv, .jsonl"),
@@ -133,6 +136,7 @@ def test_a_path_that_is_too_long_is_one_line(digits_run: Path) -> None:
         (["--file", "{}.ragged.csv"], "cannot be read .Error tokenizing data.*line 3"),
         (["--file", "{}.empty.csv"], "row 2 has no text in the column sentence"),
         (["--file", "{}.answered.csv"], "has a column prediction, which the answer would replace"),
+        (["--file", "{}.share.csv", "--out", "{}"], "has a column probability_acceptable, which the answer"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Path, tmp_path: Path) -> None:
@@ -141,6 +145,7 @@ def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Pa
     Path(f"{file}.ragged.csv").write_text("id,sentence\n1,the cat\n2,the cat, again\n")
     Path(f"{file}.empty.csv").write_text("id,sentence\n1,the cat\n2\n")
     Path(f"{file}.answered.csv").write_text("sentence,prediction\nthe cat,yes\n")
+    Path(f"{file}.share.csv").write_text("sentence,probability_acceptable\nthe cat,yes\n")
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         main([str(sentences_run), *(word.format(file) for word in words)])
     assert "\n" not in str(caught.value)

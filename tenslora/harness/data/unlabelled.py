@@ -27,7 +27,8 @@ def unlabelled(inputs: Sequence[Any], modality: str) -> Examples:
         The examples. Images are read when they are indexed.
 
     Raises:
-        TensLoRAError: for something that is no list of such inputs, and for a file that does not exist.
+        TensLoRAError: for something that is no list of such inputs, for a file that does not exist, for an image
+            without a pixel, and for a sentence that is empty or not text in UTF-8.
     """
     if isinstance(inputs, (str, bytes, Path)) or not isinstance(inputs, Sequence):
         raise TensLoRAError(f"inputs of type {type(inputs).__name__}: must be a list of {_INPUTS[modality]}")
@@ -65,15 +66,16 @@ def _image(item: Any) -> Any:
             raise TensLoRAError(f"{item}: is a folder; must be an image, such as each of {Path(item) / '*'}")
         require_file(Path(item))
         return Path(item)
-    if isinstance(item, Image.Image):
-        return item
     try:
-        return Image.fromarray(_squeezed(item))
+        image = item if isinstance(item, Image.Image) else Image.fromarray(_squeezed(item))
     except (TypeError, ValueError, AttributeError) as error:
         raise TensLoRAError(
             f"an image of type {type(item).__name__}: must be a path, a PIL image, or an array of bytes of shape "
             f"(height, width) or (height, width, channels)"
         ) from error
+    if 0 in image.size:
+        raise TensLoRAError(f"an image of width {image.width} and height {image.height}: must have pixels")
+    return image
 
 
 def _squeezed(item: Any) -> Any:
@@ -93,4 +95,11 @@ def _sentences(item: Any) -> tuple[str, ...]:
         or not all(isinstance(sentence, str) for sentence in sentences)
     ):
         raise TensLoRAError(f"{item!r}: must be a sentence, or a pair of sentences".replace("\n", " "))
+    for sentence in sentences:
+        if not sentence.strip():
+            raise TensLoRAError("a sentence: must not be empty")
+        try:
+            sentence.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8
+            raise TensLoRAError(f"{sentence!r}: must be text in UTF-8") from error
     return tuple(sentences)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tenslora.errors import TensLoRAError
+from tenslora.files import require_file
 from tenslora.harness.results.paper import Verdict
 from tenslora.harness.results.summary import Summary, one_line
 from tenslora.harness.results.table import Column, Row, Run
@@ -87,9 +88,12 @@ def read_runs(folder: Path) -> list[Run]:
     """
     file = folder / "table.csv"
     try:
+        require_file(file)
         lines = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (TensLoRAError, OSError, UnicodeDecodeError, csv.Error) as error:
         raise TensLoRAError(f"{folder}: must be the folder of a table, with its table.csv ({error})") from error
+    if not lines:
+        raise TensLoRAError(f"{file}: holds no runs")
     folders = {path.name.rpartition("-")[2]: path for path in folder.resolve().parents[1].glob("*/*/*-*")}
     try:
         return [_read_run(line, folders) for line in lines]

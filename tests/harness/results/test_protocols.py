@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -233,3 +234,10 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
         (folder / "table.csv").write_text(text)
         with pytest.raises(TensLoRAError, match=r"table\.csv: not a table that this version can read"):
             read_runs(folder)
+    (folder / "table.csv").write_text("")
+    with pytest.raises(TensLoRAError, match=r"table\.csv: holds no runs$"):
+        read_runs(folder)
+    (folder / "table.csv").unlink()
+    os.mkfifo(folder / "table.csv")
+    with pytest.raises(TensLoRAError, match=r"must be the folder of a table, .*must be a file, not a pipe"):
+        read_runs(folder)
