@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness import analyse
 from tenslora.harness.export import export
 from tenslora.harness.load_run import load_run
@@ -87,6 +88,11 @@ def test_each_stage_is_analysed_by_itself(staged_run: Path, tmp_path: Path, caps
         ["stage", "1", "size"],
     ]
     assert lines[-1] == str(tmp_path / "spectra_1.svg")
+
+
+def test_ranks_that_fit_one_stage_alone_are_refused() -> None:
+    with pytest.raises(TensLoRAError, match=r"ranks=\[9, 3, 3, 2\]: the rank 9 of d_in .*, in stage 0 of the model$"):
+        configured(*TINY_SWIN, "rank_strategy=explicit", "rank_strategy.ranks=[9,3,3,2]")
 
 
 @pytest.mark.parametrize("preset", [path.stem for path in sorted((CONF / "preset").glob("*.yaml"))])

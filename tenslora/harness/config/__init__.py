@@ -101,13 +101,15 @@ def check_ranks(run: RunConfig, geometries: Sequence[Geometry]) -> None:
     Raises:
         TensLoRAError: if they do not.
     """
-    if run.adapter:
+    if run.adapter is None:
+        return
+    for index, geometry in enumerate(geometries):
         try:
-            for geometry in geometries:
-                run.rank_strategy.resolve(run.tensor_mode, geometry, run.adapter.factorization)
+            run.rank_strategy.resolve(run.tensor_mode, geometry, run.adapter.factorization)
         except TensLoRAError as error:
             group = "rank_strategy." if str(error).startswith(("rank=", "ranks=")) else ""
-            raise TensLoRAError(as_typed(f"{group}{error}")) from error
+            place = f", in stage {index} of the model" if len(geometries) > 1 else ""
+            raise TensLoRAError(as_typed(f"{group}{error}{place}")) from error
 
 
 def register_resolvers() -> None:
