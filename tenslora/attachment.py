@@ -6,13 +6,13 @@ the model's state dict stay as they were, and the adapter becomes the submodule 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
@@ -178,8 +178,9 @@ def merge(model: nn.Module) -> None:
         model: with an adapter; its weights are changed in place.
 
     Raises:
-        TensLoRAError: if there is no adapter, if it holds a NaN or an infinity, or if a weight is of a kind that cannot
-            be quantised again.
+        TensLoRAError: if there is no adapter, if it holds a NaN or an infinity, if a weight would hold one with its
+            update, if another module uses the same weight, or if a weight is of a kind that cannot be quantised again.
+            No weight is changed then.
     """
     _move_updates(model, into_weights=True)
 
@@ -254,6 +255,46 @@ def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
     return linears
 
 
+def require_own_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Check that weights are used where an update is to be added to them, and nowhere else.
+
+    Args:
+        model: the whole model.
+        weights: the weights, by the paths of the modules that hold them or by their own.
+
+    Raises:
+        TensLoRAError: if two modules of the model share one of the weights, as an embedding and a head may do.
+    """
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for own in module.parameters(recurse=False):
+            holders.setdefault(id(own), []).append(path)
+    for path, weight in weights.items():
+        if len(sharing := holders.get(id(weight), [])) > 1:
+            raise TensLoRAError(
+                f"{path}: its weight is shared by {' and '.join(sharing)}, and a merge would change each of them; "
+                f"leave the update unmerged, or give each a weight of its own"
+            )
+
+
+def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:
+    """Check that an update can be added to a weight and be taken out again.
+
+    Args:
+        path: what a message calls the weight.
+        weight: the weight.
+        update: the update, of the weight's shape.
+
+    Raises:
+        TensLoRAError: if the sum holds a NaN or an infinity in the weight's own type.
+    """
+    if not weight.is_meta and not (weight + update.to(weight)).isfinite().all():
+        raise TensLoRAError(
+            f"{path}: its weight would hold a NaN or an infinity in {str(weight.dtype).removeprefix('torch.')} with "
+            f"its update, which no unmerge could take out again"
+        )
+
+
 def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     if isinstance(names, str):
         raise TensLoRAError(f"train={names}: must be a list of names, such as [{names!r}]")
@@ -285,6 +326,11 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
     to_move = {path: linear for path, linear in _adapted_linears(model).items() if linear.merged != into_weights}
     # Every layer is looked at before the first weight is changed.
     quantised = {path: _backend(path, linear, model) for path, linear in to_move.items() if not is_plain(linear)}
+    if into_weights:
+        plain = {path: linear for path, linear in to_move.items() if path not in quantised}
+        require_own_weights(model, {path: linear.weight for path, linear in plain.items()})
+        for path, linear in plain.items():
+            require_finite_sum(path, linear.weight, linear.update())
     changes = []
     for path, linear in to_move.items():
         update = linear.update() if into_weights else -linear.update()

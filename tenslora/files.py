@@ -44,11 +44,12 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
+    except (OSError, ValueError) as error:  # a ValueError for a character that no path can have
+        with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
+        reason = getattr(error, "strerror", None) or error
         raise TensLoRAError(
-            f"{path}: cannot be written ({error.strerror}); a file that existed before stays as it was"
+            f"{path}: cannot be written ({reason}); a file that existed before stays as it was"
         ) from error
 
 
@@ -82,6 +83,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     """
     from safetensors.torch import save
 
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise TensLoRAError(f"{path}: cannot be written ({name} is on the device meta and has no numbers)")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # The header is a single entry, because safetensors writes several in an order that changes between processes.
     write_bytes(path, save(plain, metadata={_HEADER: json.dumps(header, sort_keys=True)}))

@@ -41,8 +41,11 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
     folder, adapter, head = Path(folder), adapter_of(model), _trained_weights(model)
     if head:
         write_safetensors(folder / HEAD_FILE, head, {})
-    elif (folder / HEAD_FILE).exists():  # of an earlier adapter, which the new one must not be loaded with
-        (folder / HEAD_FILE).unlink()
+    elif os.path.lexists(folder / HEAD_FILE):  # of an earlier adapter, which the new one must not be loaded with
+        try:
+            (folder / HEAD_FILE).unlink()
+        except OSError as error:
+            raise TensLoRAError(f"{folder / HEAD_FILE}: cannot be removed ({error.strerror})") from error
     adapter.save(folder / ADAPTER_FILE)
     return folder
 
@@ -72,7 +75,7 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
     if not (folder / ADAPTER_FILE).is_file():
         raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
     adapter = load_adapter(folder / ADAPTER_FILE)
-    head = read_weights(folder / HEAD_FILE, model) if (folder / HEAD_FILE).is_file() else {}
+    head = read_weights(folder / HEAD_FILE, model) if os.path.lexists(folder / HEAD_FILE) else {}
     places = _places(model)
     attach(model, adapter)
     with torch.no_grad():
@@ -110,6 +113,10 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
             )
         if place.is_floating_point():
             require_finite(f"{path}: {name}", saved)
+            if not saved.to(place.dtype).float().isfinite().all():
+                raise TensLoRAError(
+                    f"{path}: {name} has numbers that are too large for {place.dtype}, its type in the model"
+                )
         elif place.dtype != saved.dtype:
             raise TensLoRAError(f"{path}: {name} has the type {saved.dtype}, and in the model {place.dtype}")
     return weights

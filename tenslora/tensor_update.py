@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tenslora.adapter_config import LARGEST_SCALE
+from tenslora.attachment import require_finite_sum, require_own_weights
 from tenslora.constructions import SCALINGS, weight_modes
 from tenslora.errors import TensLoRAError, require_numbers, require_one_of
 from tenslora.factorizations import FACTORIZATIONS
@@ -174,7 +175,8 @@ def merge_tensors(model: nn.Module) -> None:
         model: with updates on its weights; the weights are changed in place. A single module will do.
 
     Raises:
-        TensLoRAError: if there is no update, or if one holds a NaN or an infinity. No weight is changed then.
+        TensLoRAError: if there is no update, if one holds a NaN or an infinity, if a weight would hold one with its
+            update, or if another module uses the same weight. No weight is changed then.
     """
     _move(model, into_weights=True)
 
@@ -261,6 +263,8 @@ def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:
             updates[place] = TensorUpdate(config, weight.shape)
             for name, parameter in updates[place].tensor.named_parameters():
                 shapes[f"{place}.{name}"] = tuple(parameter.shape)
+        if not updates:
+            raise TensLoRAError("it holds no update")
         require_tensors(tensors, shapes)
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: does not fit {type(model).__name__}: {error}") from error
@@ -334,8 +338,17 @@ def _move(model: nn.Module, into_weights: bool) -> None:
     for path, (_, _, update) in adapted.items():
         if into_weights and not all(parameter.isfinite().all() for parameter in update.parameters()):
             raise TensLoRAError(f"{path}: its update holds a NaN or an infinity, which no unmerge could take out again")
-    for module, name, update in adapted.values():
+    weights = {
+        path: cast(Tensor, cast(nn.Module, _parametrizations(module, name)).original)
+        for path, (module, name, _) in adapted.items()
+    }
+    if into_weights:
+        require_own_weights(model, weights)
+        for path, (_, _, update) in adapted.items():
+            if not update.merged:
+                require_finite_sum(path, weights[path], update.update())
+    for path, (_, _, update) in adapted.items():
         if update.merged != into_weights:
-            weight = cast(Tensor, cast(nn.Module, _parametrizations(module, name)).original)
+            weight = weights[path]
             weight.add_(update.update().to(weight), alpha=1 if into_weights else -1)
             update.merged = into_weights

@@ -239,6 +239,32 @@ def test_an_adapter_that_is_not_finite_is_not_merged(value: float) -> None:
     )
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 100.0), (torch.float32, 1e20)])
+def test_an_update_that_a_weight_cannot_hold_is_not_merged(dtype: torch.dtype, value: float) -> None:
+    model = build("hf_bert").to(dtype)
+    adapter = attach(model, AdapterConfig("qkv"))
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.fill_(value)
+    with pytest.raises(TensLoRAError, match=r"query: its weight would hold a NaN or an infinity in float"):
+        merge(model)
+    assert all(
+        torch.equal(before[name], weight) for name, weight in model.state_dict().items() if "tenslora" not in name
+    )
+
+
+def test_a_weight_that_another_layer_uses_is_not_merged() -> None:
+    model = build("separate")
+    first, second = "blocks.0.attention.query", "blocks.1.attention.proj"
+    model.get_submodule(second).weight = model.get_submodule(first).weight
+    attached(model, "qkv")
+    before = logits(model, inputs("separate"))
+    with pytest.raises(TensLoRAError, match=rf"its weight is shared by {first} and {second}, and a merge"):
+        merge(model)
+    assert torch.equal(logits(model, inputs("separate")), before)
+
+
 def test_a_deep_copy_has_an_adapter_of_its_own() -> None:
     model = build("timm_vit")
     attached(model, "qkv_depth")

@@ -135,6 +135,19 @@ def test_a_path_that_names_no_file_is_not_written_to(path: str) -> None:
         write_bytes(Path(path), b"")
 
 
+def test_a_path_with_a_character_that_no_path_can_have_is_not_written_to(tmp_path: Path) -> None:
+    for path in (tmp_path / "a\0b", tmp_path / "a\0b" / "c"):
+        with pytest.raises(TensLoRAError, match=r"cannot be written \(embedded null byte\)"):
+            write_bytes(path, b"")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_tensor_without_numbers_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"file: cannot be written \(w is on the device meta and has no numbers\)$"):
+        write_safetensors(tmp_path / "file", {"w": torch.zeros(2, device="meta")}, {})
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut in the header", "cut in the data", "text", "pickle", "other header"])
 def test_a_damaged_file_is_named_in_one_line(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"

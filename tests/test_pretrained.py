@@ -251,3 +251,29 @@ def test_the_counters_of_a_trained_batch_norm_are_loaded_as_integers(tmp_path: P
     save_file({**weights, "norm.num_batches_tracked": torch.tensor(5.0)}, tmp_path / "head.safetensors")
     with pytest.raises(TensLoRAError, match=r"norm.num_batches_tracked has the type torch.float32"):
         load(with_norm(), tmp_path)
+
+
+def test_a_head_that_is_too_large_for_the_models_type_is_refused(tmp_path: Path) -> None:
+    model = trained()
+    with torch.no_grad():
+        model.get_parameter("classifier.weight").fill_(1e5)
+    save_pretrained(model, tmp_path)
+    half = build("hf_bert").half()
+    with pytest.raises(TensLoRAError, match=r"classifier\.weight has numbers that are too large for torch\.float16"):
+        load(half, tmp_path)
+    assert not hasattr(half, "tenslora")
+
+
+def test_a_head_that_cannot_be_read_is_not_left_out(tmp_path: Path) -> None:
+    head = save_pretrained(trained(), tmp_path) / "head.safetensors"
+    head.unlink()
+    head.symlink_to("nowhere")
+    with pytest.raises(TensLoRAError, match=r"head\.safetensors: no such file$"):
+        load(build("hf_bert"), tmp_path)
+    model = build("hf_bert")
+    attach(model, AdapterConfig("qkv"))
+    save_pretrained(model, tmp_path)
+    assert not head.is_symlink()
+    head.mkdir()
+    with pytest.raises(TensLoRAError, match=r"head\.safetensors: cannot be removed"):
+        save_pretrained(model, tmp_path)

@@ -30,7 +30,7 @@ from tenslora import (
 from tenslora.constructions import SCALINGS
 from tenslora.files import read_safetensors, write_safetensors
 from tenslora.ranks import weight_parameter_count, weight_ranks
-from tenslora.tensor_update import TensorUpdate
+from tenslora.tensor_update import FORMAT, TensorUpdate
 
 FACTORIZATIONS = ("tucker", "cp", "tensor_train")
 SHAPES = {"linear": (6, 5), "kan": (5, 4, 7), "kernels": (6, 4, 3, 2)}
@@ -224,6 +224,36 @@ def test_an_update_that_is_not_finite_is_not_merged() -> None:
     kept = [torch.equal(weight, before[name]) for name, weight in model.state_dict().items() if "original" in name]
     assert kept
     assert all(kept)
+
+
+def test_an_update_that_a_weight_cannot_hold_is_not_merged() -> None:
+    linear = nn.Linear(5, 6).half()
+    update = adapt_tensor(linear, "weight", 2)
+    before = copy.deepcopy(linear.state_dict())
+    with torch.no_grad():
+        for parameter in update.parameters():
+            parameter.fill_(100)
+    with pytest.raises(TensLoRAError, match=r"^weight: its weight would hold a NaN or an infinity in float16"):
+        merge_tensors(linear)
+    assert torch.equal(
+        linear.state_dict()["parametrizations.weight.original"], before["parametrizations.weight.original"]
+    )
+
+
+def test_a_weight_that_another_module_uses_is_not_merged() -> None:
+    model = nn.Sequential(nn.Embedding(6, 5), nn.Linear(5, 6, bias=False))
+    model[1].weight = model[0].weight
+    randomised(adapt_tensor(model[0], "weight", 2))
+    before = model(torch.arange(6))
+    with pytest.raises(TensLoRAError, match=r"^0\.weight: its weight is shared by .* and 1, and a merge would change"):
+        merge_tensors(model)
+    assert torch.equal(model(torch.arange(6)), before)
+
+
+def test_a_file_without_an_update_is_refused(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "none.safetensors", {}, {"format": FORMAT, "updates": {}})
+    with pytest.raises(TensLoRAError, match=r"none\.safetensors: does not fit Linear: it holds no update$"):
+        load_tensors(nn.Linear(5, 6), tmp_path / "none.safetensors")
 
 
 def test_detaching_without_merging_gives_the_old_weight_back() -> None:
