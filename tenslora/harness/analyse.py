@@ -135,12 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(out / "spectra.json", as_in_files(shares))
         names = ["spectra"] if len(stages) == 1 else [f"spectra_{number}" for number, _ in enumerate(stages)]
         files = [write_figure(energy_by_rank(each), out, name) for each, name in zip(shares, names, strict=True)]
-    for number, of_stage in enumerate(shares):
-        title = "axis" if len(stages) == 1 else f"stage {number}"
-        print(f"{title:<12}{'size':>6}{'90 %':>8}{'99 %':>8}")
-        for axis, of_axis in of_stage.items():
-            print(f"{axis:<12}{len(of_axis):>6}{rank_for(of_axis, 0.9):>8}{rank_for(of_axis, 0.99):>8}")
-    print(*chain(*files), sep="\n")
+        for number, of_stage in enumerate(shares):
+            title = "axis" if len(stages) == 1 else f"stage {number}"
+            print(f"{title:<12}{'size':>6}{'90 %':>8}{'99 %':>8}")
+            for axis, of_axis in of_stage.items():
+                print(f"{axis:<12}{len(of_axis):>6}{rank_for(of_axis, 0.9):>8}{rank_for(of_axis, 0.99):>8}")
+        print(*chain(*files), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,17 +49,38 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """A context in which a user's mistake ends the process with status 1, and Ctrl-C with 130, with one line each."""
+    """A context in which a user's mistake ends the process with status 1, and Ctrl-C with 130, with one line each.
+
+    What the context prints belongs to it: characters that the terminal's encoding lacks are printed as in Python, and a
+    reader that has gone, as of ``| head``, ends the process without a word.
+    """
+    if sys.stdout is None:  # the shell has closed it
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     for chatty in QUIET:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(1)
     except TensLoRAError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         if error.errno not in OUT_OF_REACH:
             raise
-        sys.exit(f"error: {TensLoRAError(f'{error.filename}: cannot be used ({error.strerror})')}")
+        if error.filename is None:
+            _drop_output()
+        place = error.filename or "the output"
+        sys.exit(f"error: {TensLoRAError(f'{place}: cannot be used ({error.strerror})')}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _drop_output() -> None:
+    # Python flushes what is left when it ends, and would complain a second time.
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", _MODULE, *(sys.argv[1:] if arguments is None else arguments)])
     with mistakes_in_one_line():
         files = write_results(side_by_side(protocols_of(given.tables), given.out.resolve().name, command), given.out)
-    print(*files, sep="\n")
+        print(*files, sep="\n")
 
 
 if __name__ == "__main__":

@@ -78,21 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loaded = load_run(given.run, given.checkpoint)
         run = with_overrides(loaded.run, given.overrides)
         evaluation = loaded.evaluate(run.dataset, device=given.device)
-    if os.environ.get("RANK", "0") != "0":  # started by torchrun; the first process prints
-        return
-    split = next(iter(evaluation.predictions))
-    scores = {f"{split}_loss": evaluation.loss, **evaluation.scores}
-    examples = sum(len(of_split.labels) for of_split in evaluation.predictions.values())
-    if given.format == "jsonl":
-        print(json.dumps({"dataset": run.dataset.name, "examples": examples, **scores}))
-        return
-    place = run.dataset.name if run.dataset.root == loaded.run.dataset.root else run.dataset.root
-    recorded = scores_of(loaded.record) if run.dataset == loaded.run.dataset else {}
-    print(f"{loaded.record['tensor_mode']} on {place}: {examples:,} {split} examples")
-    width = max(map(len, scores))
-    for name, value in scores.items():
-        in_the_record = f"  in the record: {recorded.get(name)!r}" if recorded else ""
-        print(f"{name:<{width}}  {value!r:<20}{in_the_record}".rstrip())
+        if os.environ.get("RANK", "0") != "0":  # started by torchrun; the first process prints
+            return
+        split = next(iter(evaluation.predictions))
+        scores = {f"{split}_loss": evaluation.loss, **evaluation.scores}
+        examples = sum(len(of_split.labels) for of_split in evaluation.predictions.values())
+        if given.format == "jsonl":
+            print(json.dumps({"dataset": run.dataset.name, "examples": examples, **scores}))
+            return
+        place = run.dataset.name if run.dataset.root == loaded.run.dataset.root else run.dataset.root
+        recorded = scores_of(loaded.record) if run.dataset == loaded.run.dataset else {}
+        print(f"{loaded.record['tensor_mode']} on {place}: {examples:,} {split} examples")
+        width = max(map(len, scores))
+        for name, value in scores.items():
+            in_the_record = f"  in the record: {recorded.get(name)!r}" if recorded else ""
+            print(f"{name:<{width}}  {value!r:<20}{in_the_record}".rstrip())
 
 
 if __name__ == "__main__":

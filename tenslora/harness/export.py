@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = given.out or given.run / given.format
     with mistakes_in_one_line():
         export(given.run, given.format, out, given.checkpoint)
-    print(out)
+        print(out)
 
 
 if __name__ == "__main__":

@@ -190,10 +190,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             WRITERS[given.out.suffix](rows, content)
             # An image's name may hold bytes that are not UTF-8, and the table holds them too.
             write_bytes(given.out, content.getvalue().encode(errors="surrogateescape"))
-    if given.out:
-        print(given.out)
-    else:
-        FORMATS[given.format](rows, sys.stdout)
+        if given.out:
+            print(given.out)
+        else:
+            FORMATS[given.format](rows, sys.stdout)
 
 
 def predict(given: argparse.Namespace) -> list[dict[str, Any]]:
