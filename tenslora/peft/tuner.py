@@ -149,6 +149,9 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
                 setattr(self, name, set(getattr(self, name)))  # PEFT saves a set as a sorted list
         if self.layers_pattern and self.layers_to_transform is None:
             raise TensLoRAError(f"layers_pattern={self.layers_pattern}: needs layers_to_transform beside it")
+        for step in self.first_step if isinstance(self.first_step, list) else [self.first_step]:
+            if step is not None and step <= 0:
+                raise TensLoRAError(f"first_step={step}: must be above 0")
         self.adapter_config(self.adapt or "qkv")
 
     def adapter_config(self, adapt: str) -> AdapterConfig:

@@ -385,6 +385,8 @@ def test_names_choose_matrices_and_layers(name: str, settings: dict[str, Any], a
         ({"rank_options": [1]}, r"rank_options=\[1\]: must be one of cap"),
         ({"rank_options": {"cap": 1}}, "cap=1: must be true or false"),
         ({"rank_options": {"nope": 1}}, "rank_options=nope: must be one of cap, rule, scale, tolerance"),
+        ({"first_step": 0.0, "scaling": "first_step"}, r"^first_step=0\.0: must be above 0$"),
+        ({"first_step": [1.0, -1.0]}, r"^first_step=-1\.0: must be above 0$"),
         ({"layers_pattern": "layer"}, "layers_pattern=layer: needs layers_to_transform"),
         ({"target_modules": ["classifier"]}, "must match some of the model's attention projections"),
         ({"target_modules": ["layer.0.attention.self.query", "layer.1.attention.self.key"]}, "the same matrices"),
