@@ -288,11 +288,16 @@ def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:
     Raises:
         TensLoRAError: if the sum holds a NaN or an infinity in the weight's own type.
     """
-    if not weight.is_meta and not (weight + update.to(weight)).isfinite().all():
+    if not weight.is_meta and not _is_finite(weight + update.to(weight)):
         raise TensLoRAError(
             f"{path}: its weight would hold a NaN or an infinity in {str(weight.dtype).removeprefix('torch.')} with "
             f"its update, which no unmerge could take out again"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # One number is compared with 0 on the CPU: infinity times 0 is NaN, and so is NaN times 0.
+    return float((tensor * 0).sum()) == 0
 
 
 def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
@@ -319,7 +324,7 @@ def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 @torch.no_grad()
 def _move_updates(model: nn.Module, into_weights: bool) -> None:
     for name, parameter in adapter_of(model).named_parameters():
-        if into_weights and not parameter.is_meta and not parameter.isfinite().all():
+        if into_weights and not parameter.is_meta and not _is_finite(parameter):
             raise TensLoRAError(
                 f"{SUBMODULE}.{name}: holds a NaN or an infinity, which no unmerge could take out again"
             )

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
         # and the models of both libraries.
         ("hf_roberta", "qkv_depth", "tucker", "qkv"),
         ("timm_vit", "qkv_depth", "tucker", "all"),
-        ("hf_swin", "qkv_depth", "tucker", "qkv"),
+        ("timm_pvt_v2", "qkv_depth", "tucker", "qkv"),
     ],
 )
 def test_a_compiled_model_is_one_graph_for_all_shapes(name: str, mode: str, factorization: str, adapt: str) -> None:
