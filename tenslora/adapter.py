@@ -32,7 +32,49 @@ FORMAT = "tenslora-1"
 _Products = tuple[list[Tensor], list[Tensor]]
 
 
-class Adapter(nn.Module):
+class _AnyAdapter(nn.Module):
+    # What the adapter of one stage and that of several have in common.
+
+    config: AdapterConfig
+
+    @property
+    def stages(self) -> tuple[Adapter, ...]:
+        raise NotImplementedError
+
+    def _described(self, ranks: str, parts: str) -> str:
+        config, count = self.config, sum(parameter.numel() for parameter in self.parameters())
+        kind = config.tensor_mode if config.tensor_mode == "lora" else f"{config.tensor_mode}, {config.factorization}"
+        scaling = "" if config.scaling == "direct" else f", scaling={config.scaling}"
+        return f"{type(self).__name__}({kind}, {ranks}{scaling}; {count:,} parameters in {parts})"
+
+    def save(self, path: Path | str) -> Path:
+        """Write the adapter to one safetensors file, atomically.
+
+        The header holds the config, and the geometry and ranks of the stage or of each of several.
+
+        Args:
+            path: the file's path.
+
+        Returns:
+            The path.
+
+        Raises:
+            TensLoRAError: if the file cannot be written.
+        """
+        of_stages = [
+            {
+                "geometry": dataclasses.asdict(stage.geometry),
+                "ranks": list(stage.ranks),
+                "first_step": stage.unscaled_first_step,
+            }
+            for stage in self.stages
+        ]
+        header: dict[str, Any] = {"format": FORMAT, "config": dataclasses.asdict(self.config)}
+        header |= of_stages[0] if isinstance(self, Adapter) else {"stages": of_stages}
+        return write_safetensors(Path(path), dict(self.state_dict()), header)
+
+
+class Adapter(_AnyAdapter):
     """The trainable updates of all adapted matrices of one backbone, or of one stage of it.
 
     >>> Adapter(AdapterConfig("qkv_depth"), Geometry(d_in=768, heads=12, d_head=64, layers=12))
@@ -143,7 +185,7 @@ class Adapter(nn.Module):
         named = ", ".join(f"{name}={rank}" for name, rank in zip(names, self.ranks, strict=True))
         ranks = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {named}"
         tensors = f"{len(self.tensors)} tensor{'s' * (len(self.tensors) > 1)}"
-        return _described(self, ranks, tensors)
+        return self._described(ranks, tensors)
 
     @property
     def stages(self) -> tuple[Adapter, ...]:
@@ -243,22 +285,8 @@ class Adapter(nn.Module):
                 parameter = tensor.get_parameter(name)
                 parameter.data = parameter.new_zeros(shape)
 
-    def save(self, path: Path | str) -> Path:
-        """Write the adapter to one safetensors file, atomically. The header holds the config, geometry and ranks.
 
-        Args:
-            path: the file's path.
-
-        Returns:
-            The path.
-
-        Raises:
-            TensLoRAError: if the file cannot be written.
-        """
-        return _write(Path(path), self)
-
-
-class StagedAdapter(nn.Module):
+class StagedAdapter(_AnyAdapter):
     """The trainable updates of a backbone whose layers come in stages of different sizes.
 
     Each stage has its own tensors, ranks and scale. All follow from the same settings.
@@ -284,7 +312,7 @@ class StagedAdapter(nn.Module):
 
     def __repr__(self) -> str:
         ranks = ", ".join(str(stage.ranks if len(stage.ranks) > 1 else stage.ranks[0]) for stage in self.stages)
-        return _described(self, f"ranks {ranks}", f"{len(self.stages)} stages")
+        return self._described(f"ranks {ranks}", f"{len(self.stages)} stages")
 
     @property
     def stages(self) -> tuple[Adapter, ...]:
@@ -295,20 +323,6 @@ class StagedAdapter(nn.Module):
     def zero_parameter(self) -> str:
         """The name of the parameter that starts at zero in every tensor."""
         return self.stages[0].zero_parameter
-
-    def save(self, path: Path | str) -> Path:
-        """Write the adapter to one safetensors file, as `Adapter.save` does. The header lists the stages.
-
-        Args:
-            path: the file's path.
-
-        Returns:
-            The path.
-
-        Raises:
-            TensLoRAError: if the file cannot be written.
-        """
-        return _write(Path(path), self)
 
 
 def make_adapter(
@@ -335,27 +349,6 @@ def make_adapter(
     each = zip(geometries, ranks or unknown, first_steps or unknown, strict=True)
     stages = [Adapter(config, *of_stage, stage=index) for index, of_stage in enumerate(each)]
     return stages[0] if len(stages) == 1 else StagedAdapter(stages)
-
-
-def _described(adapter: Adapter | StagedAdapter, ranks: str, parts: str) -> str:
-    config, count = adapter.config, sum(parameter.numel() for parameter in adapter.parameters())
-    kind = config.tensor_mode if config.tensor_mode == "lora" else f"{config.tensor_mode}, {config.factorization}"
-    scaling = "" if config.scaling == "direct" else f", scaling={config.scaling}"
-    return f"{type(adapter).__name__}({kind}, {ranks}{scaling}; {count:,} parameters in {parts})"
-
-
-def _write(path: Path, adapter: Adapter | StagedAdapter) -> Path:
-    of_stages = [
-        {
-            "geometry": dataclasses.asdict(stage.geometry),
-            "ranks": list(stage.ranks),
-            "first_step": stage.unscaled_first_step,
-        }
-        for stage in adapter.stages
-    ]
-    header: dict[str, Any] = {"format": FORMAT, "config": dataclasses.asdict(adapter.config)}
-    header |= of_stages[0] if isinstance(adapter, Adapter) else {"stages": of_stages}
-    return write_safetensors(path, dict(adapter.state_dict()), header)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
