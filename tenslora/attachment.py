@@ -288,15 +288,22 @@ def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:
     Raises:
         TensLoRAError: if the sum holds a NaN or an infinity in the weight's own type.
     """
-    if not weight.is_meta and not _is_finite(weight + update.to(weight)):
+    if not weight.is_meta and not is_finite(weight + update.to(weight)):
         raise TensLoRAError(
             f"{path}: its weight would hold a NaN or an infinity in {str(weight.dtype).removeprefix('torch.')} with "
             f"its update, which no unmerge could take out again"
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    # One number is compared with 0 on the CPU: infinity times 0 is NaN, and so is NaN times 0.
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither a NaN nor an infinity.
+
+    A NaN or an infinity times 0 is NaN, so the sum of these products is 0 only without them. A device that offers
+    nothing but the operations of training can compute it.
+
+    Args:
+        tensor: any tensor of floating-point numbers that is not on the meta device.
+    """
     return float((tensor * 0).sum()) == 0
 
 
@@ -324,7 +331,7 @@ def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 @torch.no_grad()
 def _move_updates(model: nn.Module, into_weights: bool) -> None:
     for name, parameter in adapter_of(model).named_parameters():
-        if into_weights and not parameter.is_meta and not _is_finite(parameter):
+        if into_weights and not parameter.is_meta and not is_finite(parameter):
             raise TensLoRAError(
                 f"{SUBMODULE}.{name}: holds a NaN or an infinity, which no unmerge could take out again"
             )
@@ -334,7 +341,7 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
     if into_weights:
         plain = {path: linear for path, linear in to_move.items() if path not in quantised}
         require_own_weights(model, {path: linear.weight for path, linear in plain.items()})
-        for path, linear in plain.items():
+        for path, linear in plain.items():  # which makes each update twice, as all of them may not fit into memory
             require_finite_sum(path, linear.weight, linear.update())
     changes = []
     for path, linear in to_move.items():

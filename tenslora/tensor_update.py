@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tenslora.adapter_config import LARGEST_SCALE
-from tenslora.attachment import require_finite_sum, require_own_weights
+from tenslora.attachment import is_finite, require_finite_sum, require_own_weights
 from tenslora.constructions import SCALINGS, weight_modes
 from tenslora.errors import TensLoRAError, require_numbers, require_one_of
 from tenslora.factorizations import FACTORIZATIONS
@@ -336,7 +336,7 @@ def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, str, TensorUpdate]]
 def _move(model: nn.Module, into_weights: bool) -> None:
     adapted = _adapted(model)
     for path, (_, _, update) in adapted.items():
-        if into_weights and not all(parameter.isfinite().all() for parameter in update.parameters()):
+        if into_weights and not all(map(is_finite, update.parameters())):
             raise TensLoRAError(f"{path}: its update holds a NaN or an infinity, which no unmerge could take out again")
     weights = {
         path: cast(Tensor, cast(nn.Module, _parametrizations(module, name)).original)
