@@ -6,12 +6,10 @@ import copy
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import warnings
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +44,7 @@ from tests.conftest import ROOT
 from tests.hub_server import repository, serving
 from tests.models import build, inputs, logits
 from tests.operations import RecordedOperations
-from tests.peft.train_in_trainer import train_in_trainer
+from tests.peft.train_in_trainer import main as train_in_trainer
 
 NAMES = ["hf_bert", "hf_roberta", "hf_vit", "llama", "qwen2", "gemma", "gpt2", "hf_swin"]
 CASES = [
@@ -521,24 +519,12 @@ def test_a_prepared_model_starts_unchanged() -> None:
         torch.testing.assert_close(logits(model, inputs("llama")).double(), expected, rtol=0, atol=1e-4)
 
 
-def train_as_one_of_two(rank: int, folder: Path, port: int) -> None:
-    """Be one of two processes that train together, in the environment that torchrun gives."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    train_in_trainer(folder, 8)
-
-
 def test_two_processes_under_the_trainer_train_what_one_does(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = get_context("fork")  # a fork has imported already what takes most of the time
-    processes = [fork.Process(target=train_as_one_of_two, args=(rank, tmp_path / "two", port)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    # Processes of their own, and no forks of this one: after some tests autograd has threads here, and refuses to fork.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "tests.peft.train_in_trainer", str(tmp_path / "two"), "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     train_in_trainer(tmp_path / "one", 16)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()

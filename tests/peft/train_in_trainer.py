@@ -1,7 +1,11 @@
-"""Six steps of transformers' Trainer on a TensLoRA adapter in PEFT, in one process or in each of several."""
+"""Six steps of transformers' Trainer on a TensLoRA adapter in PEFT, by as many processes as started this module.
+
+python -m tests.peft.train_in_trainer FOLDER BATCH_SIZE
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ class Sentences(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.words[index], "labels": self.words[index]}
 
 
-def train_in_trainer(folder: Path, batch_size: int) -> None:
+def main(folder: Path, batch_size: int) -> None:
     """Train, and write the adapter."""
     backbone: Any = build("llama").float()  # which has no dropout; each process would draw masks of its own
     model = get_peft_model(backbone, TensLoraConfig(task_type="CAUSAL_LM"))
@@ -40,3 +44,7 @@ def train_in_trainer(folder: Path, batch_size: int) -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         model.save_pretrained(str(folder))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
