@@ -31,14 +31,14 @@ _ORDER = (_WORDS[State.DONE], _DIVERGED, *list(_WORDS.values())[1:], _WAITS)
 def plan(table: Table, looks: Mapping[Job, Look]) -> str:
     """The plan as text: each row's ranks, parameter count and first step beside LoRA's, and how far its seeds are.
 
-    A dash stands for what is not known before the model is loaded.
+    Datasets whose lines would be the same share them. A dash stands for what is not known before the model is loaded.
 
     Args:
         table: the table of the jobs.
         looks: the state of each job's folder. A run that is not among them waits for its settings to be chosen.
     """
     states = {job.digest: _WORDS[look.state] for job, look in looks.items()}
-    lines = [table.title]
+    blocks: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for column in table.columns:
         rows = []
         for row in table.rows:
@@ -52,8 +52,11 @@ def plan(table: Table, looks: Mapping[Job, Look]) -> str:
                 step = unknown if first.size.relative_step is None else f"{first.size.relative_step:.2f}"
                 seeds = _counted(states.get(run.digest, _WAITS) for run in runs)
                 rows.append((row.label, ranks, count, share, step, seeds))
-        head = ("", "ranks", "parameters", "of LoRA", "first step", "seeds")
-        lines += [f"\n{column.label}", *_aligned([head, *rows], numbers=(2, 3, 4))]
+        blocks.setdefault(tuple(rows), []).append(column.label)
+    lines = [table.title]
+    for block, labels in blocks.items():
+        head = ("", "ranks", "parameters", "of LoRA", "first step", "seeds of each" if len(labels) > 1 else "seeds")
+        lines += ["", *labels, *_aligned([head, *block], numbers=(2, 3, 4))]
     counts = _counted(states.get(run.digest, _WAITS) for run in table.runs)
     return "\n".join([*lines, f"\n{len(table.runs)} jobs: {counts}"])
 

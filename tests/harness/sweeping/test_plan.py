@@ -91,6 +91,21 @@ def test_each_backbone_has_its_own_counts_and_unknown_ones_stay_empty(tmp_path: 
     assert lines[at[1] + 3].split() == ["full", "1", "to", "run"]
 
 
+def test_datasets_with_the_same_lines_share_them(tmp_path: Path) -> None:
+    words = ["rank_strategy=isorank", "tensor_mode=qkv_depth"]
+    datasets = ("dataset=dtd", "dataset=eurosat", "dataset=cola", "dataset=mrpc")
+    jobs = [planned(tmp_path, *words, dataset) for dataset in datasets]
+    complete(jobs[3])
+    _, *lines, _, total = printed(jobs)
+    assert [line for line in lines if not line.startswith(" ")] == [
+        *["", "dtd with vit_base", "eurosat with vit_base", "cola with roberta_base"],
+        *["", "mrpc with roberta_base"],
+    ]
+    assert [line.split("step")[1].strip() for line in lines if "first" in line] == ["seeds of each", "seeds"]
+    assert [line.split()[-2:] for line in lines if "qkv_depth" in line] == [["to", "run"], ["1", "done"]]
+    assert total == "4 jobs: 1 done, 3 to run"
+
+
 def test_a_generic_models_sizes_are_unknown_and_its_name_is_the_column(tmp_path: Path) -> None:
     runs = []
     for architecture in ("vit_tiny_patch16_224", "deit_tiny_patch16_224"):
@@ -103,9 +118,7 @@ def test_a_generic_models_sizes_are_unknown_and_its_name_is_the_column(tmp_path:
         "dtd with vit_tiny_patch16_224",
         "dtd with deit_tiny_patch16_224",
     ]
-    assert [line.split() for line in lines if line.startswith("  qkv")] == 2 * [
+    assert [line.split() for line in lines if line.startswith("  qkv")] == [
         ["qkv", "isoparameters", "-", "-", "-", "-", "1", "to", "run"]
     ]
-    assert [line.split() for line in lines if line.startswith("  head_only")] == 2 * [
-        ["head_only", "0", "1", "to", "run"]
-    ]
+    assert [line.split() for line in lines if line.startswith("  head_only")] == [["head_only", "0", "1", "to", "run"]]
