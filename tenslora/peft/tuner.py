@@ -510,8 +510,11 @@ def _chosen(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     # The matrices that adapt, target_modules, exclude_modules and layers_to_transform leave, in the layers that they
     # leave. PEFT's own function matches the names.
     stages = _widest(model, config)
-    if not any((config.target_modules, config.exclude_modules, config.layers_to_transform is not None)):
+    settings = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_to_transform")}
+    given = {name: value for name, value in settings.items() if value or value == 0}
+    if not given:
         return stages
+    shown = ", ".join(f"{name}={sorted(value) if isinstance(value, set) else value}" for name, value in given.items())
     last_names = {_last_name(target) for stage in stages for target in stage.targets}
     matching = _named(config, config.target_modules or last_names)
     layers: dict[int, list[str]] = {}
@@ -522,15 +525,14 @@ def _chosen(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
                 layers.setdefault(target.model_layer, []).extend(names)
     if not layers:
         raise TensLoRAError(
-            f"target_modules={config.target_modules}: must match some of the model's attention projections, such as "
-            f"{stages[0].targets[0].path}, and not only modules that are excluded"
+            f"{shown}: must leave some of the model's attention projections, such as {stages[0].targets[0].path}"
         )
     first = next(iter(layers))
     for layer, names in layers.items():
         if set(names) != set(layers[first]):
             raise TensLoRAError(
-                f"target_modules={config.target_modules}: must match the same matrices in every layer, but match "
-                f"{', '.join(layers[first])} in layer {first} and {', '.join(names)} in layer {layer}"
+                f"{shown}: must leave the same matrices in every layer, but leave {', '.join(layers[first])} in layer "
+                f"{first} and {', '.join(names)} in layer {layer}"
             )
     return find_projections(model, _adapt_of(layers[first]), layers)
 
