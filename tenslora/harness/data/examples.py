@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.random_streams import stream_seed
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class ImageFiles(Sequence["Image"]):
             raise
         except Image.DecompressionBombError as error:
             raise TensLoRAError(f"{path}: the image is too large ({error})") from error
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # the readers of the formats raise what they come upon
             # Not all of PIL's messages name the file.
             raise TensLoRAError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
 
@@ -134,12 +135,15 @@ def to_rgb(image: Image, name: str) -> Image:
         name: what a message calls it.
 
     Raises:
-        TensLoRAError: if its pixels have more than 8 bits.
+        TensLoRAError: if its pixels have more than 8 bits, or if PIL cannot convert it.
     """
     if image.mode.startswith(("I", "F")):
         # PIL would clip these pixels at 255, which makes most of them white.
         raise TensLoRAError(f"{name}: has pixels of more than 8 bits ({image.mode}); save it with 8 bits")
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:  # also for an image that has been closed
+        raise TensLoRAError(f"{name}: cannot be converted to RGB ({first_line(error)})") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +163,15 @@ class ImageArrays(Sequence["Image"]):
 
 NO_EXAMPLES = Examples((), ())
 """A split that is not loaded."""
+
+
+def user_path(given: str) -> Path:
+    """A path in the settings, with the user's home in place of ~. That of a user who does not exist stays as it is.
+
+    Args:
+        given: the setting's value.
+    """
+    return Path(os.path.expanduser(given))  # unlike Path.expanduser, it raises no error
 
 
 def draw(count: int, size: int, seed: int, purpose: str = "split") -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.data.examples import ImageFiles
+from tenslora.harness.data.examples import ImageFiles, to_rgb
 from tests.harness.data.image_folders import paint
 
 
@@ -22,6 +22,28 @@ def test_an_image_that_cannot_be_read_is_named(damage: str, tmp_path: Path) -> N
     with pytest.raises(TensLoRAError, match=r"bad\.jpg: not a readable image") as caught:
         images[1]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, KeyError])
+def test_whatever_the_reader_of_a_format_raises_the_image_is_named(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("odd")
+
+    path = tmp_path / "odd.png"
+    paint(path, 1)
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(TensLoRAError, match=r"odd\.png: not a readable image"):
+        ImageFiles([path])[0]
+
+
+def test_an_image_that_pil_cannot_convert_is_named() -> None:
+    closed = Image.new("L", (2, 2))
+    closed.close()
+    for image in (Image.new("La", (2, 2)), closed):
+        with pytest.raises(TensLoRAError, match=r"^image 3: cannot be converted to RGB \("):
+            to_rgb(image, "image 3")
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
