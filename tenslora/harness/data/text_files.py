@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
-from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, divided, shortened
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, divided, shortened, user_path
 from tenslora.harness.data.text_columns import (
     choose_columns,
     class_names,
@@ -243,7 +243,7 @@ def _open_hub(name: str, configuration: str | None) -> Source:
 
 
 def _open_root(given: str) -> Source:
-    setting, root = f"dataset.root={given}", Path(given).expanduser()
+    setting, root = f"dataset.root={given}", user_path(given)
     if root.is_file():
         if root.suffix.lower() not in FILES:
             raise TensLoRAError(f"{setting}: must be a file of the kind {', '.join(FILES)}, or a folder")
@@ -303,13 +303,28 @@ def read_tables(files: Sequence[Path]) -> Rows:
     import pandas
 
     separator = SEPARATORS[suffix]
+    # All cells are read as strings: a text may be "NA" or "007".
+    as_strings = {"sep": separator, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    tables = []
     for file in files:
         _require_separator(file, separator)
-    # All cells are read as strings: a text may be "NA" or "007".
-    tables = [
-        pandas.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig") for file in files
-    ]
+        head = pandas.read_csv(file, header=None, nrows=1, **as_strings)
+        _require_different(head.iloc[0].tolist())
+        table = pandas.read_csv(file, **as_strings)
+        if not isinstance(table.index, pandas.RangeIndex):  # pandas has taken the first cells for names of the rows
+            raise ValueError(
+                f"its first line names {len(head.columns)} columns, and its second line has more cells; a cell that "
+                f"holds {_SEPARATOR_NAMES[separator]} must be in quotes"
+            )
+        tables.append(table)
     return datasets.Dataset.from_pandas(pandas.concat(tables), preserve_index=False)
+
+
+def _require_different(names: Sequence[str]) -> None:
+    # pandas would take the first of two columns of a name, and give the second another name.
+    for number, name in enumerate(names):
+        if name and name in names[:number]:
+            raise ValueError(f"its first line names two columns {name}")
 
 
 def _require_separator(file: Path, separator: str) -> None:
