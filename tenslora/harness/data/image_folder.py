@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import ImageDatasetConfig
-from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, ImageFiles, divided, shortened
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, ImageFiles, divided, shortened, user_path
 from tenslora.harness.data.image_lists import ImageList, read_image_list
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def load_test_images(config: ImageDatasetConfig) -> tuple[Examples, tuple[str, .
 
 def _existing_root(config: ImageDatasetConfig) -> Path:
     assert config.root is not None
-    root = Path(config.root).expanduser()
+    root = user_path(config.root)
     if not root.is_dir():
         raise TensLoRAError(f"dataset.root={config.root}: no such folder")
     return root
@@ -107,6 +108,10 @@ def _in_split_folders(root: Path, config: ImageDatasetConfig) -> Dataset:
         )
     if tested and config.test_split is None and found[1:]:
         log.info("%s: tested on %s/; %s/ is not used", config.name, test_split, "/, ".join(found[1:]))
+    if tested:
+        for split in train_splits:
+            if os.path.realpath(root / split) == os.path.realpath(root / test_split):
+                log.warning("%s: %s/ and %s/ are the same folder", config.name, split, test_split)
     train = [_read_classes(root, root / split) for split in train_splits]
     test, classes = _read_classes(root, root / test_split) if tested else (NO_EXAMPLES, train[-1][1])
     for split, (_, own_classes) in zip(train_splits, train, strict=True):
@@ -155,6 +160,7 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
             skipped[suffix or "no suffix"] += 1
         return suffix in IMG_EXTENSIONS
 
+    _refuse_repeated_folders(root, folder, classes)
     numbers = {name: number for number, name in enumerate(classes)}
     samples: list[tuple[str, int]] = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
     labels = [label for _, label in samples]
@@ -168,6 +174,19 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
         suffixes = ", ".join(sorted(skipped))
         log.warning("%s: %d files that are no images are left out (%s)", folder, skipped.total(), suffixes)
     return Examples(ImageFiles([Path(path) for path, _ in samples]), labels), tuple(classes)
+
+
+def _refuse_repeated_folders(root: Path, folder: Path, classes: Iterable[str]) -> None:
+    """Refuse links that lead to a folder's images a second time, or round and round for ever."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        for place, folders, _ in os.walk(folder / name, followlinks=True):
+            if (first := seen.setdefault(os.path.realpath(place), place)) != place:
+                raise TensLoRAError(
+                    f"dataset.root={root}: {place} and {first} are the same folder, so that its images would count "
+                    f"twice; remove the link"
+                )
+            folders[:] = sorted(each for each in folders if not each.startswith("."))
 
 
 @cache_latest(1)

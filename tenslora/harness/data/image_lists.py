@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tenslora.errors import TensLoRAError
+from tenslora.files import require_file
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,12 @@ def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
             image does not exist, or that contradicts an earlier one.
     """
     try:
+        require_file(file)
         content = file.read_text(encoding="utf-8-sig")
+    except TensLoRAError as error:
+        raise TensLoRAError(f"{setting}: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"not a readable text file ({error})"
-        raise TensLoRAError(f"{setting}: {file}: {reason}") from error
+        raise TensLoRAError(f"{setting}: {file}: not a readable text file ({error})") from error
     lines, paths, labels = [], [], []
     seen: dict[Path, str] = {}
     for number, line in enumerate(content.splitlines(), start=1):

@@ -12,7 +12,14 @@ from pathlib import Path
 from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import ImageDatasetConfig
-from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, ImageFiles, warn_of_another_size
+from tenslora.harness.data.examples import (
+    NO_EXAMPLES,
+    Dataset,
+    Examples,
+    ImageFiles,
+    user_path,
+    warn_of_another_size,
+)
 from tenslora.harness.data.image_lists import read_image_list
 
 CLASSES = {
@@ -71,7 +78,7 @@ def load_vtab(config: ImageDatasetConfig) -> Dataset:
         raise TensLoRAError(f"dataset.test_split={config.test_split}: must be test, because train800val200 includes it")
     if config.train_fraction is not None:
         raise TensLoRAError(f"dataset.train_fraction={config.train_fraction}: must be null, because VTAB-1k has lists")
-    root = Path(config.root or "").expanduser()
+    root = user_path(config.root or "")
     if config.root is None or not (root / task).is_dir():
         raise TensLoRAError(
             f"dataset.root={config.root or 'null'}: must be the folder of VTAB-1k's tasks, with {task}/images, "

@@ -142,6 +142,12 @@ def test_lists_that_are_wrong_are_refused(train: str, test: str, message: str, t
         load_own(tmp_path, **LISTS)
 
 
+def test_a_list_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.txt")
+    with pytest.raises(TensLoRAError, match=r"train_list=train\.txt: \S*train\.txt: must be a file, not a pipe"):
+        load_own(tmp_path, **LISTS)
+
+
 def test_a_list_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TensLoRAError, match=r"dataset\.train_list=train\.txt: \S*train\.txt: no such file"):
         load_own(tmp_path, **LISTS)
@@ -186,6 +192,39 @@ def test_folders_that_are_wrong_are_refused(
     with pytest.raises(TensLoRAError, match=message) as error:
         load_own(tmp_path, **changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("link", "to", "again"),
+    [("train/cat/x", ".", "train/cat"), ("train/cat/x", "..", "train/ant"), ("train/dog", "cat", "train/cat")],
+)
+def test_a_folder_that_is_reached_twice_is_refused(link: str, to: str, again: str, tmp_path: Path) -> None:
+    write_train_and_test(tmp_path)
+    (tmp_path / link).symlink_to(to)
+    (tmp_path / "train/cat/y").symlink_to(".")  # with a second loop, the number of paths has no end
+    with pytest.raises(TensLoRAError, match=rf"dataset\.root=\S+: \S+ and \S+/{again} are the same folder"):
+        load_own(tmp_path)
+
+
+def test_images_behind_a_link_are_taken(tmp_path: Path) -> None:
+    write_train_and_test(tmp_path / "data")
+    paint(tmp_path / "elsewhere" / "9.png", 9)
+    (tmp_path / "data/train/cat/more").symlink_to(tmp_path / "elsewhere")
+    assert reds(load_own(tmp_path / "data").train) == [3, 1, 2, 9]
+
+
+def test_a_test_folder_that_is_the_training_folder_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_split(tmp_path / "train", {"cat": [1], "ant": [3]})
+    (tmp_path / "test").symlink_to("train")
+    load_own(tmp_path)
+    assert "train/ and test/ are the same folder" in caplog.text
+
+
+def test_the_home_of_nobody_is_a_missing_folder() -> None:
+    with pytest.raises(TensLoRAError, match=r"dataset\.root=~nobody-here/x: no such folder"):
+        load_own(Path("~nobody-here/x"))
 
 
 def test_a_root_that_does_not_exist_is_refused(tmp_path: Path) -> None:
