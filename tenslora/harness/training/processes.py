@@ -124,6 +124,9 @@ def _place_among_processes() -> tuple[int, int]:
         raise TensLoRAError(f"RANK={rank}: must be a number below WORLD_SIZE={size}; {started}")
     if int(size) > 1 and "MASTER_ADDR" not in os.environ:
         raise TensLoRAError(f"WORLD_SIZE={size}: needs MASTER_ADDR too; {started}")
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):  # which accelerate and torch read
+        if not (value := os.environ.get(name, "0")).isdecimal():
+            raise TensLoRAError(f"{name}={value}: must be a number; {started}")
     return int(rank), int(size)
 
 

@@ -39,6 +39,8 @@ def test_far_more_threads_than_processors_are_refused() -> None:
         ({"RANK": "1"}, "RANK=1: must be a number below WORLD_SIZE=1; "),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: must be a number of processes; "),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: needs MASTER_ADDR too; "),
+        ({"LOCAL_RANK": "abc"}, "LOCAL_RANK=abc: must be a number; "),
+        ({"MASTER_PORT": ""}, "MASTER_PORT=: must be a number; "),
     ],
 )
 def test_an_environment_that_no_launcher_makes_is_refused(
