@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -89,12 +90,16 @@ def read_runs(folder: Path) -> list[Run]:
     file = folder / "table.csv"
     try:
         require_file(file)
-        lines = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
+        lines = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"))))
     except (TensLoRAError, OSError, UnicodeDecodeError, csv.Error) as error:
         raise TensLoRAError(f"{folder}: must be the folder of a table, with its table.csv ({error})") from error
     if not lines:
         raise TensLoRAError(f"{file}: holds no runs")
-    folders = {path.name.rpartition("-")[2]: path for path in folder.resolve().parents[1].glob("*/*/*-*")}
+    for number, line in enumerate(lines, start=1):
+        if None in line or None in line.values():  # csv's mark of a cell that is too much, and of one that is missing
+            raise TensLoRAError(f"{file}: run {number} has not as many cells as the first line names")
+    outputs = folder.absolute().resolve().parent.parent
+    folders = {path.name.rpartition("-")[2]: path for path in outputs.glob("*/*/*-*")}
     try:
         return [_read_run(line, folders) for line in lines]
     except (KeyError, ValueError, TypeError) as error:
@@ -108,7 +113,9 @@ def _read_run(line: dict[str, str], folders: Mapping[str, Path]) -> Run:
     record = RunFolder(folder).finished_record(digest) if folder else None
     if record is None and line["status"] == "completed":
         raise TensLoRAError(f"{row.label}, {column.label}, seed {line['seed']}: its result.json ({digest}) is gone")
-    step = line.get("relative_first_step")  # tables of earlier versions do not have it
+    step = float(line.get("relative_first_step") or 0)  # tables of earlier versions do not have it
+    if not math.isfinite(step) or step < 0:
+        raise ValueError(f"relative_first_step={step}")
     return Run(
         row,
         column,
@@ -120,7 +127,7 @@ def _read_run(line: dict[str, str], folders: Mapping[str, Path]) -> Run:
         record=record,
         problem="" if record else line["problem"] or line["status"],
         folder=folder,
-        relative_step=float(step) if step else None,
+        relative_step=step or None,
         tuned=line.get("tuned") or "",
         at_edge=line.get("at_edge") == "True",
     )

@@ -234,6 +234,10 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
         (folder / "table.csv").write_text(text)
         with pytest.raises(TensLoRAError, match=r"table\.csv: not a table that this version can read"):
             read_runs(folder)
+    for cells in (text[: text.index("\n") + 20], f"{text.rstrip()},1\n"):  # cut off, and one cell too many
+        (folder / "table.csv").write_text(cells)
+        with pytest.raises(TensLoRAError, match=r"table\.csv: run 1 has not as many cells as the first line names$"):
+            read_runs(folder)
     (folder / "table.csv").write_text("")
     with pytest.raises(TensLoRAError, match=r"table\.csv: holds no runs$"):
         read_runs(folder)
