@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.commands import OUT_OF_REACH
+from tenslora.harness.commands import OUT_OF_REACH, is_text, open_missing_streams
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,10 +48,11 @@ def run_app(
         sweep: decides which jobs of a multirun are carried out; see `hydra_plugins.tenslora_sweeps.TableSweeper`. None
             for an application without a table.
     """
+    open_missing_streams()
     for word in sys.argv[1:]:
         if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|''|\"\")?", word):  # Hydra would write into the current folder
             sys.exit(f"error: {word}: must be a folder")
-        if not _is_text(word):  # the bytes of a name in another encoding, which no file of a run could hold
+        if not is_text(word):
             sys.exit(f"error: {TensLoRAError(word)}: must be text in UTF-8")
     guarded = _Task(task, sweep, wants_traceback=os.environ.get(_FULL_ERROR) == "1")
     # With this setting Hydra raises its own errors instead of printing them over several lines.
@@ -85,14 +86,6 @@ def run_app(
         if line is None:
             raise
         sys.exit(f"error: {line}")
-
-
-def _is_text(word: str) -> bool:
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class _Task:

@@ -47,6 +47,26 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved since the run")
 
 
+def open_missing_streams() -> None:
+    """Give a process whose standard output or error the shell has closed one that drops everything."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def is_text(word: str) -> bool:
+    """Whether a word of the command line is text in UTF-8. The bytes of another encoding no file of a run could hold.
+
+    Args:
+        word: the word, as Python gives it.
+    """
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
     """A context in which a user's mistake ends the process with status 1, and Ctrl-C with 130, with one line each.
@@ -54,13 +74,13 @@ def mistakes_in_one_line() -> Iterator[None]:
     What the context prints belongs to it: characters that the terminal's encoding lacks are printed as in Python, and a
     reader that has gone, as of ``| head``, ends the process without a word.
     """
-    if sys.stdout is None:  # the shell has closed it
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     for chatty in QUIET:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
+        _require_current_folder()
         yield
         sys.stdout.flush()
     except BrokenPipeError:
@@ -78,6 +98,13 @@ def mistakes_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _require_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise TensLoRAError(f"the current folder: cannot be used ({error.strerror}); change to another") from error
 
 
 def _drop_output() -> None:

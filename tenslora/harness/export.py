@@ -9,19 +9,23 @@ None of them loses anything: every update is a product of two thin matrices, and
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from tenslora.attachment import detach, merge
 from tenslora.errors import TensLoRAError
 from tenslora.files import write_bytes, write_json
 from tenslora.harness.backbones.timm_models import create_arguments
-from tenslora.harness.commands import command_parser, mistakes_in_one_line
+from tenslora.harness.commands import command_parser, is_text, mistakes_in_one_line
 from tenslora.harness.load_run import LoadedRun, load_run
 from tenslora.harness.model_card import base_model, model_card
 
@@ -124,21 +128,40 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
         checkpoint: the backbone's weights, a file or folder, if they have moved since the run.
 
     Raises:
-        TensLoRAError: if `out` exists already, if `run` holds no completed run, or if `out` cannot be written.
+        TensLoRAError: if `out` exists already, if `run` holds no completed run, if `out` cannot be written, or if
+            another process is writing it.
     """
+    if not is_text(str(out)):
+        raise TensLoRAError(f"--out {out}: must be text in UTF-8")
     if out.exists():
         raise TensLoRAError(f"--out {out}: exists already")
     temporary = out.with_name(f".{out.name}.tmp")
+    lock = FileLock(temporary / ".lock")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        FORMATS[form](load_run(run, checkpoint), temporary)
-        temporary.rename(out)
+        temporary.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise TensLoRAError(f"--out {out}: another process is writing it") from None
+        try:
+            _empty(temporary)  # of what an export that was killed has left
+            FORMATS[form](load_run(run, checkpoint), temporary)
+            Path(lock.lock_file).unlink()
+            temporary.rename(out)
+        finally:
+            lock.release()
+            shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TensLoRAError(f"--out {out}: cannot be written ({reason})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    for item in folder.iterdir():
+        if item.is_dir() and not item.is_symlink():
+            shutil.rmtree(item)
+        elif item.name != ".lock":
+            item.unlink()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

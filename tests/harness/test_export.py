@@ -13,6 +13,7 @@ import timm
 import torch
 import transformers
 import yaml
+from filelock import FileLock
 from peft import PeftModel
 from PIL import Image
 from safetensors import SafetensorError
@@ -163,6 +164,28 @@ def test_an_impossible_export_is_one_line(digits_run: Path, tmp_path: Path, caps
         main([str(digits_run), *words])
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
+
+
+def test_two_exports_to_one_folder_do_not_mix(digits_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / ".new.tmp"
+    other.mkdir()
+    (other / "half").touch()
+    with (
+        FileLock(other / ".lock"),
+        pytest.raises(SystemExit, match=r"error: --out \S+/new: another process is writing"),
+    ):
+        main([str(digits_run), "--format", "merged", "--out", str(tmp_path / "new")])
+    assert (other / "half").exists()
+    # Without the other process, what it has left is removed.
+    main([str(digits_run), "--format", "merged", "--out", str(tmp_path / "new")])
+    assert not {"half", ".lock"} & {file.name for file in (tmp_path / "new").iterdir()}
+    assert not other.exists()
+
+
+def test_a_folder_in_another_encoding_is_one_line(digits_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: --out \S+: must be text in UTF-8$"):
+        main([str(digits_run), "--format", "merged", "--out", str(tmp_path / "caf\udce9")])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_without_an_adapter_is_only_written_merged(tmp_path: Path) -> None:
