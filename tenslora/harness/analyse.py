@@ -9,6 +9,9 @@ in a figure, one for each stage of the backbone.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, cycle
 from pathlib import Path

@@ -9,6 +9,9 @@ sweep writes: table.md, table.tex, table.csv, against_lora.csv, claims.csv, repo
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 import re
 import shlex
 import sys

@@ -10,6 +10,9 @@ have others. Other images or texts of your own need no training examples; withou
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 import copy
 import json
 import os

@@ -11,6 +11,9 @@ sentences, or a column of images' paths, which are relative to the file's folder
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 import argparse
 import csv
 import io

@@ -6,9 +6,11 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tenslora.harness.commands import mistakes_in_one_line
 from tests.conftest import ROOT
 
 PRINTS = """
@@ -39,3 +41,45 @@ def test_an_output_that_cannot_take_it_all_is_no_traceback(to: str, status: int,
         ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+
+
+@pytest.mark.parametrize(("closed", "lines"), [("2>&-", 1), (">&- 2>&-", 0)])
+def test_closed_streams_stop_nothing(closed: str, lines: int) -> None:
+    program = f"{shlex.join([sys.executable, 'train.py', '--cfg', 'job', '--package', 'seed'])} {closed}"
+    done = subprocess.run(["bash", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) >= lines
+
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    message = r"^error: the current folder: cannot be used \(No such file or directory\); change to another$"
+    with pytest.raises(SystemExit, match=message), mistakes_in_one_line():
+        Path("a").resolve()
+
+
+@pytest.mark.parametrize(
+    ("command", "library"),
+    [
+        ("analyse", "matplotlib"),
+        ("compare", "tenslora.harness.results"),
+        ("evaluate", "tenslora.harness.config"),
+        ("export", "safetensors"),
+        ("predict", "tenslora.harness.commands"),
+    ],
+)
+def test_ctrl_c_while_a_command_imports_its_libraries_is_one_line(command: str, library: str) -> None:
+    program = (
+        "import runpy, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == '{library}':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"runpy.run_module('tenslora.harness.{command}', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
