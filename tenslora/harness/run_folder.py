@@ -424,13 +424,19 @@ class RunFolder:
             raise TensLoRAError(f"{self.path}: cannot be written ({error.strerror})") from error
         try:
             self._remove_leftovers()
+            for name in self._claimed_files():
+                if (self.path / name).is_dir():  # the run would train, and then fail to write it
+                    raise TensLoRAError(f"{self.path / name}: cannot be written (Is a directory)")
             yield True
         finally:
             lock.release()
 
+    def _claimed_files(self) -> tuple[str, ...]:
+        return (*_CLAIMED_FILES, self.weights("").name, self.weights("full").name)
+
     def _remove_leftovers(self) -> None:
         # A write that is killed leaves its file under a temporary name. Only the owner of the claim writes these files.
-        for file in (*_CLAIMED_FILES, self.weights("").name, self.weights("full").name):
+        for file in self._claimed_files():
             for leftover in self.path.glob(f".{file}.*.tmp"):
                 with contextlib.suppress(OSError):
                     leftover.unlink()
