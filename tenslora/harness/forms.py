@@ -45,6 +45,12 @@ def _check_printable(value: str) -> str:
     return value
 
 
+def _check_different(names: list[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError("must be different names")
+    return names
+
+
 def _check_ranks(value: Any) -> Any:
     for stage in stages_in_file(value) if value is not None else ():
         if not isinstance(stage, list) or not all(type(rank) is int and rank >= 1 for rank in stage):
@@ -167,7 +173,7 @@ class Record(Form):
     more_test_examples: dict[str, Number] = {}
     task: Literal["classification", "regression"] = "classification"
     scores: list[str] | None = None
-    classes: list[str]
+    classes: Annotated[list[str], AfterValidator(_check_different)]
     text_columns: list[str] | None = None
     processes: Number
     device: Line

@@ -105,6 +105,7 @@ def test_a_changed_record_is_refused_in_one_line_or_serves_all_that_read_it(job:
         ({"status": "diverged"}, "failure: does not fit status=diverged"),
         ({"ranks": [4, 4]}, r"ranks=\[4, 4\]: must be 5"),
         ({"classes": 5}, "classes=5: "),
+        ({"classes": ["cat", "cat"]}, r'classes=\["cat", "cat"\]: must be different names'),
         ({"device": None}, "device=null: "),
     ],
 )
