@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ class Backbone:
         input_name: the keyword by which `model` takes images.
         image_input: the images that an image model takes; None for a text model.
         max_tokens: the most tokens that a text model has positions for; None if there is no such limit.
+        numbers_of: for each input of a text model that is looked up in an embedding, how many numbers that has.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class Backbone:
     input_name: str
     image_input: ImageInput | None = None
     max_tokens: int | None = None
+    numbers_of: Mapping[str, int] = field(default_factory=dict)
 
     def image_input_on(self, dataset: DatasetConfig) -> ImageInput | None:
         """How a run on a dataset turns an image into the model's input; None for a text model.

@@ -43,7 +43,7 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
     head = [*_head_of(model).values(), *new]
     if config.modality == "image":
         return Backbone(model, head, "pixel_values", _image_input(config, model))
-    return Backbone(model, head, "input_ids", max_tokens=_max_tokens(model))
+    return Backbone(model, head, "input_ids", max_tokens=_max_tokens(model), numbers_of=_numbers_of(model))
 
 
 def _head_of(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -62,6 +62,15 @@ def _max_tokens(model: nn.Module) -> int | None:
         if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
+
+
+def _numbers_of(model: PreTrainedModel) -> dict[str, int]:
+    """How many tokens, and how many segments of a pair, a model has an embedding for."""
+    found = {"input_ids": model.get_input_embeddings()}
+    for name, module in model.named_modules():
+        if name.endswith("token_type_embeddings"):
+            found["token_type_ids"] = module
+    return {name: one.num_embeddings for name, one in found.items() if isinstance(one, nn.Embedding)}
 
 
 def _load_pretrained(

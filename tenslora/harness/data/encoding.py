@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import Backbone
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.cache import cache_latest
@@ -242,11 +243,14 @@ def encode(
 
     Returns:
         The encoded dataset.
+
+    Raises:
+        TensLoRAError: if the tokenizer numbers a token or a segment beyond those that the model knows.
     """
     metrics = config.metrics or TASKS[dataset.task].metrics
     if isinstance(config, TextDatasetConfig):
         assert tokenizer is not None
-        return _encode_texts(dataset, config, metrics, tokenizer, backbone.max_tokens)
+        return _encode_texts(dataset, config, metrics, tokenizer, backbone)
     assert isinstance(config, ImageDatasetConfig)
     image_input = backbone.image_input_on(config)
     assert image_input is not None
@@ -296,12 +300,13 @@ def _encode_texts(
     config: TextDatasetConfig,
     metrics: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int | None,
+    backbone: Backbone,
 ) -> EncodedDataset:
-    max_length = min(config.max_length, tokenizer.model_max_length, max_tokens or config.max_length)
+    max_length = min(config.max_length, tokenizer.model_max_length, backbone.max_tokens or config.max_length)
 
     def encoded(examples: Examples) -> Encoded:
         tokens = _tokenize(examples, tokenizer, max_length)
+        _require_known_numbers(tokens, tokenizer, backbone.numbers_of)
         lengths = [len(ids) for ids in tokens.columns["input_ids"]] if config.group_by_length else None
         return Encoded(range(len(examples)), examples.labels, tokens, lengths=lengths)
 
@@ -320,3 +325,21 @@ def _encode_texts(
 def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokensOf:
     sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
     return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))
+
+
+def _require_known_numbers(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, numbers_of: Mapping[str, int]) -> None:
+    for name, count in numbers_of.items():
+        largest = max((max(row, default=0) for row in tokens.columns.get(name, [])), default=0)
+        if name == "input_ids":
+            largest = max(largest, tokenizer.pad_token_id or 0)
+        if largest >= count and name == "input_ids":
+            token = tokenizer.convert_ids_to_tokens(largest)
+            raise TensLoRAError(
+                f"the tokenizer gives {token!r} the number {largest}, and the model knows the {count} tokens from 0 "
+                f"on; the folder of model.checkpoint must hold the model's own tokenizer"
+            )
+        if largest >= count:
+            raise TensLoRAError(
+                f"the tokenizer numbers the two sentences of a pair up to {largest}, and the model knows {count} "
+                f"segment; dataset.text_columns must be one column"
+            )

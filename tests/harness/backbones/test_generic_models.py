@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.adapted_model import adapted_model
@@ -78,6 +79,14 @@ def test_a_text_models_positions_and_head(kind: str, tokens: int | None, head: s
     settings: dict[str, Any] = {"n_positions": 32} if kind == "GPT2Model" else {}
     backbone = load(*save(tmp_path / "model", kind, **settings))
     assert backbone.max_tokens == tokens
+    words = {name: module for name, module in backbone.model.named_modules() if isinstance(module, nn.Embedding)}
+    known = {"input_ids": "word_embeddings embed_tokens wte", "token_type_ids": "token_type_embeddings"}
+    assert backbone.numbers_of == {
+        name: module.num_embeddings
+        for name, names in known.items()
+        for path, module in words.items()
+        if path.rpartition(".")[2] in names.split()
+    }
     assert {name.rpartition(".")[0] for name in backbone.head_parameters()} == head
 
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import Backbone, load_tokenizer
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.config import ImageDatasetConfig, TextDatasetConfig, TransformConfig
@@ -273,12 +275,14 @@ def encode_sentences(
     max_length: int = 64,
     padding: str = "longest",
     grouped: bool = False,
+    numbers_of: Mapping[str, int] | None = None,
 ) -> tuple[Encoded, Encoded, Collate]:
     config = TextDatasetConfig(
         **DATASET, modality="text", max_length=max_length, padding=padding, group_by_length=grouped
     )
     examples = Examples(rows, [i % 2 for i in range(len(rows))])
-    data = encode(Dataset(examples, examples, ()), config, Backbone(torch.nn.Identity(), [], "ids"), tokenizer)
+    backbone = Backbone(torch.nn.Identity(), [], "ids", numbers_of=numbers_of or {})
+    data = encode(Dataset(examples, examples, ()), config, backbone, tokenizer)
     return data.train, data.scored, data.collate
 
 
@@ -336,6 +340,21 @@ def test_max_length_is_at_most_what_the_model_takes(tokenizer: Any) -> None:
     tokenizer.model_max_length = 10
     train, _, collate = encode_sentences([(PAIRS[1][1],)], tokenizer, max_length=512, padding="max_length")
     assert collate([train[0]])[0]["input_ids"].shape == (1, 10)
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(tokenizer: Any) -> None:
+    largest = max(token for pair in PAIRS for token in tokenizer(*pair)["input_ids"])
+    encode_sentences(PAIRS, tokenizer, numbers_of={"input_ids": largest + 1})
+    name = re.escape(repr(tokenizer.convert_ids_to_tokens(largest)))
+    with pytest.raises(TensLoRAError, match=rf"gives {name} the number {largest}, .* {largest} tokens from 0 on"):
+        encode_sentences(PAIRS, tokenizer, numbers_of={"input_ids": largest})
+
+
+def test_a_pair_for_a_model_of_one_segment_is_refused(request: pytest.FixtureRequest) -> None:
+    tokenizer = tokenizer_of("bert", request)
+    encode_sentences(PAIRS, tokenizer, numbers_of={"token_type_ids": 2})
+    with pytest.raises(TensLoRAError, match=r"the two sentences of a pair up to 1, and the model knows 1 segment; "):
+        encode_sentences(PAIRS, tokenizer, numbers_of={"token_type_ids": 1})
 
 
 def test_an_image_file_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
