@@ -34,7 +34,9 @@ class AdaptedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate and draw a weight that is not needed
         self.in_features, self.out_features = features(linear)
         self.base = (linear,)  # in a tuple, so that it is no submodule and the parameters keep their names
-        self._parameters = linear._parameters  # the same dict, so that a weight replaced here is replaced there
+        # The same dicts, so that a weight replaced here is replaced there, and a buffer, such as the mask of a pruned
+        # weight, moves to another device too.
+        self._parameters, self._buffers = linear._parameters, linear._buffers
         self.shared = shared
         self.columns = columns
         self.call = call

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,11 @@ def attach(
     stages = find_projections(model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt)
     if isinstance(adapter, AdapterConfig):
         adapter = make_adapter(adapter, [stage.geometry for stage in stages])
+    elif any(cast(Tensor, target.linear.weight).is_meta for stage in stages for target in stage.targets):
+        raise TensLoRAError(
+            f"{type(model).__name__}: is on the device meta, where the adapter's numbers would be lost; give the model "
+            f"its weights first"
+        )
     if differing := _differences(adapter, stages):
         raise TensLoRAError(f"the adapter does not fit {type(model).__name__}: {'; '.join(differing)}")
     model.requires_grad_(False)
@@ -78,7 +83,7 @@ def attach(
         module.requires_grad_(True)
     keep_gradients(model)
     for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
-        of_stage.to(next(targets[0].linear.parameters()).device)
+        of_stage.to(cast(Tensor, targets[0].linear.weight).device)
     adapter.train(model.training)
     for path, linear in adapt_linears(adapter, stages, ForwardPass(model)).items():
         _replace(model, path, linear)
@@ -286,25 +291,41 @@ def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:
         update: the update, of the weight's shape.
 
     Raises:
-        TensLoRAError: if the sum holds a NaN or an infinity in the weight's own type.
+        TensLoRAError: if the sum holds a NaN or an infinity in the weight's own type, or if torch does not allow the
+            weight to change.
     """
-    if not weight.is_meta and not is_finite(weight + update.to(weight)):
+    require_changeable(path, weight)
+    if not is_finite(weight + update.to(weight)):
         raise TensLoRAError(
             f"{path}: its weight would hold a NaN or an infinity in {str(weight.dtype).removeprefix('torch.')} with "
             f"its update, which no unmerge could take out again"
         )
 
 
+def require_changeable(path: str, weight: Tensor) -> None:
+    """Check that a weight may change here.
+
+    Args:
+        path: what a message calls the weight.
+        weight: the weight.
+
+    Raises:
+        TensLoRAError: if it was made in torch.inference_mode, and this is outside.
+    """
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        raise TensLoRAError(f"{path}: its weight was made in torch.inference_mode, outside of which it cannot change")
+
+
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither a NaN nor an infinity.
+    """Whether a tensor holds neither a NaN nor an infinity. One on the device meta holds no numbers at all.
 
     A NaN or an infinity times 0 is NaN, so the sum of these products is 0 only without them. A device that offers
     nothing but the operations of training can compute it.
 
     Args:
-        tensor: any tensor of floating-point numbers that is not on the meta device.
+        tensor: any tensor of floating-point numbers.
     """
-    return float((tensor * 0).sum()) == 0
+    return tensor.is_meta or float((tensor * 0).sum()) == 0
 
 
 def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
@@ -331,7 +352,7 @@ def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 @torch.no_grad()
 def _move_updates(model: nn.Module, into_weights: bool) -> None:
     for name, parameter in adapter_of(model).named_parameters():
-        if into_weights and not parameter.is_meta and not is_finite(parameter):
+        if into_weights and not is_finite(parameter):
             raise TensLoRAError(
                 f"{SUBMODULE}.{name}: holds a NaN or an infinity, which no unmerge could take out again"
             )

@@ -164,11 +164,15 @@ def is_conv1d(linear: object) -> bool:
     return type(linear).__name__ == "Conv1D"
 
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""The types of numbers that can be added. Those of 8 bits cannot."""
+
+
 def is_plain(linear: nn.Module) -> bool:
     """Whether the weight of a Linear is a plain matrix of floats, to which an update can be added; not if quantised."""
     weight, sizes = getattr(linear, "weight", None), {*features(linear)}
     plain = type(weight) in (nn.Parameter, Tensor)
-    return plain and cast(Tensor, weight).is_floating_point() and {*cast(Tensor, weight).shape} == sizes
+    return plain and cast(Tensor, weight).dtype in FLOATS and {*cast(Tensor, weight).shape} == sizes
 
 
 def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[int] | None = None) -> list[Stage]:
@@ -213,7 +217,7 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
             by_sizes.setdefault(layer.sizes, []).append(layer)
     stages = [_stage(sizes, of_stage, adapt) for sizes, of_stage in by_sizes.items()]
     targets = sorted((target for stage in stages for target in stage.targets), key=lambda target: target.model_layer)
-    _refuse_parametrized_weights(targets)
+    _refuse_odd_weights(targets)
     _refuse_shared_weights(targets)
     return stages
 
@@ -245,6 +249,8 @@ def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[
 def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
     # Why an adapter on a block with this Linear would not do what it should, if that is so.
     kind = type(block)
+    if isinstance(block, torch.jit.ScriptModule):
+        return "is compiled by torch.jit, whose modules cannot be replaced; attach the adapter first"
     classes = FUSED[name].classes if name in FUSED else ()
     if classes and not any(each.__name__ in classes for each in kind.__mro__):
         return f"the order of the outputs of {name} in {kind.__name__} is not known; it is in {', '.join(classes)}"
@@ -460,9 +466,14 @@ def _targets(index: int, layer: _Layer, geometry: Geometry) -> Iterator[TargetLi
         yield TargetLinear(path, first.linear, index, layer.number, group, tuple(columns), writes_to_stream)
 
 
-def _refuse_parametrized_weights(targets: Iterable[TargetLinear]) -> None:
-    # The weight is then computed anew whenever it is read, and what merge adds to it would be lost.
+def _refuse_odd_weights(targets: Iterable[TargetLinear]) -> None:
     for target in targets:
+        if not isinstance(getattr(target.linear, "weight", None), Tensor):
+            raise TensLoRAError(
+                f"{target.path}: {type(target.linear).__name__} holds its weight in another form than Linear, as some "
+                f"quantised layers do, which is not supported"
+            )
+        # A parametrized weight is computed anew whenever it is read, and what merge adds to it would be lost.
         if is_parametrized(target.linear, "weight"):
             raise TensLoRAError(
                 f"{target.path}: its weight has a parametrization, so a merge into it would be lost; remove it first "

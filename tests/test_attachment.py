@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from tenslora import (
     Adapter,
@@ -145,6 +147,81 @@ def test_a_packed_weight_is_not_merged_into() -> None:
     message = r"^blocks\.1\.attention\.qkv: Linear: an update cannot be added to a weight of this kind"
     with pytest.raises(TensLoRAError, match=message):
         merge(model)
+
+
+def test_a_weight_of_8_bits_is_not_merged_into() -> None:
+    model = build("separate")
+    model.get_submodule("blocks").to(torch.float8_e4m3fn)
+    attached(model, "qkv")
+    with pytest.raises(TensLoRAError, match=r"query: Linear: an update cannot be added to a weight of this kind"):
+        merge(model)
+
+
+def test_weights_made_in_inference_mode_are_not_merged_into() -> None:
+    with torch.inference_mode():
+        model = build("separate")
+    attached(model, "qkv")
+    with pytest.raises(TensLoRAError, match=r"query: its weight was made in torch\.inference_mode"):
+        merge(model)
+
+
+class Packed(nn.Module):
+    """A quantised layer as some packages have it: the sizes of a Linear, and buffers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features = self.out_features = 24
+        self.register_buffer("qweight", torch.zeros(2))
+
+
+class Scripted(nn.Module):
+    """An attention block that torch.jit can compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 3
+        self.query, self.key, self.value = (nn.Linear(24, 24) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.query(x) * self.key(x) * self.value(x)
+        return y
+
+
+@pytest.mark.parametrize("weight", ["packed", "a function"])
+def test_a_layer_without_a_weight_is_refused_and_the_model_stays(weight: str) -> None:
+    model = build("separate")
+    path = "blocks.1.attention.value"
+    if weight == "packed":
+        model.get_submodule("blocks.1.attention").value = Packed()
+    else:
+        linear = model.get_submodule(path)
+        del linear.weight
+        linear.weight = lambda: None  # type: ignore[assignment]
+    with pytest.raises(TensLoRAError, match=rf"^{path}: (Packed|Linear) holds its weight in another form than Linear"):
+        attach(model, AdapterConfig("qkv"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_compiled_module_is_refused_and_the_model_stays() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.jit.script(Scripted())
+    with pytest.raises(TensLoRAError, match=r"^RecursiveScriptModule: is compiled by torch\.jit"):
+        attach(model, AdapterConfig("qkv"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_a_layer_holds_beside_its_parameters_stays_in_the_model() -> None:
+    model = build("separate")
+    for block in ("blocks.0", "blocks.1"):
+        query = model.get_submodule(f"{block}.attention.query")
+        prune.l1_unstructured(query, "weight", 0.3)  # type: ignore[no-untyped-call]
+    before = {name for name, _ in model.named_buffers()}
+    attached(model, "qkv")
+    assert before
+    assert {name for name, _ in model.named_buffers()} == before
+    model.to("meta")
+    assert all(buffer.is_meta for buffer in model.buffers())
 
 
 def test_weights_that_are_replaced_under_an_adapter_stay_when_it_is_detached() -> None:
