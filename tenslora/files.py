@@ -86,6 +86,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise TensLoRAError(f"{path}: cannot be written ({name} is on the device meta and has no numbers)")
+        if str(tensor.layout) != "torch.strided":
+            raise TensLoRAError(f"{path}: cannot be written ({name} is sparse, which safetensors cannot hold)")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # The header is a single entry, because safetensors writes several in an order that changes between processes.
     write_bytes(path, save(plain, metadata={_HEADER: json.dumps(header, sort_keys=True)}))

@@ -148,6 +148,12 @@ def test_a_tensor_without_numbers_is_not_written(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_a_sparse_tensor_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"file: cannot be written \(w is sparse, which safetensors cannot hold\)$"):
+        write_safetensors(tmp_path / "file", {"w": torch.eye(2).to_sparse()}, {})
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut in the header", "cut in the data", "text", "pickle", "other header"])
 def test_a_damaged_file_is_named_in_one_line(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
