@@ -106,6 +106,8 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
         if name not in places:
             raise TensLoRAError(f"{path}: {type(model).__name__} has no weight {name}")
         place = places[name]
+        if place.is_meta:
+            raise TensLoRAError(f"{path}: {name} is on the device meta in the model, where its numbers would be lost")
         if place.shape != saved.shape:
             raise TensLoRAError(
                 f"{path}: {name} has the shape {tuple(saved.shape)}, and in {type(model).__name__} "

@@ -277,3 +277,16 @@ def test_a_head_that_cannot_be_read_is_not_left_out(tmp_path: Path) -> None:
     head.mkdir()
     with pytest.raises(TensLoRAError, match=r"head\.safetensors: cannot be removed"):
         save_pretrained(model, tmp_path)
+
+
+def test_a_model_on_the_device_meta_is_not_loaded_into(tmp_path: Path) -> None:
+    save_pretrained(trained(), tmp_path)
+    for where in ("classifier", ""):
+        model = build("hf_bert")
+        model.get_submodule(where).to("meta")
+        with pytest.raises(TensLoRAError, match=r"on the device meta.*numbers would be lost"):
+            load(model, tmp_path)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    (tmp_path / "head.safetensors").unlink()
+    with pytest.raises(TensLoRAError, match=r"^BertForSequenceClassification: is on the device meta"):
+        load(model, tmp_path)
