@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tenslora.adapter_config import LARGEST_SCALE
-from tenslora.attachment import is_finite, require_finite_sum, require_own_weights
+from tenslora.attachment import is_finite, require_changeable, require_finite_sum, require_own_weights
 from tenslora.constructions import SCALINGS, weight_modes
 from tenslora.errors import TensLoRAError, require_numbers, require_one_of
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.forms import from_json
+from tenslora.projections import FLOATS
 from tenslora.random_streams import stream_seed
 from tenslora.ranks import weight_ranks
 from tenslora.tensor import FactorizedTensor
@@ -302,8 +303,13 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
             f"name={name}: must be a parameter of {kind} with two dimensions or more"
             + (f", such as {', '.join(valid)}" if valid else ", which has none")
         )
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         raise TensLoRAError(f"{name}: is quantised in {kind}, and an update cannot be added to it")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TensLoRAError(f"{name}: is compiled by torch.jit in {kind}; put the update on the module before that")
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+        raise TensLoRAError(f"{name}: has sparse gradients in {kind} (sparse=True), by which no update can be trained")
+    require_changeable(name, weight)
     return weight
 
 

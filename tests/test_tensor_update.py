@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -345,6 +346,31 @@ def test_what_does_not_fit_is_refused_by_name(name: str, settings: dict[str, Any
         adapt_tensor(linear, name, **settings)
     assert linear.weight.requires_grad
     assert type(linear) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(5, 6).to(torch.float8_e5m2), r"^weight: is quantised in Linear"),
+        (lambda: nn.Embedding(5, 6, sparse=True), r"^weight: has sparse gradients in Embedding \(sparse=True\)"),
+        (lambda: nn.EmbeddingBag(5, 6, sparse=True), r"^weight: has sparse gradients in EmbeddingBag"),
+        (torch.inference_mode()(lambda: nn.Linear(5, 6)), r"^weight: its weight was made in torch\.inference_mode"),
+        (lambda: torch.jit.trace(nn.Linear(5, 6), torch.zeros(1, 5)), r"^weight: is compiled by torch\.jit in "),  # type: ignore[no-untyped-call]
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_weight_that_cannot_take_an_update_is_refused(make: Callable[[], nn.Module], message: str) -> None:
+    module = make()
+    with pytest.raises(TensLoRAError, match=message):
+        adapt_tensor(module, "weight", 2)
+    assert cast(Tensor, module.weight).requires_grad
+
+
+def test_updates_on_the_device_meta_are_merged() -> None:
+    linear = nn.Linear(5, 6, device="meta")
+    adapt_tensor(linear, "weight", 2)
+    merge_tensors(linear)
+    assert linear.weight.is_meta
 
 
 def test_models_without_updates_and_weights_with_two_are_refused() -> None:
