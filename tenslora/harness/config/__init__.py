@@ -75,7 +75,9 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
         plain = _resolved(composed) if isinstance(composed, DictConfig) else composed
     except OmegaConfBaseException as error:
         reason = "is missing" if isinstance(error, MissingMandatoryValue) else str(error).splitlines()[0]
-        raise TensLoRAError(f"{error.full_key}: {reason}" if error.full_key else reason) from error
+        reason = reason.removeprefix("TensLoRAError raised while resolving interpolation: ")  # of ${run_folder:}
+        named = not error.full_key or reason.startswith(f"{error.full_key}: ")
+        raise TensLoRAError(reason if named else f"{error.full_key}: {reason}") from error
     if isinstance(composed, DictConfig):
         _require_all(plain)
     try:
@@ -122,13 +124,23 @@ def register_resolvers() -> None:
     must not end the others.
     """
 
+    asked = False
+
     def run_folder(otherwise: str | None = None, *, _root_: DictConfig) -> str:
+        nonlocal asked
+        if asked:  # by a setting, which would need itself
+            raise TensLoRAError(
+                "${run_folder:} must not be in a setting, because the folder is named after the settings"
+            )
+        asked = True
         try:
             return validate(_root_).folder()
         except TensLoRAError:
             if otherwise is None:
                 raise
             return otherwise
+        finally:
+            asked = False
 
     def unless_generic(value: Any, *, _root_: DictConfig) -> Any:
         model = _root_.get("model") or {}
