@@ -1,9 +1,21 @@
-"""How log messages look on the console: as bare lines on a terminal, with their origin where they go to a file."""
+"""How log messages look on the console, as bare lines on a terminal, and the file that they go to with their origin."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
+from pathlib import Path
+from typing import Any
+
+
+class LogFile(logging.FileHandler):
+    """A handler that writes to a file. A pipe of that name is refused, because to open it is to wait for a reader."""
+
+    def _open(self) -> Any:
+        if Path(self.baseFilename).is_fifo():
+            raise FileExistsError(errno.EEXIST, "Is a pipe", self.baseFilename)
+        return super()._open()
 
 
 class ConsoleFormatter(logging.Formatter):

@@ -92,6 +92,17 @@ def test_a_log_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatc
     assert line == f"{tmp_path}/train.log: cannot be written (Is a directory)"
 
 
+def test_a_log_that_is_a_pipe_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train.log")
+    line = refused(monkeypatch, tmp_path, *SHORT)
+    assert line == f"{tmp_path}/train.log: cannot be written (Is a pipe)"
+
+
+def test_a_setting_that_asks_for_the_folder_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    line = refused(monkeypatch, tmp_path, "seed=${run_folder:}")
+    assert line.startswith("seed: ${run_folder:} must not be in a setting")
+
+
 def test_the_log_says_why_a_start_failed(commands: Commands, tmp_path: Path) -> None:
     words = ["model.checkpoint=missing", f"hydra.run.dir={tmp_path}"]
     ended = commands.run(Command("train.py", words, tmp_path))
