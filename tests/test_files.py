@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,21 @@ def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> No
         write_bytes(path, content)
         assert path.read_bytes() == content
     assert os.listdir(path.parent) == ["file"]
+
+
+def test_threads_that_write_one_file_leave_it_complete(tmp_path: Path) -> None:
+    contents = [bytes([number]) * 100_000 for number in range(4)]
+    barrier = threading.Barrier(4, timeout=10)
+
+    def write(content: bytes) -> None:
+        for _ in range(5):
+            barrier.wait()
+            write_bytes(tmp_path / "file", content)
+            assert (tmp_path / "file").read_bytes() in contents
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_file_that_is_open_elsewhere_keeps_its_contents(tmp_path: Path) -> None:
