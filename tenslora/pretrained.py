@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tenslora.adapted_linear import AdaptedLinear
 from tenslora.adapter import Adapter, StagedAdapter, load_adapter
 from tenslora.attachment import SUBMODULE, adapter_of, attach
 from tenslora.errors import TensLoRAError
@@ -36,9 +37,13 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
         The folder.
 
     Raises:
-        TensLoRAError: if there is no adapter, or if a file cannot be written.
+        TensLoRAError: if there is no adapter, if a file cannot be written, or if a weight that is trained beside the
+            adapter has the adapter's update in it, which `load` would then add again.
     """
     folder, adapter, head = Path(folder), adapter_of(model), _trained_weights(model)
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLinear) and module.merged and f"{path}.weight" in head:
+            raise TensLoRAError(f"{path}: its weight is trained and has the adapter's update in it; unmerge first")
     if head:
         write_safetensors(folder / HEAD_FILE, head, {})
     elif os.path.lexists(folder / HEAD_FILE):  # of an earlier adapter, which the new one must not be loaded with

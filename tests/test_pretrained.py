@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tenslora import AdapterConfig, TensLoRAError, attach, detach, load, push_to_hub, save_pretrained
+from tenslora import AdapterConfig, TensLoRAError, attach, detach, load, merge, push_to_hub, save_pretrained, unmerge
 from tests.hub_server import serving
 from tests.models import build, inputs, logits
 from tests.plain_transformer import PlainTransformer
@@ -290,3 +290,17 @@ def test_a_model_on_the_device_meta_is_not_loaded_into(tmp_path: Path) -> None:
     (tmp_path / "head.safetensors").unlink()
     with pytest.raises(TensLoRAError, match=r"^BertForSequenceClassification: is on the device meta"):
         load(model, tmp_path)
+
+
+def test_a_trained_weight_that_holds_the_update_is_not_saved(tmp_path: Path) -> None:
+    model, other = trained(head="query"), build("hf_bert")
+    expected = logits(model, inputs("hf_bert"))
+    merge(model)
+    with pytest.raises(
+        TensLoRAError, match=r"query: its weight is trained and has the adapter's update in it; unmerge"
+    ):
+        save_pretrained(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    unmerge(model)
+    load(other, save_pretrained(model, tmp_path)).double()
+    torch.testing.assert_close(logits(other, inputs("hf_bert")), expected, rtol=0, atol=1e-6)
