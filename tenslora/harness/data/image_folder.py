@@ -160,7 +160,7 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
             skipped[suffix or "no suffix"] += 1
         return suffix in IMG_EXTENSIONS
 
-    _refuse_repeated_folders(root, folder, classes)
+    _refuse_links_to_others(root, folder, classes)
     numbers = {name: number for number, name in enumerate(classes)}
     samples: list[tuple[str, int]] = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
     labels = [label for _, label in samples]
@@ -176,17 +176,35 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
     return Examples(ImageFiles([Path(path) for path, _ in samples]), labels), tuple(classes)
 
 
-def _refuse_repeated_folders(root: Path, folder: Path, classes: Iterable[str]) -> None:
-    """Refuse links that lead to a folder's images a second time, or round and round for ever."""
-    seen: dict[str, str] = {}
-    for name in classes:
-        for place, folders, _ in os.walk(folder / name, followlinks=True):
-            if (first := seen.setdefault(os.path.realpath(place), place)) != place:
-                raise TensLoRAError(
-                    f"dataset.root={root}: {place} and {first} are the same folder, so that its images would count "
-                    f"twice; remove the link"
-                )
-            folders[:] = sorted(each for each in folders if not each.startswith("."))
+def _refuse_links_to_others(root: Path, folder: Path, classes: Iterable[str]) -> None:
+    """Refuse links by which images would count twice, in two classes, or without an end."""
+    found: dict[str, tuple[str, str]] = {}  # by the real path of a folder, the class and the path by which it is found
+    links: list[tuple[str, str]] = []  # (class, path) of links to files
+
+    to_visit = [(name, str(folder / name)) for name in reversed(list(classes))]
+    while to_visit:
+        name, place = to_visit.pop()
+        _, first = found.setdefault(os.path.realpath(place), (name, place))
+        if first != place:
+            raise TensLoRAError(
+                f"dataset.root={root}: {place} and {first} are the same folder, so that its images would count twice; "
+                f"remove the link"
+            )
+        try:
+            with os.scandir(place) as entries:
+                here = sorted(entries, key=lambda entry: entry.name, reverse=True)
+        except OSError as error:
+            raise TensLoRAError(f"dataset.root={root}: {place} cannot be read ({error.strerror})") from error
+        to_visit += [(name, entry.path) for entry in here if entry.is_dir()]
+        links += [(name, entry.path) for entry in here if entry.is_symlink() and not entry.is_dir()]
+    labels: dict[str, str] = {}
+    for name, link in links:
+        target = os.path.realpath(link)
+        other, _ = found.get(os.path.dirname(target), (labels.setdefault(target, name), ""))
+        if other != name:
+            raise TensLoRAError(
+                f"dataset.root={root}: {link} is an image of the class {name} and, as {target}, of {other}; remove one"
+            )
 
 
 @cache_latest(1)

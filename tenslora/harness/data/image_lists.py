@@ -52,7 +52,7 @@ def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
     except (OSError, UnicodeDecodeError) as error:
         raise TensLoRAError(f"{setting}: {file}: not a readable text file ({error})") from error
     lines, paths, labels = [], [], []
-    seen: dict[Path, str] = {}
+    seen: dict[tuple[int, int], tuple[Path, str]] = {}  # by the file itself, which may be written in several ways
     for number, line in enumerate(content.splitlines(), start=1):
         words = line.strip().rsplit(maxsplit=1)
         if not words:
@@ -63,10 +63,13 @@ def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise TensLoRAError(f"{setting}: line {number} of {file}: neither {places[0]} nor {places[1]} exists")
-        if seen.setdefault(path, words[1]) != words[1]:
+        status = path.stat()
+        first, label = seen.setdefault((status.st_dev, status.st_ino), (path, words[1]))
+        if label != words[1]:
+            same = "" if first == path else f", which is {first},"
             raise TensLoRAError(
-                f"{setting}: line {number} of {file}: gives {path} the label {words[1]}, and an earlier "
-                f"line {seen[path]}"
+                f"{setting}: line {number} of {file}: gives {path}{same} the label {words[1]}, and an "
+                f"earlier line {label}"
             )
         lines.append(number)
         paths.append(path)

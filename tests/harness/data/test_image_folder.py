@@ -131,6 +131,11 @@ def test_an_image_in_both_lists_is_reported(tmp_path: Path, caplog: pytest.LogCa
             "3.png a\n",
             r"line 3 of .*train\.txt: gives \S*1\.png the label b, .* line a$",
         ),
+        (
+            "1.png a\n2.png b\nimages/../1.png b\n",
+            "3.png a\n",
+            r"line 3 of .*train\.txt: gives \S*images/\.\./1\.png, which is \S*1\.png, the label b, .* line a$",
+        ),
         ("1.png a\n", "2.png a\n", "at least two classes, but has only a"),
         ("\x80", "2.png a\n", r"dataset\.train_list=train\.txt: .*not a readable text file"),
     ],
@@ -203,6 +208,16 @@ def test_a_folder_that_is_reached_twice_is_refused(link: str, to: str, again: st
     (tmp_path / link).symlink_to(to)
     (tmp_path / "train/cat/y").symlink_to(".")  # with a second loop, the number of paths has no end
     with pytest.raises(TensLoRAError, match=rf"dataset\.root=\S+: \S+ and \S+/{again} are the same folder"):
+        load_own(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["../ant/003.png", "../../elsewhere.png"])
+def test_an_image_of_two_classes_is_refused(target: str, tmp_path: Path) -> None:
+    write_train_and_test(tmp_path)
+    paint(tmp_path / "elsewhere.png", 9)
+    (tmp_path / "train/ant/9.png").symlink_to("../../elsewhere.png")
+    (tmp_path / "train/cat/9.png").symlink_to(target)
+    with pytest.raises(TensLoRAError, match=r"/train/cat/9\.png is an image of the class cat and, as \S+, of ant"):
         load_own(tmp_path)
 
 
