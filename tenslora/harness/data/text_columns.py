@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,9 @@ def choose_columns(
     left = [name for name in columns if name.lower() not in INDICES and name not in taken]
     left = [name for name in left if not ANSWERS.fullmatch(name)]
     if text_columns is None:
-        chosen = _texts_among({name.lower() for name in left}.difference(LABELS if label_column is None else ()))
+        # Of two columns that differ in their case alone, such as Text and text, none is clear.
+        clear = {lower for lower, count in Counter(name.lower() for name in left).items() if count == 1}
+        chosen = _texts_among(clear.difference(LABELS if label_column is None else ()))
         text_columns = [by_name[name] for name in chosen]
     if label_column is None:
         left = [name for name in left if name not in text_columns]

@@ -316,8 +316,19 @@ def read_tables(files: Sequence[Path]) -> Rows:
                 f"its first line names {len(head.columns)} columns, and its second line has more cells; a cell that "
                 f"holds {_SEPARATOR_NAMES[separator]} must be in quotes"
             )
+        if separator == "\t" and any(_holds_a_line(table[name]) for name in table.columns):
+            raise ValueError(
+                "a cell begins with a quotation mark that ends in another line, so that it holds whole lines; write "
+                "it twice, and one more before and after the cell"
+            )
         tables.append(table)
     return datasets.Dataset.from_pandas(pandas.concat(tables), preserve_index=False)
+
+
+def _holds_a_line(cells: Any) -> bool:
+    # Files that are separated by tabs are often written without quotes around cells.
+    held = cells.str.contains("\t", regex=False) & cells.str.contains("\n", regex=False)
+    return bool(held.any())
 
 
 def _require_different(names: Sequence[str]) -> None:

@@ -53,6 +53,7 @@ def test_given_columns_are_taken() -> None:
         ("text id", None, None, r"dataset\.label_column=null: .*there are no columns$"),
         ("text label", ["txt"], None, r"dataset\.text_columns=txt: must be one of the columns text, label$"),
         ("text label", None, "lab", r"dataset\.label_column=lab: must be one of the columns text, label$"),
+        ("Text text label", None, None, r"dataset\.text_columns=null: .* there are Text, text, label$"),
         ("text\tlabel", None, None, r"dataset\.text_columns=null: "),
     ],
 )
