@@ -38,6 +38,7 @@ def run_job(composed: DictConfig) -> str | None:
         The result of `carry_out`.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from tenslora.harness.config import validate
     from tenslora.harness.config.sweep import sweep_config
@@ -47,6 +48,10 @@ def run_job(composed: DictConfig) -> str | None:
     from train import train
 
     hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN or not hydra_config.sweeper._target_.endswith("TableSweeper"):
+        raise TensLoRAError(
+            "hydra.mode and hydra/sweeper: must be MULTIRUN and table; train.py carries out single runs"
+        )
     # Progress bars of several processes would overwrite each other.
     in_this_process = hydra_config.launcher._target_.endswith("BasicLauncher")
     return carry_out(

@@ -136,7 +136,8 @@ class _Task:
         raise TensLoRAError(line)
 
     def sweep(self, config: DictConfig, jobs: Any, launch: Any) -> None:
-        assert self._sweep is not None
+        if self._sweep is None:
+            raise TensLoRAError("hydra/sweeper=table: is for sweep.py, which has a table to carry out")
         self.started = True
         self._sweep(config, jobs, launch)
 
@@ -213,7 +214,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _joined(error: BaseException) -> str:
     # An error from a data worker comes wrapped in the worker's traceback; its own message is the last line.
-    text = str(error)
+    text = str(error) or type(error).__name__
     if "Original Traceback" in text:
         text = text.replace("\\n", "\n").strip().splitlines()[-1].partition(": ")[2]  # TensLoRAError has escaped it
     return " ".join(text.split())

@@ -103,6 +103,28 @@ def test_a_setting_that_asks_for_the_folder_is_one_line(monkeypatch: pytest.Monk
     assert line.startswith("seed: ${run_folder:} must not be in a setting")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.py", "-m", "hydra/sweeper=table", "seed=0"], "error: hydra/sweeper=table: is for sweep.py"),
+        (["sweep.py", "hydra.mode=RUN"], "error: hydra.mode and hydra/sweeper: must be MULTIRUN and table"),
+        (
+            ["sweep.py", "hydra/sweeper=basic", "hydra/launcher=basic", "seed=0"],
+            "error: hydra.mode and hydra/sweeper: ",
+        ),
+    ],
+)
+def test_a_script_with_the_other_ones_sweeper_is_one_line(
+    words: list[str], message: str, commands: Commands, tmp_path: Path
+) -> None:
+    script, *others = words
+    places = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/runs"]
+    ended = commands.run(Command(script, [*others, *SHORT, *places], tmp_path))
+    assert ended.status == 1
+    assert ended.err.splitlines()[-1].startswith(message)
+    assert not list(tmp_path.rglob("result.json"))
+
+
 def test_the_log_says_why_a_start_failed(commands: Commands, tmp_path: Path) -> None:
     words = ["model.checkpoint=missing", f"hydra.run.dir={tmp_path}"]
     ended = commands.run(Command("train.py", words, tmp_path))
