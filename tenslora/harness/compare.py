@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from tenslora.errors import TensLoRAError
@@ -60,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", _MODULE, *(sys.argv[1:] if arguments is None else arguments)])
     with mistakes_in_one_line():
-        files = write_results(side_by_side(protocols_of(given.tables), given.out.resolve().name, command), given.out)
+        protocols = protocols_of(given.tables)
+        for folder in chain(*protocols.values()):
+            if folder.resolve() == given.out.resolve():
+                raise TensLoRAError(f"--out {given.out}: must not be one of the tables, which it would replace")
+        files = write_results(side_by_side(protocols, given.out.resolve().name, command), given.out)
         print(*files, sep="\n")
 
 

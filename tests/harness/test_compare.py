@@ -36,3 +36,11 @@ def test_a_mistake_is_one_line_and_nothing_is_written(words: list[str], line: st
     assert str(ended.value).startswith(line)
     assert "\n" not in str(ended.value)
     assert not out.exists()
+
+
+def test_a_table_is_not_replaced_by_its_comparison(tmp_path: Path) -> None:
+    folder = written(tmp_path, "d", runs_of(BELOW))
+    before = (folder / "table.csv").read_bytes()
+    with pytest.raises(SystemExit, match=r"^error: --out \S+: must not be one of the tables, which it would replace$"):
+        main([f"direct={folder}", "--out", str(folder / ".." / "d")])
+    assert (folder / "table.csv").read_bytes() == before
