@@ -138,6 +138,8 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
     temporary = out.with_name(f".{out.name}.tmp")
     lock = FileLock(temporary / ".lock")
     try:
+        if temporary.is_symlink():  # what it leads to is not ours to remove
+            raise TensLoRAError(f"--out {out}: cannot be written ({temporary.name} beside it is a link)")
         temporary.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)

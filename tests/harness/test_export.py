@@ -182,6 +182,15 @@ def test_two_exports_to_one_folder_do_not_mix(digits_run: Path, tmp_path: Path) 
     assert not other.exists()
 
 
+def test_what_a_link_leads_to_is_not_removed(digits_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    (tmp_path / ".new.tmp").symlink_to("other")
+    with pytest.raises(SystemExit, match=r"^error: --out \S+/new: cannot be written \(\.new\.tmp beside it is a link"):
+        main([str(digits_run), "--format", "merged", "--out", str(tmp_path / "new")])
+    assert (tmp_path / "other" / "file").exists()
+
+
 def test_a_folder_in_another_encoding_is_one_line(digits_run: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^error: --out \S+: must be text in UTF-8$"):
         main([str(digits_run), "--format", "merged", "--out", str(tmp_path / "caf\udce9")])
