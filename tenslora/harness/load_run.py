@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -135,6 +136,8 @@ class LoadedRun:
         try:
             processes = Processes(device or self.run.trainer.device, self.run.trainer.threads)
         except TensLoRAError as error:
+            if not str(error).startswith("trainer.device="):  # the processes that the environment tells of
+                raise
             if device is None:
                 raise TensLoRAError(f"{error}; give another device (--device)") from error
             raise TensLoRAError(str(error).replace("trainer.device", "--device", 1)) from error
@@ -184,8 +187,8 @@ def load_run(folder: str | Path, checkpoint: str | None = None) -> LoadedRun:
 
 def _finished(files: RunFolder) -> dict[str, Any]:
     """The record of a completed run."""
-    if not files.result.exists():
-        if not files.path.is_dir():
+    if not os.path.exists(files.result):  # unlike Path.exists, it also answers where a name is too long for a file
+        if not os.path.isdir(files.path):
             raise TensLoRAError(f"{files.path}: no such folder")
         if files.checkpoint.is_file():
             raise TensLoRAError(f"{files.path}: the run is not finished; train.py goes on with it with resume=true")

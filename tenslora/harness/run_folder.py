@@ -35,7 +35,15 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from tenslora.errors import TensLoRAError, first_line
-from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_header, write_bytes, write_json, write_safetensors
+from tenslora.files import (
+    ADAPTER_FILE,
+    HEAD_FILE,
+    read_header,
+    require_file,
+    write_bytes,
+    write_json,
+    write_safetensors,
+)
 from tenslora.harness.forms import SCHEMA, Checkpoint, Failure, Record, read_form
 
 if TYPE_CHECKING:
@@ -215,7 +223,8 @@ class RunFolder:
             return {}
         try:
             return from_arrays(load_file(self.predictions))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        # An AttributeError for a type that numpy has not, such as one of 8 bits.
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = first_line(error)
             raise TensLoRAError(f"{self.predictions}: not a readable file of predictions ({reason})") from error
 
@@ -355,10 +364,11 @@ class RunFolder:
         from yaml import YAMLError
 
         file = self.path / ".hydra" / "config.yaml"
+        require_file(file)
         try:
             config = OmegaConf.load(file)
             return config if isinstance(config, DictConfig) else DictConfig({})
-        except (OSError, ValueError, YAMLError) as error:
+        except (OSError, ValueError, YAMLError, RecursionError) as error:  # RecursionError of a list within itself
             raise TensLoRAError(f"{file}: cannot be read ({error})") from error
 
     def write_failure(self, error: BaseException) -> None:

@@ -93,6 +93,8 @@ def test_other_data_may_number_the_classes_otherwise(digits_run: Path) -> None:
 
 
 def test_a_run_that_left_no_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"^a{500}: no such folder"):  # longer than a name can be
+        load_run("a" * 500)
     with pytest.raises(TensLoRAError, match=rf"^{tmp_path}/none: no such folder"):
         load_run(tmp_path / "none")
     folder = RunFolder(tmp_path / "run")

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.run_folder import RunFolder
@@ -155,3 +157,23 @@ def test_only_one_of_many_simultaneous_claims_succeeds(folder: RunFolder) -> Non
     for thread in threads:
         thread.join()
     assert sorted(answers) == [False, False, False, True]
+
+
+@pytest.mark.parametrize("content", [None, b"a: &a [*a]\n", b"a: [\n", b"\xff\n"])
+def test_settings_that_cannot_be_read_are_named(content: bytes | None, folder: RunFolder) -> None:
+    file = folder.path / ".hydra" / "config.yaml"
+    file.parent.mkdir(parents=True)
+    if content is None:
+        os.mkfifo(file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(TensLoRAError, match=rf"^{file}: (cannot be read|must be a file, not a pipe)"):
+        folder.read_composed()
+
+
+def test_predictions_of_a_type_that_numpy_has_not_are_named(folder: RunFolder) -> None:
+    folder.path.mkdir()
+    tensors = {"test/labels": torch.zeros(2, dtype=torch.int32), "test/logits": torch.zeros(2, 2)}
+    save_file({**tensors, "test/logits": tensors["test/logits"].to(torch.float8_e5m2)}, folder.predictions)
+    with pytest.raises(TensLoRAError, match=rf"^{folder.predictions}: not a readable file of predictions"):
+        folder.read_predictions()
