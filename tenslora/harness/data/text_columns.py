@@ -37,6 +37,9 @@ INDICES = ("", "id", "idx", "index", "guid", "unnamed: 0", "__index_level_0__")
 ANSWERS = re.compile(r"prediction|probabilit(y_.*|ies)")
 """Names of the columns that tenslora.harness.predict adds to a table, which hold neither texts nor labels."""
 
+LARGEST = 3.4e38
+"""The largest value of a regression, which float32 can just hold."""
+
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _WHOLE_NUMBER = re.compile(r"\s*[+-]?\d+\s*")
 
@@ -240,7 +243,7 @@ def numbers_of(values: Sequence[Any], classes: Sequence[str], where: str) -> lis
         where: the split and where it comes from, for messages.
 
     Raises:
-        TensLoRAError: for labels that the training split does not have.
+        TensLoRAError: for labels that the training split does not have, and for values beyond `LARGEST`.
     """
     if not classes:
         # A table that was CSV before it was JSON may hold its numbers as strings.
@@ -248,6 +251,8 @@ def numbers_of(values: Sequence[Any], classes: Sequence[str], where: str) -> lis
         for value in values:
             if type(value) not in (int, float):
                 raise TensLoRAError(f"{where}: must have numbers as labels, as for training, but has {_short(value)}")
+            if not abs(value) <= LARGEST:
+                raise TensLoRAError(f"{where}: has the label {_short(value)}, but a label must be at most {LARGEST:g}")
         return list(map(float, values))
     number = {name: index for index, name in enumerate(classes)}
     names = list(map(class_name, values))

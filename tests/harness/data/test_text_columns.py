@@ -119,6 +119,13 @@ def test_rows_without_a_label_are_counted(values: list[Any]) -> None:
         classes(values)
 
 
+@pytest.mark.parametrize("value", [1e308, -1e39, 10**400, float("inf")])
+def test_a_value_that_float32_cannot_hold_is_refused(value: float) -> None:
+    assert numbers_of([1e38, -3], (), "here") == [1e38, -3]
+    with pytest.raises(TensLoRAError, match=r"^here: has the label \S+, but a label must be at most 3\.4e\+38$"):
+        numbers_of([0.5, value], (), "here")
+
+
 def test_rows_without_a_text_are_refused() -> None:
     rows = datasets.Dataset.from_dict({"a": ["x", "y", "z"], "b": ["x", " ", None], "c": [1, 2, 3]})
     assert sentences_of(rows, ["a"], "here") == [("x",), ("y",), ("z",)]
