@@ -178,6 +178,10 @@ class DatasetConfig:
         """The split that a run is scored on after every epoch: "test", or "validation" if one is held out."""
         return "test" if self.validation is None else "validation"
 
+    def _check_train_splits(self) -> None:
+        if self.train_splits == ():
+            raise TensLoRAError("train_splits=[]: must be null for the usual one, or name at least one")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDatasetConfig(DatasetConfig):
@@ -205,6 +209,7 @@ class ImageDatasetConfig(DatasetConfig):
     def _check_image_folder(self) -> None:
         if self.root is None:
             raise TensLoRAError("root=null: must be the folder of the images")
+        self._check_train_splits()
         lists = {"train_list": self.train_list, "test_list": self.test_list}
         for (setting, file), (other, other_file) in permutations(lists.items()):
             if file is None and other_file is not None:
@@ -251,6 +256,7 @@ class TextDatasetConfig(DatasetConfig):
                 raise TensLoRAError(f"{setting}={value}: must be null, because only dataset=text has this setting")
 
     def _check_text_files(self) -> None:
+        self._check_train_splits()
         if self.root is None and self.hub is None:
             raise TensLoRAError("root=null: must be a file or folder of texts, or set dataset.hub")
         if self.root is not None and self.hub is not None:

@@ -264,6 +264,7 @@ def test_a_root_that_does_not_exist_is_refused(tmp_path: Path) -> None:
             ["dataset.root=x", "dataset.train_fraction=0.5", "dataset.test_split=test"],
             r"dataset\.test_split=test: must be null, because train_fraction is 0\.5",
         ),
+        (["dataset.root=x", "dataset.train_splits=[]"], r"dataset\.train_splits=\[\]: must be null for the usual one"),
         (["dataset.root=x", "dataset.train_splits=[a]", "dataset.test_split=a"], r"dataset\.test_split=a: must not be"),
         (["dataset.root=x", "dataset.name=a/b"], r"dataset\.name=a/b: must be a name of at most 100 letters"),
         (["dataset.root=x/tables"], r"dataset\.name=tables: .* and not tables"),
