@@ -121,12 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = command_parser("tenslora.harness.analyse", __doc__)
     parser.add_argument("folder", type=Path, help="the folder of a finished run, or of a LoRA that PEFT saved")
     parser.add_argument("--model", help="a LoRA's backbone, a folder or a name on the hub; default: as in the LoRA")
-    parser.add_argument("--adapt", default="qkv", help="which of a LoRA's matrices: letters of qkvo, mlp, or all")
+    parser.add_argument("--adapt", help="which of a LoRA's matrices: letters of qkvo, mlp, or all; default: qkv")
     parser.add_argument("--out", type=Path, help="the folder to write to; default: the folder that is analysed")
     given = parser.parse_args(arguments)
     out = given.out or given.folder
     with mistakes_in_one_line():
-        stages = updates_in(given.folder, given.model, given.adapt)
+        for option, value in (("--model", given.model), ("--adapt", given.adapt)):
+            if value is not None and not (given.folder / CONFIG).is_file():
+                raise TensLoRAError(
+                    f"{option} {value}: is only for a LoRA that PEFT saved, and {given.folder} has none"
+                )
+        stages = updates_in(given.folder, given.model, given.adapt or "qkv")
         for number, (_, updates) in enumerate(stages):
             if not any(update.any() for layer in updates for update in layer):
                 place = f" in stage {number}" if len(stages) > 1 else ""

@@ -77,3 +77,9 @@ def test_updates_that_are_all_zero_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"error: .*adapter\.safetensors: no such file"):
         main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("words", [["--model", "x"], ["--adapt", "all"]])
+def test_an_option_for_a_lora_is_refused_for_a_run(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=rf"^error: {' '.join(words)}: is only for a LoRA that PEFT saved"):
+        main([str(tmp_path), *words])
