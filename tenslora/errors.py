@@ -52,15 +52,25 @@ def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:
 def require_numbers(settings: Any, *names: str, whole: bool = False) -> None:
     """Check that settings are numbers, before they are compared with their ranges.
 
+    Numbers of other libraries, such as numpy's, become Python's own, because JSON can hold no others.
+
     Args:
         settings: the object that has the settings.
         names: the settings' names.
         whole: whether they must be whole numbers by their type.
 
     Raises:
-        TensLoRAError: for a value of another type, truth values among them.
+        TensLoRAError: for a value of another type, truth values among them, and for a number that no float can hold.
     """
     for name in names:
         value = getattr(settings, name)
+        kind: type[Any] = type(value)
         if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
             raise TensLoRAError(f"{name}={value!r}: must be a {'whole ' if whole else ''}number")
+        try:
+            as_float = float(value)
+        except OverflowError as error:
+            raise TensLoRAError(f"{name}: must be a number that a float can hold, below 1e308") from error
+        own: int | float = int(value) if isinstance(value, Integral) else as_float
+        if type(own) is not kind:
+            object.__setattr__(settings, name, own)  # the settings are frozen

@@ -132,8 +132,8 @@ def weight_ranks(shape: Sequence[int], ranks: int | Sequence[int], factorization
     """
     require_one_of("factorization", factorization, FACTORIZATIONS)
     limits = FACTORIZATIONS[factorization].rank_limits(weight_modes(shape))
-    if isinstance(ranks, int) and not isinstance(ranks, bool):
-        ranks = [min(ranks, limit) for limit in limits.values()]
+    if isinstance(ranks, Integral) and not isinstance(ranks, bool):
+        ranks = [min(int(ranks), limit) for limit in limits.values()]
     return _within(limits, ranks, f"factorization {factorization}")
 
 
@@ -168,7 +168,7 @@ def _within(limits: Mapping[str, int], ranks: int | Sequence[int] | None, owner:
             raise TensLoRAError(f"ranks={given}: the rank {rank!r} of {name} must be a whole number ({wanted})")
         if not 1 <= rank <= limit:
             raise TensLoRAError(f"ranks={given}: the rank {rank} of {name} must be from 1 to {limit} ({wanted})")
-    return tuple(given)
+    return tuple(map(int, given))
 
 
 def isoparameters(
@@ -308,6 +308,12 @@ class RankStrategy:
         require_numbers(self, "tolerance", "scale")
         if self.ranks is not None and not isinstance(self.ranks, (tuple, list)):
             raise TensLoRAError(f"ranks={self.ranks!r}: must be one rank for each mode, as in (4, 4, 3), or None")
+        if any(isinstance(rank, Integral) and type(rank) not in (int, bool) for rank in self.ranks or ()):
+            own = [
+                rank if isinstance(rank, bool) or not isinstance(rank, Integral) else int(rank)
+                for rank in self.ranks or ()
+            ]
+            object.__setattr__(self, "ranks", tuple(own))  # numpy's numbers, for one, which JSON cannot hold
         if not isinstance(self.cap, bool):
             raise TensLoRAError(f"cap={self.cap!r}: must be True or False")
         if self.rank < 1:

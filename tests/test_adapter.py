@@ -259,3 +259,9 @@ def test_an_adapter_in_another_precision_is_read_in_float32(dtype: torch.dtype, 
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TensLoRAError, match=message):
         AdapterConfig(**settings)
+
+
+@pytest.mark.parametrize(("make", "name"), [(AdapterConfig, "alpha"), (AdapterConfig, "seed"), (RankStrategy, "rank")])
+def test_a_number_that_python_does_not_print_is_refused(make: Any, name: str) -> None:
+    with pytest.raises(TensLoRAError, match=rf"^{name}: must be a number that a float can hold"):
+        make(**{name: 10**5000})
