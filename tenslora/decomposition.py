@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,8 @@ def _slices_of_layer(layer: Sequence[Tensor], geometry: Geometry) -> Tensor:
 
 def _energy(stages: Sequence[Updates]) -> float:
     total = sum(update.double().square().sum().item() for stage in stages for layer in stage for update in layer)
+    if not math.isfinite(total):
+        raise TensLoRAError("the updates hold a NaN or an infinity, and cannot be approximated")
     if total == 0:
         raise TensLoRAError("the updates are all zero, as before any training, and cannot be approximated")
     return total

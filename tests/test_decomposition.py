@@ -155,3 +155,13 @@ def test_spectra_are_the_singular_values_of_the_unfoldings() -> None:
     torch.testing.assert_close(shares["depth"], squares / squares.sum(), rtol=0, atol=1e-10)
     for share in shares.values():
         assert share.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("entry", [math.nan, math.inf])
+def test_updates_that_are_not_finite_are_refused(entry: float) -> None:
+    damaged = updates()
+    damaged[0][0][0, 0] = entry
+    adapter = Adapter(AdapterConfig("qkv_depth", RankStrategy("isorank", 2), adapt="all"), GEOMETRY)
+    for call in (lambda: approximate(adapter, [damaged]), lambda: spectra(damaged, GEOMETRY)):
+        with pytest.raises(TensLoRAError, match="the updates hold a NaN or an infinity"):
+            call()
