@@ -196,8 +196,8 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     if line := misspelt(words, _CONF, config_name):
         return line
-    if "--multirun" in str(error):  # Hydra's error for several values without -m
-        word = next(word for word in words if word in str(error))
+    several = (word for word in words if "--multirun" in str(error) and word in str(error))
+    if word := next(several, None):  # Hydra's error for several values without -m
         return f"{word}: is several values; add -m to carry out a run for each of them, or use sweep.py"
     for word in words:
         if str(error) == f"Error merging override {word}" and any("Cannot merge" in str(cause) for cause in causes):

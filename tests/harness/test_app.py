@@ -40,6 +40,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
             ["optimizer.learning_rate=1"],
             "optimizer.learning_rate: there is no such setting; did you mean optimizer.lr?",
         ),
+        (["--run", "--multirun"], "Only one of --run, --multirun"),
         (["seed=0,1"], "seed=0,1: is several values; add -m"),
         (["model=swin_tiny", "model.geometry={d_in:8}"], "model.geometry={d_in:8}: must be a list"),
         (["model=vit_base", "model.geometry=[{d_in:8}]"], "model.geometry=[{d_in:8}]: must be a dictionary"),
