@@ -302,7 +302,10 @@ def _encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     backbone: Backbone,
 ) -> EncodedDataset:
-    max_length = min(config.max_length, tokenizer.model_max_length, backbone.max_tokens or config.max_length)
+    longest = tokenizer.model_max_length  # as it is in a file; transformers checks nothing of it
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
+        raise TensLoRAError(f"the tokenizer's model_max_length={longest}: must be a number, at least 1")
+    max_length = int(min(config.max_length, longest, backbone.max_tokens or config.max_length))
 
     def encoded(examples: Examples) -> Encoded:
         tokens = _tokenize(examples, tokenizer, max_length)

@@ -342,6 +342,15 @@ def test_max_length_is_at_most_what_the_model_takes(tokenizer: Any) -> None:
     assert collate([train[0]])[0]["input_ids"].shape == (1, 10)
 
 
+@pytest.mark.parametrize("longest", ["abc", 0, True, None])
+def test_a_tokenizer_with_an_impossible_length_is_refused(
+    tokenizer: Any, longest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "model_max_length", longest)
+    with pytest.raises(TensLoRAError, match=rf"^the tokenizer's model_max_length={longest}: must be a number"):
+        encode_sentences([(PAIRS[1][1],)], tokenizer)
+
+
 def test_a_token_that_the_model_does_not_know_is_refused(tokenizer: Any) -> None:
     largest = max(token for pair in PAIRS for token in tokenizer(*pair)["input_ids"])
     encode_sentences(PAIRS, tokenizer, numbers_of={"input_ids": largest + 1})
