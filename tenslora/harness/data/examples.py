@@ -135,7 +135,7 @@ def to_rgb(image: Image, name: str) -> Image:
         name: what a message calls it.
 
     Raises:
-        TensLoRAError: if its pixels have more than 8 bits, or if PIL cannot convert it.
+        TensLoRAError: if its pixels have more than 8 bits, or if PIL cannot read or convert it.
     """
     if image.mode.startswith(("I", "F")):
         # PIL would clip these pixels at 255, which makes most of them white.
@@ -144,6 +144,8 @@ def to_rgb(image: Image, name: str) -> Image:
         return image.convert("RGB")
     except ValueError as error:  # also for an image that has been closed
         raise TensLoRAError(f"{name}: cannot be converted to RGB ({first_line(error)})") from error
+    except Exception as error:  # PIL reads an image's file only now, and its readers raise what they come upon
+        raise TensLoRAError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True, eq=False)

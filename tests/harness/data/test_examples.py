@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,11 @@ def test_whatever_the_reader_of_a_format_raises_the_image_is_named(
 def test_an_image_that_pil_cannot_convert_is_named() -> None:
     closed = Image.new("L", (2, 2))
     closed.close()
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "png")
+    cut_off = Image.open(io.BytesIO(file.getvalue()[:-40]))
+    with pytest.raises(TensLoRAError, match=r"^image 3: not a readable image \("):
+        to_rgb(cut_off, "image 3")
     for image in (Image.new("La", (2, 2)), closed):
         with pytest.raises(TensLoRAError, match=r"^image 3: cannot be converted to RGB \("):
             to_rgb(image, "image 3")
