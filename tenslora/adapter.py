@@ -439,7 +439,8 @@ def load_adapter(path: Path | str) -> Adapter | StagedAdapter:
         header = from_json(_StagedHeader, data) if "stages" in data else from_json(_Header, data)
         require_tensors(tensors, _shapes(header, len(tensors)))
         geometries, ranks, steps = zip(*((s.geometry, s.ranks, s.first_step) for s in header.stages), strict=True)
-        adapter = make_adapter(header.config, geometries, ranks, steps)
+        with torch.device("cpu"):  # whatever the default device is
+            adapter = make_adapter(header.config, geometries, ranks, steps)
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: not a readable adapter: {error}") from error
     adapter.load_state_dict(tensors)

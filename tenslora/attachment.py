@@ -67,10 +67,11 @@ def attach(
         raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
     if held := next(iter(_adapted_linears(model)), None):
         raise TensLoRAError(f"{held}: has an adapter already; detach it first from the model that holds it")
-    trained = _modules_named(model, train)
+    trained = modules_named(model, train)
     stages = find_projections(model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt)
     if isinstance(adapter, AdapterConfig):
-        adapter = make_adapter(adapter, [stage.geometry for stage in stages])
+        with torch.device("cpu"):  # where the random streams are, whatever the default device is
+            adapter = make_adapter(adapter, [stage.geometry for stage in stages])
     elif any(cast(Tensor, target.linear.weight).is_meta for stage in stages for target in stage.targets):
         raise TensLoRAError(
             f"{type(model).__name__}: is on the device meta, where the adapter's numbers would be lost; give the model "
@@ -328,9 +329,19 @@ def is_finite(tensor: Tensor) -> bool:
     return tensor.is_meta or float((tensor * 0).sum()) == 0
 
 
-def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+def modules_named(model: nn.Module, names: Sequence[str], setting: str = "train") -> list[nn.Module]:
+    """Find the modules that a setting names.
+
+    Args:
+        model: the model.
+        names: the names. Each stands for every module whose path is that name or ends with it.
+        setting: the setting, for the message.
+
+    Raises:
+        TensLoRAError: if a name is that of no module with parameters.
+    """
     if isinstance(names, str):
-        raise TensLoRAError(f"train={names}: must be a list of names, such as [{names!r}]")
+        raise TensLoRAError(f"{setting}={names}: must be a list of names, such as [{names!r}]")
     holders = {
         path: module for path, module in model.named_modules() if path and any(True for _ in module.parameters())
     }
@@ -342,7 +353,7 @@ def _modules_named(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
             children = [path for path in holders if "." not in path]
             candidates = dict.fromkeys([*get_close_matches(name, list(last_words), n=3), *children])
             raise TensLoRAError(
-                f"train={name}: must be the name of a module with parameters in {type(model).__name__}, such as "
+                f"{setting}={name}: must be the name of a module with parameters in {type(model).__name__}, such as "
                 f"{', '.join(candidates)}"
             )
         found += matching

@@ -47,13 +47,16 @@ class FactorizedTensor(nn.Module):
         self.factorization, self.layers, self.head_layout = factorization, layers, head_layout
         self.modes = dict(modes)
         self.zero_parameter = factorization.zero_parameter(modes)
+        # Where the default is a type of 16 bits, as while a large model is loaded, it would hold the parameters too
+        # roughly to train them, and torch could not draw orthogonal ones.
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         for name, shape in factorization.shapes(modes, ranks).items():
-            parameter = nn.Parameter(torch.zeros(shape))
+            parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
             self.register_parameter(name, parameter)
             if name != self.zero_parameter:
                 _draw(parameter, init, generator)
         for name, shape in factorization.noise(modes).items():
-            self.register_buffer(name, torch.randn(shape, generator=generator))
+            self.register_buffer(name, torch.randn(shape, generator=generator, dtype=dtype))
 
     def slices(self, layer: int) -> tuple[Tensor, Tensor]:
         """The thin slices of one layer.
