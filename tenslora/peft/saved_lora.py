@@ -19,7 +19,9 @@ from tenslora.projections import Stage, TargetLinear, features
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files in the folder that PEFT's `save_pretrained` writes."""
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What PEFT puts in front of the names of a model's own weights."""
+
 # The values of PEFT's init_lora_weights that leave the backbone's own weights as they are.
 _INITS_OF_LORA_ALONE = (True, False, "gaussian", "eva", "orthogonal")
 # PEFT's settings with which an adapter does something else than to add one product of two matrices to each weight.
@@ -156,7 +158,7 @@ def read_updates(folder: Path, stages: Sequence[Stage]) -> list[list[list[Tensor
     """
     config, path = read_config(folder), folder / WEIGHTS
     matrices = {key: tensor for key, tensor in read_safetensors(path)[1].items() if ".lora_" in key}
-    saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(_PREFIX)) for key in matrices}
+    saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(PREFIX)) for key in matrices}
     found: dict[str, tuple[int, TargetLinear]] = {}
     for stage, target in ((index, target) for index, (_, targets) in enumerate(stages) for target in targets):
         # A model with a head has a prefix in front of the backbone's paths. Either model may have a head: the LoRA's
@@ -206,7 +208,7 @@ def _products(
     # The update of each module by its path, (inputs, outputs).
     names = list(found)
     ranks, scalings = config.ranks(names), config.scalings(names)
-    keys = {name: [f"{_PREFIX}{name}.lora_{which}.weight" for which in "AB"] for name in names}
+    keys = {name: [f"{PREFIX}{name}.lora_{which}.weight" for which in "AB"] for name in names}
     shapes: dict[str, tuple[int, int]] = {}
     for name, target in found.items():
         inputs, outputs = features(target.linear)

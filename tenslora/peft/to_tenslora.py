@@ -12,11 +12,12 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from tenslora.adapter import Adapter, StagedAdapter
-from tenslora.attachment import adapted_linears, detach
+from tenslora.attachment import adapted_linears, detach, modules_named
 from tenslora.decomposition import Approximation, approximate
+from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors
-from tenslora.peft.saved_lora import WEIGHTS, read_updates
-from tenslora.peft.tuner import TensLoraConfig
+from tenslora.peft.saved_lora import PREFIX, WEIGHTS, read_updates
+from tenslora.peft.tuner import TensLoraConfig, chosen_stages
 from tenslora.ranks import RankStrategy
 
 
@@ -60,9 +61,10 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
         The PEFT model.
 
     Raises:
-        TensLoRAError: if there is no adapter, or if the adapter is merged.
+        TensLoRAError: if there is no adapter, if the adapter is merged, or if a module to save is not found.
     """
     adapted_linears(model)  # raises if the adapter is merged
+    modules_named(model, modules_to_save, "modules_to_save")
     adapter = detach(model)
     peft_model = get_peft_model(model, peft_config(adapter, modules_to_save))  # type: ignore[arg-type]
     own = _adapter_of(peft_model)
@@ -83,15 +85,26 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
         The PEFT model, and how close the new adapter is to the LoRA.
 
     Raises:
-        TensLoRAError: if the LoRA adapts other matrices than the new adapter, or if the factorization is CP, for which
-            there is no such method.
+        TensLoRAError: if the LoRA adapts other matrices than the new adapter, if a module that was saved with it has
+            another size, or if the factorization is CP, for which there is no such method. The model is then as it was.
     """
     folder = Path(folder)
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
-    tuner = peft_model.base_model
-    approximation = approximate(_adapter_of(peft_model), read_updates(folder, tuner.stages("default")))
+    # All that can fail comes before the model is changed.
+    stages = chosen_stages(model, config)
+    adapter = config.make_adapter([stage.geometry for stage in stages])
+    approximation = approximate(adapter, read_updates(folder, stages))
     _, weights = read_safetensors(folder / WEIGHTS)
     others = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    own = model.state_dict()
+    for name, weight in others.items():
+        place = own.get(name.removeprefix(PREFIX))
+        if place is not None and place.shape != weight.shape:
+            raise TensLoRAError(
+                f"{folder / WEIGHTS}: {name} has the shape {tuple(weight.shape)}, and in {type(model).__name__} "
+                f"{tuple(place.shape)}"
+            )
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    _adapter_of(peft_model).load_state_dict(adapter.state_dict())
     with torch.no_grad():
         set_peft_model_state_dict(peft_model, others)
     return peft_model, approximation

@@ -340,8 +340,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             TensLoRAError: if the adapter does not fit the model; see `attachment.attach`.
         """
         config = copy.copy(cast(TensLoraConfig, self.peft_config[adapter_name]))  # the user may have use for it again
-        _require_timely_patterns(config, [path for path, _ in model.named_modules()])
-        stages = self.stages(adapter_name)
+        with _linears_in_place(self.model):
+            stages = chosen_stages(self.model, config)
         adapter = config.make_adapter([stage.geometry for stage in stages])
         ranks, steps = ([getattr(each, name) for each in adapter.stages] for name in ("ranks", "unscaled_first_step"))
         if config.rank_strategy == "isoparameters":
@@ -358,8 +358,9 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         forward_pass = ForwardPass(model)
         keep_gradients(model)
         self._planned = adapt_linears(adapter, stages, forward_pass)
-        self.tenslora_adapters[adapter_name], self._forward_passes[adapter_name] = adapter, forward_pass
+        self._forward_passes[adapter_name] = forward_pass
         try:
+            self.tenslora_adapters[adapter_name] = adapter
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             self._forget(adapter_name)
@@ -374,7 +375,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             adapter_name: the adapter's name.
         """
         with _linears_in_place(self.model):
-            return _chosen(self.model, cast(TensLoraConfig, self.peft_config[adapter_name]))
+            return chosen_stages(self.model, cast(TensLoraConfig, self.peft_config[adapter_name]))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, *_: Any) -> PeftConfig:
         return peft_config  # PEFT would choose target_modules by the model's type
@@ -477,6 +478,20 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         if found:
             return f"{before}{_ADAPTERS}.{after}"
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def chosen_stages(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
+    """The stages of the matrices that an adapter with some settings adapts, see `find_projections`.
+
+    Args:
+        model: the model, with its own Linear layers.
+        config: the settings.
+
+    Raises:
+        TensLoRAError: if they leave nothing to adapt, or if their patterns cannot be matched.
+    """
+    _require_timely_patterns(config, [path for path, _ in model.named_modules()])
+    return _chosen(model, config)
 
 
 def _require_timely_patterns(config: TensLoraConfig, paths: Sequence[str]) -> None:

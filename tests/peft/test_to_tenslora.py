@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from torch import nn
 
 from tenslora import AdapterConfig, RankStrategy, TensLoRAError, attach, merge
 from tenslora.peft import TensLoraConfig
+from tenslora.peft.to_lora import to_peft
 from tenslora.peft.to_tenslora import from_lora, to_tenslora
 from tests.models import attached, build, inputs, logits, randomised
 
@@ -112,3 +114,41 @@ def test_settings_that_differ_from_the_defaults_survive() -> None:
     again = settings.adapter_config("qv")
     assert (again.init, again.dropout, again.seed, again.adapt) == ("normal", 0.1, 4, "qv")
     assert settings.ranks == list(adapter.ranks) and settings.rank_options == {"rule": "uniform", "scale": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (TensLoraConfig(factorization="cp", rank_strategy="isorank", r=2), "factorization=cp: must be tucker"),
+        (TensLoraConfig(adapt="qk"), "which adapt=qk leaves out"),
+    ],
+)
+def test_a_lora_that_cannot_be_taken_over_leaves_the_model_as_it_was(
+    config: TensLoraConfig, problem: str, tmp_path: Path
+) -> None:
+    lora(tmp_path)
+    model = build("hf_bert")
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    with pytest.raises(TensLoRAError, match=problem):
+        from_lora(model, tmp_path, config)
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_head_of_another_size_that_was_saved_with_the_lora_is_refused(tmp_path: Path) -> None:
+    lora(tmp_path)
+    model = build("hf_bert")
+    model.classifier = nn.Linear(24, 7)
+    with pytest.raises(TensLoRAError, match=r"classifier\.\w+ has the shape \(2.*, and in .* \(7"):
+        from_lora(model, tmp_path, TensLoraConfig(modules_to_save=["classifier"]))
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("turn", [to_peft, to_tenslora])
+@pytest.mark.parametrize("names", ["classifier", ["classifer"]])
+def test_a_module_to_save_that_is_not_there_leaves_the_adapter_on_the_model(turn: Any, names: Any) -> None:
+    model = build("hf_bert")
+    adapter = attached(model, "qkv")
+    with pytest.raises(TensLoRAError, match=r"^modules_to_save=classif"):
+        turn(model, names)
+    assert model.get_submodule("tenslora") is adapter

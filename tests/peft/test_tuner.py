@@ -532,3 +532,13 @@ def test_two_processes_under_the_trainer_train_what_one_does(tmp_path: Path) -> 
     assert any(weight.abs().max() > 1e-3 for name, weight in one.items() if name.endswith(".core"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_whose_name_is_refused_leaves_the_others_at_work() -> None:
+    model = get_peft_model(build("hf_bert"), TensLoraConfig())  # type: ignore[arg-type]
+    for name in ("a.b", "update"):  # torch allows neither in a ModuleDict
+        with pytest.raises(KeyError):
+            model.add_adapter(name, TensLoraConfig())
+    model.add_adapter("other", TensLoraConfig(tensor_mode="depth"))
+    model.set_adapter("other")
+    logits(model, inputs("hf_bert"))
