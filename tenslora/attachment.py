@@ -271,16 +271,28 @@ def require_own_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None
     Raises:
         TensLoRAError: if two modules of the model share one of the weights, as an embedding and a head may do.
     """
-    holders: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for own in module.parameters(recurse=False):
-            holders.setdefault(id(own), []).append(path)
+    held = [(path, own) for path, module in model.named_modules() for own in module.parameters(recurse=False)]
+    memory = [(path, own, _memory(own)) for path, own in held]
     for path, weight in weights.items():
-        if len(sharing := holders.get(id(weight), [])) > 1:
+        first, last = _memory(weight)
+        sharing = [
+            holder
+            for holder, own, (start, stop) in memory
+            if own is weight or (start < last and first < stop and own.device == weight.device)
+        ]
+        if len(sharing) > 1:
             raise TensLoRAError(
                 f"{path}: its weight is shared by {' and '.join(sharing)}, and a merge would change each of them; "
                 f"leave the update unmerged, or give each a weight of its own"
             )
+
+
+def _memory(weight: Tensor) -> tuple[int, int]:
+    # The addresses that a weight takes up; (0, 0) if it has none of its own kind, as on the device meta.
+    if type(weight) not in (nn.Parameter, Tensor) or weight.layout is not torch.strided or not weight.data_ptr():
+        return 0, 0
+    last = sum((size - 1) * step for size, step in zip(weight.shape, weight.stride(), strict=True))
+    return weight.data_ptr(), weight.data_ptr() + (last + 1) * weight.element_size()
 
 
 def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:
@@ -311,10 +323,17 @@ def require_changeable(path: str, weight: Tensor) -> None:
         weight: the weight.
 
     Raises:
-        TensLoRAError: if it was made in torch.inference_mode, and this is outside.
+        TensLoRAError: if it was made in torch.inference_mode, and this is outside, or if its entries share memory.
     """
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise TensLoRAError(f"{path}: its weight was made in torch.inference_mode, outside of which it cannot change")
+    if weight.layout is torch.strided and any(
+        step == 0 and size > 1 for step, size in zip(weight.stride(), weight.shape, strict=True)
+    ):
+        raise TensLoRAError(
+            f"{path}: some of its weight's entries share memory, as after expand, and cannot change alone; "
+            f"give it a weight of its own (clone)"
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -375,6 +394,8 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
         require_own_weights(model, {path: linear.weight for path, linear in plain.items()})
         for path, linear in plain.items():  # which makes each update twice, as all of them may not fit into memory
             require_finite_sum(path, linear.weight, linear.update())
+        for path, backend in quantised.items():
+            backend.require_finite_sum(path, to_move[path].base[0], to_move[path].update())
     changes = []
     for path, linear in to_move.items():
         update = linear.update() if into_weights else -linear.update()

@@ -225,6 +225,13 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
 def _refuse_wrapped(model: nn.Module) -> None:
     # The wrappers decide when they are made which parameters to reduce or to shard. fully_shard changes the class.
     wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+    if type(model).__name__ == "OptimizedModule":
+        raise TensLoRAError("the model is compiled already; attach the adapter first, then call torch.compile")
+    if isinstance(model, nn.DataParallel):
+        raise TensLoRAError(
+            "DataParallel: cannot copy an adapter; attach it to the model itself, and start one process per device "
+            "instead (torchrun)"
+        )
     for path, module in model.named_modules():
         for name in (kind.__name__ for kind in type(module).__mro__):
             if name in wrappers:

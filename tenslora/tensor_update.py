@@ -96,6 +96,10 @@ class TensorUpdate(nn.Module):
         squared = factorization.squared_first_step(modes, self.config.ranks)
         self.scale, unscaled_first_step = config.alpha, math.sqrt(squared or 0.0)
         if config.scaling == "first_step":
+            if not unscaled_first_step:
+                raise TensLoRAError(
+                    f"scaling=first_step: has no formula for factorization={config.factorization}; must be direct"
+                )
             # Of a LoRA on the weight as a matrix of d_out rows, as PEFT adapts a convolution: sqrt(r d_out / 3).
             self.scale *= math.sqrt(LORA_RANK * modes["d_out"] / 3) / unscaled_first_step
         self.first_step = abs(self.scale) * unscaled_first_step
@@ -259,8 +263,11 @@ def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:
     try:
         updates: dict[str, TensorUpdate] = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        places: dict[int, str] = {}  # by the weight: a module may have two names in the model
         for place, config in from_json(_Header, data).updates.items():
             weight = _weight(*_holder(model, place))
+            if (other := places.setdefault(id(weight), place)) != place:
+                raise TensLoRAError(f"{place}: is the weight of {other} too, and can have only one update")
             updates[place] = TensorUpdate(config, weight.shape)
             for name, parameter in updates[place].tensor.named_parameters():
                 shapes[f"{place}.{name}"] = tuple(parameter.shape)

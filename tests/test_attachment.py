@@ -28,6 +28,7 @@ from tenslora.constructions import CONSTRUCTIONS
 from tenslora.peft.to_lora import to_peft
 from tests.models import BUILDERS, DECODERS, FURTHER, attached, build, inputs, linear_at, logits
 from tests.operations import RecordedOperations
+from tests.plain_transformer import PlainTransformer
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -352,3 +353,42 @@ def test_a_deep_copy_has_an_adapter_of_its_own() -> None:
             parameter.zero_()
     assert torch.equal(logits(twin, inputs("timm_vit")), before)
     assert not torch.equal(logits(model, inputs("timm_vit")), before)
+
+
+def test_a_model_that_is_compiled_or_copied_is_not_adapted_in_its_wrapper() -> None:
+    model = PlainTransformer()
+    for wrapper, problem in (
+        (torch.compile(model, backend="eager"), "is compiled already; attach the adapter first"),
+        (nn.DataParallel(model), "DataParallel: cannot copy an adapter"),
+    ):
+        with pytest.raises(TensLoRAError, match=problem):
+            attach(wrapper, AdapterConfig("qkv"))  # type: ignore[arg-type]
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_nothing_is_merged_where_a_weights_entries_share_memory() -> None:
+    model = PlainTransformer()
+    linear = model.get_submodule("blocks.1.attention.value")
+    linear.weight = nn.Parameter(torch.ones(1, 24).expand(24, 24), requires_grad=False)
+    attached(model, "qkv_depth")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TensLoRAError, match=r"blocks\.1\.attention\.value: some of its weight's entries share memory"):
+        merge(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_is_merged_into_memory_that_another_weight_uses() -> None:
+    model = PlainTransformer()
+    model.add_module("other", nn.Linear(24, 24))
+    query = model.get_submodule("blocks.0.attention.query")
+    query.get_parameter("weight").data = model.get_parameter("other.weight").data
+    attached(model, "qkv")
+    with pytest.raises(TensLoRAError, match=r"query: its weight is shared by .*query and other, and a merge"):
+        merge(model)
+    # Parts of one tensor that do not overlap are weights of their own.
+    parts = torch.randn(3, 24, 24).unbind()
+    apart = PlainTransformer()
+    for name, part in zip(("query", "key", "value"), parts, strict=True):
+        apart.get_parameter(f"blocks.0.attention.{name}.weight").data = part
+    attached(apart, "qkv")
+    merge(apart)

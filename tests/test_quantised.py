@@ -226,3 +226,15 @@ def test_saved_adapters_do_not_depend_on_the_backbones_weights(tmp_path: Path) -
         warnings.simplefilter("error")
         save_pretrained(model, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+def test_an_update_that_a_quantised_weight_cannot_hold_is_not_merged() -> None:
+    model = quantised("nf4")
+    adapter = attached(model)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.fill_(1e15)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TensLoRAError, match="its weight would hold a NaN or an infinity with its update"):
+        merge(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

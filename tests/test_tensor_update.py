@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import tensorly as tl
 import torch
@@ -17,6 +18,7 @@ from tensorly.tt_tensor import tt_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torchvision.models.resnet import BasicBlock
 
 from tenslora import (
@@ -411,3 +413,38 @@ def test_a_depthwise_convolution_whose_second_dimension_is_one_takes_an_update()
     update = randomised(adapt_tensor(layer, "weight", 2))
     assert layer.weight.shape == (4, 1, 3, 3)
     torch.testing.assert_close(layer.weight, before + update.update())
+
+
+def test_a_weight_with_two_names_in_the_model_takes_no_two_updates(tmp_path: Path) -> None:
+    def pair(tied: bool) -> nn.Module:
+        one = nn.Linear(4, 4)
+        return nn.ModuleDict({"a": one, "b": one if tied else nn.Linear(4, 4)})
+
+    model = pair(tied=False)
+    for part in model.children():
+        adapt_tensor(part, "weight", 2)
+    save_tensors(model, tmp_path / "updates.safetensors")
+    other = pair(tied=True)
+    with pytest.raises(TensLoRAError, match=r"b\.weight: is the weight of a\.weight too"):
+        load_tensors(other, tmp_path / "updates.safetensors")
+    assert not parametrize.is_parametrized(other["a"])  # type: ignore[index]
+
+
+def test_settings_in_numpys_numbers_are_saved(tmp_path: Path) -> None:
+    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    adapt_tensor(one, "weight", np.int64(2), alpha=np.float32(2), seed=np.int64(1))  # type: ignore[arg-type]
+    save_tensors(one, tmp_path / "update.safetensors")
+    (update,) = load_tensors(other, tmp_path / "update.safetensors").values()
+    assert (update.config.ranks, update.config.alpha, update.config.seed) == ((2, 2), 2.0, 1)
+
+
+def test_a_first_step_without_a_formula_is_refused() -> None:
+    with pytest.raises(TensLoRAError, match=r"scaling=first_step: has no formula for factorization=tensor_guide"):
+        adapt_tensor(nn.Linear(4, 4), "weight", 2, factorization="tensor_guide", scaling="first_step")
+
+
+def test_an_expanded_weight_takes_no_update() -> None:
+    linear = nn.Linear(4, 4)
+    linear.weight = nn.Parameter(torch.ones(1, 4).expand(4, 4))
+    with pytest.raises(TensLoRAError, match=r"weight: some of its weight's entries share memory"):
+        adapt_tensor(linear, "weight", 2)

@@ -60,6 +60,22 @@ class QuantisedWeights:
             raise TensLoRAError(f"{kind}: {_UNMERGED} ({first_line(error)})") from error
 
     @torch.no_grad()
+    def require_finite_sum(self, path: str, linear: nn.Module, update: Tensor) -> None:
+        """Check that the weight can hold an update, see `attachment.require_finite_sum`.
+
+        Args:
+            path: what a message calls the weight.
+            linear: the Linear.
+            update: what is to be added, (outputs, inputs).
+
+        Raises:
+            TensLoRAError: if the sum holds a NaN or an infinity in the type that the weight is dequantised to.
+        """
+        weight = self._backend.get_base_weight(linear)
+        if not torch.isfinite(weight + update.to(weight)).all():
+            raise TensLoRAError(f"{path}: its weight would hold a NaN or an infinity with its update")
+
+    @torch.no_grad()
     def add(self, linear: nn.Module, update: Tensor) -> tuple[float, float]:
         """Dequantise the weight, add an update, and quantise the sum.
 
