@@ -89,7 +89,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
             raise TensLoRAError(f"{path}: cannot be written ({name} is on the device meta and has no numbers)")
         if str(tensor.layout) != "torch.strided":
             raise TensLoRAError(f"{path}: cannot be written ({name} is sparse, which safetensors cannot hold)")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        if (memory := own.untyped_storage().data_ptr()) in seen:  # safetensors refuses tensors that share memory
+            own = own.clone()
+        seen.add(memory)
+        plain[name] = own
     # The header is a single entry, because safetensors writes several in an order that changes between processes.
     write_bytes(path, save(plain, metadata={_HEADER: json.dumps(header, sort_keys=True)}))
     return path

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tenslora.adapted_linear import AdaptedLinear
 from tenslora.adapter import Adapter, StagedAdapter, load_adapter
-from tenslora.attachment import SUBMODULE, adapter_of, attach
+from tenslora.attachment import SUBMODULE, adapter_of, attach, require_changeable
 from tenslora.errors import TensLoRAError
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
 from tenslora.hub import download, is_repository, upload
@@ -40,6 +40,7 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
         TensLoRAError: if there is no adapter, if a file cannot be written, or if a weight that is trained beside the
             adapter has the adapter's update in it, which `load` would then add again.
     """
+    model = getattr(model, "_orig_mod", model)  # of a model that torch.compile has wrapped, with the weights' own names
     folder, adapter, head = Path(folder), adapter_of(model), _trained_weights(model)
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear) and module.merged and f"{path}.weight" in head:
@@ -113,12 +114,21 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
         place = places[name]
         if place.is_meta:
             raise TensLoRAError(f"{path}: {name} is on the device meta in the model, where its numbers would be lost")
+        if isinstance(place, nn.Parameter) and type(place) is not nn.Parameter:
+            raise TensLoRAError(
+                f"{path}: {name} is quantised in the model, and a trained weight cannot be copied there"
+            )
+        require_changeable(name, place)
         if place.shape != saved.shape:
             raise TensLoRAError(
                 f"{path}: {name} has the shape {tuple(saved.shape)}, and in {type(model).__name__} "
                 f"{tuple(place.shape)}; build the model with as many classes as the saved one"
             )
         if place.is_floating_point():
+            # A buffer may hold infinities, as a mask does; the model has them too.
+            is_mask = not isinstance(place, nn.Parameter) and saved.is_floating_point() and saved.isinf().any()
+            if is_mask and torch.equal(saved, place.to(saved)):
+                continue
             require_finite(f"{path}: {name}", saved)
             if not saved.to(place.dtype).float().isfinite().all():
                 raise TensLoRAError(

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import shutil
 import sys
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from tenslora import AdapterConfig, TensLoRAError, attach, detach, load, merge, push_to_hub, save_pretrained, unmerge
+from tenslora import (
+    AdapterConfig,
+    RankStrategy,
+    TensLoRAError,
+    attach,
+    detach,
+    load,
+    merge,
+    push_to_hub,
+    save_pretrained,
+    unmerge,
+)
 from tests.hub_server import serving
 from tests.models import build, inputs, logits
 from tests.plain_transformer import PlainTransformer
@@ -304,3 +320,108 @@ def test_a_trained_weight_that_holds_the_update_is_not_saved(tmp_path: Path) -> 
     unmerge(model)
     load(other, save_pretrained(model, tmp_path)).double()
     torch.testing.assert_close(logits(other, inputs("hf_bert")), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks"),
+    [
+        ({"alpha": np.float32(0.5), "seed": np.int64(3)}, RankStrategy("isorank", rank=cast(int, np.int64(2)))),
+        ({"alpha": Fraction(1, 2), "dropout": np.float32(0)}, RankStrategy(scale=cast(float, np.float32(1)))),
+        ({}, RankStrategy("explicit", ranks=tuple(np.array([2, 3, 3, 2])))),
+    ],
+)
+def test_settings_in_numbers_of_other_libraries_are_saved(
+    settings: dict[str, Any], ranks: RankStrategy, tmp_path: Path
+) -> None:
+    model, other = PlainTransformer(), PlainTransformer()
+    other.load_state_dict(model.state_dict())
+    attach(model, AdapterConfig("qkv_depth", ranks, **settings), train=["head"])
+    scramble(model)
+    load(other, save_pretrained(model, tmp_path))
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["qkv_depth", "lora"])
+def test_an_adapter_is_in_float32_where_the_default_type_has_16_bits(
+    mode: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, others = PlainTransformer(), [PlainTransformer(), PlainTransformer()]
+    expected = copy.deepcopy(attach(model, AdapterConfig(mode)).state_dict())
+    scramble(model)
+    saved = model.get_submodule("tenslora").state_dict()
+    save_pretrained(model, tmp_path)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        fresh, loaded = attach(others[0], AdapterConfig(mode)), load(others[1], tmp_path)
+    finally:
+        torch.set_default_dtype(before)
+    for adapter, values in ((fresh, expected), (loaded, saved)):
+        for name, tensor in adapter.state_dict().items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, values[name])
+
+
+def test_a_default_device_without_numbers_does_not_matter_to_a_model_that_has_them(tmp_path: Path) -> None:
+    save_pretrained(trained(), tmp_path)
+    one, other = build("hf_bert"), build("hf_bert")
+    with torch.device("meta"):
+        attach(one, AdapterConfig("qkv_depth"))
+        load(other, tmp_path)
+    assert not any(parameter.is_meta for model in (one, other) for parameter in model.parameters())
+
+
+def test_a_compiled_model_is_saved_under_the_models_own_names(tmp_path: Path) -> None:
+    model, other = trained(), build("hf_bert")
+    save_pretrained(torch.compile(model, backend="eager"), tmp_path)  # type: ignore[arg-type]
+    load(other, tmp_path).double()
+    assert torch.equal(logits(other, inputs("hf_bert")), logits(model, inputs("hf_bert")))
+
+
+def test_trained_weights_that_share_memory_are_saved(tmp_path: Path) -> None:
+    def tied() -> PlainTransformer:
+        model = PlainTransformer()
+        model.add_module("other", nn.Linear(24, 2))
+        model.get_parameter("other.weight").data = model.head.weight.data
+        return model
+
+    model, other = tied(), tied()
+    attach(model, AdapterConfig("depth"), train=["head", "other"])
+    scramble(model)
+    load(other, save_pretrained(model, tmp_path))
+    for name in ("head.weight", "other.weight"):
+        assert torch.equal(other.get_parameter(name), model.get_parameter(name))
+
+
+def test_a_mask_of_infinities_beside_a_trained_weight_is_no_damage(tmp_path: Path) -> None:
+    def masked(entry: float = -math.inf) -> PlainTransformer:
+        model = PlainTransformer()
+        model.head.register_buffer("mask", torch.full((3, 3), entry).triu(1))
+        return model
+
+    model, other = masked(), masked()
+    attach(model, AdapterConfig("depth"), train=["head"])
+    load(other, save_pretrained(model, tmp_path))
+    with pytest.raises(TensLoRAError, match=r"head\.mask holds a NaN or an infinity"):
+        load(masked(0.0), tmp_path)
+
+
+def test_a_head_that_cannot_take_the_saved_weights_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = PlainTransformer()
+    attach(model, AdapterConfig("depth"), train=["head"])
+    save_pretrained(model, tmp_path)
+    quantised, expanded, inferred = PlainTransformer(), PlainTransformer(), PlainTransformer()
+    quantize_(quantised, Int8WeightOnlyConfig())
+    expanded.head.weight = nn.Parameter(torch.ones(2, 1).expand(2, 24))
+    with torch.inference_mode():
+        inferred.head = nn.Linear(24, 2)
+    for other, problem in (
+        (quantised, "quantised in the model"),
+        (expanded, "entries share memory"),
+        (inferred, r"made in torch\.inference_mode"),
+    ):
+        with pytest.raises(TensLoRAError, match=problem):
+            load(other, tmp_path)
+        assert not hasattr(other, "tenslora")
