@@ -278,6 +278,10 @@ def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
     if kind.__name__ == "ChannelAttention":
         # timm's DaViT: softmax(key^T value) query^T, whose query is what value is in attention.
         return f"in {kind.__name__} query, key and value do not have their usual roles, which is not supported"
+    if any(each.__name__ == "EfficientAttentionMixin" for each in kind.__mro__):
+        # transformers' Reformer: its layers compute their inputs again from their outputs, in a backward pass of their
+        # own, which no shared tensor's gradient leaves.
+        return "belongs to reversible layers (Reformer), through which an adapter would get no gradient"
     if _is_linear(getattr(block, f"{name}_global", None)):
         # Longformer and LED: its global tokens use these instead, and in the last layer nothing else is read.
         return f"has a {name}_global beside {name}, which an adapter would leave out"

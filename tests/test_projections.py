@@ -185,6 +185,10 @@ _FOUR = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "i
             r"self: has a query_global beside query, which an adapter would leave out",
         ),
         (
+            lambda: hf.ReformerModel(hf.ReformerConfig(attn_layers=["local"], is_decoder=False)),
+            r"self_attention: belongs to reversible layers \(Reformer\), through which an adapter would get no",
+        ),
+        (
             lambda: hf.Qwen3NextModel(hf.Qwen3NextConfig(**_FOUR, num_key_value_heads=2, head_dim=8, num_experts=2)),
             r"layers\.3\.self_attn\.q_proj: has 64 outputs, which are not 4 heads of 8",
         ),
@@ -198,6 +202,7 @@ _FOUR = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "i
         "SwinV2",
         "CodeGen",
         "Longformer",
+        "Reformer",
         "Qwen3Next",
     ],
 )
