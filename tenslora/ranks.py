@@ -308,12 +308,11 @@ class RankStrategy:
         require_numbers(self, "tolerance", "scale")
         if self.ranks is not None and not isinstance(self.ranks, (tuple, list)):
             raise TensLoRAError(f"ranks={self.ranks!r}: must be one rank for each mode, as in (4, 4, 3), or None")
-        if any(isinstance(rank, Integral) and type(rank) not in (int, bool) for rank in self.ranks or ()):
-            own = [
-                rank if isinstance(rank, bool) or not isinstance(rank, Integral) else int(rank)
-                for rank in self.ranks or ()
-            ]
-            object.__setattr__(self, "ranks", tuple(own))  # numpy's numbers, for one, which JSON cannot hold
+        if self.ranks is not None:  # numpy's numbers become Python's, because JSON cannot hold them
+            own = (
+                int(rank) if isinstance(rank, Integral) and not isinstance(rank, bool) else rank for rank in self.ranks
+            )
+            object.__setattr__(self, "ranks", tuple(own))
         if not isinstance(self.cap, bool):
             raise TensLoRAError(f"cap={self.cap!r}: must be True or False")
         if self.rank < 1:

@@ -48,6 +48,26 @@ class Ended:
     err: str
 
 
+def interrupt_import(library: str, start: str) -> subprocess.CompletedProcess[str]:
+    """Start a program that gets Ctrl-C when it begins to import a library.
+
+    Args:
+        library: the library's name.
+        start: the Python statement that starts the program.
+    """
+    program = (
+        "import runpy, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == '{library}':\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"{start}\n"
+    )
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 class Commands:
     """Carries out commands, in forks of the process that `tests.harness.command_server` describes.
 

@@ -14,7 +14,7 @@ from PIL import Image
 import train
 from tenslora.harness.app import run_app
 from tenslora.harness.training.processes import Processes
-from tests.commands import Command, Commands
+from tests.commands import Command, Commands, interrupt_import
 from tests.conftest import ROOT
 from tests.running import SHORT
 
@@ -210,15 +210,5 @@ def test_a_stopped_run_ends_with_status_130(accident: str, commands: Commands, t
 
 @pytest.mark.parametrize("library", ["tenslora.harness.app", "hydra"])
 def test_ctrl_c_while_libraries_are_imported_ends_with_status_130_and_one_line(library: str) -> None:
-    program = (
-        "import runpy, signal, sys\n"
-        "class Interrupts:\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        f"        if name == '{library}':\n"
-        "            signal.raise_signal(signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Interrupts())\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "runpy.run_path('train.py', run_name='__main__')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = interrupt_import(library, "runpy.run_path('train.py', run_name='__main__')")
     assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tenslora.harness.commands import mistakes_in_one_line
+from tests.commands import interrupt_import
 from tests.conftest import ROOT
 
 PRINTS = """
@@ -71,15 +72,6 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_ctrl_c_while_a_command_imports_its_libraries_is_one_line(command: str, library: str) -> None:
-    program = (
-        "import runpy, signal, sys\n"
-        "class Interrupts:\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        f"        if name == '{library}':\n"
-        "            signal.raise_signal(signal.SIGINT)\n"
-        "sys.meta_path.insert(0, Interrupts())\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        f"runpy.run_module('tenslora.harness.{command}', run_name='__main__', alter_sys=True)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    start = f"runpy.run_module('tenslora.harness.{command}', run_name='__main__', alter_sys=True)"
+    done = interrupt_import(library, start)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -23,7 +23,7 @@ class Backbone:
         input_name: the keyword by which `model` takes images.
         image_input: the images that an image model takes; None for a text model.
         max_tokens: the most tokens that a text model has positions for; None if there is no such limit.
-        numbers_of: for each input of a text model that is looked up in an embedding, how many numbers that has.
+        embedding_sizes: the number of rows of each embedding of a text model, by the input that is looked up in it.
     """
 
     model: nn.Module
@@ -31,7 +31,7 @@ class Backbone:
     input_name: str
     image_input: ImageInput | None = None
     max_tokens: int | None = None
-    numbers_of: Mapping[str, int] = field(default_factory=dict)
+    embedding_sizes: Mapping[str, int] = field(default_factory=dict)
 
     def image_input_on(self, dataset: DatasetConfig) -> ImageInput | None:
         """How a run on a dataset turns an image into the model's input; None for a text model.

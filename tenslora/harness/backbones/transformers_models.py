@@ -43,7 +43,7 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
     head = [*_head_of(model).values(), *new]
     if config.modality == "image":
         return Backbone(model, head, "pixel_values", _image_input(config, model))
-    return Backbone(model, head, "input_ids", max_tokens=_max_tokens(model), numbers_of=_numbers_of(model))
+    return Backbone(model, head, "input_ids", max_tokens=_max_tokens(model), embedding_sizes=_embedding_sizes(model))
 
 
 def _head_of(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -64,8 +64,8 @@ def _max_tokens(model: nn.Module) -> int | None:
     return None
 
 
-def _numbers_of(model: PreTrainedModel) -> dict[str, int]:
-    """How many tokens, and how many segments of a pair, a model has an embedding for."""
+def _embedding_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """The number of rows of the embeddings of tokens and of a pair's segments, by the input of the model."""
     found = {"input_ids": model.get_input_embeddings()}
     for name, module in model.named_modules():
         if name.endswith("token_type_embeddings"):

@@ -309,7 +309,7 @@ def _encode_texts(
 
     def encoded(examples: Examples) -> Encoded:
         tokens = _tokenize(examples, tokenizer, max_length)
-        _require_known_numbers(tokens, tokenizer, backbone.numbers_of)
+        _require_embedded(tokens, tokenizer, backbone.embedding_sizes)
         lengths = [len(ids) for ids in tokens.columns["input_ids"]] if config.group_by_length else None
         return Encoded(range(len(examples)), examples.labels, tokens, lengths=lengths)
 
@@ -330,8 +330,8 @@ def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length
     return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))
 
 
-def _require_known_numbers(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, numbers_of: Mapping[str, int]) -> None:
-    for name, count in numbers_of.items():
+def _require_embedded(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, embedding_sizes: Mapping[str, int]) -> None:
+    for name, count in embedding_sizes.items():
         largest = max((max(row, default=0) for row in tokens.columns.get(name, [])), default=0)
         if name == "input_ids":
             largest = max(largest, tokenizer.pad_token_id or 0)

@@ -81,7 +81,7 @@ def test_a_text_models_positions_and_head(kind: str, tokens: int | None, head: s
     assert backbone.max_tokens == tokens
     words = {name: module for name, module in backbone.model.named_modules() if isinstance(module, nn.Embedding)}
     known = {"input_ids": "word_embeddings embed_tokens wte", "token_type_ids": "token_type_embeddings"}
-    assert backbone.numbers_of == {
+    assert backbone.embedding_sizes == {
         name: module.num_embeddings
         for name, names in known.items()
         for path, module in words.items()

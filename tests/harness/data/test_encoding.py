@@ -275,13 +275,13 @@ def encode_sentences(
     max_length: int = 64,
     padding: str = "longest",
     grouped: bool = False,
-    numbers_of: Mapping[str, int] | None = None,
+    embedding_sizes: Mapping[str, int] | None = None,
 ) -> tuple[Encoded, Encoded, Collate]:
     config = TextDatasetConfig(
         **DATASET, modality="text", max_length=max_length, padding=padding, group_by_length=grouped
     )
     examples = Examples(rows, [i % 2 for i in range(len(rows))])
-    backbone = Backbone(torch.nn.Identity(), [], "ids", numbers_of=numbers_of or {})
+    backbone = Backbone(torch.nn.Identity(), [], "ids", embedding_sizes=embedding_sizes or {})
     data = encode(Dataset(examples, examples, ()), config, backbone, tokenizer)
     return data.train, data.scored, data.collate
 
@@ -353,17 +353,17 @@ def test_a_tokenizer_with_an_impossible_length_is_refused(
 
 def test_a_token_that_the_model_does_not_know_is_refused(tokenizer: Any) -> None:
     largest = max(token for pair in PAIRS for token in tokenizer(*pair)["input_ids"])
-    encode_sentences(PAIRS, tokenizer, numbers_of={"input_ids": largest + 1})
+    encode_sentences(PAIRS, tokenizer, embedding_sizes={"input_ids": largest + 1})
     name = re.escape(repr(tokenizer.convert_ids_to_tokens(largest)))
     with pytest.raises(TensLoRAError, match=rf"gives {name} the number {largest}, .* {largest} tokens from 0 on"):
-        encode_sentences(PAIRS, tokenizer, numbers_of={"input_ids": largest})
+        encode_sentences(PAIRS, tokenizer, embedding_sizes={"input_ids": largest})
 
 
 def test_a_pair_for_a_model_of_one_segment_is_refused(request: pytest.FixtureRequest) -> None:
     tokenizer = tokenizer_of("bert", request)
-    encode_sentences(PAIRS, tokenizer, numbers_of={"token_type_ids": 2})
+    encode_sentences(PAIRS, tokenizer, embedding_sizes={"token_type_ids": 2})
     with pytest.raises(TensLoRAError, match=r"the two sentences of a pair up to 1, and the model knows 1 segment; "):
-        encode_sentences(PAIRS, tokenizer, numbers_of={"token_type_ids": 1})
+        encode_sentences(PAIRS, tokenizer, embedding_sizes={"token_type_ids": 1})
 
 
 def test_an_image_file_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
