@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from tenslora.adapter_config import LARGEST_SCALE, AdapterConfig
 from tenslora.constructions import PROJECTION, SITE, Geometry, modes, stacked_axes, tensor_grid
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.factorizations import factorization_of
 from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.first_step import first_step, lora_first_step, over_stages
@@ -61,6 +62,7 @@ class _AnyAdapter(nn.Module):
         Raises:
             TensLoRAError: if the file cannot be written.
         """
+        path = require_path("path", path)
         of_stages = [
             {
                 "geometry": dataclasses.asdict(stage.geometry),
@@ -71,7 +73,7 @@ class _AnyAdapter(nn.Module):
         ]
         header: dict[str, Any] = {"format": FORMAT, "config": dataclasses.asdict(self.config)}
         header |= of_stages[0] if isinstance(self, Adapter) else {"stages": of_stages}
-        return write_safetensors(Path(path), dict(self.state_dict()), header)
+        return write_safetensors(path, dict(self.state_dict()), header)
 
 
 class Adapter(_AnyAdapter):
@@ -110,12 +112,17 @@ class Adapter(_AnyAdapter):
         stage: int = 0,
     ) -> None:
         super().__init__()
+        require_type("config", config, AdapterConfig)
+        require_type("geometry", geometry, Geometry)
+        require_type("stage", stage, int)
         if config.adapt != geometry.adapt:
             raise TensLoRAError(f"adapt={config.adapt}: must be {geometry.adapt}, as in the geometry")
         self.config = config
         self.geometry = geometry
         self._stage = stage
-        self.ranks = tuple(ranks or config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization))
+        if ranks is None:
+            ranks = config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization)
+        self.ranks = _require_ranks(ranks, config, geometry)
         self.grid = tensor_grid(config.tensor_mode, geometry)
         # This is looked up here and not in every forward pass, because torch.compile cannot trace the look-up.
         self._stacks_matrices = bool(stacked_axes(config.tensor_mode) & {PROJECTION, SITE})
@@ -137,7 +144,7 @@ class Adapter(_AnyAdapter):
             self.tensors.append(tensor)
         self.dropout = nn.Dropout(config.dropout)
         self.rank_dropout = nn.Dropout(config.rank_dropout)
-        self.unscaled_first_step = self._find_first_step() if first_step is None else first_step
+        self.unscaled_first_step = self._find_first_step() if first_step is None else _require_step(first_step)
         self.scale = config.alpha
         if config.scaling == "first_step":
             self.scale *= lora_first_step(geometry, config.rank_strategy.rank) / self.unscaled_first_step
@@ -306,6 +313,11 @@ class StagedAdapter(_AnyAdapter):
 
     def __init__(self, stages: Sequence[Adapter]) -> None:
         super().__init__()
+        require_type("stages", stages, list, tuple)
+        for stage in stages:
+            require_type("an adapter in stages", stage, Adapter)
+        if not stages:
+            raise TensLoRAError("stages=[]: must hold at least one adapter")
         self.config = stages[0].config
         self.stage = nn.ModuleList(stages)  # so that the parameters are named stage.0.tensors.0.core
         self.first_step = over_stages([stage.first_step for stage in stages], [stage.geometry for stage in stages])
@@ -351,6 +363,23 @@ def make_adapter(
     return stages[0] if len(stages) == 1 else StagedAdapter(stages)
 
 
+def _require_ranks(ranks: Sequence[int], config: AdapterConfig, geometry: Geometry) -> tuple[int, ...]:
+    # Isorank may choose a rank above its limit, so only its sign is checked.
+    count = len(rank_limits(config.tensor_mode, geometry, config.factorization))
+    require_type("ranks", ranks, list, tuple)
+    whole = [int(rank) for rank in ranks if isinstance(rank, Integral) and not isinstance(rank, bool) and rank > 0]
+    if not len(whole) == len(ranks) == count:
+        raise TensLoRAError(f"ranks={shown(ranks)}: must be {count} whole numbers from 1 up")
+    return tuple(whole)
+
+
+def _require_step(first_step: float) -> float:
+    require_type("first_step", first_step, float)
+    if not 0 < first_step < math.inf:
+        raise TensLoRAError(f"first_step={first_step}: must be a finite number above 0")
+    return float(first_step)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Stage:
     # What an adapter file's header says of a stage.
@@ -359,11 +388,9 @@ class _Stage:
     first_step: float | None = None
 
     def check(self, config: AdapterConfig) -> None:
-        limits = rank_limits(config.tensor_mode, self.geometry, config.factorization)
-        if len(self.ranks) != len(limits) or min(self.ranks) < 1:
-            raise TensLoRAError(f"ranks={shown(self.ranks)}: must be {len(limits)} whole numbers from 1 up")
-        if self.first_step is not None and self.first_step <= 0:
-            raise TensLoRAError(f"first_step={self.first_step}: must be above 0")
+        _require_ranks(self.ranks, config, self.geometry)
+        if self.first_step is not None:
+            _require_step(self.first_step)
 
     def rows(self, config: AdapterConfig) -> list[dict[str, tuple[int, ...]]]:
         # For each row of the grid of tensors, the shapes of a tensor's parameters and of its noise, by name.
@@ -431,7 +458,7 @@ def load_adapter(path: Path | str) -> Adapter | StagedAdapter:
         TensLoRAError: if the file is missing, damaged, or not an adapter; the message names the file and what is wrong
             with it.
     """
-    path = Path(path)
+    path = require_path("path", path)
     data, tensors = read_safetensors(path)
     if data.get("format") != FORMAT:
         raise TensLoRAError(f"{path}: not a TensLoRA adapter (its header must say format={FORMAT})")

@@ -6,7 +6,7 @@ the model's state dict stay as they were, and the adapter becomes the submodule 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, cast
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_type
 from tenslora.forward_pass import ForwardPass
 from tenslora.projections import Stage, features, find_projections, is_plain
 from tenslora.thin_products import MatrixGroup
@@ -63,6 +63,8 @@ def attach(
         TensLoRAError: if the model or a part of it has an adapter already, if the matrices to adapt or a module to
             train are not found, or if the adapter is for other dimensions; the message says which ones differ.
     """
+    require_type("model", model, nn.Module)
+    require_type("adapter", adapter, AdapterConfig, Adapter, StagedAdapter)
     if hasattr(model, SUBMODULE):
         raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
     if held := next(iter(_adapted_linears(model)), None):
@@ -236,6 +238,7 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
     Raises:
         TensLoRAError: if there is no adapter.
     """
+    require_type("model", model, nn.Module)
     adapter = getattr(model, SUBMODULE, None)
     if not isinstance(adapter, (Adapter, StagedAdapter)):
         raise TensLoRAError(f"{type(model).__name__}: has no adapter")
@@ -361,6 +364,9 @@ def modules_named(model: nn.Module, names: Sequence[str], setting: str = "train"
     """
     if isinstance(names, str):
         raise TensLoRAError(f"{setting}={names}: must be a list of names, such as [{names!r}]")
+    require_type(setting, names, Sequence, Set)
+    for name in names:
+        require_type(f"a name in {setting}", name, str)
     holders = {
         path: module for path, module in model.named_modules() if path and any(True for _ in module.parameters())
     }

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from tenslora.errors import TensLoRAError, require_numbers, require_one_of
+from tenslora.errors import TensLoRAError, require_numbers, require_one_of, require_type
 
 HEAD, PROJECTION, DEPTH = "head", "projection", "depth"
 SITE = "site"  # projection and depth as one axis of P * L positions: index = projection * L + layer
@@ -63,13 +63,14 @@ def adapted_matrices(adapt: str, gated: bool = False) -> tuple[str, ...]:
     Raises:
         TensLoRAError: if `adapt` is anything else.
     """
+    in_order = "".join(letter for letter in _ATTENTION if letter in str(adapt))
+    if not isinstance(adapt, str) or adapt not in ("mlp", "all", in_order or None):
+        raise TensLoRAError(f"adapt={adapt}: must be letters of qkvo in that order, or mlp, or all")
     feed_forward = ("gate", "up", "down") if gated else ("up", "down")
     if adapt == "mlp":
         return feed_forward
     if adapt == "all":
         return (*_ATTENTION.values(), *feed_forward)
-    if not isinstance(adapt, str) or not adapt or adapt != "".join(letter for letter in _ATTENTION if letter in adapt):
-        raise TensLoRAError(f"adapt={adapt}: must be letters of qkvo in that order, or mlp, or all")
     return tuple(_ATTENTION[letter] for letter in adapt)
 
 
@@ -108,6 +109,7 @@ class Geometry:
         for name in sizes:
             if (size := getattr(self, name)) < 1:
                 raise TensLoRAError(f"{name}={size}: must be at least 1")
+        require_type("gated", self.gated, bool)
         if self.d_ff is None and {"up", "down"} & set(self.matrices):
             raise TensLoRAError(f"adapt={self.adapt}: needs d_ff, the feed-forward block's width")
 

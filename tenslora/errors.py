@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 
@@ -43,10 +44,48 @@ def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:
         TensLoRAError: if `value` is not a valid value.
     """
     names = list(valid)
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         alike = difflib.get_close_matches(str(value), names, n=len(names))
         ordered = dict.fromkeys([*alike, *names])
         raise TensLoRAError(f"{setting}={value}: must be one of {', '.join(ordered)}")
+
+
+def require_type(name: str, value: Any, *kinds: type[Any]) -> None:
+    """Check the type of an argument of a public function.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the argument.
+        kinds: the types that it may have. An int is accepted for a float, and True or False only for a bool.
+
+    Raises:
+        TensLoRAError: if it has another type.
+    """
+    numbers: dict[type[Any], type[Any]] = {int: Integral, float: Real}  # numpy's numbers are numbers too
+    is_bool = isinstance(value, bool)
+    if not any(kind is bool if is_bool else isinstance(value, numbers.get(kind, kind)) for kind in kinds):
+        names = ["None" if kind is type(None) else kind.__name__ for kind in kinds]
+        shown = "None" if value is None else f"of type {type(value).__name__}"
+        raise TensLoRAError(f"{name}: must be of type {' or '.join(names)}, and is {shown}")
+
+
+def require_path(name: str, value: Any) -> Path:
+    """Turn an argument of a public function into a path.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the argument: text, or an object that stands for a path.
+
+    Returns:
+        The path.
+
+    Raises:
+        TensLoRAError: if it is neither.
+    """
+    try:
+        return Path(value)
+    except TypeError as error:
+        raise TensLoRAError(f"{name}: must be text or a Path, and is of type {type(value).__name__}") from error
 
 
 def require_numbers(settings: Any, *names: str, whole: bool = False) -> None:

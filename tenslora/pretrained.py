@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tenslora.adapted_linear import AdaptedLinear
 from tenslora.adapter import Adapter, StagedAdapter, load_adapter
 from tenslora.attachment import SUBMODULE, adapter_of, attach, require_changeable
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
 from tenslora.hub import download, is_repository, upload
 
@@ -40,8 +40,9 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
         TensLoRAError: if there is no adapter, if a file cannot be written, or if a weight that is trained beside the
             adapter has the adapter's update in it, which `load` would then add again.
     """
+    require_type("model", model, nn.Module)
     model = getattr(model, "_orig_mod", model)  # of a model that torch.compile has wrapped, with the weights' own names
-    folder, adapter, head = Path(folder), adapter_of(model), _trained_weights(model)
+    folder, adapter, head = require_path("folder", folder), adapter_of(model), _trained_weights(model)
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear) and module.merged and f"{path}.weight" in head:
             raise TensLoRAError(f"{path}: its weight is trained and has the adapter's update in it; unmerge first")
@@ -66,6 +67,7 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
         source: a folder that `save_pretrained` wrote; the folder of a run; the name of a repository on the hub
             (user/name), where there is no such folder; or a single file of `Adapter.save`.
         revision: a branch, a tag or a commit of the repository on the hub; None for the newest commit.
+            With a folder or a file it must be None.
 
     Returns:
         The adapter.
@@ -74,8 +76,13 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
         TensLoRAError: if there is no adapter under that name, if the saved weights do not fit the model, or for the
             same reasons as in `attach`. The model is then as it was.
     """
-    path = Path(source)
-    if os.path.isfile(path):  # unlike Path.is_file, it also answers where a name is too long for a file
+    require_type("model", model, nn.Module)
+    require_type("revision", revision, str, type(None))
+    path = require_path("source", source)
+    # Unlike Path.exists, os.path also answers where a name is too long for a file.
+    if revision is not None and os.path.exists(path):
+        raise TensLoRAError(f"revision={revision}: {path} is on disk, where there is only one; leave it out")
+    if os.path.isfile(path):
         return attach(model, load_adapter(path))
     folder = path if os.path.isdir(path) else _download(str(source), revision)
     if not (folder / ADAPTER_FILE).is_file():
@@ -155,6 +162,8 @@ def push_to_hub(model: nn.Module, repo_id: str, private: bool = False) -> str:
     Raises:
         TensLoRAError: if there is no adapter, if huggingface_hub is not installed, or if the hub refuses.
     """
+    require_type("repo_id", repo_id, str)
+    require_type("private", private, bool)
     if not is_repository(repo_id, with_owner=True):
         raise TensLoRAError(f"repo_id={repo_id}: must be the name of a repository, user/name")
     card = _model_card(model, repo_id)

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from tenslora.adapter_config import LARGEST_SCALE
 from tenslora.attachment import is_finite, require_changeable, require_finite_sum, require_own_weights
 from tenslora.constructions import SCALINGS, weight_modes
-from tenslora.errors import TensLoRAError, require_numbers, require_one_of
+from tenslora.errors import TensLoRAError, require_numbers, require_one_of, require_path, require_type
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.forms import from_json
@@ -167,6 +167,8 @@ def adapt_tensor(
         TensLoRAError: if the module has no such weight, if the weight is quantised or has a parametrization already, or
             for settings that do not fit the weight.
     """
+    require_type("module", module, nn.Module)
+    require_type("name", name, str)
     weight = _weight(module, name)
     resolved = weight_ranks(weight.shape, ranks, factorization)
     update = TensorUpdate(TensorUpdateConfig(resolved, factorization, alpha, scaling, seed), weight.shape)
@@ -234,14 +236,14 @@ def save_tensors(model: nn.Module, path: Path | str) -> Path:
     Raises:
         TensLoRAError: if there is no update, or if the file cannot be written.
     """
-    adapted = _adapted(model)
+    path, adapted = require_path("path", path), _adapted(model)
     tensors = {
         f"{place}.{name}": parameter
         for place, (_, _, update) in adapted.items()
         for name, parameter in update.tensor.named_parameters()
     }
     configs = {place: dataclasses.asdict(update.config) for place, (_, _, update) in adapted.items()}
-    return write_safetensors(Path(path), tensors, {"format": FORMAT, "updates": configs})
+    return write_safetensors(path, tensors, {"format": FORMAT, "updates": configs})
 
 
 def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:
@@ -257,7 +259,9 @@ def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:
     Raises:
         TensLoRAError: if the file is missing, damaged or of another kind, or if an update does not fit the model.
     """
-    data, tensors = read_safetensors(Path(path))
+    require_type("model", model, nn.Module)
+    path = require_path("path", path)
+    data, tensors = read_safetensors(path)
     if data.get("format") != FORMAT:
         raise TensLoRAError(f"{path}: holds no updates of weights (its header must say format={FORMAT})")
     try:
@@ -339,6 +343,7 @@ def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, str, TensorUpdate]]
                     if isinstance(update, TensorUpdate):
                         yield f"{path}.{name}".removeprefix("."), (module, name, update)
 
+    require_type("model", model, nn.Module)
     adapted = dict(found())
     if not adapted:
         raise TensLoRAError(f"{type(model).__name__}: no weight has an update")

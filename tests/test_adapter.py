@@ -173,7 +173,7 @@ def changed(path: Path, changes: dict[str, Any] | None = None, **tensors: Tensor
         ({"config.rank_strategy": {"ranks": "4"}}, 'config.rank_strategy.ranks="4": must be a list or null'),
         ({"config.scaling": "first_step", "first_step": 1e-300}, "alpha=4.0: gives .* a scale of "),
         ({"config.a\nb": 1}, r'config\."a\\nb": there is no such field'),
-        ({"first_step": 0.0}, "first_step=0.0: must be above 0"),
+        ({"first_step": 0.0}, "first_step=0.0: must be a finite number above 0"),
         ({"ranks": []}, r"ranks=\[\]: must be 4 whole numbers"),
         ({"ranks": [4, 4, 3]}, "ranks=.*: must be 4 whole numbers"),
         ({"ranks": [4, 4, 3, 0]}, "ranks=.*: must be 4 whole numbers from 1 up"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.config import DatasetConfig, RunConfig, validate
@@ -148,7 +148,7 @@ class LoadedRun:
             raise TensLoRAError(f"a single example does not fit into the memory of {processes.name}") from error
 
 
-def load_run(folder: str | Path, checkpoint: str | None = None) -> LoadedRun:
+def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> LoadedRun:
     """Load the backbone as the run did, and then the weights that the run trained.
 
     Args:
@@ -161,13 +161,14 @@ def load_run(folder: str | Path, checkpoint: str | None = None) -> LoadedRun:
     Raises:
         TensLoRAError: if there is no completed run in the folder, or if its backbone cannot be loaded.
     """
-    files = RunFolder(Path(folder))
+    require_type("checkpoint", checkpoint, str, Path, type(None))
+    files = RunFolder(require_path("folder", folder))
     record = _finished(files)
     run = validate(record["config"])
     if run.digest() != record["digest"]:
         raise TensLoRAError(f"{files.result}: not a readable record (config: is of a run with other settings)")
     if checkpoint is not None:
-        run = replace(run, model=replace(run.model, checkpoint=checkpoint))
+        run = replace(run, model=replace(run.model, checkpoint=str(checkpoint)))
     tokenizer = None
     if run.model.modality == "text":
         # A run with random weights trained a tokenizer on its own sentences. That tokenizer has to be trained again.

@@ -14,7 +14,7 @@ from torch import nn
 from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.attachment import adapted_linears, detach, modules_named
 from tenslora.decomposition import Approximation, approximate
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_path
 from tenslora.files import read_safetensors
 from tenslora.peft.saved_lora import PREFIX, WEIGHTS, read_updates
 from tenslora.peft.tuner import TensLoraConfig, chosen_stages
@@ -88,7 +88,7 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
         TensLoRAError: if the LoRA adapts other matrices than the new adapter, if a module that was saved with it has
             another size, or if the factorization is CP, for which there is no such method. The model is then as it was.
     """
-    folder = Path(folder)
+    folder = require_path("folder", folder)
     # All that can fail comes before the model is changed.
     stages = chosen_stages(model, config)
     adapter = config.make_adapter([stage.geometry for stage in stages])

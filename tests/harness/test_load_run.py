@@ -63,7 +63,7 @@ def test_a_damaged_head_is_refused(
 
 def test_the_backbone_may_have_moved(digits_run: Path, tmp_path: Path) -> None:
     shutil.copy(EMBEDDED, tmp_path / "moved.safetensors")
-    loaded = load_run(digits_run, str(tmp_path / "moved.safetensors"))
+    loaded = load_run(digits_run, tmp_path / "moved.safetensors")
     assert accuracy_of(loaded) == record(digits_run)["metrics"]["last"]
 
 
