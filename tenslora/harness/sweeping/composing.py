@@ -151,20 +151,17 @@ class Composer:
     def _shared(self, words: Sequence[str]) -> DictConfig | None:
         """The config of one job, which the next call may change; None for a job that has to be composed alone."""
         overrides = list(map(self._parse, words))
-        keys = [each.key_or_group for each in overrides]
-        if not all(map(_is_plain, overrides)) or any(a.startswith(f"{b}.") for a, b in permutations(keys, 2)):
+        if not all(map(_is_plain, overrides)):
             return None
-        chosen = {}
-        for key, override in zip(keys, overrides, strict=True):
-            if self._is_group(key):
-                if not isinstance(option := override.value(), str):
-                    return None
-                chosen[key] = option
+        # Hydra chooses the options first, and then sets the values, those of the options' settings among them.
+        options = [each for each in overrides if self._is_group(each.key_or_group)]
+        values = [each for each in overrides if not self._is_group(each.key_or_group)]
+        chosen = {each.key_or_group: option for each in options if isinstance(option := each.value(), str)}
+        keys = [each.key_or_group for each in values]
+        if len(chosen) < len(options) or any(a.startswith(f"{b}.") for a, b in permutations(keys, 2)):
+            return None
         base = self._base(chosen)
-        if base is None:
-            return None
-        values = [each for each in overrides if each.key_or_group not in chosen]
-        return base.config(chosen, values)
+        return base.config(chosen, values) if base else None
 
     def _base(self, chosen: Mapping[str, str]) -> _Base | None:
         words = tuple(f"{group}={option}" for group, option in chosen.items())

@@ -64,6 +64,8 @@ def test_jobs_of_every_table_are_composed_as_by_hydra(table: str, loader: Config
         # values of settings that an option brings
         ["rank_strategy=isorank,isoparameters", "rank_strategy.rank=2,8"],
         ["model=minilm,roberta_base", "dataset=cola", "optimizer.betas=[0.9,0.99]"],
+        ["dataset=cola,mrpc", "model=minilm", "model.checkpoint=x", "dataset.root=y,z", "dataset.train_size=8"],
+        ["dataset=dtd,digits", "dataset.transform.flip=false,true", "trainer.batch_size=8", "table.name=other"],
         # overrides that are no plain values
         ["~dataset.transform", "tensor_mode=qkv,lora"],
         ["trainer={epochs:3}", "trainer.epochs=1,2"],
@@ -83,21 +85,39 @@ def test_jobs_of_any_kind_are_composed_as_by_hydra(words: list[str], loader: Con
             assert composer.run(job) == validate(by_hydra), job
 
 
-def test_jobs_that_differ_in_values_or_in_plain_options_are_composed_once(
-    loader: ConfigLoader, config: DictConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    composer, alone = Composer(loader, config), Composer.alone
-    composed = []
+def composed_alone(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """A list that grows by the words of each config that Hydra composes."""
+    composed, alone = [], Composer.alone
 
     def noted(self: Composer, words: Sequence[str]) -> DictConfig:
         composed.append(tuple(words))
         return alone(self, words)
 
     monkeypatch.setattr(Composer, "alone", noted)
+    return composed
+
+
+def test_jobs_that_differ_in_values_or_in_plain_options_are_composed_once(
+    loader: ConfigLoader, config: DictConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composer = Composer(loader, config)
+    composed = composed_alone(monkeypatch)
     words = ["tensor_mode=qkv,lora,depth", "rank_strategy=isorank,isoparameters", "seed=0,1", "optimizer.lr=1,2"]
     runs = [composer.run(job) for job in words_of_jobs(loader, words)]
     assert len({run.digest() for run in runs}) == 2 * 2 * 5  # of 24, because lora is the same under both strategies
     assert composed == [("tensor_mode=qkv", "rank_strategy=isorank")]
+
+
+def test_settings_of_a_chosen_option_do_not_keep_jobs_from_being_composed_once(
+    loader: ConfigLoader, config: DictConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composer = Composer(loader, config)
+    composed = composed_alone(monkeypatch)
+    words = ["table=digits", "table.name=other", "dataset=dtd", "dataset.root=x", "tensor_mode=qkv,lora", "seed=0,1"]
+    for job in words_of_jobs(loader, words):
+        composer.run(job)
+        assert composer.config(job).table.name == "other"
+    assert composed == [("table=digits", "dataset=dtd", "tensor_mode=qkv")]
 
 
 @pytest.mark.parametrize("word", ["seed=1,-1", "trainer.epochs=0", "rank_strategy.rank=65,3", "dataset.root=${no}"])
