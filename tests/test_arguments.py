@@ -30,7 +30,7 @@ def odd_values() -> Iterator[Any]:
     yield from (object(), object, int, nn.Linear, len, io, ..., NotImplemented, ValueError("x"), io.StringIO())
     yield from (np.zeros(2), np.array(3), np.float32(1), np.int64(2), decimal.Decimal(1), fractions.Fraction(1, 2))
     yield from (torch.zeros(2), torch.zeros(()), nn.Parameter(torch.ones(3, 3)), torch.float32, torch.device("meta"))
-    yield from (nn.Linear(3, 3), nn.ModuleList(), nn.Module(), nn.Identity(), Path("."), Path("/nowhere/x"))
+    yield from (nn.Linear(3, 3), nn.ModuleList(), nn.Module(), nn.Identity(), Path("."), Path("nowhere/x"))
     yield from (AdapterConfig(), AdapterConfig, RankStrategy(), GEOMETRY, Adapter(AdapterConfig(), GEOMETRY))
 
 
