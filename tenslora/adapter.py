@@ -121,8 +121,9 @@ class Adapter(_AnyAdapter):
         self.geometry = geometry
         self._stage = stage
         if ranks is None:
-            ranks = config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization)
-        self.ranks = _require_ranks(ranks, config, geometry)
+            self.ranks = config.rank_strategy.resolve(config.tensor_mode, geometry, config.factorization)
+        else:
+            self.ranks = _require_ranks(ranks, config, geometry)
         self.grid = tensor_grid(config.tensor_mode, geometry)
         # This is looked up here and not in every forward pass, because torch.compile cannot trace the look-up.
         self._stacks_matrices = bool(stacked_axes(config.tensor_mode) & {PROJECTION, SITE})

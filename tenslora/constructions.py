@@ -64,7 +64,7 @@ def adapted_matrices(adapt: str, gated: bool = False) -> tuple[str, ...]:
         TensLoRAError: if `adapt` is anything else.
     """
     in_order = "".join(letter for letter in _ATTENTION if letter in str(adapt))
-    if not isinstance(adapt, str) or adapt not in ("mlp", "all", in_order or None):
+    if not isinstance(adapt, str) or not adapt or adapt not in ("mlp", "all", in_order):
         raise TensLoRAError(f"adapt={adapt}: must be letters of qkvo in that order, or mlp, or all")
     feed_forward = ("gate", "up", "down") if gated else ("up", "down")
     if adapt == "mlp":

@@ -65,8 +65,7 @@ def require_type(name: str, value: Any, *kinds: type[Any]) -> None:
     is_bool = isinstance(value, bool)
     if not any(kind is bool if is_bool else isinstance(value, numbers.get(kind, kind)) for kind in kinds):
         names = ["None" if kind is type(None) else kind.__name__ for kind in kinds]
-        shown = "None" if value is None else f"of type {type(value).__name__}"
-        raise TensLoRAError(f"{name}: must be of type {' or '.join(names)}, and is {shown}")
+        raise TensLoRAError(f"{name}: must be of type {' or '.join(names)}, and is {_type_of(value)}")
 
 
 def require_path(name: str, value: Any) -> Path:
@@ -85,7 +84,11 @@ def require_path(name: str, value: Any) -> Path:
     try:
         return Path(value)
     except TypeError as error:
-        raise TensLoRAError(f"{name}: must be text or a Path, and is of type {type(value).__name__}") from error
+        raise TensLoRAError(f"{name}: must be text or a Path, and is {_type_of(value)}") from error
+
+
+def _type_of(value: Any) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def require_numbers(settings: Any, *names: str, whole: bool = False) -> None:

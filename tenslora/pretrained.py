@@ -40,7 +40,6 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
         TensLoRAError: if there is no adapter, if a file cannot be written, or if a weight that is trained beside the
             adapter has the adapter's update in it, which `load` would then add again.
     """
-    require_type("model", model, nn.Module)
     model = getattr(model, "_orig_mod", model)  # of a model that torch.compile has wrapped, with the weights' own names
     folder, adapter, head = require_path("folder", folder), adapter_of(model), _trained_weights(model)
     for path, module in model.named_modules():
@@ -73,8 +72,8 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
         The adapter.
 
     Raises:
-        TensLoRAError: if there is no adapter under that name, if the saved weights do not fit the model, or for the
-            same reasons as in `attach`. The model is then as it was.
+        TensLoRAError: if there is no adapter under that name, if a revision is given for something on disk, if the
+            saved weights do not fit the model, or for the same reasons as in `attach`. The model is then as it was.
     """
     require_type("model", model, nn.Module)
     require_type("revision", revision, str, type(None))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from tenslora.constructions import Geometry, adapted_matrices
-from tenslora.errors import TensLoRAError, require_type
+from tenslora.errors import TensLoRAError
 
 SEPARATE = (
     ("query", "key", "value"),
@@ -202,7 +202,6 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
             do what it should, if a layer lacks a matrix that is to be adapted, if two layers share a weight, or if the
             model is wrapped for several processes already.
     """
-    require_type("model", model, nn.Module)
     _refuse_wrapped(model)
     blocks = list(_attention_blocks(model))
     if not blocks:

@@ -77,7 +77,15 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "push_to_hub": (tenslora.push_to_hub, lambda: {"model": adapted(), "repo_id": "some/one", "private": False}),
     "adapt_tensor": (
         tenslora.adapt_tensor,
-        lambda: {"module": nn.Conv2d(4, 4, 3), "name": "weight", "ranks": 2, **defaults_of_adapt_tensor()},
+        lambda: {
+            "module": nn.Conv2d(4, 4, 3),
+            "name": "weight",
+            "ranks": 2,
+            "factorization": "tucker",
+            "alpha": 1.0,
+            "scaling": "direct",
+            "seed": 0,
+        },
     ),
     "detach_tensors": (tenslora.detach_tensors, lambda: {"model": updated()}),
     "merge_tensors": (tenslora.merge_tensors, lambda: {"model": updated()}),
@@ -94,10 +102,6 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "RankStrategy": (RankStrategy, lambda: defaults(RankStrategy())),
     "Geometry": (Geometry, lambda: defaults(GEOMETRY)),
 }
-
-
-def defaults_of_adapt_tensor() -> dict[str, Any]:
-    return {"factorization": "tucker", "alpha": 1.0, "scaling": "direct", "seed": 0}
 
 
 def test_every_public_function_is_among_the_calls() -> None:

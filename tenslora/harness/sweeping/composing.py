@@ -153,7 +153,7 @@ class Composer:
         overrides = list(map(self._parse, words))
         if not all(map(_is_plain, overrides)):
             return None
-        # Hydra chooses the options first, and then sets the values, those of the options' settings among them.
+        # Hydra takes all options first and sets all values afterwards, in whatever order the words stand.
         options = [each for each in overrides if self._is_group(each.key_or_group)]
         values = [each for each in overrides if not self._is_group(each.key_or_group)]
         chosen = {each.key_or_group: option for each in options if isinstance(option := each.value(), str)}
