@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenslora.adapter import Adapter
 from tenslora.errors import TensLoRAError
 from tenslora.forward_pass import LayerCall
 from tenslora.projections import Columns, features, is_conv1d
@@ -40,9 +41,14 @@ class AdaptedLinear(nn.Linear):
         self.shared = shared
         self.columns = columns
         self.call = call
-        self.merged = False
+        self.added: tuple[Adapter, ...] = ()  # a copy of the adapter as it was when its update was added to the weight
         self.enabled = True
         self.training = linear.training
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds the update."""
+        return bool(self.added)
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted output.
@@ -54,7 +60,7 @@ class AdaptedLinear(nn.Linear):
             (..., outputs).
         """
         self.call.called = True
-        if self.merged or not self.enabled:
+        if self.added or not self.enabled:
             plain: Tensor = self.base[0](x)
             return plain
         return forward_with_updates(self.base[0], [self], x)
@@ -92,17 +98,23 @@ class AdaptedLinear(nn.Linear):
         self.base[0]._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        state, prefix = args[:2]
+        if self.added and f"{prefix}weight" in state:
+            # A merged model's weight holds the update of the adapter that comes with it.
+            self.added = (self.shared.group.adapter,)
         self.base[0]._load_from_state_dict(*args, **kwargs)
 
     def as_lora(self) -> tuple[Tensor, Tensor]:
         """The update of the whole module as one product, alpha dW = left @ right.
 
+        Of a merged layer it is the update that was added, whatever has become of the adapter since.
+
         Returns:
             left (inputs, r) and right (r, outputs). If the matrices that the module holds do not share left, r is the
             sum of their ranks and right is block diagonal.
         """
-        layer = self.shared.layer
-        lefts, rights = ([t[0] for t in side] for side in self.shared.group.products(range(layer, layer + 1)))
+        layers = range(self.shared.layer, self.shared.layer + 1)
+        lefts, rights = ([t[0] for t in side] for side in self.shared.group.products(layers, *self.added))
         held = lefts if len(lefts) == 1 else [lefts[columns.matrix] for columns in self.columns]
         right = held[0].new_zeros(sum(left.shape[1] for left in held), self.out_features)
         row = 0

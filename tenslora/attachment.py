@@ -6,6 +6,7 @@ the model's state dict stay as they were, and the adapter becomes the submodule 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -179,8 +180,11 @@ def detach(model: nn.Module) -> Adapter | StagedAdapter:
 def merge(model: nn.Module) -> None:
     """Add the updates to the weights, W <- W + alpha dW^T. A forward pass then costs as much as without an adapter.
 
-    Merging a second time changes nothing. Quantised weights are dequantised and quantised again, by PEFT's functions
-    for bitsandbytes and torchao; a warning says by how much the rounding changes them.
+    Merging a second time changes nothing, even if the adapter has changed in between: `unmerge` first, which takes out
+    what was added. If load_state_dict is to give a merged model weights, they must be those of a merged model too.
+
+    Quantised weights are dequantised and quantised again, by PEFT's functions for bitsandbytes and torchao; a warning
+    says by how much the rounding changes them.
 
     Args:
         model: with an adapter; its weights are changed in place.
@@ -194,7 +198,9 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Subtract the updates from the weights again. The weights are then as before the merge, up to rounding.
+    """Subtract from the weights what `merge` added. They are then as before the merge, up to rounding.
+
+    An adapter that was changed while it was merged keeps its new numbers.
 
     Args:
         model: with an adapter; its weights are changed in place.
@@ -403,13 +409,15 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
         for path, backend in quantised.items():
             backend.require_finite_sum(path, to_move[path].base[0], to_move[path].update())
     changes = []
+    adapters = {path: linear.shared.group.adapter for path, linear in to_move.items()}
+    copies = copy.deepcopy(adapters) if into_weights else {}  # one copy of each adapter, not one for each layer
     for path, linear in to_move.items():
         update = linear.update() if into_weights else -linear.update()
         if path in quantised:
             changes.append(quantised[path].add(linear.base[0], update))
         else:
             linear.weight.add_(update.to(linear.weight))
-        linear.merged = into_weights
+        linear.added = (copies[path],) if into_weights else ()
     if changes:
         from tenslora.peft.quantised import warn_of_rounding
 

@@ -7,11 +7,12 @@ projections are better served by `attachment.attach`, which never builds an upda
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class TensorUpdate(nn.Module):
         tensor: the factorised tensor, with its parameters under the names of the modes, and Tucker's core.
         scale: multiplies the tensor.
         first_step: the Frobenius norm by which AdamW's first step with learning rate 1 moves the weight.
-        merged: whether the update is in the weight already.
+        added: a copy of the update as it was when it was added to the weight; empty while it is not merged.
 
     Raises:
         TensLoRAError: for settings that do not fit the shape.
@@ -103,7 +104,12 @@ class TensorUpdate(nn.Module):
             # Of a LoRA on the weight as a matrix of d_out rows, as PEFT adapts a convolution: sqrt(r d_out / 3).
             self.scale *= math.sqrt(LORA_RANK * modes["d_out"] / 3) / unscaled_first_step
         self.first_step = abs(self.scale) * unscaled_first_step
-        self.merged = False
+        self.added: tuple[TensorUpdate, ...] = ()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds the update."""
+        return bool(self.added)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Add the update to a weight.
@@ -114,7 +120,7 @@ class TensorUpdate(nn.Module):
         Returns:
             The weight that the module uses, in the frozen weight's dtype.
         """
-        return weight if self.merged else weight + self.update().to(weight)
+        return weight if self.added else weight + self.update().to(weight)
 
     def update(self) -> Tensor:
         """The update, scale * X, in the weight's shape."""
@@ -176,7 +182,11 @@ def adapt_tensor(
 
 
 def merge_tensors(model: nn.Module) -> None:
-    """Add the updates to the weights of a model, W <- W + scale * X. Merging a second time changes nothing.
+    """Add the updates to the weights of a model, W <- W + scale * X.
+
+    Merging a second time changes nothing, even if an update has changed in between: `unmerge_tensors` first, which
+    takes out what was added. If load_state_dict is to give a merged model weights, they must be those of a merged model
+    too.
 
     Args:
         model: with updates on its weights; the weights are changed in place. A single module will do.
@@ -189,7 +199,9 @@ def merge_tensors(model: nn.Module) -> None:
 
 
 def unmerge_tensors(model: nn.Module) -> None:
-    """Subtract the updates from the weights again. The weights are then as before the merge, up to rounding.
+    """Subtract from the weights what `merge_tensors` added. They are then as before the merge, up to rounding.
+
+    An update that was changed while it was merged keeps its new numbers.
 
     Args:
         model: with updates on its weights; the weights are changed in place.
@@ -327,8 +339,17 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
 def _register(module: nn.Module, name: str, update: TensorUpdate) -> TensorUpdate:
     weight = _weight(module, name)
     parametrize.register_parametrization(module, name, update.to(weight.device))
+    parametrizations = _parametrizations(module, name)
+    parametrizations.register_load_state_dict_pre_hook(_hold_what_is_loaded)  # type: ignore[no-untyped-call]
     weight.requires_grad_(False)
     return update
+
+
+def _hold_what_is_loaded(parametrizations: nn.ModuleList, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    # The weight of a merged model holds the update that comes with it.
+    for update in parametrizations:
+        if isinstance(update, TensorUpdate) and update.merged and f"{prefix}original" in state:
+            update.added = (update,)
 
 
 def _parametrizations(module: nn.Module, name: str) -> nn.ModuleList:
@@ -367,6 +388,6 @@ def _move(model: nn.Module, into_weights: bool) -> None:
                 require_finite_sum(path, weights[path], update.update())
     for path, (_, _, update) in adapted.items():
         if update.merged != into_weights:
-            weight = weights[path]
-            weight.add_(update.update().to(weight), alpha=1 if into_weights else -1)
-            update.merged = into_weights
+            (added,) = (copy.deepcopy(update),) if into_weights else update.added
+            weights[path].add_(added.update().to(weights[path]), alpha=1 if into_weights else -1)
+            update.added = (added,) if into_weights else ()

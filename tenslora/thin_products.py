@@ -62,17 +62,19 @@ class MatrixGroup:
         self.fused_parts = fused_parts
         self.forward_pass = forward_pass
 
-    def products(self, layers: range) -> tuple[list[Tensor], list[Tensor]]:
+    def products(self, layers: range, adapter: Adapter | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """The thin matrices of some layers as they are applied, alpha dW = left @ right.
 
         Args:
             layers: which layers.
+            adapter: a copy to take them from; None for the adapter itself.
 
         Returns:
             The left (layers, inputs, r) and the right (layers, r, outputs) of each matrix. There is a single left if
             the matrices share it.
         """
-        lefts, rights = self.adapter.products(layers, self.matrices, scale=self.adapter.scale)
+        adapter = self.adapter if adapter is None else adapter
+        lefts, rights = adapter.products(layers, self.matrices, scale=adapter.scale)
         if self.writes_to_stream:  # the transpose is applied: (left right)^T = right^T left^T
             return [right.mT for right in rights], [left.mT for left in lefts]
         return lefts, rights

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ from tenslora import (
 from tenslora.attachment import adapter_of
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.peft.to_lora import to_peft
-from tests.models import BUILDERS, DECODERS, FURTHER, attached, build, inputs, linear_at, logits
+from tests.models import BUILDERS, DECODERS, FURTHER, attached, build, inputs, linear_at, logits, randomised
 from tests.operations import RecordedOperations
 from tests.plain_transformer import PlainTransformer
 
@@ -138,6 +140,80 @@ def test_merging_changes_the_weights_and_unmerging_restores_them() -> None:
     unmerge(model)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-12)
+
+
+def changed(model: nn.Module) -> None:
+    """Change all that an update depends on: ranks, parameters and the scale."""
+    for stage in adapter_of(model).stages:
+        stage.resize([max(1, rank - 1) for rank in stage.ranks])
+        stage.scale *= 3
+        with torch.no_grad():
+            for parameter in stage.parameters():
+                parameter.fill_(0.3)
+
+
+@pytest.mark.parametrize("name", ["hf_vit", "timm_vit", "hf_swin"])
+@pytest.mark.parametrize("moved", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_what_was_merged_is_taken_out_whatever_has_become_of_the_adapter(
+    name: str, moved: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = build(name)
+    randomised(attach(model, AdapterConfig("qkv_depth")))
+    before = {path: weight.clone() for path, weight in model.state_dict().items() if "tenslora" not in path}
+    merge(model)
+    held = logits(model, inputs(name))
+    model = moved(model)
+    changed(model)
+    merge(model)  # has no effect: the weights hold an update
+    assert torch.equal(logits(model, inputs(name)), held)
+    unmerge(model)
+    for path, weight in before.items():
+        torch.testing.assert_close(model.state_dict()[path], weight, rtol=0, atol=1e-12)
+    after = logits(model, inputs(name))
+    assert not torch.allclose(after, held)
+    merge(model)
+    torch.testing.assert_close(logits(model, inputs(name)), after, rtol=0, atol=1e-10)
+
+
+def test_a_merged_model_is_unmerged_in_another_type() -> None:
+    model = PlainTransformer()
+    before = model.get_parameter("blocks.0.attention.query.weight").clone()
+    attached(model, "qkv_depth")
+    merge(model)
+    assert not torch.allclose(model.get_parameter("blocks.0.attention.query.weight"), before, atol=0.01)
+    model.bfloat16()
+    unmerge(model)
+    after = model.get_parameter("blocks.0.attention.query.weight")
+    torch.testing.assert_close(after, before.bfloat16(), rtol=0, atol=0.002)
+
+
+def test_the_weights_of_a_merged_model_are_loaded_with_the_adapter_that_they_hold() -> None:
+    model = build("hf_vit")
+    attached(model, "qkv_depth")
+    before = copy.deepcopy(model.state_dict())
+    merge(model)
+    best = copy.deepcopy(model.state_dict())
+    unmerge(model)
+    with torch.no_grad():
+        for parameter in adapter_of(model).parameters():
+            parameter.mul_(2)
+    merge(model)
+    model.load_state_dict(best)
+    unmerge(model)
+    for path, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, before[path], rtol=0, atol=1e-12)
+
+
+def test_a_merged_adapter_takes_other_numbers_without_a_change_to_the_weights() -> None:
+    model = build("hf_vit")
+    attached(model, "qkv_depth")
+    before = copy.deepcopy(model.state_dict())
+    merge(model)
+    twice = {path: 2 * tensor for path, tensor in adapter_of(model).state_dict(prefix="tenslora.").items()}
+    assert not model.load_state_dict(twice, strict=False).unexpected_keys
+    unmerge(model)
+    for path, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, (before | twice)[path], rtol=0, atol=1e-12)
 
 
 def test_a_packed_weight_is_not_merged_into() -> None:

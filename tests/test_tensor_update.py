@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -214,6 +215,47 @@ def test_merging_unmerging_and_detaching_keep_what_they_promise() -> None:
     assert type(model.head) is nn.Linear
     assert model.state_dict().keys() == Block().state_dict().keys()
     assert not model.block.conv1.weight.requires_grad
+
+
+@pytest.mark.parametrize("moved", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_what_was_merged_is_taken_out_whatever_has_become_of_the_update(
+    moved: Callable[[nn.Module], nn.Module],
+) -> None:
+    holder = Holder(5, 4, 7)
+    update = randomised(adapt_tensor(holder, "weight", 2))
+    before = copy.deepcopy(holder.state_dict())["parametrizations.weight.original"]
+    merge_tensors(holder)
+    held = holder.weight.clone()
+    # The update alone: torch makes a class for each module with a parametrization, which pickle cannot find.
+    update = cast(TensorUpdate, moved(update))
+    cast(Any, holder).parametrizations.weight[0] = update
+    with torch.no_grad():
+        for parameter in update.parameters():
+            parameter.fill_(0.5)
+    update.scale = 7.0
+    merge_tensors(holder)  # has no effect: the weight holds an update
+    assert torch.equal(holder.weight, held)
+    unmerge_tensors(holder)
+    torch.testing.assert_close(holder.state_dict()["parametrizations.weight.original"], before)
+    torch.testing.assert_close(holder.weight, before + update.update())
+    assert update.scale == 7.0
+
+
+def test_the_weights_of_a_merged_model_are_loaded_with_the_updates_that_they_hold() -> None:
+    model, updates = adapted_block()
+    before = copy.deepcopy(model.state_dict())
+    merge_tensors(model)
+    best = copy.deepcopy(model.state_dict())
+    unmerge_tensors(model)
+    with torch.no_grad():
+        for update in updates.values():
+            for parameter in update.parameters():
+                parameter.mul_(2)
+    merge_tensors(model)
+    model.load_state_dict(best)
+    unmerge_tensors(model)
+    for path, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, before[path])
 
 
 def test_an_update_that_is_not_finite_is_not_merged() -> None:
