@@ -20,6 +20,7 @@ the medians.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -36,7 +37,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tenslora import AdapterConfig, Geometry, RankStrategy
-from tenslora.adapted_linear import AdaptedLinear, SharedInput
+from tenslora.adapted_linear import LayerUpdate, SharedInput, put_on
 from tenslora.adapter import Adapter
 from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.factorizations.tucker import Tucker
@@ -99,15 +100,10 @@ def forms(adapter: Adapter, linears: list[nn.Linear]) -> dict[str, Callable[[Ten
     group = MatrixGroup(adapter, range(3), False, fused_parts, forward_pass)
     shared = SharedInput(group, layer)
     matrices = [[0, 1, 2]] if len(linears) == 1 else [[0], [1], [2]]
-    adapted = [
-        AdaptedLinear(
-            linear,
-            shared,
-            tuple(Columns(matrix, index * width, width) for index, matrix in enumerate(held)),
-            forward_pass.layer("", []),
-        )
-        for linear, held in zip(linears, matrices, strict=True)
-    ]
+    adapted = [copy.copy(linear) for linear in linears]
+    for linear, held in zip(adapted, matrices, strict=True):
+        columns = tuple(Columns(matrix, index * width, width) for index, matrix in enumerate(held))
+        put_on(linear, LayerUpdate(linear, shared, columns, forward_pass.layer("", [])))
 
     def in_use(x: Tensor) -> list[Tensor]:
         return [linear(x) for linear in adapted]

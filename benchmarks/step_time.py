@@ -206,9 +206,9 @@ def _build_updates(model: Any) -> None:
         if isinstance(module, AdaptedLinear):
 
             def forward(x: Any, module: AdaptedLinear = module) -> Any:
-                module.call.called = True
-                left, right = module.as_lora()
-                return module.base[0](x) + x @ (left @ right).to(x.dtype)
+                module.layer_update.call.called = True
+                left, right = module.layer_update.as_lora()
+                return module.plain_class.forward(module, x) + x @ (left @ right).to(x.dtype)
 
             module.forward = forward  # type: ignore[method-assign]
 

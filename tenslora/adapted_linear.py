@@ -1,13 +1,14 @@
-"""The layer that adds the update to a Linear's output."""
+"""Adds the update to the output of a Linear layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from tenslora.adapter import Adapter
 from tenslora.errors import TensLoRAError
@@ -16,107 +17,81 @@ from tenslora.projections import Columns, features, is_conv1d
 from tenslora.thin_products import MatrixGroup
 
 
-class AdaptedLinear(nn.Linear):
-    """A Linear layer with the updates of the matrices that it holds: ``y = x W^T + b + alpha x dW``.
-
-    W has shape (outputs, inputs), and dW, a product of two thin matrices, has shape (inputs, outputs).
-
-    The layer calls the original module for the first two terms and shares the module's parameters. Once merged, or
-    while disabled, it only calls the original module.
+class LayerUpdate:
+    """The update of one Linear layer, ``alpha x dW`` for each matrix that the layer holds.
 
     Args:
-        linear: the original module, a Linear or transformers' Conv1D.
+        linear: the layer, a Linear or transformers' Conv1D.
         shared: this layer's matrices of the group that reads the same input.
-        columns: the output columns of each matrix that the module holds.
-        call: the note that the module is called, from `ForwardPass.layer`.
+        columns: the output columns of each matrix that the layer holds.
+        call: the note that the layer is called, from `ForwardPass.layer`.
+
+    Attributes:
+        added: a copy of the adapter as it was when the update was added to the weight; empty while it is not merged.
+        enabled: whether the layer adds the update to its output.
+        own_forward: the layer's own `forward` where it is an attribute of the layer instead of its class, as after
+            accelerate has hooked it.
     """
 
     def __init__(self, linear: nn.Module, shared: SharedInput, columns: tuple[Columns, ...], call: LayerCall) -> None:
-        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate and draw a weight that is not needed
-        self.in_features, self.out_features = features(linear)
-        self.base = (linear,)  # in a tuple, so that it is no submodule and the parameters keep their names
-        # The same dicts, so that a weight replaced here is replaced there, and a buffer, such as the mask of a pruned
-        # weight, moves to another device too.
-        self._parameters, self._buffers = linear._parameters, linear._buffers
+        self.outputs, self.is_transposed = features(linear)[1], is_conv1d(linear)
         self.shared = shared
         self.columns = columns
         self.call = call
-        self.added: tuple[Adapter, ...] = ()  # a copy of the adapter as it was when its update was added to the weight
+        self.added: tuple[Adapter, ...] = ()
         self.enabled = True
-        self.training = linear.training
+        self.own_forward: Callable[..., Any] | None = None
 
     @property
     def merged(self) -> bool:
-        """Whether the weight holds the update."""
+        """Whether the layer's weight holds the update."""
         return bool(self.added)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The adapted output.
+    def add_to(self, y: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
+        """Add the update's output to the Linear's, y += h @ right; the products contain alpha.
 
         Args:
-            x: (..., inputs).
-
-        Returns:
-            (..., outputs).
-        """
-        self.call.called = True
-        if self.added or not self.enabled:
-            plain: Tensor = self.base[0](x)
-            return plain
-        return forward_with_updates(self.base[0], [self], x)
-
-    def add_update(self, y: Tensor, x: Tensor, tokens: Tensor) -> Tensor:
-        """Add the update's output to the Linear's, y += h @ right, in place; the products contain alpha.
-
-        Args:
-            y: the output so far, (tokens, outputs).
+            y: the output so far, (tokens, outputs). It is changed in place, except under torch.func.
             x: the input as the module received it, (..., inputs).
             tokens: the same numbers as (tokens, inputs).
 
         Returns:
-            y.
+            The sum, (tokens, outputs).
         """
+        in_place = not _in_torch_func()
         if len(self.columns) == 1 and self.columns[0].start == 0:
             # A Linear of a single matrix, such as BERT's query.
             h, right = self.shared.product_of(x, tokens, self.columns[0].matrix, y.dtype)
             if right.shape[1] == y.shape[1]:
-                return y.addmm_(h, right)
+                return y.addmm_(h, right) if in_place else y.addmm(h, right)
             hs, rights = [h], [right]
         else:
             # A Linear of several matrices, such as timm's qkv.
             hs, rights = self.shared.all_products(tokens, y.dtype)
             if len(hs) == 1 and self.shared.group.fused_parts:
-                return y.addmm_(hs[0], rights[0])
+                return y.addmm_(hs[0], rights[0]) if in_place else y.addmm(hs[0], rights[0])
             rights = [rights[columns.matrix] for columns in self.columns]
             hs = hs if len(hs) == 1 else [hs[columns.matrix] for columns in self.columns]
-        updated: Tensor = _AddToColumns.apply(y, self.columns, *rights, *hs)
-        return updated
-
-    # The state dict is the original module's, which may keep more beside its parameters, as a quantised one does.
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.base[0]._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        state, prefix = args[:2]
-        if self.added and f"{prefix}weight" in state:
-            # A merged model's weight holds the update of the adapter that comes with it.
-            self.added = (self.shared.group.adapter,)
-        self.base[0]._load_from_state_dict(*args, **kwargs)
+        if in_place:
+            updated: Tensor = _AddToColumns.apply(y, self.columns, *rights, *hs)
+            return updated
+        for number, (columns, right) in enumerate(zip(self.columns, rights, strict=True)):
+            y = y + columns.spread(hs[number % len(hs)] @ right, y.shape[1])
+        return y
 
     def as_lora(self) -> tuple[Tensor, Tensor]:
-        """The update of the whole module as one product, alpha dW = left @ right.
+        """The update of the whole layer as one product, alpha dW = left @ right.
 
         Of a merged layer it is the update that was added, whatever has become of the adapter since.
 
         Returns:
-            left (inputs, r) and right (r, outputs). If the matrices that the module holds do not share left, r is the
+            left (inputs, r) and right (r, outputs). If the matrices that the layer holds do not share left, r is the
             sum of their ranks and right is block diagonal.
         """
         layers = range(self.shared.layer, self.shared.layer + 1)
         lefts, rights = ([t[0] for t in side] for side in self.shared.group.products(layers, *self.added))
         held = lefts if len(lefts) == 1 else [lefts[columns.matrix] for columns in self.columns]
-        right = held[0].new_zeros(sum(left.shape[1] for left in held), self.out_features)
+        right = held[0].new_zeros(sum(left.shape[1] for left in held), self.outputs)
         row = 0
         for columns in self.columns:
             own = rights[columns.matrix]
@@ -124,39 +99,189 @@ class AdaptedLinear(nn.Linear):
             row += len(own) if len(lefts) > 1 else 0
         return torch.cat(held, dim=1), right
 
-    def update(self) -> Tensor:
-        """What the adapter adds to the module's weight, alpha dW, laid out as the weight is.
+    def dense(self) -> Tensor:
+        """What the adapter adds to the layer's weight, alpha dW, laid out as the weight is.
 
         Returns:
             (outputs, inputs), or (inputs, outputs) for a Conv1D.
         """
         left, right = self.as_lora()
         update = left @ right
-        return update if is_conv1d(self.base[0]) else update.T
+        return update if self.is_transposed else update.T
+
+
+class AdaptedLinear(nn.Module):
+    """A Linear layer that adds an update to its output: ``y = x W^T + b + alpha x dW``.
+
+    W has shape (outputs, inputs), and dW, a product of two thin matrices, has shape (inputs, outputs).
+
+    `put_on` makes a layer one: the layer stays the same object, with its parameters, hooks and child modules, and gets
+    a class that derives from this one and from the layer's own.
+
+    Attributes:
+        layer_update: the update. Once it is merged, or while it is disabled, the layer computes what it does without.
+        plain_class: the layer's own class.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    layer_update: LayerUpdate
+    plain_class: ClassVar[type[nn.Module]]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The adapted output.
+
+        Args:
+            x: (..., inputs).
+            *args: passed on to the layer's own class.
+            **kwargs: likewise.
+
+        Returns:
+            (..., outputs).
+
+        Raises:
+            TensLoRAError: if the layer's own class returns something else.
+        """
+        update = self.layer_update
+        update.call.called = True
+        plain = update.own_forward or super().forward
+        if update.added or not update.enabled:
+            return plain(x, *args, **kwargs)
+        if args or kwargs or update.own_forward or not _returns_new_tensors(self.plain_class):
+            return _added_to_copy(plain(x, *args, **kwargs), [update], x, self.plain_class)
+        return _added_in_place(plain, [update], x)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        update = self.layer_update
+        if update.added and f"{prefix}weight" in state:
+            # A merged model's weight holds the update of the adapter that comes with it.
+            update.added = (update.shared.group.adapter,)
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle finds a class by its name, and this one was made here.
+        parts: Any = super().__reduce_ex__(protocol)
+        return (_new, (self.plain_class,), *parts[2:]) if has_our_class(self) else parts
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         # The matrices of a layer share tensors, which DataParallel's copies would share across devices.
         raise TensLoRAError("DataParallel: cannot copy an adapter; start one process per device instead (torchrun)")
 
 
-def forward_with_updates(linear: nn.Module, updates: Sequence[AdaptedLinear], x: Tensor) -> Tensor:
+def put_on(linear: nn.Module, update: LayerUpdate) -> None:
+    """Let a layer add an update to its output.
+
+    Args:
+        linear: the layer, a Linear or transformers' Conv1D. It becomes an `AdaptedLinear`.
+        update: its update.
+    """
+    update.own_forward = vars(linear).pop("forward", None)
+    linear.layer_update = update  # type: ignore[assignment]
+    linear.__class__ = _adapted_class(type(linear))
+
+
+def has_our_class(linear: AdaptedLinear) -> bool:
+    """Whether a layer still has the class that `put_on` gave it, and not a further one, as after fully_shard."""
+    return "plain_class" in vars(type(linear))
+
+
+def take_off(linear: AdaptedLinear) -> None:
+    """Let a layer compute what its own class does.
+
+    Args:
+        linear: the layer; `has_our_class` says whether this is possible.
+    """
+    update = linear.layer_update
+    linear.__class__ = linear.plain_class  # type: ignore[assignment]
+    del linear.layer_update
+    if update.own_forward is not None:
+        linear.forward = update.own_forward  # type: ignore[method-assign]
+
+
+_CLASSES: dict[type[nn.Module], type[AdaptedLinear]] = {}  # those made so far, by the layers' own
+
+
+def _adapted_class(plain: type[nn.Module]) -> type[AdaptedLinear]:
+    if plain not in _CLASSES:
+        made = type(f"Adapted{plain.__name__}", (AdaptedLinear, plain), {"plain_class": plain})
+        _CLASSES.setdefault(plain, made)
+    return _CLASSES[plain]
+
+
+def _new(plain: type[nn.Module]) -> AdaptedLinear:
+    cls = _adapted_class(plain)
+    return cls.__new__(cls)
+
+
+def add_updates(linear: nn.Module, updates: Sequence[LayerUpdate], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The output of a Linear with any number of updates, ``x W^T + b + sum of alpha x dW``.
 
     Args:
-        linear: the Linear itself.
+        linear: the Linear itself, which is called with its hooks.
         updates: the updates to add, in this order; each is that of an adapter of its own.
         x: (..., inputs).
+        *args: passed on to the Linear.
+        **kwargs: likewise.
 
     Returns:
         (..., outputs).
+
+    Raises:
+        TensLoRAError: if the Linear returns something else.
     """
+    if args or kwargs or not _returns_new_tensors(type(linear)) or _is_hooked(linear):
+        return _added_to_copy(linear(x, *args, **kwargs), updates, x, type(linear))
+    return _added_in_place(linear, updates, x)
+
+
+def _returns_new_tensors(kind: type[nn.Module]) -> bool:
+    # A subclass may return a tensor that autograd still needs, as after a relu.
+    return kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D"
+
+
+def _is_hooked(linear: nn.Module) -> bool:
+    # A hook may keep the output, or is to see it in the shape of the input.
+    return bool(
+        linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+        or "forward" in vars(linear)
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+def _added_in_place(plain: Callable[[Tensor], Tensor], updates: Sequence[LayerUpdate], x: Tensor) -> Tensor:
     # Given a matrix, Linear returns a new tensor, to which an update can be added in place. Given more dimensions, it
     # returns a view, which autograd would copy first.
     tokens = x.reshape(-1, x.shape[-1])
-    y: Tensor = linear(tokens)
+    y = plain(tokens)
     for update in updates:
-        y = update.add_update(y, x, tokens)
+        y = update.add_to(y, x, tokens)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _added_to_copy(plain: object, updates: Sequence[LayerUpdate], x: Tensor, kind: type[nn.Module]) -> Tensor:
+    call, outputs = updates[0].call, updates[0].outputs
+    if not isinstance(plain, Tensor):
+        raise TensLoRAError(
+            f"{call.path}: a {kind.__name__} returns a {type(plain).__name__}, and an update can be added to a tensor "
+            f"only"
+        )
+    if plain.shape != (*x.shape[:-1], outputs):
+        raise TensLoRAError(
+            f"{call.path}: a {kind.__name__} returns {tuple(plain.shape)} for {tuple(x.shape)}, and an update of "
+            f"{outputs} outputs cannot be added to it"
+        )
+    tokens, y = x.reshape(-1, x.shape[-1]), plain.reshape(-1, outputs).clone()
+    for update in updates:
+        y = update.add_to(y, x, tokens)
+    return y.view(plain.shape)
+
+
+def _in_torch_func() -> bool:
+    # There a tensor may stand for many, to which an update of one of them cannot be added in place.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 class SharedInput:
@@ -175,7 +300,9 @@ class SharedInput:
         """The thin product of one matrix, which adds ``h @ right`` to its output.
 
         A Transformer calls query, key and value one after the other with the very same tensor. The first call computes
-        h for all three; the other two recognise the tensor by its identity and take their own h.
+        h for all three; the other two recognise the tensor by its identity and take their own h. They compute it anew
+        if the tensor or, outside a forward pass, the adapter has changed in between, or if their own products would
+        have another type or other gradients.
 
         Args:
             x: the input as the Linear received it, (..., inputs).
@@ -186,17 +313,25 @@ class SharedInput:
         Returns:
             h (tokens, r) and right (r, outputs).
         """
-        pending = self.group.forward_pass.here.pending
+        pending, conditions = self.group.forward_pass.here.pending, (dtype, torch.is_grad_enabled(), *self._versions(x))
         key = *self.group.key, self.layer
-        latest, products = pending.get(key, (None, {}))
-        if latest is not x or matrix not in products:
+        latest, earlier, products = pending.get(key, (None, (), {}))
+        if latest is not x or earlier != conditions or matrix not in products:
             hs, rights = self.all_products(tokens, dtype)
             products = {index: (hs[index % len(hs)], right) for index, right in enumerate(rights)}
-            pending[key] = x, products
+            pending[key] = x, conditions, products
         product = products.pop(matrix)
         if not products:
             pending.pop(key, None)
         return product
+
+    def _versions(self, x: Tensor) -> Iterator[int]:
+        # torch counts the changes of a tensor, except in inference mode. What torch.compile traces changes none.
+        if torch.compiler.is_compiling():
+            return
+        outside = self.group.forward_pass.here.products is None
+        for tensor in (x, *(self.group.adapter.parameters() if outside else ())):
+            yield 0 if tensor.is_inference() else tensor._version
 
     def all_products(self, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """The thin products of all matrices.
@@ -244,7 +379,7 @@ class _AddToColumns(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         rights, hs = tensors[: len(ctx.places)], tensors[len(ctx.places) :]
-        blocks = [columns.of(grad).flatten(1) for columns in ctx.places]
+        blocks = [columns.of(grad).reshape(len(grad), -1) for columns in ctx.places]
         grad_rights = [hs[number % len(hs)].T @ block for number, block in enumerate(blocks)]
         grad_hs = [block @ right.T for block, right in zip(blocks, rights, strict=True)]
         if len(hs) == 1:

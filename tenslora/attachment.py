@@ -1,7 +1,7 @@
 """Puts an adapter on a model and takes it off again.
 
-Each Linear layer that holds adapted matrices is replaced by an `AdaptedLinear`, which shares the weights. The names in
-the model's state dict stay as they were, and the adapter becomes the submodule ``model.tenslora``.
+Each Linear layer that holds adapted matrices becomes an `AdaptedLinear`. It stays the same object with the same
+weights, so the names in the model's state dict stay as they were. The adapter becomes ``model.tenslora``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from tenslora.adapted_linear import AdaptedLinear, SharedInput
+from tenslora.adapted_linear import AdaptedLinear, LayerUpdate, SharedInput, has_our_class, put_on, take_off
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError, require_type
@@ -89,8 +89,8 @@ def attach(
     for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
         of_stage.to(cast(Tensor, targets[0].linear.weight).device)
     adapter.train(model.training)
-    for path, linear in adapt_linears(adapter, stages, ForwardPass(model)).items():
-        _replace(model, path, linear)
+    for path, update in layer_updates(adapter, stages, ForwardPass(model)).items():
+        put_on(model.get_submodule(path), update)
     model.add_module(SUBMODULE, adapter)
     return adapter
 
@@ -124,10 +124,10 @@ def keep_gradients(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def adapt_linears(
+def layer_updates(
     adapter: Adapter | StagedAdapter, stages: Sequence[Stage], forward_pass: ForwardPass
-) -> dict[str, AdaptedLinear]:
-    """Build the layers that add an adapter's updates. They still have to take the places of their Linear layers.
+) -> dict[str, LayerUpdate]:
+    """Divide an adapter into the updates of the Linear layers.
 
     Args:
         adapter: the adapter, whose geometries are those of the stages.
@@ -135,9 +135,9 @@ def adapt_linears(
         forward_pass: the model's forward pass.
 
     Returns:
-        The layers by the paths of the Linear layers.
+        The updates by the paths of the Linear layers.
     """
-    adapted = {}
+    updates = {}
     for index, (of_stage, (geometry, targets)) in enumerate(zip(adapter.stages, stages, strict=True)):
         groups: dict[tuple[range, int], MatrixGroup] = {}
         shared: dict[tuple[int, range], SharedInput] = {}
@@ -150,8 +150,8 @@ def adapt_linears(
             own = shared.setdefault((target.layer, group), SharedInput(groups[group, parts], target.layer))
             names = [geometry.matrices[group[columns.matrix]] for columns in target.columns]
             call = forward_pass.layer(target.path, names)
-            adapted[target.path] = AdaptedLinear(target.linear, own, target.columns, call)
-    return adapted
+            updates[target.path] = LayerUpdate(target.linear, own, target.columns, call)
+    return updates
 
 
 def detach(model: nn.Module) -> Adapter | StagedAdapter:
@@ -166,13 +166,18 @@ def detach(model: nn.Module) -> Adapter | StagedAdapter:
         The adapter.
 
     Raises:
-        TensLoRAError: if there is no adapter.
+        TensLoRAError: if there is no adapter, or if a layer has been given a further class since, as torch's
+            parametrizations and fully_shard do.
     """
-    adapter = adapter_of(model)
-    for path, linear in _adapted_linears(model).items():
-        linear.shared.group.forward_pass.remove_hooks()
-        linear.base[0].train(linear.training)
-        _replace(model, path, linear.base[0])
+    adapter, linears = adapter_of(model), _adapted_linears(model)
+    for path, linear in linears.items():
+        if not has_our_class(linear):
+            raise TensLoRAError(
+                f"{path}: has become a {type(linear).__name__} under the adapter; undo that before you detach"
+            )
+    for linear in linears.values():
+        linear.layer_update.shared.group.forward_pass.remove_hooks()
+        take_off(linear)
     delattr(model, SUBMODULE)
     return adapter
 
@@ -221,15 +226,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         TensLoRAError: if there is no adapter, or if the adapter is merged: an update in the weights cannot be left out.
     """
-    linears = list(adapted_linears(model).values())
-    before = [linear.enabled for linear in linears]
+    updates = list(updates_of(model).values())
+    before = [update.enabled for update in updates]
     try:
-        for linear in linears:
-            linear.enabled = False
+        for update in updates:
+            update.enabled = False
         yield
     finally:
-        for linear, enabled in zip(linears, before, strict=True):
-            linear.enabled = enabled
+        for update, enabled in zip(updates, before, strict=True):
+            update.enabled = enabled
 
 
 def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
@@ -251,23 +256,23 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
     return adapter
 
 
-def adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The adapted Linear layers of a model.
+def updates_of(model: nn.Module) -> dict[str, LayerUpdate]:
+    """The updates of a model's Linear layers.
 
     Args:
         model: with an adapter.
 
     Returns:
-        The layers by their paths in the model.
+        The updates by the layers' paths in the model.
 
     Raises:
         TensLoRAError: if there is no adapter, or if the adapter is merged.
     """
     adapter_of(model)
-    linears = _adapted_linears(model)
-    if any(linear.merged for linear in linears.values()):
+    updates = {path: linear.layer_update for path, linear in _adapted_linears(model).items()}
+    if any(update.merged for update in updates.values()):
         raise TensLoRAError(f"{type(model).__name__}: its adapter is merged; unmerge it first")
-    return linears
+    return updates
 
 
 def require_own_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -398,26 +403,34 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
             raise TensLoRAError(
                 f"{SUBMODULE}.{name}: holds a NaN or an infinity, which no unmerge could take out again"
             )
-    to_move = {path: linear for path, linear in _adapted_linears(model).items() if linear.merged != into_weights}
+    adapted = _adapted_linears(model)
+    to_move = {path: linear for path, linear in adapted.items() if linear.layer_update.merged != into_weights}
     # Every layer is looked at before the first weight is changed.
     quantised = {path: _backend(path, linear, model) for path, linear in to_move.items() if not is_plain(linear)}
+    for path, linear in to_move.items():
+        if path not in quantised and linear.weight is not {**linear._parameters, **linear._buffers}.get("weight"):
+            raise TensLoRAError(
+                f"{path}: its weight is computed from other tensors, as after pruning or weight_norm, so a change of "
+                f"it would be lost; make it a parameter again first (prune.remove, remove_weight_norm, "
+                f"remove_parametrizations)"
+            )
     if into_weights:
         plain = {path: linear for path, linear in to_move.items() if path not in quantised}
         require_own_weights(model, {path: linear.weight for path, linear in plain.items()})
         for path, linear in plain.items():  # which makes each update twice, as all of them may not fit into memory
-            require_finite_sum(path, linear.weight, linear.update())
+            require_finite_sum(path, linear.weight, linear.layer_update.dense())
         for path, backend in quantised.items():
-            backend.require_finite_sum(path, to_move[path].base[0], to_move[path].update())
+            backend.require_finite_sum(path, to_move[path], to_move[path].layer_update.dense())
     changes = []
-    adapters = {path: linear.shared.group.adapter for path, linear in to_move.items()}
+    adapters = {path: linear.layer_update.shared.group.adapter for path, linear in to_move.items()}
     copies = copy.deepcopy(adapters) if into_weights else {}  # one copy of each adapter, not one for each layer
     for path, linear in to_move.items():
-        update = linear.update() if into_weights else -linear.update()
+        update = linear.layer_update.dense() if into_weights else -linear.layer_update.dense()
         if path in quantised:
-            changes.append(quantised[path].add(linear.base[0], update))
+            changes.append(quantised[path].add(linear, update))
         else:
             linear.weight.add_(update.to(linear.weight))
-        linear.added = (copies[path],) if into_weights else ()
+        linear.layer_update.added = (copies[path],) if into_weights else ()
     if changes:
         from tenslora.peft.quantised import warn_of_rounding
 
@@ -429,19 +442,14 @@ def _backend(path: str, linear: AdaptedLinear, model: nn.Module) -> QuantisedWei
         from tenslora.peft.quantised import QuantisedWeights
     except ImportError as error:
         raise TensLoRAError(
-            f"{path}: to merge into the weight of this {type(linear.base[0]).__name__} needs PEFT "
+            f"{path}: to merge into the weight of this {linear.plain_class.__name__} needs PEFT "
             f"(pip install 'peft>=0.21'); or leave the adapter unmerged"
         ) from error
     try:
-        return QuantisedWeights(linear.base[0], model)
+        return QuantisedWeights(linear, model)
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: {error}") from error
 
 
 def _adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

@@ -118,13 +118,13 @@ class _InThisThread(threading.local):
 
     Args (all of them attributes):
         products: the thin products of all layers by group, see `thin_products.MatrixGroup`; None outside a pass.
-        pending: of one layer's group, the latest input and the products of the matrices that have not asked for them
-            yet, see `adapted_linear.SharedInput`.
+        pending: of one layer's group, the latest input, the conditions under which it was multiplied, and the products
+            of the matrices that have not asked for them yet, see `adapted_linear.SharedInput`.
     """
 
     def __init__(self) -> None:  # torch.compile finds only attributes that every thread's object has from the start
         self.products: dict[Hashable, Any] | None = None
-        self.pending: dict[Hashable, tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]] = {}
+        self.pending: dict[Hashable, tuple[Tensor, tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]]] = {}
 
     def __reduce__(self) -> tuple[type[_InThisThread], tuple[()]]:
         # A copy is of a model, and begins outside a pass. Products may belong to an autograd graph, which cannot be

@@ -43,7 +43,7 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
     model = getattr(model, "_orig_mod", model)  # of a model that torch.compile has wrapped, with the weights' own names
     folder, adapter, head = require_path("folder", folder), adapter_of(model), _trained_weights(model)
     for path, module in model.named_modules():
-        if isinstance(module, AdaptedLinear) and module.merged and f"{path}.weight" in head:
+        if isinstance(module, AdaptedLinear) and module.layer_update.merged and f"{path}.weight" in head:
             raise TensLoRAError(f"{path}: its weight is trained and has the adapter's update in it; unmerge first")
     if head:
         write_safetensors(folder / HEAD_FILE, head, {})

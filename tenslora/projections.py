@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from tenslora.constructions import Geometry, adapted_matrices
@@ -111,7 +112,21 @@ class Columns(NamedTuple):
         Returns:
             A view, (..., parts, width).
         """
-        return torch.unflatten(outputs, -1, (self.parts, -1)).narrow(-1, self.start, self.width)
+        parts = outputs.view(*outputs.shape[:-1], self.parts, outputs.shape[-1] // self.parts)
+        return parts.narrow(-1, self.start, self.width)
+
+    def spread(self, own: Tensor, outputs: int) -> Tensor:
+        """The matrix's columns among those of the Linear, with zeros in all others.
+
+        Args:
+            own: the matrix's columns, (tokens, parts * width).
+            outputs: the number of the Linear's outputs.
+
+        Returns:
+            (tokens, outputs).
+        """
+        after = outputs // self.parts - self.start - self.width
+        return F.pad(own.reshape(len(own), self.parts, self.width), (self.start, after)).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -161,7 +176,7 @@ def features(linear: nn.Module) -> tuple[int, int]:
 
 def is_conv1d(linear: object) -> bool:
     """Whether a module is transformers' Conv1D, a Linear whose weight is stored transposed, (inputs, outputs)."""
-    return type(linear).__name__ == "Conv1D"
+    return any(kind.__name__ == "Conv1D" for kind in type(linear).__mro__)
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

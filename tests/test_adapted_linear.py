@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tenslora import Adapter, AdapterConfig, RankStrategy, TensLoRAError, attach
+from tenslora import Adapter, AdapterConfig, RankStrategy, TensLoRAError, attach, detach, merge
 from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.attachment import adapter_of
 from tenslora.constructions import CONSTRUCTIONS
@@ -241,8 +243,8 @@ def test_rank_dropout_leaves_out_components_in_training_only(name: str, mode: st
     attached(model, mode, rank_dropout=0.5)
     linear = next(module for module in model.modules() if isinstance(module, AdaptedLinear))
     tokens = torch.randn(40, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    lefts, rights = map(torch.stack, linear.shared.group.adapter.layer_products(0))
-    hs, rights = tokens @ lefts, rights[[columns.matrix for columns in linear.columns]] * 4.0
+    lefts, rights = map(torch.stack, linear.layer_update.shared.group.adapter.layer_products(0))
+    hs, rights = tokens @ lefts, rights[[columns.matrix for columns in linear.layer_update.columns]] * 4.0
     # A component's part of the output, over all tokens, is one column. Least squares then finds each one's factor.
     components = torch.stack(
         [
@@ -258,12 +260,12 @@ def test_rank_dropout_leaves_out_components_in_training_only(name: str, mode: st
     model.train()
     factors = []
     for _ in range(20):
-        update = (linear(tokens) - linear.base[0](tokens)).flatten()
+        update = (linear(tokens) - linear.plain_class.forward(linear, tokens)).flatten()
         factors.append(torch.linalg.lstsq(components, update).solution)
         torch.testing.assert_close(components @ factors[-1], update, rtol=0, atol=1e-10)
     assert set(torch.stack(factors).detach().round(decimals=8).flatten().tolist()) == {0.0, 2.0}
     model.eval()
-    update = (linear(tokens) - linear.base[0](tokens)).flatten()
+    update = (linear(tokens) - linear.plain_class.forward(linear, tokens)).flatten()
     torch.testing.assert_close(components.sum(1), update, rtol=0, atol=1e-10)
 
 
@@ -332,3 +334,223 @@ def test_second_derivatives_are_those_of_dense_updates(mode: str, adapt: str) ->
             second.append(torch.autograd.grad(total, parameters))
     for actual, expected in zip(*second, strict=True):
         assert (actual - expected).norm() <= 1e-8 * expected.norm()
+
+
+def replaced(model: nn.Module, kind: type[nn.Linear]) -> nn.Module:
+    """A model whose Linear layers have another class, and whatever that class adds in `added`."""
+    for module in list(model.modules()):
+        if type(module) is nn.Linear:
+            module.__class__ = kind
+            getattr(module, "added", lambda: None)()
+    return model.double()
+
+
+class Normed(nn.Linear):
+    """A Linear with a child module and with dropout, as a package may have it."""
+
+    def added(self) -> None:
+        self.norm = nn.LayerNorm(self.out_features)
+        nn.init.normal_(self.norm.weight, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain: Tensor = nn.functional.dropout(self.norm(super().forward(x)), training=self.training)
+        return plain
+
+
+class Rectified(nn.Linear):
+    """A Linear whose output autograd needs again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Paired(nn.Linear):
+    """A Linear that returns its bias apart, as Megatron's do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T, self.bias  # type: ignore[return-value]
+
+
+class Summed(nn.Linear):
+    """A layer with the sizes of a Linear and other outputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sum(1)
+
+
+def test_a_layer_keeps_its_child_modules_and_its_mode() -> None:
+    model = replaced(PlainTransformer(), Normed)
+    names, count = set(model.state_dict()), len(list(model.parameters()))
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before = model.eval()(x)
+    adapter = attached(model, "qkv_depth")
+    assert {name for name in model.state_dict() if "tenslora" not in name} == names
+    assert len(list(model.parameters())) == count + len(list(adapter.parameters()))
+    assert torch.equal(model(x), model(x))
+    assert not torch.equal(model.train()(x), model(x))
+    for parameter in adapter.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(model.eval()(x), before)
+    assert not model.get_submodule("blocks.0.attention.query").training
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_are_right_where_a_layer_needs_its_output_again(fused: bool) -> None:
+    model = replaced(PlainTransformer(fused), Rectified)
+    [(_, targets)] = find_projections(model)
+    adapter = attached(model, "qkv_depth")
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for target in targets:
+            linear = linear_at(model, target.path)
+            expected = linear.plain_class.forward(linear, x) + x @ linear.layer_update.dense().T
+            torch.testing.assert_close(linear(x), expected, rtol=0, atol=1e-12)
+    parameter = next(adapter.parameters())
+
+    def with_entry(value: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(model, {"tenslora.tensors.0.core": value}, (x,))
+        return output
+
+    assert parameter is model.get_parameter("tenslora.tensors.0.core")
+    assert torch.autograd.gradcheck(with_entry, [parameter.detach().clone().requires_grad_()], fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Paired, "a Paired returns a tuple"), (Summed, r"a Summed returns \(2, 24\) for \(2, 5, 24\)")],
+)
+def test_a_layer_with_another_kind_of_output_is_refused_in_the_forward_pass(kind: Any, message: str) -> None:
+    model = replaced(PlainTransformer(), kind)
+    attached(model, "qkv_depth")
+    with pytest.raises(TensLoRAError, match=rf"^blocks\.0\.attention\.query: {message}"):
+        model(torch.randn(2, 5, 24, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("fused", [False, True])
+def test_hooks_on_a_layer_see_and_change_the_adapted_output(fused: bool) -> None:
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model, shapes, backwards = PlainTransformer(fused).double(), set(), []
+    name = "blocks.0.attention.qkv" if fused else "blocks.0.attention.query"
+    linear = model.get_submodule(name)
+    linear.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    linear.register_forward_hook(lambda _, __, output: shapes.add(output.shape) or 3 * output)  # type: ignore[func-returns-value]
+    linear.register_full_backward_hook(lambda *_: backwards.append(1))
+    everywhere = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+    try:
+        adapter = attached(model, "qkv_depth")
+        adapted = model(x)
+        torch.autograd.backward(adapted.sum())
+    finally:
+        everywhere.remove()
+    assert (shapes, backwards) == ({(2, 5, 72 if fused else 24)}, [1])
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    merge(model)
+    torch.testing.assert_close(model(x), adapted, rtol=0, atol=1e-11)
+
+
+def test_a_forward_that_was_put_on_the_layer_itself_is_called_with_the_update() -> None:
+    # accelerate puts one on every module that it hooks.
+    model = PlainTransformer().double()
+    linear, calls = model.get_submodule("blocks.0.attention.query"), []
+    own = linear.forward
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x.shape)
+        plain: Tensor = own(x)
+        return plain
+
+    linear.forward = counted  # type: ignore[method-assign]
+    attached(model, "qkv_depth")
+    adapted = linear_at(model, "blocks.0.attention.query")
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.linear(x, adapted.weight, adapted.bias) + x @ adapted.layer_update.dense().T
+    torch.testing.assert_close(adapted(x), expected, rtol=0, atol=1e-12)
+    detach(model)
+    assert linear.forward is counted
+    assert calls == [(2, 5, 24)]
+
+
+def test_a_pickled_model_computes_the_same() -> None:
+    model = PlainTransformer(fused=True).double()
+    attached(model, "qkv_depth")
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(x), model(x))
+    assert detach(twin) is not detach(model)
+    assert torch.equal(twin(x), model(x))
+
+
+def under_no_grad(query: nn.Module, _: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        query(x)
+
+
+def before_a_step(query: nn.Module, model: nn.Module, x: Tensor) -> None:
+    query(x)
+    with torch.no_grad():
+        for parameter in adapter_of(model).parameters():
+            parameter.mul_(0.5)
+
+
+def before_the_input_changes(query: nn.Module, _: nn.Module, x: Tensor) -> None:
+    query(x)
+    x.mul_(2)
+
+
+def under_autocast(query: nn.Module, _: nn.Module, x: Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        query(x)
+
+
+@pytest.mark.parametrize("call", [under_no_grad, before_a_step, before_the_input_changes, under_autocast])
+def test_a_product_is_shared_only_under_the_same_conditions(call: Callable[..., None]) -> None:
+    model = build("separate").float()
+    attached(model, "qkv_depth").float()
+    query, key = (linear_at(model, f"blocks.0.attention.{name}") for name in ("query", "key"))
+    x = torch.randn(1, 4, 24, generator=torch.Generator().manual_seed(0))
+    call(query, model, x)
+    actual = key(x)
+    expected = nn.functional.linear(x, key.weight, key.bias) + x @ key.layer_update.dense().T
+    torch.testing.assert_close(actual, expected)
+    parameters = list(adapter_of(model).parameters())
+    probe = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad((actual * probe).sum(), parameters)
+    for gradient, other in zip(gradients, torch.autograd.grad((expected * probe).sum(), parameters), strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*torch.jit.script")
+@pytest.mark.parametrize("mode", ["qkv_depth", "lora"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_torch_func_differentiates_an_adapted_model(fused: bool, mode: str) -> None:
+    model = PlainTransformer(fused).double()
+    adapter = attached(model, mode)
+    parameters = {f"tenslora.{name}": parameter.detach() for name, parameter in adapter.named_parameters()}
+    x = torch.randn(3, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def loss(values: dict[str, Tensor], sample: Tensor) -> Tensor:
+        output: Tensor = torch.func.functional_call(model, values, (sample.unsqueeze(0),))
+        return output.square().sum()
+
+    one_by_one = [torch.autograd.grad(loss(dict(model.named_parameters()), s), list(adapter.parameters())) for s in x]
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no forward derivative
+        at_once = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+        for index, name in enumerate(parameters):
+            expected = torch.stack([gradients[index] for gradients in one_by_one])
+            torch.testing.assert_close(at_once[name], expected, rtol=0, atol=1e-10)
+        tangents = {name: torch.ones_like(value) for name, value in parameters.items()}
+        _, derivative = torch.func.jvp(lambda values: loss(values, x[0]), (parameters,), (tangents,))
+    expected = torch.stack([gradient.sum() for gradient in one_by_one[0]]).sum()
+    torch.testing.assert_close(derivative, expected, rtol=1e-9, atol=1e-10)
+    # Several adapters on one backbone, whose own weights have no such dimension
+    several = {name: torch.stack([value, 2 * value]) for name, value in parameters.items()}
+    losses = torch.func.vmap(loss, in_dims=(0, None))(several, x[0])
+    expected = torch.stack([loss({name: value[i] for name, value in several.items()}, x[0]) for i in (0, 1)])
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-10)
+    outputs = model(x).flatten()
+    batched = torch.autograd.grad(outputs, list(adapter.parameters()), torch.eye(6).double(), is_grads_batched=True)
+    for number in range(6):
+        single = torch.autograd.grad(model(x).flatten()[number], list(adapter.parameters()))
+        for several_, one in zip(batched, single, strict=True):
+            torch.testing.assert_close(several_[number], one, rtol=0, atol=1e-10)

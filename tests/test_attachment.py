@@ -242,6 +242,42 @@ def test_weights_made_in_inference_mode_are_not_merged_into() -> None:
         merge(model)
 
 
+@pytest.mark.parametrize("computed", ["pruned", "normed", "parametrized"])
+def test_a_weight_that_is_computed_in_each_pass_is_not_merged_into(computed: str) -> None:
+    model = build("separate")
+    attached(model, "qkv")
+    path = "blocks.1.attention.key"
+    if computed == "pruned":
+        prune.l1_unstructured(linear_at(model, path), "weight", 0.3)  # type: ignore[no-untyped-call]
+    elif computed == "normed":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            nn.utils.weight_norm(linear_at(model, path))
+    else:
+        nn.utils.parametrizations.weight_norm(linear_at(model, path))
+    before = logits(model, inputs("separate"))
+    with pytest.raises(TensLoRAError, match=rf"^{path}: its weight is computed from other tensors, as after pruning"):
+        merge(model)
+    assert torch.equal(logits(model, inputs("separate")), before)
+
+
+def test_a_layer_that_got_a_further_class_is_not_detached() -> None:
+    model = build("separate")
+    attached(model, "qkv")
+    linear = linear_at(model, "blocks.1.attention.key")
+    nn.utils.parametrizations.weight_norm(linear)
+    before = logits(model, inputs("separate"))
+    with pytest.raises(
+        TensLoRAError, match=r"^blocks\.1\.attention\.key: has become a ParametrizedAdaptedLinear under"
+    ):
+        detach(model)
+    torch.testing.assert_close(logits(copy.deepcopy(model), inputs("separate")), before)
+    nn.utils.parametrize.remove_parametrizations(linear, "weight")
+    torch.testing.assert_close(logits(model, inputs("separate")), before)
+    detach(model)
+    assert type(model.get_submodule("blocks.1.attention.key")) is nn.Linear
+
+
 class Packed(nn.Module):
     """A quantised layer as some packages have it: the sizes of a Linear, and buffers of its own."""
 

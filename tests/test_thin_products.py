@@ -170,7 +170,7 @@ def test_under_autocast_the_products_are_rounded_once(mode: str) -> None:
     # With other ranks the sums over a rank are rounded differently for one layer and for all layers at once.
     adapter = attached(model, mode, rank_strategy=RankStrategy("isorank")).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        products = linear_at(model, "blocks.1.attention.query").shared.group.of_layer(1, torch.bfloat16)
+        products = linear_at(model, "blocks.1.attention.query").layer_update.shared.group.of_layer(1, torch.bfloat16)
     lefts, rights = adapter.layer_products(1)
     assert torch.equal(products.left_t, torch.cat(lefts, dim=1).T.bfloat16())
     for actual, right in zip(products.rights, rights, strict=True):
@@ -186,7 +186,7 @@ def test_matrices_that_multiply_tokens_are_stored_row_by_row(mode: str, factoriz
     attached(model, mode, factorization=factorization, adapt="all")
     for linear in model.modules():
         if isinstance(linear, AdaptedLinear):
-            left_t, rights, _ = linear.shared.group.of_layer(1, torch.float64)
+            left_t, rights, _ = linear.layer_update.shared.group.of_layer(1, torch.float64)
             assert all(tensor.is_contiguous() for tensor in (left_t, *rights))
 
 

@@ -46,7 +46,8 @@ class QuantisedWeights:
 
     def __init__(self, linear: nn.Module, model: nn.Module) -> None:
         weight = getattr(linear, "weight", None)
-        kind = type(linear).__name__ if type(weight) in (nn.Parameter, type(None)) else type(weight).__name__
+        own = getattr(linear, "plain_class", type(linear))
+        kind = own.__name__ if type(weight) in (nn.Parameter, type(None)) else type(weight).__name__
         try:
             self._backend = resolve_quantization_backend(linear, **get_quantization_kwargs(model))
         except ValueError as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenslora.attachment import adapted_linears, detach, modules_named
+from tenslora.attachment import detach, modules_named, updates_of
 from tenslora.errors import TensLoRAError
 from tenslora.projections import is_conv1d
 
@@ -31,7 +31,7 @@ def lora_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     Raises:
         TensLoRAError: if there is no adapter, or if the adapter is merged.
     """
-    products = {path: linear.as_lora() for path, linear in adapted_linears(model).items()}
+    products = {path: update.as_lora() for path, update in updates_of(model).items()}
     return {path: (left.T.contiguous(), right.T.contiguous()) for path, (left, right) in products.items()}
 
 

@@ -1,7 +1,7 @@
 """TensLoRA as a method of PEFT: `get_peft_model(model, TensLoraConfig(...))`.
 
 PEFT wraps each adapted Linear in a tuner layer, and this tuner's layers only say which updates are active. The updates
-themselves come from the same `AdaptedLinear` and `Adapter` as in `attachment.attach`. An adapter's tensors belong to
+themselves come from the same `LayerUpdate` and `Adapter` as in `attachment.attach`. An adapter's tensors belong to
 all layers at once, so they are submodules of the tuner, as the shared matrices of VeRA are.
 """
 
@@ -21,10 +21,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
-from tenslora.adapted_linear import AdaptedLinear, forward_with_updates
+from tenslora.adapted_linear import LayerUpdate, add_updates
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
-from tenslora.attachment import adapt_linears, keep_gradients
+from tenslora.attachment import keep_gradients, layer_updates
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
 from tenslora.files import require_tensors
@@ -223,7 +223,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def __init__(self, base_layer: nn.Module, adapters: nn.ModuleDict, model: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.updates: dict[str, AdaptedLinear] = {}
+        self.updates: dict[str, LayerUpdate] = {}
         self._adapters, self._model = (adapters,), (model,)  # in tuples, so that they are no submodules of every layer
         self.merged_adapters: list[str] = []
         self.rounding: list[tuple[float, float]] = []  # of a quantised weight, until the tuner has told of it
@@ -238,7 +238,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
         Args:
             x: (..., inputs).
-            *args: passed on to the Linear where it is called alone.
+            *args: passed on to the Linear.
             **kwargs: likewise.
 
         Returns:
@@ -251,7 +251,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         active = [self.updates[name] for name in self.active_adapters if name in self.updates]
         if self.disable_adapters or self.merged or not active:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        return forward_with_updates(self.base_layer, active, x)
+        return add_updates(self.base_layer, active, x, *args, **kwargs)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to the Linear's weight, alpha dW, in the weight's own orientation.
@@ -262,7 +262,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Returns:
             (outputs, inputs), or (inputs, outputs) for a Conv1D.
         """
-        return self.updates[adapter].update()
+        return self.updates[adapter].dense()
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -325,7 +325,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
     def _pre_injection_hook(self, *_: Any) -> None:
         self.tenslora_adapters = nn.ModuleDict()
         self._forward_passes: dict[str, ForwardPass] = {}
-        self._planned: dict[str, AdaptedLinear] = {}
+        self._planned: dict[str, LayerUpdate] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make an adapter and put it on the model.
@@ -357,7 +357,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         adapter.register_load_state_dict_pre_hook(_require_adapters_tensors)  # type: ignore[no-untyped-call]
         forward_pass = ForwardPass(model)
         keep_gradients(model)
-        self._planned = adapt_linears(adapter, stages, forward_pass)
+        self._planned = layer_updates(adapter, stages, forward_pass)
         self._forward_passes[adapter_name] = forward_pass
         try:
             self.tenslora_adapters[adapter_name] = adapter

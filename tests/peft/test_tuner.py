@@ -542,3 +542,35 @@ def test_an_adapter_whose_name_is_refused_leaves_the_others_at_work() -> None:
     model.add_adapter("other", TensLoraConfig(tensor_mode="depth"))
     model.set_adapter("other")
     logits(model, inputs("hf_bert"))
+
+
+@pytest.mark.filterwarnings("ignore:For backward hooks to be called", "ignore:Full backward hook is firing")
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_hooks_on_a_linear_see_its_own_output_as_with_lora(everywhere: bool) -> None:
+    model, seen = build("hf_bert"), list[Any]()
+    linear = model.get_submodule("bert.encoder.layer.1.attention.self.query")
+
+    def look(module: nn.Module, _: Any, output: Tensor) -> None:
+        if module is linear:
+            seen.append(tuple(output.shape))
+
+    def look_back(module: nn.Module, *_: Any) -> None:
+        if module is linear:
+            seen.append("backward")
+
+    hooks = [
+        nn.modules.module.register_module_forward_hook(look) if everywhere else linear.register_forward_hook(look),
+        nn.modules.module.register_module_full_backward_hook(look_back)
+        if everywhere
+        else linear.register_full_backward_hook(look_back),
+    ]
+    try:
+        peft_model: Any = get_peft_model(model, TensLoraConfig())
+        outputs = logits(peft_model, inputs("hf_bert"))
+        torch.autograd.backward(outputs.sum())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    batch, tokens = inputs("hf_bert")["input_ids"].shape
+    assert seen == [(batch, tokens, 24), "backward"]
+    assert all(parameter.grad is not None for parameter in adapter_of(peft_model).parameters())

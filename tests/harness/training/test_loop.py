@@ -257,8 +257,8 @@ def test_an_adapter_that_takes_no_part_is_an_error(tmp_path: Path, monkeypatch: 
     from tenslora.adapted_linear import AdaptedLinear
 
     def without_update(linear: AdaptedLinear, x: Tensor) -> Tensor:
-        linear.call.called = True
-        plain: Tensor = linear.base[0](x)
+        linear.layer_update.call.called = True
+        plain: Tensor = linear.plain_class.forward(linear, x)
         return plain
 
     monkeypatch.setattr(AdaptedLinear, "forward", without_update)
