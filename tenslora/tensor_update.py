@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from tenslora.adapted_linear import AdaptedLinear
 from tenslora.adapter_config import LARGEST_SCALE
 from tenslora.attachment import is_finite, require_changeable, require_finite_sum, require_own_weights
 from tenslora.constructions import SCALINGS, weight_modes
@@ -149,6 +150,8 @@ def adapt_tensor(
     update is built each time that the module reads the weight, at the cost of about as many multiplications as the
     weight has entries, times a rank; `torch.nn.utils.parametrize.cached` builds it once for several reads.
 
+    PEFT's own methods, such as LoRA, can lie on the same layer, but what they merge into its weight is lost.
+
     >>> from torch import nn
     >>> from tenslora import adapt_tensor
     >>> conv = nn.Conv2d(32, 64, kernel_size=3)
@@ -170,8 +173,8 @@ def adapt_tensor(
         The update, on the weight's device.
 
     Raises:
-        TensLoRAError: if the module has no such weight, if the weight is quantised or has a parametrization already, or
-            for settings that do not fit the weight.
+        TensLoRAError: if the module has no such weight, if the weight is quantised or has a parametrization already, if
+            the module has an adapter of `attach` or of PEFT's TensLoRA, or for settings that do not fit the weight.
     """
     require_type("module", module, nn.Module)
     require_type("name", name, str)
@@ -317,6 +320,10 @@ def _holder(model: nn.Module, place: str) -> tuple[nn.Module, str]:
 
 def _weight(module: nn.Module, name: str) -> nn.Parameter:
     kind = type(module).__name__
+    if isinstance(module, AdaptedLinear) or hasattr(module, "has_tenslora_adapter"):  # the latter in PEFT
+        raise TensLoRAError(
+            f"{name}: belongs to a layer that has an adapter ({kind}); take it off first, with detach or PEFT's unload"
+        )
     if parametrize.is_parametrized(module, name):
         raise TensLoRAError(f"{name}: has a parametrization in {kind} already; detach_tensors takes an update off")
     weight = dict(module.named_parameters(recurse=False)).get(name)

@@ -23,8 +23,11 @@ from torch.nn.utils import parametrize
 from torchvision.models.resnet import BasicBlock
 
 from tenslora import (
+    AdapterConfig,
     TensLoRAError,
     adapt_tensor,
+    attach,
+    detach,
     detach_tensors,
     load_tensors,
     merge_tensors,
@@ -35,6 +38,7 @@ from tenslora.constructions import SCALINGS
 from tenslora.files import read_safetensors, write_safetensors
 from tenslora.ranks import weight_parameter_count, weight_ranks
 from tenslora.tensor_update import FORMAT, TensorUpdate
+from tests.plain_transformer import PlainTransformer
 
 FACTORIZATIONS = ("tucker", "cp", "tensor_train")
 SHAPES = {"linear": (6, 5), "kan": (5, 4, 7), "kernels": (6, 4, 3, 2)}
@@ -293,6 +297,25 @@ def test_a_weight_that_another_module_uses_is_not_merged() -> None:
     with pytest.raises(TensLoRAError, match=r"^0\.weight: its weight is shared by .* and 1, and a merge would change"):
         merge_tensors(model)
     assert torch.equal(model(torch.arange(6)), before)
+
+
+def test_a_layer_that_has_an_adapter_takes_no_update_until_it_is_detached(tmp_path: Path) -> None:
+    model, path = PlainTransformer(), "blocks.0.attention.query"
+    randomised(adapt_tensor(model.get_submodule(path), "weight", 2))
+    file = save_tensors(model, tmp_path / "updates.safetensors")
+    detach_tensors(model)
+    x = torch.randn(2, 3, 24)
+    attach(model, AdapterConfig("qkv"))
+    before, names = model(x), list(model.state_dict())
+    for module in (model.get_submodule(path), copy.deepcopy(model).get_submodule(path)):
+        with pytest.raises(TensLoRAError, match=r"^weight: belongs to a layer that has an adapter .*with detach"):
+            adapt_tensor(module, "weight", 2)
+    with pytest.raises(TensLoRAError, match=r"weight: belongs to a layer that has an adapter \(AdaptedLinear\)"):
+        load_tensors(model, file)
+    assert torch.equal(model(x), before)
+    assert list(model.state_dict()) == names
+    detach(model)
+    load_tensors(model, file)
 
 
 def test_a_file_without_an_update_is_refused(tmp_path: Path) -> None:

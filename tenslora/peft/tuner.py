@@ -215,6 +215,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         model: the whole model, which knows how it was quantised.
     """
 
+    has_tenslora_adapter = True  # which adapt_tensor looks for, here and at the layer below
     adapter_layer_names = (_ADAPTERS,)
     other_param_names = ("updates",)
     active_adapters: Sequence[str]  # this and the next are BaseTunerLayer's
@@ -408,6 +409,10 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, _: nn.Module) -> None:
         # PEFT's own asks every module for a weight, and a head of several layers that was trained too has none.
         setattr(parent, child_name, new_module)
+        if isinstance(new_module, TensLoraLinear):
+            new_module.base_layer.has_tenslora_adapter = True  # type: ignore[assignment]
+        else:
+            vars(new_module).pop("has_tenslora_adapter", None)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         adapter = self.tenslora_adapters[adapter_name]

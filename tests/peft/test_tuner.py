@@ -34,7 +34,7 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tenslora import AdapterConfig, TensLoRAError, attach
+from tenslora import AdapterConfig, TensLoRAError, adapt_tensor, attach
 from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.factorizations import FACTORIZATIONS
@@ -574,3 +574,19 @@ def test_hooks_on_a_linear_see_its_own_output_as_with_lora(everywhere: bool) -> 
     batch, tokens = inputs("hf_bert")["input_ids"].shape
     assert seen == [(batch, tokens, 24), "backward"]
     assert all(parameter.grad is not None for parameter in adapter_of(peft_model).parameters())
+
+
+@pytest.mark.parametrize("taken_off", ["unload", "merge_and_unload"])
+def test_the_weight_below_an_adapter_takes_no_update_of_its_own_until_it_is_unloaded(taken_off: str) -> None:
+    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))  # type: ignore[arg-type]
+    path = "bert.encoder.layer.0.attention.self.query"
+    before = logits(model, inputs("hf_bert"))
+    layer = model.base_model.model.get_submodule(path)
+    for module in (layer, layer.base_layer, copy.deepcopy(model).base_model.model.get_submodule(path).base_layer):
+        with pytest.raises(TensLoRAError, match=r"^weight: belongs to a layer that has an adapter"):
+            adapt_tensor(module, "weight", ranks=2)
+    assert torch.equal(logits(model, inputs("hf_bert")), before)
+    backbone = getattr(model, taken_off)()
+    adapt_tensor(backbone.get_submodule(path), "weight", ranks=2)
+    if taken_off == "merge_and_unload":
+        torch.testing.assert_close(logits(backbone, inputs("hf_bert")), before)
