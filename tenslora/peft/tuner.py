@@ -12,7 +12,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast, get_type_hints
+from typing import Any, ClassVar, NoReturn, cast, get_type_hints
 
 import peft
 import torch
@@ -299,6 +299,10 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         else:
             self.rounding.append(QuantisedWeights(linear, self._model[0]).add(linear, update))
 
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        # The copies would share the adapters' tensors, which no copy has as its own, across devices.
+        raise TensLoRAError("DataParallel: cannot copy an adapter; start one process per device instead (torchrun)")
+
     def supports_lora_conversion(self, *_: Any) -> bool:
         """Whether PEFT's `convert_to_lora` takes this layer: it does, for each of its adapters."""
         return True
@@ -316,12 +320,25 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         adapter_name: the adapter's name.
         low_cpu_mem_usage: as for PEFT's other tuners.
         state_dict: as for PEFT's other tuners.
+
+    Raises:
+        TensLoRAError: if the model has such an adapter already, or if the new one does not fit the model; see
+            `attachment.attach`.
     """
 
     uses_shared_state = True
     prefix = f"{METHOD}_"
     tuner_layer_cls = TensLoraLinear
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # PEFT has warned, and would go on: the new adapter would take the places of the old one's updates.
+        if any(isinstance(module, TensLoraLinear) for module in model.modules()):
+            raise TensLoRAError(
+                f"{type(model).__name__}: has a TensLoRA adapter in PEFT already; take it off first with unload, or "
+                f"put another beside it with add_adapter or load_adapter"
+            )
+        super().__init__(model, *args, **kwargs)
 
     def _pre_injection_hook(self, *_: Any) -> None:
         self.tenslora_adapters = nn.ModuleDict()

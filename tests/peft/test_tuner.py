@@ -576,6 +576,40 @@ def test_hooks_on_a_linear_see_its_own_output_as_with_lora(everywhere: bool) -> 
     assert all(parameter.grad is not None for parameter in adapter_of(peft_model).parameters())
 
 
+@pytest.mark.parametrize("again", ["backbone", "PeftModel"])
+def test_a_second_call_on_one_model_is_refused_and_leaves_the_first_as_it_was(again: str) -> None:
+    base = build("hf_bert")
+    model = trained(get_peft_model(base, TensLoraConfig()))  # type: ignore[arg-type]
+    before = logits(model, inputs("hf_bert"))
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name in ("default", "other"):
+        with (
+            pytest.warns(UserWarning, match="for a second time"),
+            pytest.raises(TensLoRAError, match="has a TensLoRA adapter in PEFT already; take it off first with unload"),
+        ):
+            get_peft_model(
+                base if again == "backbone" else model,  # type: ignore[arg-type]
+                TensLoraConfig(seed=1),
+                adapter_name=name,
+            )
+    assert torch.equal(logits(model, inputs("hf_bert")), before)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == names
+    assert {name: config.seed for name, config in model.peft_config.items()} == {"default": 0}
+    model.add_adapter("other", TensLoraConfig(seed=1))
+    next_model = get_peft_model(model.unload(), TensLoraConfig(seed=1))
+    assert torch.equal(logits(next_model, inputs("hf_bert")), logits(build("hf_bert"), inputs("hf_bert")))
+
+
+def test_a_copy_for_another_device_is_refused() -> None:
+    # As torch.nn.DataParallel does it in a forward pass on several devices, such as the Trainer's.
+    model = get_peft_model(build("hf_bert"), TensLoraConfig())  # type: ignore[arg-type]
+    layers = [module for module in model.modules() if isinstance(module, TensLoraLinear)]
+    assert layers
+    for layer in layers:
+        with pytest.raises(TensLoRAError, match="DataParallel: cannot copy an adapter; start one process per device"):
+            layer._replicate_for_data_parallel()
+
+
 @pytest.mark.parametrize("taken_off", ["unload", "merge_and_unload"])
 def test_the_weight_below_an_adapter_takes_no_update_of_its_own_until_it_is_unloaded(taken_off: str) -> None:
     model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))  # type: ignore[arg-type]
