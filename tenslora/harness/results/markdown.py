@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+from tenslora.harness.results.ordering import Ordering, ordering_heads, ordering_note, orderings
 from tenslora.harness.results.paper import VERDICTS_NOTE
 from tenslora.harness.results.summary import (
     ADAPTER_HEADS,
@@ -40,6 +42,8 @@ def to_markdown(summary: Summary) -> str:
         blocks += [_escaped(f"## The choice of {summary.trials.table.by}"), _escaped(summary.trials_caption)]
         for grid in summary.trials.grids:
             blocks += [_escaped(f"{grid.column.dataset} ({grid.column.model}):"), _grid_table(grid)]
+    if found := orderings(summary):
+        blocks += ["## What orders the rows", *_orderings(found)]
     if summary.failures:
         lines = [f"{run.row.label}, {run.column.label}, seed {run.seed}: {run.problem}" for run in summary.failures]
         blocks.append("Failed:\n\n" + "\n".join(f"- {_escaped(line)}" for line in lines))
@@ -55,6 +59,14 @@ def to_markdown(summary: Summary) -> str:
     if summary.verdicts:
         blocks += ["## The paper's claims", VERDICTS_NOTE, *_claims(summary)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _orderings(found: Sequence[Ordering]) -> list[str]:
+    heads, several = ordering_heads(found), len({one.protocol for one in found}) > 1
+    rows = [[_escaped(one.column.label), *[_escaped(one.protocol)] * several, *one.texts] for one in found]
+    heads = ["dataset", *["protocol"] * several, *map(_escaped, heads)]
+    alignments = ["---"] * (1 + several) + ["---:"] * (len(heads) - 1 - several)
+    return [ordering_note(found), _table(heads, alignments, [row[: len(heads)] for row in rows])]
 
 
 def _claims(summary: Summary) -> list[str]:

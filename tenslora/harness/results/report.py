@@ -19,6 +19,7 @@ from markupsafe import Markup
 from tenslora.files import write_bytes
 from tenslora.harness.results.by_class import by_class
 from tenslora.harness.results.figures import figures_of, inline_svgs
+from tenslora.harness.results.ordering import ordering_heads, ordering_note, orderings
 from tenslora.harness.results.paper import VERDICTS_NOTE
 from tenslora.harness.results.statistics import Difference
 from tenslora.harness.results.summary import COMPARISON_NOTE, Comparison, Summary, summarize
@@ -73,6 +74,9 @@ def to_html(summary: Summary, written: datetime | None = None) -> str:
             )
         ],
         comparison_note=COMPARISON_NOTE,
+        orderings=orderings(summary),
+        ordering_heads=ordering_heads,
+        ordering_note=ordering_note,
         verdicts_note=VERDICTS_NOTE,
         by_class=by_class(summary),
         figures=[(figure, svgs) for figure, svgs in figures if svgs],

@@ -88,7 +88,7 @@ def test_sections_without_content_are_left_out() -> None:
 
 def test_every_line_is_as_wide_as_its_head_and_markup_is_escaped() -> None:
     text = to_markdown(summarize(replace(sample_table(), title="a | b", notes=("one | two",))))
-    assert len(tables(text)) == 3
+    assert len(tables(text)) == 4
     for table in tables(text):
         assert len({len(line) for line in table}) == 1
     assert r"# a \| b" in text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from matplotlib.axes import Axes
@@ -26,17 +26,18 @@ from tenslora.harness.results.figures.panels import (
     size_in_points,
 )
 from tenslora.harness.results.figures.style import FONT_SIZE, INK, text_width
-from tenslora.harness.results.paper import PROTOCOL
-from tenslora.harness.results.summary import Cell, Summary
+from tenslora.harness.results.ordering import (
+    LEAST_ROWS,
+    LEAST_SPAN,
+    cells_by_protocol,
+    correlation_text,
+    first_steps,
+    spearman,
+)
+from tenslora.harness.results.summary import Summary
 from tenslora.harness.results.table import Row
 
 _SHAPES = {"isorank": "circle", "isoparameters": "square"}
-
-_LEAST_SPAN = 1.2
-"""The least ratio of the largest first step to the smallest for which a panel is drawn."""
-
-_LEAST_ROWS = 4
-"""The least number of rows with an adapter for which a correlation says anything."""
 
 
 def panels_by_first_step(summary: Summary) -> list[Panel]:
@@ -48,41 +49,14 @@ def panels_by_first_step(summary: Summary) -> list[Panel]:
     Args:
         summary: the summary of the table.
     """
-    table = summary.table
-    protocols: list[str | None] = [None]
-    if table.swept_setting == PROTOCOL:
-        protocols = list(dict.fromkeys(row.value_of(PROTOCOL) for row in table.rows))
     panels = []
-    for number in range(len(table.columns)):
-        for protocol in protocols:
-            cells = {
-                row.row.without(PROTOCOL): row.cells[number]
-                for row in summary.rows
-                if row.row.value_of(PROTOCOL) == protocol and row.cells[number].runs
-            }
+    for number in range(len(summary.table.columns)):
+        for protocol, cells in cells_by_protocol(summary, number).items():
             steps = first_steps(cells).values()
             is_swept = any(row.variant for row in cells)
-            if not is_swept and len(steps) >= _LEAST_ROWS and max(steps) >= _LEAST_SPAN * min(steps):
-                panels.append(panel_of(summary, number, cells, protocol or ""))
+            if not is_swept and len(steps) >= LEAST_ROWS and max(steps) >= LEAST_SPAN * min(steps):
+                panels.append(panel_of(summary, number, cells, protocol))
     return panels
-
-
-def first_steps(cells: Mapping[Row, Cell]) -> dict[Row, float]:
-    """The first step of each row that has a score and an adapter, as a multiple of LoRA's.
-
-    Rows may have an alpha or a learning rate of their own, as tuned ones do. Their first steps are in proportion to it.
-
-    Args:
-        cells: the rows' cells in one column.
-    """
-    scales = {row: next(filter(None, (run.step_scale for run in cell.runs)), None) for row, cell in cells.items()}
-    lora = next((scale for row, scale in scales.items() if row.is_lora), None)
-    steps = {}
-    for row, cell in cells.items():
-        if cell.mean is not None and cell.size.relative_step:
-            scale = scales[row]
-            steps[row] = cell.size.relative_step * (scale / lora if scale and lora else 1.0)
-    return steps
 
 
 def score_by_first_step(panels: Sequence[Panel]) -> Figure:
@@ -106,7 +80,7 @@ def panels_of_trials(trials: Summary) -> list[Panel]:
     """
     panels = panels_of(trials)
     curves = [curve for panel in panels for curve in _curves(panel).values()]
-    changes = [max(steps) >= _LEAST_SPAN * min(steps) for curve in curves if len(steps := [x for x, _ in curve]) > 1]
+    changes = [max(steps) >= LEAST_SPAN * min(steps) for curve in curves if len(steps := [x for x, _ in curve]) > 1]
     return panels if changes and all(changes) else []
 
 
@@ -185,20 +159,11 @@ def _log_axis(axes: Axes, steps: Sequence[float], margin: float) -> tuple[float,
     return left, right
 
 
-def spearman(steps: Sequence[float], scores: Sequence[float]) -> float:
-    """The Spearman correlation of two lists of numbers; NaN if the numbers of a list are all equal."""
-    from scipy import stats  # imported here, because scipy takes a second
-
-    return (
-        math.nan if len(set(steps)) == 1 or len(set(scores)) == 1 else float(stats.spearmanr(steps, scores).statistic)
-    )
-
-
 def _draw(place: SubFigure, panel: Panel) -> None:
     step_of = first_steps(panel.cells)
     points = [point for point in panel.points if point.row in step_of]
     steps = [step_of[point.row] for point in points]
-    correlation = f"{spearman(steps, [point.mean for point in points]):.2f}".replace("-", "\N{MINUS SIGN}")
+    correlation = correlation_text(spearman(steps, [point.mean for point in points]))
     strategies = [name for name in dict.fromkeys(point.row.strategy for point in points) if name]
     shapes = ", ".join(f"{_SHAPES.get(name, 'diamond')}: {name}" for name in strategies)
     note = f"Spearman {correlation}, {len(points)} rows" + (f"; {shapes}" if len(strategies) > 1 else "")

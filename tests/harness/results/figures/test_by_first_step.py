@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from tenslora.harness.results.figures import figures_of
-from tenslora.harness.results.figures.by_first_step import panels_by_first_step, score_by_first_step, spearman
+from tenslora.harness.results.figures.by_first_step import panels_by_first_step, score_by_first_step
+from tenslora.harness.results.ordering import spearman
 from tenslora.harness.results.summary import summarize
 from tenslora.harness.results.table import Run, Table
 from tests.drawn import axes_by_title, bar_lines, only_axes, texts, xy
