@@ -146,8 +146,10 @@ def adapt_tensor(
 ) -> TensorUpdate:
     """Freeze one weight of a module, and put a trainable update of the weight's own shape on it.
 
-    The module's outputs do not change until the update is trained. The module's other parameters stay as they are. The
-    update is built each time that the module reads the weight, at the cost of about as many multiplications as the
+    The module's outputs do not change until the update is trained. The module's other parameters stay as they are. If
+    another module has the same weight, as an embedding and a head may, the update is this module's alone.
+
+    The update is built each time that the module reads the weight, at the cost of about as many multiplications as the
     weight has entries, times a rank; `torch.nn.utils.parametrize.cached` builds it once for several reads.
 
     PEFT's own methods, such as LoRA, can lie on the same layer, but what they merge into its weight is lost.
@@ -282,10 +284,11 @@ def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:
     try:
         updates: dict[str, TensorUpdate] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        places: dict[int, str] = {}  # by the weight: a module may have two names in the model
+        places: dict[tuple[nn.Module, str], str] = {}
         for place, config in from_json(_Header, data).updates.items():
-            weight = _weight(*_holder(model, place))
-            if (other := places.setdefault(id(weight), place)) != place:
+            holder = _holder(model, place)
+            weight = _weight(*holder)
+            if (other := places.setdefault(holder, place)) != place:  # a module may have two names in the model
                 raise TensLoRAError(f"{place}: is the weight of {other} too, and can have only one update")
             updates[place] = TensorUpdate(config, weight.shape)
             for name, parameter in updates[place].tensor.named_parameters():

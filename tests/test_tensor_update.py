@@ -318,6 +318,36 @@ def test_a_layer_that_has_an_adapter_takes_no_update_until_it_is_detached(tmp_pa
     load_tensors(model, file)
 
 
+class Tied(nn.Module):
+    """An embedding and a head that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.embedding(tokens)))
+
+
+def test_two_modules_that_share_a_weight_have_an_update_each(tmp_path: Path) -> None:
+    model, tokens = Tied(), torch.arange(10)
+    weight = model.embedding.weight.clone()
+    first = randomised(adapt_tensor(model.embedding, "weight", 2))
+    second = randomised(adapt_tensor(model.head, "weight", 2, alpha=0.5, seed=1))
+    expected = (weight + first.update()) @ (weight + second.update()).T
+    torch.testing.assert_close(model(tokens), expected)
+    path = save_tensors(model, tmp_path / "tied.safetensors")
+    loaded = Tied()
+    loaded.head.weight.data = weight.detach()
+    assert set(load_tensors(loaded, path)) == {"embedding.weight", "head.weight"}
+    torch.testing.assert_close(loaded(tokens), expected)
+    for merged in (model, loaded):
+        with pytest.raises(TensLoRAError, match=r"its weight is shared by embedding\S* and head\S*, and a merge"):
+            merge_tensors(merged)
+    torch.testing.assert_close(model(tokens), expected)
+
+
 def test_a_file_without_an_update_is_refused(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "none.safetensors", {}, {"format": FORMAT, "updates": {}})
     with pytest.raises(TensLoRAError, match=r"none\.safetensors: does not fit Linear: it holds no update$"):
