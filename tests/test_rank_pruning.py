@@ -13,11 +13,14 @@ from torch import Tensor
 
 from tenslora.adapter import Adapter, load_adapter
 from tenslora.adapter_config import AdapterConfig
+from tenslora.attachment import merge, unmerge
 from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.rank_pruning import best_ranks, prune
 from tenslora.ranks import RankStrategy, parameter_count, rank_limits
 from tenslora.tensor import FactorizedTensor
+from tests.models import attached
+from tests.plain_transformer import PlainTransformer
 
 GEOMETRY = Geometry(d_in=10, heads=3, d_head=4, layers=5)
 CASES = [
@@ -156,3 +159,17 @@ def test_a_pruned_adapter_keeps_its_scale_when_it_is_saved(tmp_path: Path) -> No
     (loaded,) = load_adapter(adapter.save(tmp_path / "adapter.safetensors")).stages
     assert (loaded.scale, loaded.ranks) == (scale, adapter.ranks)
     assert all(map(torch.equal, loaded.dense(1), adapter.dense(1)))
+
+
+def test_an_adapter_that_is_cut_while_it_is_merged_leaves_nothing_in_the_weights() -> None:
+    model = PlainTransformer().double()
+    adapter = attached(model, "qkv_depth")
+    path = "blocks.1.attention.value.weight"
+    before = model.get_parameter(path).clone()
+    merge(model)
+    assert not torch.allclose(model.get_parameter(path), before, atol=1e-3)
+    prune(adapter, 500)
+    unmerge(model)
+    torch.testing.assert_close(model.get_parameter(path), before, rtol=0, atol=1e-12)
+    merge(model)
+    torch.testing.assert_close(model.get_parameter(path), before + adapter.scale * adapter.dense(1)[2].T)
