@@ -3,7 +3,10 @@
 | file | what it holds |
 |---|---|
 | adapter.safetensors | the adapter, as `Adapter.save` writes it |
-| head.safetensors | every other weight that was trained, by its name in the model; absent if there is none |
+| head.safetensors | whatever else the training has changed, by its name in the model; absent if there is nothing |
+
+That is every other weight that was trained, and the running statistics of the model's batch norms: in training mode
+these move in a frozen backbone too.
 
 A finished run of the harness that froze its backbone leaves the same two files, so `load` takes its folder too.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,12 +29,15 @@ from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
 from tenslora.hub import download, is_repository, upload
 
+_COUNT = "num_batches_tracked"
+
 
 def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
-    """Write the adapter of a model, and all other weights that require gradients, to one folder.
+    """Write the adapter of a model, all other weights that require gradients, and its running statistics to one folder.
 
     Args:
-        model: with an adapter. Weights whose gradients are switched off are not saved.
+        model: with an adapter. Weights whose gradients are switched off are not saved. The statistics of its batch
+            norms are (`running_statistics`).
         folder: the folder, which is created if it is missing. An adapter that it holds already is replaced.
 
     Returns:
@@ -57,7 +64,7 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
 
 
 def load(model: nn.Module, source: Path | str, revision: str | None = None) -> Adapter | StagedAdapter:
-    """Attach a saved adapter, and give the model the weights that were trained beside it.
+    """Attach a saved adapter, and give the model the weights and the running statistics that were saved beside it.
 
     These weights are trainable, as they were when they were saved; all others are frozen.
 
@@ -99,7 +106,7 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
 
 
 def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Read weights that were trained beside an adapter.
+    """Read the weights and the running statistics that were saved beside an adapter.
 
     Args:
         path: the file, such as the head.safetensors of `save_pretrained`.
@@ -110,7 +117,7 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         TensLoRAError: if the file is missing or damaged, if a weight is not in the model or has another shape or type
-            there, or if one holds a NaN or an infinity.
+            there, if one holds a NaN or an infinity, or if a running variance or a count of batches is negative.
     """
     _, weights = read_safetensors(path)
     places = _places(model)
@@ -142,7 +149,41 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
                 )
         elif place.dtype != saved.dtype:
             raise TensLoRAError(f"{path}: {name} has the type {saved.dtype}, and in the model {place.dtype}")
+    try:
+        require_statistics({name: weights[name] for name in running_statistics(model) if name in weights})
+    except TensLoRAError as error:
+        raise TensLoRAError(f"{path}: {error}") from error
     return weights
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running statistics of a model: what its norms keep of the batches that they see in training mode.
+
+    Args:
+        model: any model.
+
+    Returns:
+        running_mean, running_var and num_batches_tracked of every module that counts its batches, as each of torch's
+        batch norms does, frozen or not; by their names in the model's state dict.
+    """
+    kept, buffers = model.state_dict().keys(), dict(model.named_buffers())
+    norms = [_owner(name) for name in buffers if name.rpartition(".")[2] == _COUNT]
+    names = [f"{path}.{part}" if path else part for path in norms for part in ("running_mean", "running_var", _COUNT)]
+    return {name: buffers[name] for name in names if name in kept and name in buffers}
+
+
+def require_statistics(statistics: Mapping[str, Tensor]) -> None:
+    """Check that running statistics can be those of numbers.
+
+    Args:
+        statistics: finite tensors, by the names that `running_statistics` gives them.
+
+    Raises:
+        TensLoRAError: if a variance or a count of batches is negative.
+    """
+    for name, statistic in statistics.items():
+        if not name.endswith("running_mean") and (statistic < 0).any():
+            raise TensLoRAError(f"{name} holds a negative number")
 
 
 def push_to_hub(model: nn.Module, repo_id: str, private: bool = False) -> str:
@@ -189,7 +230,7 @@ def _model_card(model: nn.Module, repo_id: str) -> str:
     adapter, base = adapter_of(model), _base_model(model)
     metadata = ["library_name: tenslora", "tags: [tenslora]", *([f"base_model: {base}"] if base else [])]
     of_base = f"[{base}](https://huggingface.co/{base})" if base else type(model).__name__
-    head = sum(weight.numel() for weight in _trained_weights(model).values())
+    head = sum(weight.numel() for weight in _trained_weights(model).values() if isinstance(weight, nn.Parameter))
     count = sum(parameter.numel() for parameter in adapter.parameters())
     ranks = "; ".join(", ".join(map(str, stage.ranks)) for stage in adapter.stages)
     return "\n".join(
@@ -218,7 +259,7 @@ def _base_model(model: nn.Module) -> str | None:
 
 
 def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    # A module's buffers, such as a batch norm's means, belong to its trained parameters.
+    # A module's buffers belong to its trained parameters. Running statistics move without any.
     of_adapter = f"{SUBMODULE}."
     trained: dict[str, Tensor] = {
         name: parameter
@@ -227,7 +268,7 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
     }
     owners, kept = {_owner(name) for name in trained}, model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept and _owner(name) in owners}
-    return trained | buffers
+    return trained | buffers | running_statistics(model)
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:

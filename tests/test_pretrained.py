@@ -106,6 +106,30 @@ def test_a_heads_buffers_and_tied_weights_are_kept(tmp_path: Path) -> None:
     assert other.again.weight is other.out.weight
 
 
+def with_batch_norms() -> nn.Module:
+    """A frozen batch norm before the head, and in the head one without weights of its own."""
+    torch.manual_seed(0)
+    model = PlainTransformer()
+    model.head = nn.Sequential(nn.BatchNorm1d(24), nn.BatchNorm1d(24, affine=False), nn.Linear(24, 2))  # type: ignore[assignment]
+    return model
+
+
+def test_running_statistics_that_training_has_moved_are_kept(tmp_path: Path) -> None:
+    model, other, x = with_batch_norms(), with_batch_norms(), torch.randn(8, 5, 24)
+    attach(model, AdapterConfig("qkv"), train=["head.2"])
+    before = model.eval()(x)
+    model.train()(3 * x + 2)
+    after = model.eval()(x)
+    assert not torch.allclose(before, after, atol=0.01)
+    load(other, save_pretrained(model, tmp_path))
+    assert torch.equal(other.eval()(x), after)
+    assert trainable(other) == trainable(model)
+    saved = load_file(tmp_path / "head.safetensors")
+    save_file({**saved, "head.0.num_batches_tracked": torch.tensor(-1)}, tmp_path / "head.safetensors")
+    with pytest.raises(TensLoRAError, match=r"head\.0\.num_batches_tracked holds a negative number$"):
+        load(with_batch_norms(), tmp_path)
+
+
 def test_a_name_stands_for_every_module_that_ends_with_it() -> None:
     model = build("hf_bert")
     attach(model, AdapterConfig("qkv"), train=["LayerNorm", "encoder.layer.1.output.dense"])

@@ -19,6 +19,7 @@ from tenslora.harness.backbones import Backbone
 from tenslora.harness.backbones.hub import source_setting
 from tenslora.harness.config import RunConfig, check_ranks
 from tenslora.harness.run_folder import RunFolder
+from tenslora.pretrained import running_statistics
 from tenslora.projections import find_projections
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class AdaptedModel:
     head: dict[str, nn.Parameter]
 
     def save(self, folder: RunFolder, tensor_mode: str) -> list[Path]:
-        """Write what the run trained: the adapter, and the head or, after full fine-tuning, every parameter.
+        """Write what the run changed: the adapter, the head (or after full fine-tuning all weights), and statistics.
 
         Args:
             folder: the run's folder.
@@ -58,7 +59,7 @@ class AdaptedModel:
         """
         files = [self.adapter.save(folder.adapter)] if self.adapter else []
         weights = dict(self.model.named_parameters()) if tensor_mode == "full" else self.head
-        return [*files, folder.write_weights(tensor_mode, weights)]
+        return [*files, folder.write_weights(tensor_mode, {**weights, **running_statistics(self.model)})]
 
 
 def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> AdaptedModel:

@@ -28,6 +28,7 @@ from tenslora.harness.backbones.timm_models import create_arguments
 from tenslora.harness.commands import command_parser, is_text, mistakes_in_one_line
 from tenslora.harness.load_run import LoadedRun, load_run
 from tenslora.harness.model_card import base_model, model_card
+from tenslora.pretrained import running_statistics
 
 
 def export_adapter(loaded: LoadedRun, folder: Path, as_lora: bool) -> None:
@@ -50,9 +51,12 @@ def export_adapter(loaded: LoadedRun, folder: Path, as_lora: bool) -> None:
         raise TensLoRAError(f"tensor_mode={run.tensor_mode}: has no adapter; --format merged writes its weights")
     with_parameters = [module for module in loaded.backbone.head if any(True for _ in module.parameters())]
     head = [path for path, module in model.named_modules() if any(module is own for own in with_parameters)]
+    # PEFT saves a batch norm as a whole, with the running statistics that training has moved.
+    norms = dict.fromkeys(name.rpartition(".")[0] for name in running_statistics(model))
+    saved = [*head, *(path for path in norms if not any(path.startswith(f"{own}.") for own in head))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a setting with an old name
-        peft_model = (to_peft if as_lora else to_tenslora)(model, head)
+        peft_model = (to_peft if as_lora else to_tenslora)(model, saved)
     config = peft_model.peft_config["default"]
     config.base_model_name_or_path = base_model(loaded)
     config.task_type = "SEQ_CLS" if run.model.modality == "text" else None

@@ -24,7 +24,7 @@ from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.training.evaluation import Evaluation, evaluate, predict
 from tenslora.harness.training.processes import Processes
 from tenslora.harness.training.tasks import TASKS
-from tenslora.pretrained import load, read_weights
+from tenslora.pretrained import load, read_weights, running_statistics
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     path = files.weights(run.tensor_mode)
     weights = read_weights(path, backbone.model)
     trained = dict(backbone.model.named_parameters()) if run.tensor_mode == "full" else backbone.head_parameters()
-    if lacking := sorted(trained.keys() - weights.keys()):
+    if lacking := sorted((trained.keys() | running_statistics(backbone.model).keys()) - weights.keys()):
         raise TensLoRAError(f"{path}: lacks {lacking[0]}")
     backbone.model.load_state_dict(weights, strict=False)
     return LoadedRun(run, record, backbone, tokenizer)

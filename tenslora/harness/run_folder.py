@@ -4,8 +4,8 @@
 |---|---|---|
 | result.json | train.py, as the last file | sweeps, tables, load_run, export |
 | adapter.safetensors | train.py, of a run with an adapter | load_run, export, analyse |
-| head.safetensors | train.py, of a run that froze its backbone | load_run, export |
-| model.safetensors | train.py, of full fine-tuning: every weight | load_run, export |
+| head.safetensors | train.py, of a run that froze its backbone: head and running statistics | load_run, export |
+| model.safetensors | train.py, of full fine-tuning: every weight and statistic | load_run, export |
 | predictions.safetensors | train.py, of a completed run: labels and logits of the last epoch's test | the report |
 | checkpoint.safetensors | the training loop, after every epoch | the loop with resume=true; sweeps, if it exists |
 | metrics.csv, steps.csv | the logger csv, after every epoch | people; steps.csv also the logger of a resumed run |

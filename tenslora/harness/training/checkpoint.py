@@ -21,6 +21,7 @@ from tenslora.harness.forms import CHECKPOINT_FORMAT, Checkpoint, Epoch, check_h
 from tenslora.harness.predictions import Predictions
 from tenslora.harness.run_folder import OtherRun, UnusableCheckpoint
 from tenslora.harness.stages import as_in_files, stages_in_file
+from tenslora.pretrained import require_statistics
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, for each parameter
 
@@ -119,8 +120,9 @@ def save_checkpoint(
     state: TrainingState,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the state, the trained parameters and the optimizer's moments, atomically.
+    """Write the state, the trained parameters, the optimizer's moments and the running statistics, atomically.
 
     Args:
         path: the file.
@@ -128,11 +130,13 @@ def save_checkpoint(
         state: how far the run has come.
         parameters: the trained parameters, by name.
         optimizer: the optimizer of these parameters.
+        statistics: the model's running statistics, by name; None if it has none.
 
     Raises:
         TensLoRAError: if the file cannot be written.
     """
     tensors = {f"parameters/{name}": parameter.detach() for name, parameter in parameters.items()}
+    tensors |= {f"statistics/{name}": statistic for name, statistic in (statistics or {}).items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
     kept = {name: value for name, value in vars(state).items() if name != "predictions"}
@@ -148,8 +152,9 @@ def load_checkpoint(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     pruned: Adapter | StagedAdapter | None = None,
+    statistics: Mapping[str, Tensor] | None = None,
 ) -> TrainingState:
-    """Read a checkpoint into the parameters and the optimizer.
+    """Read a checkpoint into the parameters, the optimizer and the running statistics.
 
     Args:
         path: a file that `save_checkpoint` wrote.
@@ -158,6 +163,7 @@ def load_checkpoint(
         parameters: the parameters to train, by name, as they are before the first step. Their values are replaced.
         optimizer: the optimizer of these parameters. Its moments are replaced.
         pruned: the adapter, if the run cuts its ranks; it gets those of the checkpoint.
+        statistics: the model's running statistics, by name, whose values are replaced; None if it has none.
 
     Returns:
         How far the run had come.
@@ -176,7 +182,8 @@ def load_checkpoint(
         try:
             course.check(header["epochs"], header["steps"], [Epoch.model_validate(each) for each in header["history"]])
             _take_ranks(header, pruned)
-            moments = _check_tensors(tensors, header["steps"], parameters, optimizer)
+            expected = {f"statistics/{name}": statistic for name, statistic in (statistics or {}).items()}
+            moments = _check_tensors(tensors, header["steps"], parameters, optimizer, expected)
         except ValueError as error:
             raise TensLoRAError(f"{path}: does not fit this run ({error}); start without resume") from error
     except TensLoRAError as error:
@@ -184,6 +191,8 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameters/{name}"])
+        for name, statistic in expected.items():
+            statistic.copy_(tensors[name])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return TrainingState(
         header["epochs"],
@@ -221,6 +230,7 @@ def _check_tensors(
     steps: int,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    statistics: Mapping[str, Tensor],
 ) -> dict[int, dict[str, Tensor]]:
     """The optimizer's moments, by the parameter's number, after a check of all tensors of a checkpoint.
 
@@ -239,7 +249,11 @@ def _check_tensors(
         shapes = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
         expected |= {name: shapes[key] for key, name in keys.items()}
         moments[number] = {key: tensors[name] for key, name in keys.items() if name in tensors}
-    require_tensors(tensors, {name: tensor.shape for name, tensor in expected.items()})
+    expected |= statistics
+    # A count of batches is a whole number, and has to be finite as the others have.
+    whole = {name for name, statistic in statistics.items() if not statistic.is_floating_point()}
+    numbers = {n: t.double() if n in whole and not t.is_complex() else t for n, t in tensors.items()}
+    require_tensors(numbers, {name: tensor.shape for name, tensor in expected.items()})
     for name, tensor in expected.items():
         if tensors[name].dtype != tensor.dtype:
             raise TensLoRAError(f"{name} has the type {tensors[name].dtype}, not {tensor.dtype}")
@@ -248,6 +262,7 @@ def _check_tensors(
             raise TensLoRAError(f"optimizer/{number}/step is {of_parameter['step'].item():g}, not {steps}")
         if (of_parameter["exp_avg_sq"] < 0).any():
             raise TensLoRAError(f"optimizer/{number}/exp_avg_sq holds a negative number")
+    require_statistics({name: tensors[name] for name in statistics})
     return moments
 
 

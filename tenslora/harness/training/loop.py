@@ -33,6 +33,7 @@ from tenslora.harness.training.processes import Processes
 from tenslora.harness.training.progress import ProgressBar
 from tenslora.harness.training.schedule import cosine_rate
 from tenslora.harness.training.tasks import TASKS, outputs_of
+from tenslora.pretrained import running_statistics
 from tenslora.random_streams import stream_seed
 from tenslora.rank_pruning import prune
 from tenslora.ranks import parameter_count
@@ -123,6 +124,7 @@ def fit(
             optimization.parameters,
             optimization.adamw,
             pruning.adapter if pruning else None,
+            running_statistics(model),
         )
         log.info("resuming after epoch %d of %d", state.epochs, run.trainer.epochs)
         if processes.is_main:
@@ -164,7 +166,14 @@ def fit(
                 state.history.append(entry)
             state.epochs = epoch
             if processes.is_main:
-                save_checkpoint(checkpoint, run.digest(), state, optimization.parameters, optimization.adamw)
+                save_checkpoint(
+                    checkpoint,
+                    run.digest(),
+                    state,
+                    optimization.parameters,
+                    optimization.adamw,
+                    running_statistics(model),
+                )
             if is_scored:
                 if processes.is_main:
                     on_epoch(entry)

@@ -51,6 +51,41 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(parameters[name], restored[name]) for name in parameters)
 
 
+STATISTICS = {"norm.running_var": torch.tensor([0.5, 2.0]), "norm.num_batches_tracked": torch.tensor(4)}
+
+
+def _with_statistics(folder: Path, **changes: Tensor) -> dict[str, Tensor]:
+    path = folder / "checkpoint.safetensors"
+    saved = {**STATISTICS, **{f"norm.{name}": tensor for name, tensor in changes.items()}}
+    save_checkpoint(path, DIGEST, TrainingState(2, 4, [AFTER_TWO]), *_trained(4), saved)
+    restored = {"norm.running_var": torch.ones(2), "norm.num_batches_tracked": torch.tensor(0)}
+    load_checkpoint(path, DIGEST, COURSE, *_trained(0), None, restored)
+    return restored
+
+
+def test_running_statistics_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    restored = _with_statistics(tmp_path)
+    assert all(torch.equal(restored[name], statistic) for name, statistic in STATISTICS.items())
+    with pytest.raises(TensLoRAError, match=r"lacks statistics/norm\.running_var"):
+        load_checkpoint(_saved(tmp_path), DIGEST, COURSE, *_trained(0), None, restored)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("running_var", torch.tensor([0.5, -2.0]), "norm.running_var holds a negative number"),
+        ("running_var", torch.tensor([0.5, math.inf]), "norm.running_var holds a NaN or an infinity"),
+        ("num_batches_tracked", torch.tensor(-1), "norm.num_batches_tracked holds a negative number"),
+        ("num_batches_tracked", torch.tensor(4.0), "norm.num_batches_tracked has the type torch.float32, not"),
+        ("num_batches_tracked", torch.tensor(4j), "norm.num_batches_tracked has the type complex64"),
+        ("num_batches_tracked", torch.tensor([4]), r"norm.num_batches_tracked has the shape \(1,\), not \(\)"),
+    ],
+)
+def test_running_statistics_that_cannot_be_are_refused(name: str, tensor: Tensor, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TensLoRAError, match=f"does not fit this run .statistics/{message}"):
+        _with_statistics(tmp_path, **{name: tensor})
+
+
 def test_a_parameter_that_has_no_part_in_the_loss_has_no_moments(tmp_path: Path) -> None:
     parameters, optimizer = _trained(0)
     parameters["a"].requires_grad_(False)
