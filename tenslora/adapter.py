@@ -310,6 +310,9 @@ class StagedAdapter(_AnyAdapter):
         config: the settings.
         first_step: the root mean square, over all adapted matrices of all stages, as `Adapter.first_step` is over
             those of one.
+
+    Raises:
+        TensLoRAError: if the adapters have different settings, or if there are none.
     """
 
     def __init__(self, stages: Sequence[Adapter]) -> None:
@@ -320,6 +323,10 @@ class StagedAdapter(_AnyAdapter):
         if not stages:
             raise TensLoRAError("stages=[]: must hold at least one adapter")
         self.config = stages[0].config
+        for index, stage in enumerate(stages):
+            for name, value in vars(stage.config).items():
+                if value != (first := getattr(self.config, name)):
+                    raise TensLoRAError(f"stages: {name}={value} in stage {index}: must be {first}, as in stage 0")
         self.stage = nn.ModuleList(stages)  # so that the parameters are named stage.0.tensors.0.core
         self.first_step = over_stages([stage.first_step for stage in stages], [stage.geometry for stage in stages])
 

@@ -117,10 +117,12 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         TensLoRAError: if the file is missing or damaged, if a weight is not in the model or has another shape or type
-            there, if one holds a NaN or an infinity, or if a running variance or a count of batches is negative.
+            there, if one holds a NaN or an infinity, if two differ that are one in the model, or if a running variance
+            or a count of batches is negative.
     """
     _, weights = read_safetensors(path)
     places = _places(model)
+    names: dict[int, str] = {}
     for name, saved in weights.items():
         if name not in places:
             raise TensLoRAError(f"{path}: {type(model).__name__} has no weight {name}")
@@ -136,6 +138,11 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
             raise TensLoRAError(
                 f"{path}: {name} has the shape {tuple(saved.shape)}, and in {type(model).__name__} "
                 f"{tuple(place.shape)}; build the model with as many classes as the saved one"
+            )
+        other = names.setdefault(id(place), name)
+        if other != name and not torch.equal(saved.to(place.dtype), weights[other].to(place.dtype)):
+            raise TensLoRAError(
+                f"{path}: {other} and {name} have different values, and are one weight in {type(model).__name__}"
             )
         if place.is_floating_point():
             # A buffer may hold infinities, as a mask does; the model has them too.

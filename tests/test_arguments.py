@@ -146,6 +146,10 @@ def test_an_argument_of_a_wrong_kind_is_taken_or_refused_in_one_line(
         ),
         (lambda: Adapter(AdapterConfig(), GEOMETRY, ranks=(0,)), r"ranks=[0]: must be 4 whole numbers from 1 up"),
         (lambda: StagedAdapter([]), "stages=[]: must hold at least one adapter"),
+        (
+            lambda: StagedAdapter([Adapter(AdapterConfig(alpha=alpha), GEOMETRY) for alpha in (4.0, 1.0)]),
+            "stages: alpha=1.0 in stage 1: must be 4.0, as in stage 0",
+        ),
     ],
 )
 def test_the_line_names_the_argument_and_its_types(call: Callable[[], Any], message: str) -> None:

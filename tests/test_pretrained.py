@@ -130,6 +130,20 @@ def test_running_statistics_that_training_has_moved_are_kept(tmp_path: Path) -> 
         load(with_batch_norms(), tmp_path)
 
 
+def test_two_values_for_one_tied_weight_are_refused(tmp_path: Path) -> None:
+    model = TwoHeads()
+    model.again.weight = nn.Parameter(torch.zeros(2, 24))
+    attach(model, AdapterConfig("qkv"), train=["out", "again"])
+    save_pretrained(model, tmp_path)
+    problem = r"(again|out)\.weight and (again|out)\.weight have different values, and are one weight in TwoHeads$"
+    with pytest.raises(TensLoRAError, match=problem):
+        load(TwoHeads(), tmp_path)
+    with torch.no_grad():
+        model.again.weight.copy_(model.out.weight)
+    load(other := TwoHeads(), save_pretrained(model, tmp_path))
+    assert torch.equal(other.out.weight, model.out.weight)
+
+
 def test_a_name_stands_for_every_module_that_ends_with_it() -> None:
     model = build("hf_bert")
     attach(model, AdapterConfig("qkv"), train=["LayerNorm", "encoder.layer.1.output.dense"])

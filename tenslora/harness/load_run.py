@@ -159,7 +159,8 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
         The run, ready to use.
 
     Raises:
-        TensLoRAError: if there is no completed run in the folder, or if its backbone cannot be loaded.
+        TensLoRAError: if there is no completed run in the folder, if its backbone cannot be loaded, or if its weights
+            or its adapter are not those of the run.
     """
     require_type("checkpoint", checkpoint, str, Path, type(None))
     files = RunFolder(require_path("folder", folder))
@@ -176,7 +177,10 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
         tokenizer = load_tokenizer(run.model, sentences)
     backbone = load_backbone(run.model, len(record["classes"]) or 1, run.seed, tokenizer)
     if run.adapter:
-        load(backbone.model, files.adapter)
+        adapter = load(backbone.model, files.adapter)
+        for name, value in vars(adapter.config).items():
+            if value != (own := getattr(run.adapter, name)):
+                raise TensLoRAError(f"{files.adapter}: is the adapter of another run ({name}={value}, and here {own})")
     path = files.weights(run.tensor_mode)
     weights = read_weights(path, backbone.model)
     trained = dict(backbone.model.named_parameters()) if run.tensor_mode == "full" else backbone.head_parameters()

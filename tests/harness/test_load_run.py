@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tenslora import load
+from tenslora.adapter import make_adapter
 from tenslora.attachment import adapter_of
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import EMBEDDED, load_backbone
@@ -58,6 +60,16 @@ def test_a_damaged_head_is_refused(
     weights = {**load_file(head), **changes}
     save_file({name: tensor for name, tensor in weights.items() if tensor is not None}, head)
     with pytest.raises(TensLoRAError, match=rf"head\.safetensors: {problem}"):
+        load_run(tmp_path / "run")
+
+
+def test_the_adapter_of_another_run_is_refused(digits_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits_run, tmp_path / "run")
+    adapter = adapter_of(load_run(digits_run).backbone.model)
+    other = make_adapter(replace(adapter.config, alpha=1.0), [stage.geometry for stage in adapter.stages])
+    other.save(tmp_path / "run" / "adapter.safetensors")
+    problem = r"adapter\.safetensors: is the adapter of another run \(alpha=1\.0, and here 4\.0\)$"
+    with pytest.raises(TensLoRAError, match=problem):
         load_run(tmp_path / "run")
 
 
