@@ -153,7 +153,11 @@ def changed(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["hf_vit", "timm_vit", "hf_swin"])
-@pytest.mark.parametrize("moved", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize(
+    "moved",
+    [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["itself", "deep copy", "pickled"],
+)
 def test_what_was_merged_is_taken_out_whatever_has_become_of_the_adapter(
     name: str, moved: Callable[[nn.Module], nn.Module]
 ) -> None:

@@ -221,7 +221,11 @@ def test_merging_unmerging_and_detaching_keep_what_they_promise() -> None:
     assert not model.block.conv1.weight.requires_grad
 
 
-@pytest.mark.parametrize("moved", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize(
+    "moved",
+    [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["itself", "deep copy", "pickled"],
+)
 def test_what_was_merged_is_taken_out_whatever_has_become_of_the_update(
     moved: Callable[[nn.Module], nn.Module],
 ) -> None:
