@@ -343,9 +343,14 @@ class SharedInput:
         Returns:
             hs: the h (tokens, r) of each matrix, or a single h if the matrices share left.
             rights: the right of each matrix, or a single right, as in `LayerProducts`.
+
+        Raises:
+            TensLoRAError: if the adapter is on the device meta, and the tokens are not.
         """
         adapter = self.group.adapter
         left_t, rights, ranks = self.group.of_layer(self.layer, dtype)
+        if left_t.device.type == "meta" and tokens.device.type != "meta":  # h would be whatever the memory holds
+            raise TensLoRAError("the adapter is on the device meta and has no numbers; give it those of a state dict")
         # A quantised Linear may return float32 under autocast, which would make h another dtype.
         h = F.linear(adapter.dropout(tokens.to(dtype)), left_t).to(dtype)
         if adapter.training and adapter.config.rank_dropout > 0:  # one mask for all tokens

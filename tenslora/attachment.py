@@ -63,6 +63,7 @@ def attach(
     Raises:
         TensLoRAError: if the model or a part of it has an adapter already, if the matrices to adapt or a module to
             train are not found, or if the adapter is for other dimensions; the message says which ones differ.
+            Likewise if an existing adapter, or the model that it is for, is on the device meta.
     """
     require_type("model", model, nn.Module)
     require_type("adapter", adapter, AdapterConfig, Adapter, StagedAdapter)
@@ -80,6 +81,8 @@ def attach(
             f"{type(model).__name__}: is on the device meta, where the adapter's numbers would be lost; give the model "
             f"its weights first"
         )
+    elif any(parameter.is_meta for parameter in adapter.parameters()):
+        raise TensLoRAError("the adapter is on the device meta and has no numbers; load or make it on another device")
     if differing := _differences(adapter, stages):
         raise TensLoRAError(f"the adapter does not fit {type(model).__name__}: {'; '.join(differing)}")
     model.requires_grad_(False)
@@ -178,7 +181,7 @@ def detach(model: nn.Module) -> Adapter | StagedAdapter:
     for linear in linears.values():
         linear.layer_update.shared.group.forward_pass.remove_hooks()
         take_off(linear)
-    delattr(model, SUBMODULE)
+    delattr(_not_compiled(model), SUBMODULE)
     return adapter
 
 
@@ -247,13 +250,18 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
         The adapter, which is also ``model.tenslora``.
 
     Raises:
-        TensLoRAError: if there is no adapter.
+        TensLoRAError: if there is no adapter, or if the model is a wrapper around the one that has it.
     """
     require_type("model", model, nn.Module)
-    adapter = getattr(model, SUBMODULE, None)
-    if not isinstance(adapter, (Adapter, StagedAdapter)):
-        raise TensLoRAError(f"{type(model).__name__}: has no adapter")
-    return adapter
+    adapter = _not_compiled(model)._modules.get(SUBMODULE)
+    if isinstance(adapter, (Adapter, StagedAdapter)):
+        return adapter
+    if isinstance(getattr(model, SUBMODULE, None), (Adapter, StagedAdapter)):
+        raise TensLoRAError(
+            f"{type(model).__name__}: passes on the attributes of the model that has the adapter; call this on that "
+            f"model"
+        )
+    raise TensLoRAError(f"{type(model).__name__}: has no adapter")
 
 
 def updates_of(model: nn.Module) -> dict[str, LayerUpdate]:
@@ -449,6 +457,11 @@ def _backend(path: str, linear: AdaptedLinear, model: nn.Module) -> QuantisedWei
         return QuantisedWeights(linear, model)
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: {error}") from error
+
+
+def _not_compiled(model: nn.Module) -> nn.Module:
+    # What torch.compile has wrapped, whose submodules are the wrapper's too.
+    return model._modules.get("_orig_mod") or model
 
 
 def _adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -7,9 +7,11 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -23,6 +25,7 @@ from tenslora import (
     disabled,
     load,
     merge,
+    save_pretrained,
     unmerge,
 )
 from tenslora.attachment import adapter_of
@@ -39,6 +42,64 @@ def test_attaching_does_not_change_the_outputs(name: str) -> None:
     before = logits(model, inputs(name))
     attach(model, AdapterConfig("att_qkv_depth")).double()
     assert torch.equal(logits(model, inputs(name)), before)
+
+
+def test_an_adapter_on_the_device_meta_is_refused_before_anything_has_changed() -> None:
+    model, given = PlainTransformer(), Geometry(d_in=24, heads=3, d_head=8, layers=2)
+    with torch.device("meta"):
+        adapter = Adapter(AdapterConfig("qkv"), given)
+    with pytest.raises(TensLoRAError, match=r"^the adapter is on the device meta and has no numbers; "):
+        attach(model, adapter)
+    assert not hasattr(model, "tenslora") and all(parameter.requires_grad for parameter in model.parameters())
+    attach(model, AdapterConfig("qkv"))
+    taken_off = detach(model).to("meta")
+    with pytest.raises(TensLoRAError, match=r"^the adapter is on the device meta and has no numbers; "):
+        attach(model, taken_off)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_adapter_that_stayed_on_the_device_meta_does_not_compute(fused: bool) -> None:
+    x, source = torch.randn(2, 5, 24), PlainTransformer(fused)
+    with torch.device("meta"):
+        model = PlainTransformer(fused)
+    attach(model, AdapterConfig("qkv"))
+    assert model(x.to("meta")).is_meta
+    model.load_state_dict(source.state_dict(), strict=False, assign=True)
+    with pytest.raises(TensLoRAError, match=r"^the adapter is on the device meta and has no numbers; "):
+        model(x)
+    attach(source, AdapterConfig("qkv"))
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(model(x), source(x))
+
+
+class PassesOn(nn.Module):
+    """A wrapper that has all attributes of its model, as a PeftModel has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+def test_a_wrapper_around_an_adapted_model_is_refused(tmp_path: Path) -> None:
+    model = PlainTransformer()
+    adapter = attach(model, AdapterConfig("qkv"), train=["head"])
+    with_lora = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["fc1"]))  # type: ignore[arg-type]
+    for wrapper in (PassesOn(model), with_lora):
+        before = [type(module) for module in wrapper.modules()]
+        for call in (detach, merge, adapter_of, lambda wrapper: save_pretrained(wrapper, tmp_path / "new")):
+            with pytest.raises(TensLoRAError, match=r": passes on the attributes of .* call this on that model$"):
+                call(wrapper)
+        assert [type(module) for module in wrapper.modules()] == before
+    assert not (tmp_path / "new").exists()
+    assert adapter_of(torch.compile(model, backend="eager")) is adapter  # type: ignore[arg-type]
+    assert detach(torch.compile(model, backend="eager")) is adapter  # type: ignore[arg-type]
+    assert not hasattr(model, "tenslora")
 
 
 def test_the_backbones_weights_keep_their_names() -> None:
