@@ -67,24 +67,10 @@ def attach(
     """
     require_type("model", model, nn.Module)
     require_type("adapter", adapter, AdapterConfig, Adapter, StagedAdapter)
-    if hasattr(model, SUBMODULE):
-        raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
-    if held := next(iter(_adapted_linears(model)), None):
-        raise TensLoRAError(f"{held}: has an adapter already; detach it first from the model that holds it")
-    trained = modules_named(model, train)
-    stages = find_projections(model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt)
+    stages, trained = stages_to_adapt(model, adapter), modules_named(model, train)
     if isinstance(adapter, AdapterConfig):
         with torch.device("cpu"):  # where the random streams are, whatever the default device is
             adapter = make_adapter(adapter, [stage.geometry for stage in stages])
-    elif any(cast(Tensor, target.linear.weight).is_meta for stage in stages for target in stage.targets):
-        raise TensLoRAError(
-            f"{type(model).__name__}: is on the device meta, where the adapter's numbers would be lost; give the model "
-            f"its weights first"
-        )
-    elif any(parameter.is_meta for parameter in adapter.parameters()):
-        raise TensLoRAError("the adapter is on the device meta and has no numbers; load or make it on another device")
-    if differing := _differences(adapter, stages):
-        raise TensLoRAError(f"the adapter does not fit {type(model).__name__}: {'; '.join(differing)}")
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)
@@ -96,6 +82,35 @@ def attach(
         put_on(model.get_submodule(path), update)
     model.add_module(SUBMODULE, adapter)
     return adapter
+
+
+def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedAdapter) -> list[Stage]:
+    """The stages of a model that an adapter can be attached to. Nothing is changed.
+
+    Args:
+        model: as for `attach`.
+        adapter: as for `attach`.
+
+    Raises:
+        TensLoRAError: if the adapter cannot be attached to the model, see `attach`.
+    """
+    if hasattr(model, SUBMODULE):
+        raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
+    if held := next(iter(_adapted_linears(model)), None):
+        raise TensLoRAError(f"{held}: has an adapter already; detach it first from the model that holds it")
+    if isinstance(adapter, AdapterConfig):
+        return find_projections(model, adapter.adapt)
+    stages = find_projections(model, adapter.config.adapt)
+    if any(cast(Tensor, target.linear.weight).is_meta for stage in stages for target in stage.targets):
+        raise TensLoRAError(
+            f"{type(model).__name__}: is on the device meta, where the adapter's numbers would be lost; give the model "
+            f"its weights first"
+        )
+    if any(parameter.is_meta for parameter in adapter.parameters()):
+        raise TensLoRAError("the adapter is on the device meta and has no numbers; load or make it on another device")
+    if differing := _differences(adapter, stages):
+        raise TensLoRAError(f"the adapter does not fit {type(model).__name__}: {'; '.join(differing)}")
+    return stages
 
 
 def _differences(adapter: Adapter | StagedAdapter, stages: Sequence[Stage]) -> list[str]:

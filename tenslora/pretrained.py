@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tenslora.adapted_linear import AdaptedLinear
 from tenslora.adapter import Adapter, StagedAdapter, load_adapter
-from tenslora.attachment import SUBMODULE, adapter_of, attach, require_changeable
+from tenslora.attachment import SUBMODULE, adapter_of, attach, require_changeable, stages_to_adapt
 from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
 from tenslora.hub import download, is_repository, upload
@@ -94,6 +94,9 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
     if not (folder / ADAPTER_FILE).is_file():
         raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
     adapter = load_adapter(folder / ADAPTER_FILE)
+    stages_to_adapt(
+        model, adapter
+    )  # before the head, whose weights do not say so plainly that they are of another model
     head = read_weights(folder / HEAD_FILE, model) if os.path.lexists(folder / HEAD_FILE) else {}
     places = _places(model)
     attach(model, adapter)

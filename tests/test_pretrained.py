@@ -171,6 +171,14 @@ def test_a_module_that_is_not_there_is_one_line_and_changes_nothing(train: Any, 
     assert not hasattr(model, "tenslora")
 
 
+def test_another_model_is_told_by_the_adapter_and_not_by_the_head(tmp_path: Path) -> None:
+    save_pretrained(trained("hf_bert"), tmp_path)
+    other = PlainTransformer(layers=3)
+    with pytest.raises(TensLoRAError, match=r"^the adapter does not fit PlainTransformer: layers is 2 in the adapter"):
+        load(other, tmp_path)
+    assert all(parameter.requires_grad for parameter in other.parameters())
+
+
 def test_a_head_that_does_not_fit_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
     model = PlainTransformer(classes=3)
     attach(model, AdapterConfig("qkv"), train=["head"])
