@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NoReturn
 
@@ -28,6 +29,7 @@ class LayerUpdate:
 
     Attributes:
         added: a copy of the adapter as it was when the update was added to the weight; empty while it is not merged.
+        loaded: whether load_state_dict has given a merged layer its weight, and the model has yet to see to `added`.
         enabled: whether the layer adds the update to its output.
         own_forward: the layer's own `forward` where it is an attribute of the layer instead of its class, as after
             accelerate has hooked it.
@@ -39,6 +41,7 @@ class LayerUpdate:
         self.columns = columns
         self.call = call
         self.added: tuple[Adapter, ...] = ()
+        self.loaded = False
         self.enabled = True
         self.own_forward: Callable[..., Any] | None = None
 
@@ -154,8 +157,8 @@ class AdaptedLinear(nn.Module):
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         update = self.layer_update
         if update.added and f"{prefix}weight" in state:
-            # A merged model's weight holds the update of the adapter that comes with it.
-            update.added = (update.shared.group.adapter,)
+            # A merged model's weight holds the update of the adapter that comes with it, which may be loaded later.
+            update.added, update.loaded = (copy.deepcopy(update.shared.group.adapter),), True
         super()._load_from_state_dict(state, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

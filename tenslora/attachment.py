@@ -81,6 +81,7 @@ def attach(
     for path, update in layer_updates(adapter, stages, ForwardPass(model)).items():
         put_on(model.get_submodule(path), update)
     model.add_module(SUBMODULE, adapter)
+    model.register_load_state_dict_post_hook(_hold_what_was_loaded)  # type: ignore[no-untyped-call]
     return adapter
 
 
@@ -196,7 +197,11 @@ def detach(model: nn.Module) -> Adapter | StagedAdapter:
     for linear in linears.values():
         linear.layer_update.shared.group.forward_pass.remove_hooks()
         take_off(linear)
-    delattr(_not_compiled(model), SUBMODULE)
+    model = _not_compiled(model)
+    for key, hook in [*model._load_state_dict_post_hooks.items()]:
+        if hook is _hold_what_was_loaded:
+            del model._load_state_dict_post_hooks[key]
+    delattr(model, SUBMODULE)
     return adapter
 
 
@@ -472,6 +477,15 @@ def _backend(path: str, linear: AdaptedLinear, model: nn.Module) -> QuantisedWei
         return QuantisedWeights(linear, model)
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: {error}") from error
+
+
+def _hold_what_was_loaded(model: nn.Module, _: object) -> None:
+    # The weights were loaded before the adapter that they hold.
+    updates = [linear.layer_update for linear in _adapted_linears(model).values() if linear.layer_update.loaded]
+    adapters = {id(update): update.shared.group.adapter for update in updates}
+    copies = copy.deepcopy(adapters)  # one copy of each adapter, not one for each layer
+    for update in updates:
+        update.added, update.loaded = (copies[id(update)],), False
 
 
 def _not_compiled(model: nn.Module) -> nn.Module:

@@ -351,6 +351,7 @@ def _register(module: nn.Module, name: str, update: TensorUpdate) -> TensorUpdat
     parametrize.register_parametrization(module, name, update.to(weight.device))
     parametrizations = _parametrizations(module, name)
     parametrizations.register_load_state_dict_pre_hook(_hold_what_is_loaded)  # type: ignore[no-untyped-call]
+    parametrizations.register_load_state_dict_post_hook(_hold_what_was_loaded)  # type: ignore[no-untyped-call]
     weight.requires_grad_(False)
     return update
 
@@ -360,6 +361,14 @@ def _hold_what_is_loaded(parametrizations: nn.ModuleList, state: dict[str, Any],
     for update in parametrizations:
         if isinstance(update, TensorUpdate) and update.merged and f"{prefix}original" in state:
             update.added = (update,)
+
+
+def _hold_what_was_loaded(parametrizations: nn.Module, _: object) -> None:
+    # From here on the update may change, and the weight does not.
+    for update in parametrizations.children():
+        if isinstance(update, TensorUpdate) and update in update.added:
+            update.added = ()
+            update.added = (copy.deepcopy(update),)
 
 
 def _parametrizations(module: nn.Module, name: str) -> nn.ModuleList:
