@@ -30,6 +30,11 @@ def peft_config(adapter: Adapter | StagedAdapter, modules_to_save: Sequence[str]
     """
     config, strategy = adapter.config, adapter.config.rank_strategy
     ranks: list[Any] = [list(stage.ranks) for stage in adapter.stages]
+    steps = [stage.unscaled_first_step for stage in adapter.stages]
+    # The ranks may have been cut since they were chosen, and the first step stays that of the ranks before.
+    as_chosen = strategy.name == "isorank" and ranks == [
+        list(strategy.resolve(config.tensor_mode, stage.geometry, config.factorization)) for stage in adapter.stages
+    ]
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     del settings["rank_strategy"]
     options = {
@@ -41,7 +46,8 @@ def peft_config(adapter: Adapter | StagedAdapter, modules_to_save: Sequence[str]
         **settings,
         rank_strategy="isorank" if strategy.name == "isorank" else "isoparameters",
         r=strategy.rank,
-        ranks=None if strategy.name == "isorank" else ranks[0] if len(ranks) == 1 else ranks,
+        ranks=None if as_chosen else ranks[0] if len(ranks) == 1 else ranks,
+        first_step=steps[0] if len(steps) == 1 else steps,
         rank_options=options or None,
         modules_to_save=list(modules_to_save) or None,
     )

@@ -14,6 +14,7 @@ from tenslora import AdapterConfig, RankStrategy, TensLoRAError, attach, merge
 from tenslora.peft import TensLoraConfig
 from tenslora.peft.to_lora import to_peft
 from tenslora.peft.to_tenslora import from_lora, to_tenslora
+from tenslora.rank_pruning import prune
 from tests.models import attached, build, inputs, logits, randomised
 
 
@@ -44,6 +45,23 @@ def test_an_adapter_of_several_stages_is_saved_by_peft(strategy: RankStrategy, t
     again: Any = PeftModel.from_pretrained(build("hf_swin"), str(tmp_path))  # type: ignore[arg-type]
     torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-12)
     assert [stage.ranks for stage in again.base_model.tenslora_adapters["default"].stages] == ranks
+
+
+@pytest.mark.parametrize("strategy", [RankStrategy("isorank"), RankStrategy()])
+@pytest.mark.parametrize("name", ["hf_bert", "hf_swin"])
+def test_an_adapter_whose_ranks_were_cut_keeps_its_scale_in_peft(
+    name: str, strategy: RankStrategy, tmp_path: Path
+) -> None:
+    model, batch = build(name), inputs(name)
+    adapter = randomised(attach(model, AdapterConfig("qkv_depth", strategy, scaling="first_step")))
+    for stage in adapter.stages:
+        prune(stage, sum(parameter.numel() for parameter in stage.parameters()) // 2)
+    expected = logits(model, batch)
+    peft_model = to_tenslora(model)
+    assert torch.equal(logits(peft_model, batch), expected)
+    peft_model.save_pretrained(str(tmp_path))
+    again: Any = PeftModel.from_pretrained(build(name), str(tmp_path))  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-12)
 
 
 def test_a_lora_on_several_stages_becomes_a_tenslora_adapter(tmp_path: Path) -> None:
