@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NoReturn
+from functools import partial
+from types import MethodType
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from tenslora.adapter import Adapter
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.forward_pass import LayerCall
 from tenslora.projections import Columns, features, is_conv1d
 from tenslora.thin_products import MatrixGroup
@@ -131,11 +134,16 @@ class AdaptedLinear(nn.Module):
     layer_update: LayerUpdate
     plain_class: ClassVar[type[nn.Module]]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Whoever makes a further layer of this one's class gets a plain layer, which has no update.
+        self.__class__ = self.plain_class  # type: ignore[assignment]
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The adapted output.
 
         Args:
-            x: (..., inputs).
+            x: (..., inputs). It may also be given by the name that the layer's own class has for it.
             *args: passed on to the layer's own class.
             **kwargs: likewise.
 
@@ -145,10 +153,15 @@ class AdaptedLinear(nn.Module):
         Raises:
             TensLoRAError: if the layer's own class returns something else.
         """
-        update = self.layer_update
+        update = getattr(self, "layer_update", None)
+        if update is None:  # detached, and called by a function that was put around this one before
+            return type(self).forward(self, x, *args, **kwargs)
         update.call.called = True
         plain = update.own_forward or super().forward
-        if update.added or not update.enabled:
+        if x is None:
+            x = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+            plain = partial(_without_first, plain)
+        if x is None or update.added or not update.enabled:
             return plain(x, *args, **kwargs)
         if args or kwargs or update.own_forward or not _returns_new_tensors(self.plain_class):
             return _added_to_copy(plain(x, *args, **kwargs), [update], x, self.plain_class)
@@ -162,9 +175,23 @@ class AdaptedLinear(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle finds a class by its name, and this one was made here.
+        # Pickle finds a class by its name, and this one was made here. The layer's own class may have another way to
+        # make a copy, which knows nothing of the update.
         parts: Any = super().__reduce_ex__(protocol)
-        return (_new, (self.plain_class,), *parts[2:]) if has_our_class(self) else parts
+        if not has_our_class(self):
+            return parts
+        make, arguments, own = (*parts, None)[:3]
+        how = (_new, (self.plain_class,)) if make is copyreg.__newobj__ else (_made_by, (make, *arguments))  # type: ignore[attr-defined]
+        return *how, _State(own, self.layer_update)
+
+    def __setstate__(self, state: Any) -> None:
+        own, update = state if isinstance(state, _State) else (state, None)
+        for _ in range(2):  # the layer's own class may look for the update, or take everything away first
+            if update is not None:
+                vars(self)["layer_update"] = update
+            if own is not None:
+                super().__setstate__(own)  # type: ignore[no-untyped-call]
+                own = None
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         # The matrices of a layer share tensors, which DataParallel's copies would share across devices.
@@ -178,9 +205,21 @@ def put_on(linear: nn.Module, update: LayerUpdate) -> None:
         linear: the layer, a Linear or transformers' Conv1D. It becomes an `AdaptedLinear`.
         update: its update.
     """
-    update.own_forward = vars(linear).pop("forward", None)
-    linear.layer_update = update  # type: ignore[assignment]
-    linear.__class__ = _adapted_class(type(linear))
+    adapted = adapted_class(type(linear))
+    attributes = vars(linear)  # a class may refuse attributes that it does not know
+    wrapped = [name for name, value in attributes.items() if _is_forward_of(value, linear)]
+    if "forward" in attributes and wrapped:
+        # accelerate keeps the layer's forward under another name, from which its own calls it and gives it back.
+        for name in wrapped:
+            attributes[name] = MethodType(adapted.forward, linear)
+    else:
+        update.own_forward = attributes.pop("forward", None)
+    attributes["layer_update"] = update
+    linear.__class__ = adapted
+
+
+def _is_forward_of(value: object, linear: nn.Module) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is linear and value.__func__ is type(linear).forward
 
 
 def has_our_class(linear: AdaptedLinear) -> bool:
@@ -194,26 +233,69 @@ def take_off(linear: AdaptedLinear) -> None:
     Args:
         linear: the layer; `has_our_class` says whether this is possible.
     """
-    update = linear.layer_update
+    update, attributes = linear.layer_update, vars(linear)
+    for name, value in attributes.items():
+        if _is_forward_of(value, linear):
+            attributes[name] = MethodType(linear.plain_class.forward, linear)
     linear.__class__ = linear.plain_class  # type: ignore[assignment]
-    del linear.layer_update
+    del attributes["layer_update"]
     if update.own_forward is not None:
-        linear.forward = update.own_forward  # type: ignore[method-assign]
+        attributes["forward"] = update.own_forward
 
 
 _CLASSES: dict[type[nn.Module], type[AdaptedLinear]] = {}  # those made so far, by the layers' own
 
 
-def _adapted_class(plain: type[nn.Module]) -> type[AdaptedLinear]:
+def adapted_class(plain: type[nn.Module]) -> type[AdaptedLinear]:
+    """The class of an adapted layer.
+
+    Args:
+        plain: the layer's own class.
+
+    Raises:
+        TensLoRAError: if no class can derive from it.
+    """
     if plain not in _CLASSES:
-        made = type(f"Adapted{plain.__name__}", (AdaptedLinear, plain), {"plain_class": plain})
+        members: dict[str, Any] = {"plain_class": plain}
+        if "__deepcopy__" in dir(plain):
+            members["__deepcopy__"] = _deepcopy
+        try:
+            made = type(f"Adapted{plain.__name__}", (AdaptedLinear, plain), members)
+        except Exception as error:
+            raise TensLoRAError(f"no class can derive from {plain.__name__} ({first_line(error)})") from error
         _CLASSES.setdefault(plain, made)
     return _CLASSES[plain]
 
 
+class _State(NamedTuple):
+    # What a copy of an adapted layer holds.
+    own: Any  # as the layer's own class has it; None if it needs none
+    update: LayerUpdate
+
+
 def _new(plain: type[nn.Module]) -> AdaptedLinear:
-    cls = _adapted_class(plain)
+    cls = adapted_class(plain)
     return cls.__new__(cls)
+
+
+def _made_by(make: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    linear = make(*args)
+    linear.__class__ = adapted_class(type(linear))
+    return linear
+
+
+def _deepcopy(linear: AdaptedLinear, memo: dict[int, Any]) -> nn.Module:
+    # The layer's own class copies what it knows of.
+    twin: nn.Module = linear.plain_class.__deepcopy__(linear, memo)  # type: ignore[attr-defined]
+    memo[id(linear)] = twin
+    vars(twin)["layer_update"] = copy.deepcopy(linear.layer_update, memo)
+    if not isinstance(twin, AdaptedLinear):
+        twin.__class__ = adapted_class(type(twin))
+    return twin
+
+
+def _without_first(plain: Callable[..., Any], _: object, *args: Any, **kwargs: Any) -> Any:
+    return plain(*args, **kwargs)
 
 
 def add_updates(linear: nn.Module, updates: Sequence[LayerUpdate], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

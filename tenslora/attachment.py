@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from tenslora.adapted_linear import AdaptedLinear, LayerUpdate, SharedInput, has_our_class, put_on, take_off
+from tenslora.adapted_linear import (
+    AdaptedLinear,
+    LayerUpdate,
+    SharedInput,
+    adapted_class,
+    has_our_class,
+    put_on,
+    take_off,
+)
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError, require_type
@@ -99,9 +107,14 @@ def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedA
         raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
     if held := next(iter(_adapted_linears(model)), None):
         raise TensLoRAError(f"{held}: has an adapter already; detach it first from the model that holds it")
+    stages = find_projections(model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt)
+    for target in (target for stage in stages for target in stage.targets):
+        try:
+            adapted_class(type(target.linear))
+        except TensLoRAError as error:
+            raise TensLoRAError(f"{target.path}: {error}") from error
     if isinstance(adapter, AdapterConfig):
-        return find_projections(model, adapter.adapt)
-    stages = find_projections(model, adapter.config.adapt)
+        return stages
     if any(cast(Tensor, target.linear.weight).is_meta for stage in stages for target in stage.targets):
         raise TensLoRAError(
             f"{type(model).__name__}: is on the device meta, where the adapter's numbers would be lost; give the model "

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -16,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tenslora import Adapter, AdapterConfig, RankStrategy, TensLoRAError, attach, detach, merge
+from tenslora import Adapter, AdapterConfig, RankStrategy, TensLoRAError, attach, detach, disabled, merge, unmerge
 from tenslora.adapted_linear import AdaptedLinear, SharedInput
 from tenslora.attachment import adapter_of
 from tenslora.constructions import CONSTRUCTIONS
@@ -469,6 +470,144 @@ def test_a_forward_that_was_put_on_the_layer_itself_is_called_with_the_update() 
     detach(model)
     assert linear.forward is counted
     assert calls == [(2, 5, 24)]
+
+
+class Closed(nn.Linear):
+    """A Linear that knows what attributes it has."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("weight", "bias", "in_features", "out_features", "training") and not name.startswith("_"):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+class Rebuilt(nn.Linear):
+    """A Linear that is pickled by a function of its own."""
+
+    def __reduce__(self) -> Any:
+        return rebuilt, (self.weight, self.bias)
+
+
+def rebuilt(weight: nn.Parameter, bias: nn.Parameter) -> Rebuilt:
+    linear = Rebuilt(*weight.T.shape)
+    linear.weight, linear.bias = weight, bias
+    return linear
+
+
+class Copied(nn.Linear):
+    """A Linear that makes its own deep copies."""
+
+    def __deepcopy__(self, memo: Any) -> Copied:
+        twin = type(self)(self.in_features, self.out_features).to(self.weight)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+class Stated(nn.Linear):
+    """A Linear that knows what is to be kept of it."""
+
+    def __getstate__(self) -> Any:
+        return {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+    def __setstate__(self, state: dict[str, Tensor]) -> None:
+        outputs, inputs = state["weight"].shape
+        nn.Linear.__init__(self, inputs, outputs, dtype=state["weight"].dtype)
+        self.load_state_dict(state)
+
+
+@pytest.mark.parametrize("kind", [Closed, Rebuilt, Copied, Stated])
+@pytest.mark.parametrize("merged", [False, True])
+def test_copies_of_a_layer_with_methods_of_its_own_have_its_update(kind: type[nn.Linear], merged: bool) -> None:
+    model = replaced(PlainTransformer(), kind)
+    before = copy.deepcopy(model)
+    attached(model, "qkv_depth")
+    if merged:
+        merge(model)
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), expected)
+        adapted = [
+            module.layer_update.shared.group.adapter for module in twin.modules() if isinstance(module, AdaptedLinear)
+        ]
+        assert {*adapted} == {adapter_of(twin)}
+        unmerge(twin)
+        detach(twin)
+        torch.testing.assert_close(twin(x), before(x), rtol=0, atol=1e-12)
+        assert type(twin.get_submodule("blocks.0.attention.query")) is kind
+
+
+def test_a_further_layer_of_an_adapted_layers_class_is_a_plain_one() -> None:
+    model = build("separate")
+    attached(model, "qkv_depth")
+    query = model.get_submodule("blocks.0.attention.query")
+    further = type(query)(24, 12, bias=False)
+    assert type(further) is nn.Linear
+    assert further.weight.shape == (12, 24) and further.bias is None
+
+
+def test_an_input_may_have_a_name() -> None:
+    model = build("separate")
+    attached(model, "qkv_depth")
+    query = linear_at(model, "blocks.0.attention.query")
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(query(input=x), query(x), rtol=0, atol=1e-12)
+    with disabled(model):
+        assert torch.equal(query(input=x), nn.functional.linear(x, query.weight, query.bias))
+    with pytest.raises(TypeError, match="'input'"):
+        query()
+
+
+def test_a_layer_from_whose_class_none_can_derive_is_refused_and_the_model_stays() -> None:
+    class Final(nn.Linear):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("is final")
+
+    model = build("separate")
+    model.get_submodule("blocks.1.attention.key").__class__ = Final
+    with pytest.raises(TensLoRAError, match=r"^blocks\.1\.attention\.key: no class can derive from Final \(is final\)"):
+        attach(model, AdapterConfig("qkv"))
+    assert not any(isinstance(module, AdaptedLinear) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_accelerates_hooks_come_and_go_around_the_adapted_layer() -> None:
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = build("separate")
+    before = plain(x)
+    attached(plain, "qkv_depth")
+    adapted = plain(x)
+    model = build("separate")
+    add_hooks(model)
+    attached(model, "qkv_depth")
+    torch.testing.assert_close(model(x), adapted, rtol=0, atol=1e-12)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(model(x), adapted, rtol=0, atol=1e-12)
+    add_hooks(model)
+    torch.testing.assert_close(model(x), adapted, rtol=0, atol=1e-12)
+    detach(model)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+
+
+def add_hooks(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
+
+
+def test_a_function_put_around_an_adapted_layer_outlives_it() -> None:
+    model = build("separate")
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    query = model.get_submodule("blocks.0.attention.query")
+    plain = query(x)
+    attached(model, "qkv_depth")
+    inner, adapted = query.forward, query(x)
+    query.forward = lambda x: 2 * inner(x)  # type: ignore[method-assign]
+    torch.testing.assert_close(query(x), 2 * adapted, rtol=0, atol=1e-12)
+    detach(model)
+    torch.testing.assert_close(query(x), 2 * plain, rtol=0, atol=1e-12)
 
 
 def test_a_pickled_model_computes_the_same() -> None:
