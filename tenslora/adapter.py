@@ -48,6 +48,14 @@ class _AnyAdapter(nn.Module):
         scaling = "" if config.scaling == "direct" else f", scaling={config.scaling}"
         return f"{type(self).__name__}({kind}, {ranks}{scaling}; {count:,} parameters in {parts})"
 
+    def forward(self, x: Any) -> Any:
+        """Return the input. Where the model is an nn.Sequential, the adapter becomes one of the children it calls.
+
+        Args:
+            x: anything.
+        """
+        return x
+
     def save(self, path: Path | str) -> Path:
         """Write the adapter to one safetensors file, atomically.
 
@@ -218,7 +226,12 @@ class Adapter(_AnyAdapter):
         Returns:
             The left (layers, d_in, r) and the right (layers, r, width) of each matrix. There is a single left if the
             matrices share it.
+
+        Raises:
+            TensLoRAError: if there is no such layer. Likewise in `layer_products` and in `dense`.
         """
+        if layers and not 0 <= layers[0] <= layers[-1] < self.geometry.layers:
+            raise TensLoRAError(f"layers={layers}: must be from 0 to {self.geometry.layers - 1}")
         wanted = range(len(self.geometry.matrices)) if matrices is None else matrices
         if self._stacks_matrices:
             counts = self.geometry.slices_per_matrix
@@ -238,6 +251,7 @@ class Adapter(_AnyAdapter):
         Returns:
             The left (d_in, r) and the right (r, width) of each matrix. There is a single left if the matrices share it.
         """
+        require_type("layer", layer, int)
         lefts, rights = self.products(range(layer, layer + 1))
         return [left[0] for left in lefts], [right[0] for right in rights]
 

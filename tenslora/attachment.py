@@ -104,11 +104,20 @@ def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedA
         TensLoRAError: if the adapter cannot be attached to the model, see `attach`.
     """
     if hasattr(model, SUBMODULE):
+        if not isinstance(getattr(model, SUBMODULE), (Adapter, StagedAdapter)):
+            raise TensLoRAError(
+                f"{type(model).__name__}: has something else under the name {SUBMODULE}, which is the adapter's"
+            )
         raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
     if held := next(iter(_adapted_linears(model)), None):
         raise TensLoRAError(f"{held}: has an adapter already; detach it first from the model that holds it")
     stages = find_projections(model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt)
     for target in (target for stage in stages for target in stage.targets):
+        if hasattr(target.linear, "get_base_layer"):
+            raise TensLoRAError(
+                f"{target.path}: is a layer of another adapter ({type(target.linear).__name__} of PEFT), which would "
+                f"take this one along when it is merged; take that off first (merge_and_unload or unload)"
+            )
         try:
             adapted_class(type(target.linear))
         except TensLoRAError as error:

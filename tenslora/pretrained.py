@@ -28,6 +28,7 @@ from tenslora.attachment import SUBMODULE, adapter_of, attach, require_changeabl
 from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
 from tenslora.hub import download, is_repository, upload
+from tenslora.projections import require_sizes
 
 _COUNT = "num_batches_tracked"
 
@@ -124,6 +125,7 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
             or a count of batches is negative.
     """
     _, weights = read_safetensors(path)
+    require_sizes(model)
     places = _places(model)
     names: dict[int, str] = {}
     for name, saved in weights.items():

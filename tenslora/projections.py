@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Integral
 from typing import NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from tenslora.constructions import Geometry, adapted_matrices
@@ -169,7 +171,7 @@ class Stage(NamedTuple):
 def features(linear: nn.Module) -> tuple[int, int]:
     """The numbers of inputs and outputs of a Linear, quantised or not, or of a Conv1D."""
     if hasattr(linear, "in_features"):
-        return cast(int, linear.in_features), cast(int, linear.out_features)
+        return int(cast(int, linear.in_features)), int(cast(int, linear.out_features))  # they may be numpy's
     inputs, outputs = linear.get_parameter("weight").shape
     return inputs, outputs
 
@@ -218,6 +220,7 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
             model is wrapped for several processes already.
     """
     _refuse_wrapped(model)
+    require_sizes(model)
     blocks = list(_attention_blocks(model))
     if not blocks:
         known = ", ".join([*map("/".join, SEPARATE), *FUSED])
@@ -254,6 +257,20 @@ def _refuse_wrapped(model: nn.Module) -> None:
                     f"{path or type(model).__name__}: is wrapped in {name} already, which would leave the adapter's "
                     f"gradients out; attach the adapter first, then wrap the model"
                 )
+
+
+def require_sizes(model: nn.Module) -> None:
+    """Check that all parameters of a model have a size.
+
+    Args:
+        model: any model.
+
+    Raises:
+        TensLoRAError: if one gets its size in the first forward pass only, as in a LazyLinear.
+    """
+    for path, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise TensLoRAError(f"{path}: has no size before the model's first forward pass; run one first")
 
 
 def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
@@ -321,9 +338,7 @@ def _warn_of_skipped_layers(model: nn.Module, paths: Sequence[str]) -> None:
 
 def _is_linear(module: object) -> bool:
     # Quantised Linear layers of some packages are no nn.Linear, but have its sizes.
-    sizes = isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    )
+    sizes = all(isinstance(getattr(module, name, None), Integral) for name in ("in_features", "out_features"))
     return isinstance(module, nn.Module) and (sizes or is_conv1d(module))
 
 
@@ -374,7 +389,7 @@ def _inspect_layer(
     if len(names) == 1:
         linear = getattr(block, names[0])
         d_in, outputs = features(linear)
-        kv_heads = next(filter(_is_count, (getattr(block, name, None) for name in _KEY_HEAD_COUNTS)), heads)
+        kv_heads = int(next(filter(_is_count, (getattr(block, name, None) for name in _KEY_HEAD_COUNTS)), heads))
         width = outputs // (heads + 2 * kv_heads)
         if outputs % (heads + 2 * kv_heads) or (_is_count(d_head) and d_head != width):
             raise TensLoRAError(
@@ -434,12 +449,12 @@ def _head_count(path: str, block: nn.Module, model: nn.Module) -> int:
         for name in _HEAD_COUNTS:
             count = getattr(owner, name, None)
             if _is_count(count):
-                return count
+                return int(count)
     raise TensLoRAError(f"{path}: the number of heads is not known; expected an attribute {', '.join(_HEAD_COUNTS)}")
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and value > 0
+    return isinstance(value, Integral) and int(value) > 0
 
 
 def _look_up(model: nn.Module, path: str, choices: Iterable[Mapping[str, str]], adapt: str) -> dict[str, _Matrix]:
@@ -499,10 +514,12 @@ def _refuse_odd_weights(targets: Iterable[TargetLinear]) -> None:
                 f"{target.path}: {type(target.linear).__name__} holds its weight in another form than Linear, as some "
                 f"quantised layers do, which is not supported"
             )
-        # A parametrized weight is computed anew whenever it is read, and what merge adds to it would be lost.
-        if is_parametrized(target.linear, "weight"):
+        # A parametrized weight is computed anew whenever it is read, and what merge adds to it would be lost. Where
+        # any other parameter has a parametrization, its removal would give the layer another class than its own.
+        if is_parametrized(target.linear):
+            names = " and ".join(cast(nn.ModuleDict, target.linear.parametrizations))
             raise TensLoRAError(
-                f"{target.path}: its weight has a parametrization, so a merge into it would be lost; remove it first "
+                f"{target.path}: its {names} has a parametrization, which cannot lie under an adapter; remove it first "
                 f"(detach_tensors removes the updates of adapt_tensor)"
             )
 

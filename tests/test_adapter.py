@@ -128,6 +128,13 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     assert torch.equal(tensors["tensors.0.core"], adapter.get_parameter("tensors.0.core"))
 
 
+@pytest.mark.parametrize("mode", ["lora", "qkv_depth"])
+@pytest.mark.parametrize("layer", [-1, 4, 1.0])
+def test_a_layer_that_is_not_there_is_refused(mode: str, layer: Any) -> None:
+    with pytest.raises(TensLoRAError, match=r"^layer"):
+        build(mode).dense(layer)
+
+
 def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(TensLoRAError, match="not a TensLoRA adapter"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from tenslora import (
     Adapter,
@@ -284,6 +284,61 @@ def test_a_merged_adapter_takes_other_numbers_without_a_change_to_the_weights() 
     unmerge(model)
     for path, weight in model.state_dict().items():
         torch.testing.assert_close(weight, (before | twice)[path], rtol=0, atol=1e-12)
+
+
+class Unchanged(nn.Module):
+    """A parametrization that changes nothing."""
+
+    def forward(self, bias: Tensor) -> Tensor:
+        return bias
+
+
+def parametrized(model: nn.Module) -> None:
+    parametrize.register_parametrization(model.get_submodule("blocks.1.attention.key"), "bias", Unchanged())
+
+
+def lazy(model: nn.Module) -> None:
+    model.head = nn.LazyLinear(2)  # type: ignore[assignment]
+
+
+def with_another_child(model: nn.Module) -> None:
+    model.tenslora = nn.Linear(2, 2)  # type: ignore[assignment]
+
+
+def with_a_lora(model: nn.Module) -> None:
+    get_peft_model(model, LoraConfig(target_modules=["query"]))  # type: ignore[arg-type]
+    model.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (parametrized, r"^blocks\.1\.attention\.key: its bias has a parametrization"),
+        (lazy, r"^head\.weight: has no size before the model's first forward pass"),
+        (with_another_child, "^PlainTransformer: has something else under the name tenslora"),
+        (with_a_lora, r"^blocks\.0\.attention\.query: is a layer of another adapter \(Linear of PEFT\)"),
+    ],
+)
+def test_a_model_that_cannot_take_an_adapter_stays_as_it_was(change: Callable[[nn.Module], None], message: str) -> None:
+    model = PlainTransformer()
+    change(model)
+    with pytest.raises(TensLoRAError, match=message):
+        attach(model, AdapterConfig("qkv"), train=["head"])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model._forward_hooks
+
+
+def test_an_adapter_may_become_a_child_that_its_model_calls() -> None:
+    model = nn.Sequential(build("separate"), nn.Linear(2, 2)).double()
+    x = inputs("separate")["x"]
+    before = model(x)
+    randomised(attach(model, AdapterConfig("qkv")))
+    adapted = model(x)
+    assert not torch.equal(adapted, before)
+    merge(model)
+    torch.testing.assert_close(model(x), adapted, rtol=0, atol=1e-11)
+    detach(model)
+    assert len(model) == 2
 
 
 def test_a_packed_weight_is_not_merged_into() -> None:

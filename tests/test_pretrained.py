@@ -458,7 +458,8 @@ def test_a_head_that_cannot_take_the_saved_weights_leaves_the_model_as_it_was(tm
     model = PlainTransformer()
     attach(model, AdapterConfig("depth"), train=["head"])
     save_pretrained(model, tmp_path)
-    quantised, expanded, inferred = PlainTransformer(), PlainTransformer(), PlainTransformer()
+    quantised, expanded, inferred, lazy = (PlainTransformer() for _ in range(4))
+    lazy.head = nn.LazyLinear(2)
     quantize_(quantised, Int8WeightOnlyConfig())
     expanded.head.weight = nn.Parameter(torch.ones(2, 1).expand(2, 24))
     with torch.inference_mode():
@@ -467,6 +468,7 @@ def test_a_head_that_cannot_take_the_saved_weights_leaves_the_model_as_it_was(tm
         (quantised, "quantised in the model"),
         (expanded, "entries share memory"),
         (inferred, r"made in torch\.inference_mode"),
+        (lazy, r"^head\.weight: has no size before"),
     ):
         with pytest.raises(TensLoRAError, match=problem):
             load(other, tmp_path)

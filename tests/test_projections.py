@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import cast
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,6 +21,7 @@ from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.projections import Columns, TargetLinear, features, find_projections
 from tests.models import BUILDERS, DECODERS, FURTHER, GEOMETRY, HIERARCHICAL, PLAIN, build, inputs, logits
+from tests.plain_transformer import PlainTransformer
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -99,6 +102,13 @@ def test_a_feed_forward_block_behind_two_attention_blocks_is_refused() -> None:
     assert find_projections(model)[0].geometry.layers == 4
     with pytest.raises(TensLoRAError, match=r"intermediate\.dense: would be adapted twice"):
         find_projections(model, "mlp")
+
+
+def test_sizes_may_be_numpys_integers() -> None:
+    model = PlainTransformer(width=cast(int, np.int64(24)), heads=cast(int, np.int64(3)))
+    [(geometry, _)] = find_projections(model)
+    assert geometry == find_projections(PlainTransformer())[0].geometry
+    assert {type(size) for size in (geometry.d_in, geometry.heads, geometry.d_head)} == {int}
 
 
 class _Separate(nn.Module):
