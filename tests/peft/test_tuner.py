@@ -390,6 +390,11 @@ def test_names_choose_matrices_and_layers(name: str, settings: dict[str, Any], a
         ({"layers_to_transform": [7]}, r"^layers_to_transform=\[7\]: must leave some of the model's attention"),
         ({"target_modules": ["layer.0.attention.self.query", "layer.1.attention.self.key"]}, "the same matrices"),
         ({"target_modules": ["intermediate.dense"]}, "or the whole feed-forward block"),
+        (
+            {"modules_to_save": ["classifier", "attention"]},
+            r"^modules_to_save=attention: holds bert\.encoder",
+        ),
+        ({"modules_to_save": ["query"]}, r"^modules_to_save=query: holds bert\.encoder\.layer\.0"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_the_model_as_it_was(settings: dict[str, Any], message: str) -> None:
