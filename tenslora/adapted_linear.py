@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tenslora.adapter import Adapter
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.forward_pass import LayerCall
 from tenslora.projections import Columns, features, is_conv1d
-from tenslora.thin_products import MatrixGroup
+from tenslora.thin_products import MatrixGroup, saved_tensors_hooks
 
 
 class LayerUpdate:
@@ -57,14 +58,14 @@ class LayerUpdate:
         """Add the update's output to the Linear's, y += h @ right; the products contain alpha.
 
         Args:
-            y: the output so far, (tokens, outputs). It is changed in place, except under torch.func.
+            y: the output so far, (tokens, outputs). It is changed in place, where nothing else needs it.
             x: the input as the module received it, (..., inputs).
             tokens: the same numbers as (tokens, inputs).
 
         Returns:
             The sum, (tokens, outputs).
         """
-        in_place = not _in_torch_func()
+        in_place = not _needs_output_again()
         if len(self.columns) == 1 and self.columns[0].start == 0:
             # A Linear of a single matrix, such as BERT's query.
             h, right = self.shared.product_of(x, tokens, self.columns[0].matrix, y.dtype)
@@ -151,7 +152,8 @@ class AdaptedLinear(nn.Module):
             (..., outputs).
 
         Raises:
-            TensLoRAError: if the layer's own class returns something else.
+            TensLoRAError: if the layer's own class returns something else, or for an input that cannot be computed
+                with.
         """
         update = getattr(self, "layer_update", None)
         if update is None:  # detached, and called by a function that was put around this one before
@@ -339,15 +341,30 @@ def _is_hooked(linear: nn.Module) -> bool:
 def _added_in_place(plain: Callable[[Tensor], Tensor], updates: Sequence[LayerUpdate], x: Tensor) -> Tensor:
     # Given a matrix, Linear returns a new tensor, to which an update can be added in place. Given more dimensions, it
     # returns a view, which autograd would copy first.
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens = _tokens(x, updates[0].call.path)
     y = plain(tokens)
     for update in updates:
         y = update.add_to(y, x, tokens)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def _tokens(x: Tensor, path: str) -> Tensor:
+    _refuse_tracing(x)
+    if x.is_nested:
+        raise TensLoRAError(f"{path}: its input is a nested tensor, to whose output no update can be added; pad it")
+    return x.reshape(-1, x.shape[-1])
+
+
+def _refuse_tracing(x: object) -> None:
+    if not torch.compiler.is_compiling() and (isinstance(x, torch.fx.Proxy) or torch._C._is_tracing()):
+        raise TensLoRAError(
+            "torch.fx and torch.jit.trace cannot follow an adapter; merge and detach it first, or use torch.export"
+        )
+
+
 def _added_to_copy(plain: object, updates: Sequence[LayerUpdate], x: Tensor, kind: type[nn.Module]) -> Tensor:
     call, outputs = updates[0].call, updates[0].outputs
+    _refuse_tracing(x)
     if not isinstance(plain, Tensor):
         raise TensLoRAError(
             f"{call.path}: a {kind.__name__} returns a {type(plain).__name__}, and an update can be added to a tensor "
@@ -358,15 +375,25 @@ def _added_to_copy(plain: object, updates: Sequence[LayerUpdate], x: Tensor, kin
             f"{call.path}: a {kind.__name__} returns {tuple(plain.shape)} for {tuple(x.shape)}, and an update of "
             f"{outputs} outputs cannot be added to it"
         )
-    tokens, y = x.reshape(-1, x.shape[-1]), plain.reshape(-1, outputs).clone()
+    tokens, y = _tokens(x, call.path), plain.reshape(-1, outputs).clone()
     for update in updates:
         y = update.add_to(y, x, tokens)
     return y.view(plain.shape)
 
 
-def _in_torch_func() -> bool:
-    # There a tensor may stand for many, to which an update of one of them cannot be added in place.
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def _needs_output_again() -> bool:
+    # Under torch.func a tensor may stand for many, to which an update of one of them cannot be added in place.
+    # Forward-mode derivatives are those of torch's own operations. Selective checkpointing keeps outputs.
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or any(type(mode).__name__ in _KEEPING for mode in _get_current_dispatch_mode_stack())
+    )
+
+
+_KEEPING = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")  # while a block runs, and while it runs again
 
 
 class SharedInput:
@@ -386,8 +413,8 @@ class SharedInput:
 
         A Transformer calls query, key and value one after the other with the very same tensor. The first call computes
         h for all three; the other two recognise the tensor by its identity and take their own h. They compute it anew
-        if the tensor or, outside a forward pass, the adapter has changed in between, or if their own products would
-        have another type or other gradients.
+        if the tensor or, outside a forward pass, the adapter has changed in between, if their own products would have
+        another type or other gradients, or if one of them is checkpointed without the other.
 
         Args:
             x: the input as the Linear received it, (..., inputs).
@@ -398,7 +425,8 @@ class SharedInput:
         Returns:
             h (tokens, r) and right (r, outputs).
         """
-        pending, conditions = self.group.forward_pass.here.pending, (dtype, torch.is_grad_enabled(), *self._versions(x))
+        pending = self.group.forward_pass.here.pending
+        conditions = (dtype, torch.is_grad_enabled(), saved_tensors_hooks(), *self._versions(x))
         key = *self.group.key, self.layer
         latest, earlier, products = pending.get(key, (None, (), {}))
         if latest is not x or earlier != conditions or matrix not in products:

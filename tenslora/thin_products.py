@@ -90,7 +90,10 @@ class MatrixGroup:
             The layer's products, in this dtype.
         """
         cached = self.forward_pass.here.products
-        if cached is None or _saved_tensors_have_hooks():
+        # Activation checkpointing sets hooks. It runs a block a second time during the backward pass, when the forward
+        # pass is over and its cache is gone, and expects the same operations. So a checkpointed block never uses the
+        # cache.
+        if cached is None or saved_tensors_hooks() is not None:
             return self._compute(range(layer, layer + 1), dtype)[0]
         key = *self.key, dtype, torch.is_grad_enabled()
         if key not in cached:
@@ -122,13 +125,19 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def _saved_tensors_have_hooks() -> bool:
-    # Activation checkpointing sets such hooks. It runs a block a second time during the backward pass, when the forward
-    # pass is over and its cache is gone, and expects the same operations. So a checkpointed block never uses the cache.
+def saved_tensors_hooks() -> object:
+    """The innermost hooks on the tensors that autograd saves, such as activation checkpointing sets.
+
+    Returns:
+        The hooks, equal as long as they are the same; None if there are none.
+    """
     if torch.compiler.is_compiling():
-        return False
+        return None
+    innermost = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if innermost is not None:
+        return cast(object, innermost(True))
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks("probing for hooks"):
-            return False
+            return None
     except RuntimeError:
-        return True
+        return object()  # this version of torch does not tell which ones

@@ -7,6 +7,7 @@ import itertools
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import accelerate
@@ -15,7 +16,13 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from tenslora import Adapter, AdapterConfig, RankStrategy, TensLoRAError, attach, detach, disabled, merge, unmerge
 from tenslora.adapted_linear import AdaptedLinear, SharedInput
@@ -608,6 +615,66 @@ def test_a_function_put_around_an_adapted_layer_outlives_it() -> None:
     torch.testing.assert_close(query(x), 2 * adapted, rtol=0, atol=1e-12)
     detach(model)
     torch.testing.assert_close(query(x), 2 * plain, rtol=0, atol=1e-12)
+
+
+def per_layer(model: nn.Module) -> None:
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, nn.Linear))
+
+
+def keeping_products(model: nn.Module) -> None:
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default, torch.ops.aten.mm.default])
+    wrapper = partial(checkpoint_wrapper, context_fn=kept)
+    apply_activation_checkpointing(
+        model, checkpoint_wrapper_fn=wrapper, check_fn=lambda module: hasattr(module, "attention")
+    )
+
+
+@pytest.mark.parametrize("checkpointed", [per_layer, keeping_products])
+@pytest.mark.parametrize(
+    ("fused", "mode"), [(False, "qkv_depth"), (False, "depth"), (True, "qkv_depth"), (True, "depth")]
+)
+def test_checkpointing_of_parts_changes_no_gradient(
+    fused: bool, mode: str, checkpointed: Callable[[nn.Module], None]
+) -> None:
+    model = PlainTransformer(fused).double()
+    parameters = list(attached(model, mode).parameters())
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.autograd.grad(model(x).square().sum(), parameters)
+    checkpointed(model)
+    for actual, other in zip(torch.autograd.grad(model(x).square().sum(), parameters), expected, strict=True):
+        torch.testing.assert_close(actual, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_torchs_own_forward_derivative_is_that_of_the_merged_model(fused: bool) -> None:
+    model = PlainTransformer(fused).double()
+    attached(model, "qkv_depth")
+    x, direction = torch.randn(2, 2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    derivatives = []
+    with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        for change in (lambda _: None, merge):
+            change(model)
+            dual = forward_ad.make_dual(x, direction)  # type: ignore[no-untyped-call]
+            derivatives.append(forward_ad.unpack_dual(model(dual)).tangent)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(*derivatives, rtol=0, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_cannot_be_traced_or_computed_with_is_refused_in_one_line(fused: bool) -> None:
+    model = PlainTransformer(fused)
+    attach(model, AdapterConfig("qkv_depth"))
+    linear = model.get_submodule(f"blocks.0.attention.{'qkv' if fused else 'query'}")
+    x = torch.randn(2, 5, 24)
+    with pytest.raises(TensLoRAError, match=r"torch\.fx and torch\.jit\.trace cannot follow an adapter"):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(TensLoRAError, match=r"torch\.fx and torch\.jit\.trace cannot follow an adapter"):
+        torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
+    with pytest.raises(TensLoRAError, match=r"^blocks\.0\.attention\.(qkv|query): its input is a nested tensor"):
+        linear(torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged))
+    merge(model)
+    if not fused:  # torch.fx cannot follow chunk(3)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
 
 
 def test_a_pickled_model_computes_the_same() -> None:
