@@ -73,7 +73,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
 
     Args:
         path: the file's path.
-        tensors: the tensors by name.
+        tensors: the tensors by name. Those that fully_shard has divided are put together, for which every process has
+            to call this.
         header: data to store with the tensors; anything that JSON can hold.
 
     Returns:
@@ -92,7 +93,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
+        own = getattr(tensor.detach(), "full_tensor", tensor.detach)().cpu().contiguous()
         if (memory := own.untyped_storage().data_ptr()) in seen:  # safetensors refuses tensors that share memory
             own = own.clone()
         seen.add(memory)

@@ -13,10 +13,12 @@ A finished run of the harness that froze its backbone leaves the same two files,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -53,15 +55,39 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear) and module.layer_update.merged and f"{path}.weight" in head:
             raise TensLoRAError(f"{path}: its weight is trained and has the adapter's update in it; unmerge first")
-    if head:
-        write_safetensors(folder / HEAD_FILE, head, {})
-    elif os.path.lexists(folder / HEAD_FILE):  # of an earlier adapter, which the new one must not be loaded with
-        try:
-            (folder / HEAD_FILE).unlink()
-        except OSError as error:
-            raise TensLoRAError(f"{folder / HEAD_FILE}: cannot be removed ({error.strerror})") from error
-    adapter.save(folder / ADAPTER_FILE)
+    with _head_stays_with_its_adapter(folder):
+        if head:
+            write_safetensors(folder / HEAD_FILE, head, {})
+        elif os.path.lexists(folder / HEAD_FILE):  # of an earlier adapter, which the new one must not be loaded with
+            try:
+                (folder / HEAD_FILE).unlink()
+            except OSError as error:
+                raise TensLoRAError(f"{folder / HEAD_FILE}: cannot be removed ({error.strerror})") from error
+        adapter.save(folder / ADAPTER_FILE)
     return folder
+
+
+@contextlib.contextmanager
+def _head_stays_with_its_adapter(folder: Path) -> Iterator[None]:
+    # If the new adapter cannot be written, the older one gets its head back.
+    head, kept = folder / HEAD_FILE, folder / f".{HEAD_FILE}.{os.getpid()}.tmp"
+    existed = os.path.isfile(head)
+    if existed:
+        try:
+            shutil.copyfile(head, kept)
+        except OSError as error:
+            raise TensLoRAError(f"{kept}: cannot be written ({error.strerror})") from error
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if existed:
+                os.replace(kept, head)
+            elif os.path.isfile(head):
+                head.unlink()
+        raise
+    if existed:
+        kept.unlink()
 
 
 def load(model: nn.Module, source: Path | str, revision: str | None = None) -> Adapter | StagedAdapter:

@@ -16,9 +16,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from tenslora import (
@@ -92,6 +95,34 @@ class TwoHeads(PlainTransformer):
         self.norm = nn.BatchNorm1d(24)
         self.out, self.again = nn.Linear(24, 2), nn.Linear(24, 2)
         self.again.weight = self.out.weight
+
+
+@pytest.mark.parametrize("earlier", ["depth with head", "depth alone"])
+def test_an_adapter_that_cannot_be_written_leaves_the_older_one_its_head(earlier: str, tmp_path: Path) -> None:
+    model = PlainTransformer()
+    attach(model, AdapterConfig("depth"), train=["head"] if "head" in earlier else [])
+    save_pretrained(model, tmp_path)
+    (tmp_path / "adapter.safetensors").unlink()
+    (tmp_path / "adapter.safetensors").mkdir()  # which no file can replace
+    before = {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    detach(model)
+    attach(model, AdapterConfig("depth"), train=["head", "norm1"])
+    with pytest.raises(TensLoRAError, match=r"adapter\.safetensors: cannot be written"):
+        save_pretrained(model, tmp_path)
+    assert {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_weights_that_are_divided_among_processes_are_saved_whole(tmp_path: Path) -> None:
+    model, batch = trained("separate", "head"), inputs("separate")
+    expected = logits(model, batch)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        save_pretrained(fully_shard(model, mesh=init_device_mesh("cpu", (1,))), tmp_path)
+    finally:
+        dist.destroy_process_group()
+    again = build("separate")
+    load(again, tmp_path).double()
+    torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-6)
 
 
 def test_a_heads_buffers_and_tied_weights_are_kept(tmp_path: Path) -> None:
