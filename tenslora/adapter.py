@@ -68,9 +68,12 @@ class _AnyAdapter(nn.Module):
             The path.
 
         Raises:
-            TensLoRAError: if the file cannot be written.
+            TensLoRAError: if the file cannot be written, or if a factor is computed from other tensors.
         """
         path = require_path("path", path)
+        for stage in self.stages:
+            for tensor in stage.tensors:
+                cast(FactorizedTensor, tensor).parts()
         of_stages = [
             {
                 "geometry": dataclasses.asdict(stage.geometry),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tenslora.constructions import DEPTH, PROJECTION, SITE
+from tenslora.errors import TensLoRAError
 from tenslora.factorizations.factorization import Factorization
 
 
@@ -45,6 +46,7 @@ class FactorizedTensor(nn.Module):
     ) -> None:
         super().__init__()
         self.factorization, self.layers, self.head_layout = factorization, layers, head_layout
+        self.names = tuple(factorization.shapes(modes, ranks))
         self.modes = dict(modes)
         self.zero_parameter = factorization.zero_parameter(modes)
         # Where the default is a type of 16 bits, as while a large model is loaded, it would hold the parameters too
@@ -72,7 +74,22 @@ class FactorizedTensor(nn.Module):
 
     def full(self) -> Tensor:
         """The complete tensor, whose dimensions are the modes; see `Factorization.full`."""
-        return self.factorization.full(dict(self.named_parameters()), self.modes)
+        return self.factorization.full(self.parts(), self.modes)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The parameters and the noise by name.
+
+        Raises:
+            TensLoRAError: if one is computed from other tensors.
+        """
+        parts = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        for name in self.names:
+            if name not in parts:
+                raise TensLoRAError(
+                    f"{name}: is computed from other tensors in the adapter, as after pruning or a parametrization; "
+                    f"make it a parameter again first (prune.remove, remove_parametrizations)"
+                )
+        return parts
 
 
 def thin_slices(
@@ -97,7 +114,7 @@ def thin_slices(
     """
     factorization, head_layout = tensors[0].factorization, tensors[0].head_layout
     dim = factorization.structure_dim
-    each = [{**dict(tensor.named_parameters()), **dict(tensor.named_buffers())} for tensor in tensors]
+    each = [tensor.parts() for tensor in tensors]
     for parameters in each:
         if SITE in parameters:  # (P * layers) becomes (P, layers)
             parameters[SITE] = torch.unflatten(parameters[SITE], dim, (-1, tensors[0].layers))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from tenslora import (
     Adapter,
@@ -326,6 +326,33 @@ def test_a_model_that_cannot_take_an_adapter_stays_as_it_was(change: Callable[[n
         attach(model, AdapterConfig("qkv"), train=["head"])
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not model._forward_hooks
+
+
+def pruned(tensor: nn.Module) -> None:
+    prune.l1_unstructured(tensor, "core", 0.5)  # type: ignore[no-untyped-call]
+
+
+def orthogonal(tensor: nn.Module) -> None:
+    parametrizations.orthogonal(tensor, "core")
+
+
+@pytest.mark.parametrize("change", [pruned, orthogonal])
+def test_a_factor_that_is_computed_from_other_tensors_is_refused_by_name(
+    change: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    model = build("separate")
+    adapter = attached(model, "qkv_depth")
+    change(adapter.tensors[0])
+    for use in (
+        lambda: model(**inputs("separate")),
+        lambda: merge(model),
+        lambda: save_pretrained(model, tmp_path),
+    ):
+        with pytest.raises(
+            TensLoRAError, match=r"^core: is computed from other tensors in the adapter, as after pruning"
+        ):
+            use()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_may_become_a_child_that_its_model_calls() -> None:
