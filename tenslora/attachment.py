@@ -342,7 +342,8 @@ def require_own_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None
         sharing = [
             holder
             for holder, own, (start, stop) in memory
-            if own is weight or (start < last and first < stop and own.device == weight.device)
+            if own is weight
+            or (start < last and first < stop and own.device == weight.device and _have_common_entries(own, weight))
         ]
         if len(sharing) > 1:
             raise TensLoRAError(
@@ -357,6 +358,35 @@ def _memory(weight: Tensor) -> tuple[int, int]:
         return 0, 0
     last = sum((size - 1) * step for size, step in zip(weight.shape, weight.stride(), strict=True))
     return weight.data_ptr(), weight.data_ptr() + (last + 1) * weight.element_size()
+
+
+def _have_common_entries(one: Tensor, other: Tensor) -> bool:
+    # Of two weights whose addresses overlap; those of one may lie between those of the other, as two blocks of columns.
+    size, first = one.element_size(), min(one.data_ptr(), other.data_ptr())
+    places = [(each.data_ptr() - first) // size for each in (one, other)]
+    if other.element_size() != size or (one.data_ptr() - other.data_ptr()) % size:
+        return True
+    taken = torch.zeros((max(_memory(one)[1], _memory(other)[1]) - first) // size, dtype=torch.bool)
+    taken.as_strided(one.shape, one.stride(), places[0]).fill_(True)
+    return bool(taken.as_strided(other.shape, other.stride(), places[1]).any())
+
+
+def require_own_layers(model: nn.Module) -> None:
+    """Check that all adapted layers of a model have their updates from the model's own adapter.
+
+    Args:
+        model: with an adapter.
+
+    Raises:
+        TensLoRAError: if one of them is a copy, which has an adapter of its own that is neither trained nor saved.
+    """
+    stages = adapter_of(model).stages
+    for path, linear in _adapted_linears(model).items():
+        if not any(linear.layer_update.shared.group.adapter is stage for stage in stages):
+            raise TensLoRAError(
+                f"{path}: is a copy of an adapted layer, and its update does not belong to the model's adapter; copy a "
+                f"part of a model before you attach, or after merge and detach"
+            )
 
 
 def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:

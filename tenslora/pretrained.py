@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from tenslora.adapted_linear import AdaptedLinear
 from tenslora.adapter import Adapter, StagedAdapter, load_adapter
-from tenslora.attachment import SUBMODULE, adapter_of, attach, require_changeable, stages_to_adapt
+from tenslora.attachment import SUBMODULE, adapter_of, attach, require_changeable, require_own_layers, stages_to_adapt
 from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
 from tenslora.hub import download, is_repository, upload
@@ -48,10 +48,12 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
 
     Raises:
         TensLoRAError: if there is no adapter, if a file cannot be written, or if a weight that is trained beside the
-            adapter has the adapter's update in it, which `load` would then add again.
+            adapter has the adapter's update in it, which `load` would then add again. Likewise if an adapted layer is a
+            copy of another one, with an adapter of its own.
     """
     model = getattr(model, "_orig_mod", model)  # of a model that torch.compile has wrapped, with the weights' own names
     folder, adapter, head = require_path("folder", folder), adapter_of(model), _trained_weights(model)
+    require_own_layers(model)
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear) and module.layer_update.merged and f"{path}.weight" in head:
             raise TensLoRAError(f"{path}: its weight is trained and has the adapter's update in it; unmerge first")

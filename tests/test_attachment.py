@@ -7,7 +7,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from tenslora import (
 from tenslora.attachment import adapter_of
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.peft.to_lora import to_peft
+from tenslora.peft.to_tenslora import to_tenslora
 from tests.models import BUILDERS, DECODERS, FURTHER, attached, build, inputs, linear_at, logits, randomised
 from tests.operations import RecordedOperations
 from tests.plain_transformer import PlainTransformer
@@ -639,6 +640,35 @@ def test_nothing_is_merged_where_a_weights_entries_share_memory() -> None:
     with pytest.raises(TensLoRAError, match=r"blocks\.1\.attention\.value: some of its weight's entries share memory"):
         merge(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_weights_that_lie_between_each_others_entries_are_merged_into() -> None:
+    model = build("separate")
+    both = torch.randn(24, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for name, weight in (("query", both[:, :24]), ("key", both[:, 24:])):
+        model.get_submodule(f"blocks.0.attention.{name}").weight = nn.Parameter(weight)
+    attached(model, "qkv_depth")
+    adapted = logits(model, inputs("separate"))
+    merge(model)
+    torch.testing.assert_close(logits(model, inputs("separate")), adapted, rtol=0, atol=1e-10)
+    linear_at(model, "blocks.0.attention.value").weight = nn.Parameter(both[:, 12:36])
+    unmerge(model)
+    with pytest.raises(TensLoRAError, match=r"query: its weight is shared by .*query and blocks\.0\.attention\.value"):
+        merge(model)
+
+
+def test_a_copy_of_an_adapted_block_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    model = build("separate")
+    attached(model, "qkv_depth")
+    cast(nn.ModuleList, model.blocks).append(copy.deepcopy(model.get_submodule("blocks.1")))
+    for use in (lambda: save_pretrained(model, tmp_path), lambda: to_tenslora(model)):
+        with pytest.raises(TensLoRAError, match=r"^blocks\.2\.attention\.query: is a copy of an adapted layer"):
+            use()
+    assert not list(tmp_path.iterdir())
+    adapted = logits(model, inputs("separate"))
+    merge(model)
+    detach(model)
+    torch.testing.assert_close(logits(model, inputs("separate")), adapted, rtol=0, atol=1e-10)
 
 
 def test_nothing_is_merged_into_memory_that_another_weight_uses() -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from tenslora.adapter import Adapter, StagedAdapter
-from tenslora.attachment import detach, modules_named, updates_of
+from tenslora.attachment import detach, modules_named, require_own_layers, updates_of
 from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError, require_path
 from tenslora.files import read_safetensors
@@ -70,6 +70,7 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
         TensLoRAError: if there is no adapter, if the adapter is merged, or if a module to save is not found.
     """
     updates_of(model)  # raises if the adapter is merged
+    require_own_layers(model)
     modules_named(model, modules_to_save, "modules_to_save")
     adapter = detach(model)
     peft_model = get_peft_model(model, peft_config(adapter, modules_to_save))  # type: ignore[arg-type]
