@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import copyreg
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from types import MethodType
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -140,13 +138,12 @@ class AdaptedLinear(nn.Module):
         self.__class__ = self.plain_class  # type: ignore[assignment]
         self.__init__(*args, **kwargs)  # type: ignore[misc]
 
-    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted output.
 
         Args:
-            x: (..., inputs). It may also be given by the name that the layer's own class has for it.
-            *args: passed on to the layer's own class.
-            **kwargs: likewise.
+            *args: the input x, (..., inputs), and whatever else the layer's own class takes.
+            **kwargs: likewise; without any args, the first tensor is x.
 
         Returns:
             (..., outputs).
@@ -157,16 +154,14 @@ class AdaptedLinear(nn.Module):
         """
         update = getattr(self, "layer_update", None)
         if update is None:  # detached, and called by a function that was put around this one before
-            return type(self).forward(self, x, *args, **kwargs)
+            return type(self).forward(self, *args, **kwargs)
         update.call.called = True
         plain = update.own_forward or super().forward
-        if x is None:
-            x = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-            plain = partial(_without_first, plain)
+        x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
         if x is None or update.added or not update.enabled:
-            return plain(x, *args, **kwargs)
-        if args or kwargs or update.own_forward or not _returns_new_tensors(self.plain_class):
-            return _added_to_copy(plain(x, *args, **kwargs), [update], x, self.plain_class)
+            return plain(*args, **kwargs)
+        if len(args) + len(kwargs) > 1 or update.own_forward or not _returns_new_tensors(self.plain_class):
+            return _added_to_copy(plain(*args, **kwargs), [update], x, self.plain_class)
         return _added_in_place(plain, [update], x)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -177,23 +172,9 @@ class AdaptedLinear(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickle finds a class by its name, and this one was made here. The layer's own class may have another way to
-        # make a copy, which knows nothing of the update.
+        # Pickle finds a class by its name, and this one was made here.
         parts: Any = super().__reduce_ex__(protocol)
-        if not has_our_class(self):
-            return parts
-        make, arguments, own = (*parts, None)[:3]
-        how = (_new, (self.plain_class,)) if make is copyreg.__newobj__ else (_made_by, (make, *arguments))  # type: ignore[attr-defined]
-        return *how, _State(own, self.layer_update)
-
-    def __setstate__(self, state: Any) -> None:
-        own, update = state if isinstance(state, _State) else (state, None)
-        for _ in range(2):  # the layer's own class may look for the update, or take everything away first
-            if update is not None:
-                vars(self)["layer_update"] = update
-            if own is not None:
-                super().__setstate__(own)  # type: ignore[no-untyped-call]
-                own = None
+        return (_new, (self.plain_class,), *parts[2:]) if has_our_class(self) else parts
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         # The matrices of a layer share tensors, which DataParallel's copies would share across devices.
@@ -255,49 +236,27 @@ def adapted_class(plain: type[nn.Module]) -> type[AdaptedLinear]:
         plain: the layer's own class.
 
     Raises:
-        TensLoRAError: if no class can derive from it.
+        TensLoRAError: if no class can derive from it, or if it copies or pickles its layers in a way of its own, which
+            would lose their updates.
     """
     if plain not in _CLASSES:
-        members: dict[str, Any] = {"plain_class": plain}
-        if "__deepcopy__" in dir(plain):
-            members["__deepcopy__"] = _deepcopy
+        for name in _COPYING:
+            if getattr(plain, name, None) is not getattr(nn.Linear, name, None):
+                raise TensLoRAError(f"{plain.__name__} has a {name} of its own, which would lose the layer's update")
         try:
-            made = type(f"Adapted{plain.__name__}", (AdaptedLinear, plain), members)
+            made = type(f"Adapted{plain.__name__}", (AdaptedLinear, plain), {"plain_class": plain})
         except Exception as error:
             raise TensLoRAError(f"no class can derive from {plain.__name__} ({first_line(error)})") from error
         _CLASSES.setdefault(plain, made)
     return _CLASSES[plain]
 
 
-class _State(NamedTuple):
-    # What a copy of an adapted layer holds.
-    own: Any  # as the layer's own class has it; None if it needs none
-    update: LayerUpdate
+_COPYING = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__setstate__")
 
 
 def _new(plain: type[nn.Module]) -> AdaptedLinear:
     cls = adapted_class(plain)
     return cls.__new__(cls)
-
-
-def _made_by(make: Callable[..., nn.Module], *args: Any) -> nn.Module:
-    linear = make(*args)
-    linear.__class__ = adapted_class(type(linear))
-    return linear
-
-
-def _deepcopy(linear: AdaptedLinear, memo: dict[int, Any]) -> nn.Module:
-    # The layer's own class copies what it knows of.
-    twin: nn.Module = linear.plain_class.__deepcopy__(linear, memo)  # type: ignore[attr-defined]
-    memo[id(linear)] = twin
-    vars(twin)["layer_update"] = copy.deepcopy(linear.layer_update, memo)
-    if not isinstance(twin, AdaptedLinear):
-        twin.__class__ = adapted_class(type(twin))
-    return twin
-
-
-def _without_first(plain: Callable[..., Any], _: object, *args: Any, **kwargs: Any) -> Any:
-    return plain(*args, **kwargs)
 
 
 def add_updates(linear: nn.Module, updates: Sequence[LayerUpdate], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
