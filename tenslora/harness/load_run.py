@@ -15,6 +15,7 @@ from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.config import DatasetConfig, RunConfig, validate
+from tenslora.harness.config.checks import shown
 from tenslora.harness.data import OWN_FILES, Dataset, Examples, load_dataset, load_tests
 from tenslora.harness.data.encoding import encode
 from tenslora.harness.data.glue import GLUE_TASKS
@@ -116,10 +117,12 @@ class LoadedRun:
             The loss, the scores and the predictions.
 
         Raises:
-            TensLoRAError: if the dataset cannot be loaded, or if it has a class that the run's dataset has not.
+            TensLoRAError: if the dataset cannot be loaded, if it has a class that the run's dataset has not, or if
+                examples would be drawn otherwise than in the run, so that the run has trained on some of them.
         """
         config = dataset or self.run.dataset
         if _place(config) == _place(self.run.dataset):
+            _require_held_out(config, self.run.dataset)
             loaded = load_dataset(config, self.run.seed)
         else:
             config = replace(config, validation=None) if config.source in OWN_FILES else config
@@ -209,6 +212,20 @@ def _finished(files: RunFolder) -> dict[str, Any]:
 def _place(config: DatasetConfig) -> list[Any]:
     """Where the test examples of a dataset are."""
     return [getattr(config, name, None) for name in ("root", "hub", "hub_config", "test_list")]
+
+
+def _require_held_out(config: DatasetConfig, trained: DatasetConfig) -> None:
+    """Refuse settings that would score a run, on its own dataset, on examples that it has trained on."""
+    names = ["train_fraction"]  # what the seed draws, and from which examples
+    if config.scored_on == "validation":
+        names += ["validation", "train_size", "train_splits", "test_split"]
+    for name in names:
+        value, own = getattr(config, name, None), getattr(trained, name, None)
+        if value != own:
+            raise TensLoRAError(
+                f"dataset.{name}={shown(value)}: must be {shown(own)}, as in the run; otherwise it would be scored on "
+                f"examples that it has trained on"
+            )
 
 
 def _renumbered(dataset: Dataset, task: str, classes: Sequence[str], config: DatasetConfig) -> Dataset:

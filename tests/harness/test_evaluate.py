@@ -54,6 +54,9 @@ def test_a_validation_split_or_the_test_split_is_scored(tmp_path: Path, capsys: 
     assert scores(capsys, str(tmp_path)) == scores_of(record(tmp_path))
     on_test = scores(capsys, str(tmp_path), "dataset.validation=null")
     assert list(on_test) == ["test_loss", "accuracy"]
+    for word in ("dataset.validation=0.2", "dataset.train_size=20"):
+        with pytest.raises(SystemExit, match=f"^error: {word}: must be (0.3|50), as in the run; otherwise"):
+            main([str(tmp_path), word])
 
 
 @pytest.mark.parametrize(
