@@ -102,6 +102,8 @@ def read_runs(folder: Path) -> list[Run]:
     folders = {path.name.rpartition("-")[2]: path for path in outputs.glob("*/*/*-*")}
     try:
         return [_read_run(line, folders) for line in lines]
+    except TensLoRAError:  # a ValueError too, of a run whose record is gone
+        raise
     except (KeyError, ValueError, TypeError) as error:
         raise TensLoRAError(f"{file}: not a table that this version can read ({error!r})") from error
 

@@ -31,7 +31,7 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
         The table.
 
     Raises:
-        TensLoRAError: if a folder does not hold a table, if the record of a finished run is gone, or if two tables of
+        TensLoRAError: if a folder does not hold a table or holds a comparison, if the record of a finished run is gone, or if two tables of
             one protocol have different runs for the same row, dataset and seed.
     """
     runs: list[Run] = []
@@ -39,6 +39,11 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
         of_protocol: dict[object, Run] = {}
         for folder in folders:
             for run in read_runs(folder):
+                if run.row.value_of(PROTOCOL) is not None:
+                    raise TensLoRAError(
+                        f"{protocol}={folder}: must be a table of a sweep, not a comparison; compare the tables that "
+                        f"it was made of"
+                    )
                 other = of_protocol.setdefault((run.row, run.column, run.seed), run)
                 if other.digest != run.digest:
                     place = f"{run.row.label}, {run.column.label}, seed {run.seed}"

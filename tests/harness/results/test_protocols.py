@@ -222,14 +222,22 @@ def test_a_run_that_two_tables_of_a_protocol_share_counts_once(outputs: Path) ->
         side_by_side({"tuned": [direct, outputs / "tables" / "first_step"]}, "joint")
 
 
+def test_a_comparison_is_not_compared_again(outputs: Path) -> None:
+    folder = outputs / "tables" / "joint"
+    write_results(side_by_side({"direct": [outputs / "tables" / "direct"]}, "joint"), folder)
+    with pytest.raises(TensLoRAError, match=r"^again=.*joint: must be a table of a sweep, not a comparison"):
+        side_by_side({"again": [folder]}, "further")
+
+
 def test_what_is_no_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(TensLoRAError, match=r"nothing: must be the folder of a table, with its table\.csv"):
         side_by_side({"direct": [tmp_path / "nothing"]}, "joint")
     folder = written(tmp_path, "gone", [make_run("lora", epochs=[0.5])])
     for record in tmp_path.rglob("result.json"):
         record.unlink()
-    with pytest.raises(TensLoRAError, match=r"lora, dtd with vit_base, seed 0: its result.json \(\w{12}\) is gone"):
+    with pytest.raises(TensLoRAError, match=r"^lora, dtd with vit_base, seed 0: its result.json \(\w{12}\) is gone"):
         read_runs(folder)
+    folder = written(tmp_path, "odd", [make_run("lora", epochs=[0.5])])
     for text in ("a,b\n1,2\n", (folder / "table.csv").read_text().replace("221184", "many")):
         (folder / "table.csv").write_text(text)
         with pytest.raises(TensLoRAError, match=r"table\.csv: not a table that this version can read"):
