@@ -56,7 +56,8 @@ if TYPE_CHECKING:
 _TRIAL_BYTES = 1 << 20
 
 _CLAIMED_FILES = (
-    ADAPTER_FILE, "result.json", "failure.json", "predictions.safetensors", "checkpoint.safetensors", "metrics.csv"
+    ADAPTER_FILE, "result.json", "failure.json", "predictions.safetensors", "checkpoint.safetensors", "metrics.csv",
+    "steps.csv", "profile.txt", "profile.json.gz",
 )  # fmt: skip
 """With the weights, the files that only the process writes that has claimed the folder."""
 

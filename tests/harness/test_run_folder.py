@@ -61,7 +61,9 @@ def test_what_is_no_file_is_not_read(make: Callable[[Path], None], folder: RunFo
     assert folder.read_failure() == f"{folder.failure}: not a readable reason (it is no file)"
 
 
-@pytest.mark.parametrize("name", ["result.json", "adapter.safetensors", "head.safetensors", "checkpoint.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["result.json", "adapter.safetensors", "head.safetensors", "checkpoint.safetensors", "steps.csv"]
+)
 def test_a_folder_in_the_place_of_a_file_is_refused_before_the_run(name: str, folder: RunFolder) -> None:
     (folder.path / name).mkdir(parents=True)
     with pytest.raises(TensLoRAError, match=rf"^\S+/{name}: cannot be written \(Is a directory\)$"), folder.claim():
