@@ -148,6 +148,13 @@ def test_what_wandb_does_not_take_is_named(wrong: dict[str, Any], message: str, 
 
 
 @pytest.mark.usefixtures("_without_keys")
+def test_a_folder_that_wandb_cannot_make_is_named(tmp_path: Path) -> None:
+    (tmp_path / "wandb").touch()
+    table = Table("t", "T", (Run(Row("lora"), Column("d", "m"), 0, "x"),))
+    with pytest.raises(TensLoRAError, match=r"^logger: Weights & Biases cannot write \S+/wandb\S* \(Not a directory\)$"):
+        track_table(OFFLINE, tmp_path, table, [])
+
+
 def test_a_variable_that_wandb_does_not_take_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "ofline")
     table = Table("t", "T", (Run(Row("lora"), Column("d", "m"), 0, "x"),))
