@@ -31,8 +31,8 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
         The table.
 
     Raises:
-        TensLoRAError: if a folder does not hold a table or holds a comparison, if the record of a finished run is gone, or if two tables of
-            one protocol have different runs for the same row, dataset and seed.
+        TensLoRAError: if a folder does not hold a table or holds a comparison, if the record of a finished run is gone,
+            or if two tables of one protocol have different runs for the same row, dataset and seed.
     """
     runs: list[Run] = []
     for protocol, folders in protocols.items():

@@ -151,7 +151,9 @@ def test_what_wandb_does_not_take_is_named(wrong: dict[str, Any], message: str, 
 def test_a_folder_that_wandb_cannot_make_is_named(tmp_path: Path) -> None:
     (tmp_path / "wandb").touch()
     table = Table("t", "T", (Run(Row("lora"), Column("d", "m"), 0, "x"),))
-    with pytest.raises(TensLoRAError, match=r"^logger: Weights & Biases cannot write \S+/wandb\S* \(Not a directory\)$"):
+    with pytest.raises(
+        TensLoRAError, match=r"^logger: Weights & Biases cannot write \S+/wandb\S* \(Not a directory\)$"
+    ):
         track_table(OFFLINE, tmp_path, table, [])
 
 
