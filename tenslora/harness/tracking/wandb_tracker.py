@@ -146,8 +146,9 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
         place = f"{variable}={given}" if given == first["input"] else f"logger.{setting}"
         raise TensLoRAError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from error
     except OSError as error:
-        place = error.filename or folder / "wandb"
-        raise TensLoRAError(f"logger: Weights & Biases cannot write {place} ({error.strerror})") from error
+        raise TensLoRAError(
+            f"logger: Weights & Biases cannot write {error.filename or folder} ({error.strerror})"
+        ) from error
     except wandb.errors.UsageError as error:
         raise TensLoRAError(f"logger: Weights & Biases does not accept the run ({one_line(str(error))})") from error
     except wandb.errors.Error as error:
