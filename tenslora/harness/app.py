@@ -52,6 +52,10 @@ def run_app(
     for word in sys.argv[1:]:
         if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|''|\"\")?", word):  # Hydra would write into the current folder
             sys.exit(f"error: {word}: must be a folder")
+        if re.fullmatch(r"\+*hydra\.job\.chdir=(?!(false|null)$).*", word, re.IGNORECASE | re.DOTALL):
+            sys.exit(f"error: {TensLoRAError(word)}: must be false, because paths are relative to the current folder")
+        if sweep and re.match(r"\+*hydra\.sweep\.subdir=", word):  # the results are read from the runs' own folders
+            sys.exit(f"error: {TensLoRAError(word)}: must be left out; hydra.sweep.dir is the folder of all runs")
         if not is_text(word):
             sys.exit(f"error: {TensLoRAError(word)}: must be text in UTF-8")
     guarded = _Task(task, sweep, wants_traceback=os.environ.get(_FULL_ERROR) == "1")
@@ -198,11 +202,28 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
         return line
     several = (word for word in words if "--multirun" in str(error) and word in str(error))
     if word := next(several, None):  # Hydra's error for several values without -m
+        if config_name == "sweep":  # Hydra did not get as far as hydra.mode, because another word is wrong
+            return _joined(_error_without(word) or error)
         return f"{word}: is several values; add -m to carry out a run for each of them, or use sweep.py"
     for word in words:
         if str(error) == f"Error merging override {word}" and any("Cannot merge" in str(cause) for cause in causes):
             return f"{word}: must be {'a dictionary' if word.partition('=')[2].startswith('[') else 'a list'}"
     return _joined(error)
+
+
+def _error_without(several: str) -> Exception | None:
+    """What Hydra says of the words of a sweep's command line besides those of several values."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    words = [word for word in sys.argv[1:] if not word.startswith("-") and word != several]
+    parsed = OverridesParser.create().parse_overrides(words)
+    try:
+        with initialize_config_dir(str(_CONF), version_base="1.3"):
+            compose("sweep", [str(each.input_line) for each in parsed if not each.is_sweep_override()])
+    except Exception as error:
+        return error
+    return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

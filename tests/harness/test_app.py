@@ -48,6 +48,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["optimizer=null"], "optimizer=null: must be one of adamw"),
         (["trainer=nope"], "trainer=nope: "),
         (["hydra.run.dir="], "hydra.run.dir=: must be a folder"),
+        (["hydra.job.chdir=true"], "hydra.job.chdir=true: must be false, because paths are relative to the current"),
         (["seed=\udcff"], r"seed=\udcff: must be text in UTF-8"),
         # the settings'
         (["optimizer.lr=-0.001"], "optimizer.lr=-0.001: must be at least 0"),

@@ -126,6 +126,8 @@ def test_a_wrong_setting_of_any_job_ends_the_sweep_in_one_line_before_the_first(
         "dry_run=maybe": "dry_run=maybe: must be true or false",
         "hydra/launcher=joblib hydra.launcher.n_jobs=0": "hydra.launcher.n_jobs=0: must be from 1 to 1024",
         "hydra.sweep.dir=": "hydra.sweep.dir=: must be a folder",
+        "hydra.sweep.subdir=same": "hydra.sweep.subdir=same: must be left out",
+        "seed=0,1 table.groups={a:[digits]}": "Could not override 'table.groups'",
     }
     ends = commands.run_together([sweep_command(tmp_path, ["tensor_mode=lora", *word.split()]) for word in wrong])
     for ended, message in zip(ends, wrong.values(), strict=True):
