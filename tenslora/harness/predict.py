@@ -162,7 +162,12 @@ def _inputs(given: argparse.Namespace, rows: Sequence[Row], known: Sequence[Sequ
         raise TensLoRAError(f"{missing}: has no column {looked_for}; the columns are {', '.join(present)}{hint}")
     for number, row in enumerate(rows, start=1):
         for name in columns:
-            if not isinstance(row[name], str) or not row[name].strip():
+            if row[name] is not None and not isinstance(row[name], str):
+                raise TensLoRAError(
+                    f"--file {given.file}: row {number} must have a text in the column {name}, not "
+                    f"{_shortened(row[name])}"
+                )
+            if not row[name] or not row[name].strip():
                 raise TensLoRAError(f"--file {given.file}: row {number} has no text in the column {name}")
     return [tuple(row[name] for name in columns) for row in rows]
 
@@ -181,12 +186,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--columns", help="the columns of --file with the input: one, or two with a comma between them")
     parser.add_argument("--out", type=Path, help="a .csv, .tsv or .jsonl file to write; default: print")
-    parser.add_argument("--format", choices=FORMATS, default="table", help="how to print; default: table")
+    parser.add_argument("--format", choices=FORMATS, help="how to print; default: table")
     parser.add_argument("--batch_size", type=int, help="inputs per batch; default: as the run's tests")
     given = parser.parse_intermixed_args(arguments)
     with mistakes_in_one_line():
         if given.out and given.out.suffix not in WRITERS:
             raise TensLoRAError(f"--out {given.out}: must end in one of {', '.join(WRITERS)}")
+        if given.out and given.format:
+            raise TensLoRAError(f"--format {given.format}: is for printing; the end of --out {given.out} says its form")
         rows = predict(given)
         if given.out:
             content = io.StringIO(newline="")
@@ -196,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.out:
             print(given.out)
         else:
-            FORMATS[given.format](rows, sys.stdout)
+            FORMATS[given.format or "table"](rows, sys.stdout)
 
 
 def predict(given: argparse.Namespace) -> list[dict[str, Any]]:

@@ -124,6 +124,8 @@ def test_a_path_that_is_too_long_is_one_line(digits_run: Path) -> None:
         (["--text", "a", "--text", "b", "--text_pair", "c"], "--text_pair: must be given as often as --text, which is"),
         (["--text", "a", "--text_pair", "b"], r"2 sentences for each input: must be 1, as in .* \(sentence\)"),
         (["--text", "a", "--out", "out.txt"], "--out out.txt: must end in one of .csv, .tsv, .jsonl"),
+        (["--text", "a", "--out", "out.csv", "--format", "jsonl"], "--format jsonl: is for printing; the end of --out"),
+        (["--file", "{}.number.jsonl"], "row 1 must have a text in the column sentence, not 5"),
         (["--text", "a", "--columns", "text"], "--columns text: needs --file"),
         (["--file", "in.csv", "--text_pair", "a"], "--text_pair: needs --text"),
         (["--text", "a\udcff"], r"'a\\udcff': must be text in UTF-8"),
@@ -145,6 +147,7 @@ def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Pa
     Path(f"{file}.ragged.csv").write_text("id,sentence\n1,the cat\n2,the cat, again\n")
     Path(f"{file}.empty.csv").write_text("id,sentence\n1,the cat\n2\n")
     Path(f"{file}.answered.csv").write_text("sentence,prediction\nthe cat,yes\n")
+    Path(f"{file}.number.jsonl").write_text('{"sentence": 5}\n')
     Path(f"{file}.share.csv").write_text("sentence,probability_acceptable\nthe cat,yes\n")
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         main([str(sentences_run), *(word.format(file) for word in words)])
