@@ -12,6 +12,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
 
+import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, cycle
 from pathlib import Path
@@ -26,10 +27,10 @@ from tenslora.errors import TensLoRAError, first_line
 from tenslora.files import write_json
 from tenslora.harness.backbones.transformers_models import read_hub_config
 from tenslora.harness.commands import command_parser, mistakes_in_one_line
+from tenslora.harness.config.schema import REFERENCES
 from tenslora.harness.results.figures.style import COLOURS, GREY, HEIGHT, INK, WIDTH, styled, write_figure
 from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.stages import as_in_files
-from tenslora.peft.saved_lora import CONFIG, read_config, read_updates
 from tenslora.projections import find_projections
 
 
@@ -49,7 +50,10 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> li
     Raises:
         TensLoRAError: if there is no adapter in the folder, or if the backbone cannot be found.
     """
+    from tenslora.peft.saved_lora import CONFIG, read_config, read_updates  # PEFT takes seconds, and says what it lacks
+
     if not (folder / CONFIG).is_file():
+        _require_adapter(RunFolder(folder))
         return [
             (
                 stage.geometry,
@@ -73,6 +77,15 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> li
         ) from error
     stages = find_projections(backbone, adapt)
     return list(zip([stage.geometry for stage in stages], read_updates(folder, stages), strict=True))
+
+
+def _require_adapter(files: RunFolder) -> None:
+    if not os.path.exists(files.path):
+        raise TensLoRAError(f"{files.path}: no such folder")
+    if not os.path.exists(files.adapter) and os.path.exists(files.result):
+        mode = files.read_record()["tensor_mode"]
+        if mode in REFERENCES:
+            raise TensLoRAError(f"{files.path}: is a run of tensor_mode={mode}, which has no adapter")
 
 
 def rank_for(shares: Sequence[float], energy: float) -> int:
@@ -126,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     out = given.out or given.folder
     with mistakes_in_one_line():
+        from tenslora.peft.saved_lora import CONFIG
+
         for option, value in (("--model", given.model), ("--adapt", given.adapt)):
             if value is not None and not (given.folder / CONFIG).is_file():
                 raise TensLoRAError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ from transformers import PreTrainedModel
 from tenslora import AdapterConfig, Geometry, RankStrategy
 from tenslora.adapter import Adapter
 from tenslora.harness.analyse import energy_by_rank, main, rank_for
+from tenslora.harness.run_folder import RunFolder
+from tests.conftest import ROOT
 from tests.drawn import xy
 from tests.models import build
 from tests.peft.test_saved_lora import save_random_lora
+from tests.records import finished
+from tests.running import configured
 
 
 def test_a_run_is_analysed_from_its_adapter_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +83,16 @@ def test_updates_that_are_all_zero_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"error: .*adapter\.safetensors: no such file"):
         main([str(tmp_path)])
+
+
+def test_what_has_no_adapter_is_said_in_one_line(tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_record(finished(configured("tensor_mode=head_only")))
+    with pytest.raises(SystemExit, match=rf"^error: {tmp_path}: is a run of tensor_mode=head_only, which has no adap"):
+        main([str(tmp_path)])
+    # As a command of its own, as the libraries that it imports may write lines too.
+    command = [sys.executable, "-m", "tenslora.harness.analyse", "nowhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: nowhere: no such folder\n")
 
 
 @pytest.mark.parametrize("words", [["--model", "x"], ["--adapt", "all"]])
