@@ -80,7 +80,7 @@ def sweep(
             results are written.
     """
     from tenslora.harness.config.sweep import sweep_config
-    from tenslora.harness.results import write_results
+    from tenslora.harness.results import check_places, write_results
     from tenslora.harness.results.paper import stand_in
     from tenslora.harness.results.settings import command_of, settings_of
     from tenslora.harness.results.table import Table
@@ -99,6 +99,7 @@ def sweep(
     known = stages.look()
     if not settings.dry_run:
         check_writable(folder)
+        check_places(folder)
     if stages.jobs[0].run.overwrite and not settings.dry_run:
         overwrite(list(known.looks), settings.collect_only)
         known = stages.look()

@@ -149,6 +149,12 @@ def test_results_that_could_not_be_written_end_the_sweep_in_one_line_before_the_
     )
     assert (full.status, full.out) == (1, "")
     assert full.err == "error: outputs/tables/digits: cannot be written (File too large)\n"
+    figures = tmp_path / "taken" / "tables" / "digits" / "figures"
+    figures.parent.mkdir(parents=True)
+    figures.touch()
+    taken = commands.run(sweep_command(tmp_path, ["tensor_mode=lora", f"hydra.sweep.dir={tmp_path}/taken"]))
+    assert (taken.status, taken.out) == (1, "")
+    assert taken.err == f"error: {figures}: cannot be written (is a file; must be a folder, or absent)\n"
     assert not list(tmp_path.rglob("train.log"))
 
 

@@ -4,7 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.results.table import Table
+
+_FILES = (
+    "table.md", "table.tex", "table.csv", "against_lora.csv", "claims.csv", "trials.csv", "report.html"
+)  # fmt: skip
+
+
+def check_places(folder: Path) -> None:
+    """Check that `write_results` finds no folder in the place of one of its files, and no file in that of its figures.
+
+    Args:
+        folder: the folder to write to, which need not exist.
+
+    Raises:
+        TensLoRAError: if it does.
+    """
+    for name in _FILES:
+        if (folder / name).is_dir():
+            raise TensLoRAError(f"{folder / name}: cannot be written (Is a directory)")
+    if (folder / "figures").is_file():
+        raise TensLoRAError(f"{folder / 'figures'}: cannot be written (is a file; must be a folder, or absent)")
 
 
 def write_results(table: Table, folder: Path) -> list[Path]:
@@ -33,6 +54,7 @@ def write_results(table: Table, folder: Path) -> list[Path]:
     from tenslora.harness.results.report import to_html
     from tenslora.harness.results.summary import summarize
 
+    check_places(folder)
     summary = summarize(table)
     paths = []
     forms = {

@@ -222,6 +222,13 @@ def test_a_run_that_two_tables_of_a_protocol_share_counts_once(outputs: Path) ->
         side_by_side({"tuned": [direct, outputs / "tables" / "first_step"]}, "joint")
 
 
+def test_nothing_is_written_where_a_folder_is_in_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(TensLoRAError, match=r"report\.html: cannot be written \(Is a directory\)$"):
+        write_results(make_table([make_run("lora", epochs=[0.5])]), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
 def test_a_comparison_is_not_compared_again(outputs: Path) -> None:
     folder = outputs / "tables" / "joint"
     write_results(side_by_side({"direct": [outputs / "tables" / "direct"]}, "joint"), folder)
