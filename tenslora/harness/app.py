@@ -13,8 +13,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import groupby
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def run_app(
             sys.exit(f"error: {TensLoRAError(word)}: must be left out; hydra.sweep.dir is the folder of all runs")
         if not is_text(word):
             sys.exit(f"error: {TensLoRAError(word)}: must be text in UTF-8")
+    sys.argv[1:] = _settings_together(sys.argv[1:])
     guarded = _Task(task, sweep, wants_traceback=os.environ.get(_FULL_ERROR) == "1")
     # With this setting Hydra raises its own errors instead of printing them over several lines.
     os.environ[_FULL_ERROR] = "1"
@@ -144,6 +146,20 @@ class _Task:
             raise TensLoRAError("hydra/sweeper=table: is for sweep.py, which has a table to carry out")
         self.started = True
         self._sweep(config, jobs, launch)
+
+
+def _settings_together(words: Sequence[str]) -> list[str]:
+    """The words of a command line with all settings behind the options, if an option stands between two settings.
+
+    argparse would take the settings before the option, and say that it does not recognize the others.
+
+    >>> _settings_together(["seed=1", "--config-dir", "mine", "dataset=mine"])
+    ['--config-dir', 'mine', 'seed=1', 'dataset=mine']
+    """
+    are_settings = [not word.startswith("-") and ("=" in word or word.startswith("~")) for word in words]
+    if sum(each for each, _ in groupby(are_settings)) < 2:
+        return list(words)
+    return [word for order in (False, True) for word, each in zip(words, are_settings, strict=True) if each is order]
 
 
 def _log_to_file(line: str, error: BaseException | None = None) -> None:
