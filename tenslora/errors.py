@@ -26,10 +26,12 @@ class TensLoRAError(ValueError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if it has no message.
 
-    A first line that ends with a colon only announces the next one, which is then added.
+    A first line that ends with a colon only announces the next one, which is then added. A line of more than 400
+    characters, such as one that quotes a file, is cut.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return line if len(line) <= 400 else f"{line[:397]}..."
 
 
 def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:

@@ -171,10 +171,12 @@ def test_a_sparse_tensor_is_not_written(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut in the header", "cut in the data", "text", "pickle", "other header"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut in the header", "cut in the data", "no brace", "text", "pickle", "other header"]
+)
 def test_a_damaged_file_is_named_in_one_line(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
-    write_safetensors(path, TENSORS, HEADER)
+    write_safetensors(path, TENSORS, {**HEADER, "note": "long " * 300})
     content = path.read_bytes()
     if damage == "pickle":
         torch.save(TENSORS, path)
@@ -185,12 +187,14 @@ def test_a_damaged_file_is_named_in_one_line(damage: str, tmp_path: Path) -> Non
             "empty": b"",
             "cut in the header": content[:40],
             "cut in the data": content[:-8],
+            "no brace": content[:8] + content[24:],  # safetensors then quotes the whole header
             "text": b"hello\n" * 99,
         }
         path.write_bytes(cut[damage])
     with pytest.raises(TensLoRAError, match=r"adapter\.safetensors: not a readable safetensors file") as caught:
         read_safetensors(path)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("content", ["", "{", "[" * 99999, "\xff", "9" * 9999])
