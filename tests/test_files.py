@@ -178,6 +178,7 @@ def test_a_damaged_file_is_named_in_one_line(damage: str, tmp_path: Path) -> Non
     path = tmp_path / "adapter.safetensors"
     write_safetensors(path, TENSORS, {**HEADER, "note": "long " * 300})
     content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")  # of the header
     if damage == "pickle":
         torch.save(TENSORS, path)
     elif damage == "other header":
@@ -187,7 +188,10 @@ def test_a_damaged_file_is_named_in_one_line(damage: str, tmp_path: Path) -> Non
             "empty": b"",
             "cut in the header": content[:40],
             "cut in the data": content[:-8],
-            "no brace": content[:8] + content[24:],  # safetensors then quotes the whole header
+            "no brace": content[:8]
+            + content[24:end]
+            + b" " * 16
+            + content[end:],  # safetensors then quotes the whole header
             "text": b"hello\n" * 99,
         }
         path.write_bytes(cut[damage])
