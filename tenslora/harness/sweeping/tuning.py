@@ -105,13 +105,15 @@ class Search:
     def choice(self, looks: dict[Job, Look]) -> Choice:
         """Choose a value, as far as the trials allow it.
 
-        The best mean score wins, and of equal ones the first. A value with which a run diverged is the worst. While the
-        best number is the first or the last, the grid is extended beyond it by the factor between the two outermost.
+        The best mean score wins. Of equal ones it is the value that the row has without tuning, or else the first that
+        is not at an edge. A value with which a run diverged is the worst. While the first or the last number alone is
+        the best, the grid is extended beyond it by the factor between the two outermost.
 
         Args:
             looks: the states of trials. The states of all trials that the choice depends on are added.
         """
         grid, setting = list(self.tune.values), self.tune.setting
+        own = OmegaConf.select(self.jobs[0].composed, setting)
         for extensions in range(MOST_EXTENSIONS + 1):
             scores = [self._mean_score(value, looks) for value in grid]
             known = [score for score in scores if score is not None]
@@ -119,8 +121,9 @@ class Search:
                 return Choice(tuple(grid))
             if max(known) == -math.inf:
                 return Choice(tuple(grid), problem=f"every value of {setting} diverged: {shown(grid)}")
-            place = known.index(max(known))
-            at_edge = self.tune.is_numeric and place in (0, len(grid) - 1)
+            best = [place for place, score in enumerate(known) if score == max(known)]
+            place = min(best, key=lambda place: (grid[place] != own, place in (0, len(grid) - 1), place))
+            at_edge = self.tune.is_numeric and len(best) == 1 and place in (0, len(grid) - 1)
             further = self._beyond(grid, place) if at_edge and extensions < MOST_EXTENSIONS else None
             if further is None:
                 return Choice(tuple(grid), (grid[place],), at_edge)

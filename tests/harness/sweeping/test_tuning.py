@@ -96,13 +96,16 @@ def test_the_nearest_value_of_the_grid_extended_by_three_is_found_wherever_the_b
     [
         ({1e-3: [0.4, 0.8], 4e-3: [0.7, 0.7], 1.6e-2: [0.6, 0.6]}, 4e-3),  # the best single run is not of the best mean
         ({1e-3: [0.1, 0.1], 4e-3: [0.5, 0.5], 1.6e-2: [0.99, None]}, 4e-3),  # one seed has diverged
-        ({2.5e-4: [0.1, 0.1], 1e-3: [0.5, 0.5], 4e-3: [0.5, 0.5], 1.6e-2: [0.5, 0.5]}, 1e-3),  # the first of equals
+        ({1e-3: [0.5, 0.5], 4e-3: [0.5, 0.5], 1.6e-2: [0.5, 0.5]}, 1e-3),  # of equals the row's own
+        ({1e-3: [0.4, 0.4], 4e-3: [0.5, 0.5], 1.6e-2: [0.5, 0.5]}, 4e-3),  # or else the first that is not at an edge
     ],
 )
 def test_the_best_mean_wins(scores: dict[float, list[float | None]], expected: float, tmp_path: Path) -> None:
     known = go_on(stages(tmp_path, *LR), lambda job: scores.get(value_of(job), [0.2, 0.2])[job.run.seed % 7])
     assert [value_of(job) for job in known.jobs] == [expected] * 2
     assert not known.failed, "a trial that diverges is an answer"
+    (choice,) = known.choices.values()
+    assert (len(choice.grid), choice.at_edge) == (3, False)
 
 
 def test_a_smaller_error_wins_where_smaller_is_better(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +134,7 @@ def test_what_cannot_be_extended_ends_at_the_edge(tmp_path: Path) -> None:
         assert (choice.value, choice.at_edge, len(choice.grid)) == ((float(end),), True, 3)
     names = ("tune.setting=adapter.init", "tune.values=[normal,orthogonal]", "tune.seeds=[7]")
     (choice,) = go_on(stages(tmp_path, *names), lambda _: 0.5).choices.values()
-    assert (choice.value, choice.at_edge) == (("normal",), False)
+    assert (choice.value, choice.at_edge) == (("orthogonal",), False)  # of equals the row's own
 
 
 def test_rows_that_the_setting_does_not_change_are_not_tuned(tmp_path: Path) -> None:
