@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from tenslora.projections import is_conv1d
+
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """A context in which a model computes in a precision.
@@ -17,7 +19,7 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def round_frozen_weights(model: nn.Module) -> None:
-    """Round the frozen float32 parameters of Linear layers to bf16, in place.
+    """Round the frozen float32 parameters of Linear layers, and of transformers' Conv1D, to bf16, in place.
 
     Autocast would round the parameters anew in every forward pass and keep the rounded copies for the backward pass.
     Parameters that are rounded once give the same results under autocast to the last bit. They save the time of the
@@ -31,7 +33,7 @@ def round_frozen_weights(model: nn.Module) -> None:
         model: the model, changed in place.
     """
     modules = list(model.modules())
-    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    linears = [module for module in modules if isinstance(module, nn.Linear) or is_conv1d(module)]
     shared = {id(p) for module in set(modules).difference(linears) for p in module.parameters(recurse=False)}
     for linear in linears:
         for parameter in linear.parameters(recurse=False):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from tenslora.attachment import adapter_of
 from tenslora.harness.training.precision import round_frozen_weights
+from tenslora.projections import is_conv1d
 from tests.models import BUILDERS, DECODERS, attached, build, inputs, logits
 
 
@@ -14,7 +15,7 @@ def adapted(name: str) -> nn.Module:
     model = build(name)
     attached(model, "qkv_depth", adapt="all")
     for module in model.float().modules():
-        if not isinstance(module, nn.Linear):
+        if not (isinstance(module, nn.Linear) or is_conv1d(module)):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(True)
     return model
