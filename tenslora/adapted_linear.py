@@ -32,7 +32,7 @@ class LayerUpdate:
     Attributes:
         added: a copy of the adapter as it was when the update was added to the weight; empty while it is not merged.
         loaded: whether load_state_dict has given a merged layer its weight, and the model has yet to see to `added`.
-        enabled: whether the layer adds the update to its output.
+        disabled: how many contexts of `attachment.disabled` hold, in which the layer leaves the update out.
         own_forward: the layer's own `forward` where it is an attribute of the layer instead of its class, as after
             accelerate has hooked it.
     """
@@ -44,7 +44,7 @@ class LayerUpdate:
         self.call = call
         self.added: tuple[Adapter, ...] = ()
         self.loaded = False
-        self.enabled = True
+        self.disabled = 0
         self.own_forward: Callable[..., Any] | None = None
 
     @property
@@ -158,7 +158,7 @@ class AdaptedLinear(nn.Module):
         update.call.called = True
         plain = update.own_forward or super().forward
         x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
-        if x is None or update.added or not update.enabled:
+        if x is None or update.added or update.disabled:
             return plain(*args, **kwargs)
         if len(args) + len(kwargs) > 1 or update.own_forward or not _returns_new_tensors(self.plain_class):
             return _added_to_copy(plain(*args, **kwargs), [update], x, self.plain_class)
@@ -456,7 +456,7 @@ class _AddToColumns(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         rights, hs = tensors[: len(ctx.places)], tensors[len(ctx.places) :]
-        blocks = [columns.of(grad).reshape(len(grad), -1) for columns in ctx.places]
+        blocks = [columns.of(grad).reshape(len(grad), columns.parts * columns.width) for columns in ctx.places]
         grad_rights = [hs[number % len(hs)].T @ block for number, block in enumerate(blocks)]
         grad_hs = [block @ right.T for block, right in zip(blocks, rights, strict=True)]
         if len(hs) == 1:

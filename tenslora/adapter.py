@@ -48,11 +48,11 @@ class _AnyAdapter(nn.Module):
         scaling = "" if config.scaling == "direct" else f", scaling={config.scaling}"
         return f"{type(self).__name__}({kind}, {ranks}{scaling}; {count:,} parameters in {parts})"
 
-    def forward(self, x: Any) -> Any:
-        """Return the input. Where the model is an nn.Sequential, the adapter becomes one of the children it calls.
+    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
+        """Return the input. In an nn.Sequential or nn.ModuleList, the adapter becomes one of the children it calls.
 
         Args:
-            x: anything.
+            x: anything. Further arguments, such as a mask, are ignored.
         """
         return x
 
@@ -68,12 +68,14 @@ class _AnyAdapter(nn.Module):
             The path.
 
         Raises:
-            TensLoRAError: if the file cannot be written, or if a factor is computed from other tensors.
+            TensLoRAError: if the file cannot be written, if a factor is computed from other tensors, or if the config
+                or the ranks are not those that the adapter computes with, because they were changed by hand.
         """
         path = require_path("path", path)
         for stage in self.stages:
             for tensor in stage.tensors:
                 cast(FactorizedTensor, tensor).parts()
+            stage.require_as_declared(self.config)
         of_stages = [
             {
                 "geometry": dataclasses.asdict(stage.geometry),
@@ -157,15 +159,43 @@ class Adapter(_AnyAdapter):
         self.dropout = nn.Dropout(config.dropout)
         self.rank_dropout = nn.Dropout(config.rank_dropout)
         self.unscaled_first_step = self._find_first_step() if first_step is None else _require_step(first_step)
-        self.scale = config.alpha
-        if config.scaling == "first_step":
-            self.scale *= lora_first_step(geometry, config.rank_strategy.rank) / self.unscaled_first_step
-            if not abs(self.scale) <= LARGEST_SCALE:
-                raise TensLoRAError(
-                    f"alpha={config.alpha}: gives with scaling=first_step a scale of {self.scale:g}; must be at most "
-                    f"{LARGEST_SCALE:,.0f}"
-                )
+        self.scale = self._declared_scale()
+        if not abs(self.scale) <= LARGEST_SCALE:
+            raise TensLoRAError(
+                f"alpha={config.alpha}: gives with scaling=first_step a scale of {self.scale:g}; must be at most "
+                f"{LARGEST_SCALE:,.0f}"
+            )
         self.first_step = abs(self.scale) * self.unscaled_first_step
+
+    def _declared_scale(self) -> float:
+        if self.config.scaling == "direct":
+            return self.config.alpha
+        lora = lora_first_step(self.geometry, self.config.rank_strategy.rank)
+        return self.config.alpha * (lora / self.unscaled_first_step)
+
+    def require_as_declared(self, config: AdapterConfig) -> None:
+        """Check that an adapter made from the settings and ranks, as `load_adapter` makes it, would compute the same.
+
+        Args:
+            config: the settings of the adapter, or of all its stages.
+
+        Raises:
+            TensLoRAError: if the settings, the scale or a parameter's shape was changed by hand.
+        """
+        if self.config != config or self.scale != self._declared_scale():
+            raise TensLoRAError(
+                f"scale={self.scale:g}: is not that of the adapter's config, and a file holds the config alone; make "
+                f"an adapter with another alpha instead"
+            )
+        for index, module in enumerate(self.tensors):
+            tensor = cast(FactorizedTensor, module)
+            for name, shape in tensor.factorization.shapes(tensor.modes, self.ranks).items():
+                own = tuple(tensor.get_parameter(name).shape)
+                if own != tuple(shape):
+                    raise TensLoRAError(
+                        f"tensors.{index}.{name}: has the shape {own}, not {tuple(shape)}, which follows from "
+                        f"ranks={list(self.ranks)}; change ranks with rank_pruning.prune"
+                    )
 
     def _find_first_step(self) -> float:
         config = self.config

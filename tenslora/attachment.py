@@ -7,6 +7,7 @@ weights, so the names in the model's state dict stay as they were. The adapter b
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -240,9 +241,9 @@ def merge(model: nn.Module) -> None:
         model: with an adapter; its weights are changed in place.
 
     Raises:
-        TensLoRAError: if there is no adapter, if it holds a NaN or an infinity, if a weight would hold one with its
-            update, if another module uses the same weight, or if a weight is of a kind that cannot be quantised again.
-            No weight is changed then.
+        TensLoRAError: if there is no adapter, if it is `disabled`, if it or a weight with its update would hold a NaN
+            or an infinity, if another module uses the same weight, or if a weight is of a kind that cannot be quantised
+            again. No weight is changed then.
     """
     _move_updates(model, into_weights=True)
 
@@ -268,18 +269,27 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Args:
         model: with an adapter.
 
+    It holds in all threads. Where several overlap, the adapter is back when the last of them has been left.
+
     Raises:
         TensLoRAError: if there is no adapter, or if the adapter is merged: an update in the weights cannot be left out.
+            Likewise `merge` in this context.
     """
     updates = list(updates_of(model).values())
-    before = [update.enabled for update in updates]
+    _count_disabled(updates, 1)
     try:
-        for update in updates:
-            update.enabled = False
         yield
     finally:
-        for update, enabled in zip(updates, before, strict=True):
-            update.enabled = enabled
+        _count_disabled(updates, -1)
+
+
+_COUNTING = threading.Lock()
+
+
+def _count_disabled(updates: Sequence[LayerUpdate], change: int) -> None:
+    with _COUNTING:
+        for update in updates:
+            update.disabled += change
 
 
 def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
@@ -485,6 +495,8 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
             )
     adapted = _adapted_linears(model)
     to_move = {path: linear for path, linear in adapted.items() if linear.layer_update.merged != into_weights}
+    if into_weights and any(linear.layer_update.disabled for linear in to_move.values()):
+        raise TensLoRAError(f"{type(model).__name__}: its adapter is disabled; leave the context of disabled first")
     # Every layer is looked at before the first weight is changed.
     quantised = {path: _backend(path, linear, model) for path, linear in to_move.items() if not is_plain(linear)}
     for path, linear in to_move.items():

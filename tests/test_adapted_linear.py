@@ -741,3 +741,11 @@ def test_torch_func_differentiates_an_adapted_model(fused: bool, mode: str) -> N
         single = torch.autograd.grad(model(x).flatten()[number], list(adapter.parameters()))
         for several_, one in zip(batched, single, strict=True):
             torch.testing.assert_close(several_[number], one, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_empty_batch_gives_zero_gradients(fused: bool) -> None:
+    model = PlainTransformer(fused).double()
+    adapter = attached(model, "qkv_depth")
+    model(torch.zeros(0, 5, 24, dtype=torch.float64)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in adapter.parameters())

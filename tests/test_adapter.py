@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,24 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 def test_a_number_that_python_does_not_print_is_refused(make: Any, name: str) -> None:
     with pytest.raises(TensLoRAError, match=rf"^{name}: must be a number that a float can hold"):
         make(**{name: 10**5000})
+
+
+def test_an_adapter_that_was_changed_by_hand_is_not_saved(tmp_path: Path) -> None:
+    geometry = Geometry(d_in=24, heads=3, d_head=8, layers=2)
+    for scaling in ("direct", "first_step"):
+        adapter = Adapter(AdapterConfig("qkv_depth", scaling=scaling), geometry)
+        adapter.save(tmp_path / "kept.safetensors")
+        load_adapter(tmp_path / "kept.safetensors").save(tmp_path / "again.safetensors")
+        adapter.scale = 1.0
+        with pytest.raises(TensLoRAError, match=r"^scale=1: is not that of the adapter's config, and a file holds"):
+            adapter.save(tmp_path / "changed.safetensors")
+    adapter = Adapter(AdapterConfig("qkv_depth"), geometry)
+    adapter.config = dataclasses.replace(adapter.config, alpha=1.0)
+    with pytest.raises(TensLoRAError, match=r"^scale=4: is not that of the adapter's config"):
+        adapter.save(tmp_path / "changed.safetensors")
+    adapter = Adapter(AdapterConfig("qkv_depth"), geometry)
+    core = adapter.tensors[0].get_parameter("core")
+    adapter.tensors[0].core = torch.nn.Parameter(core[:5].detach())
+    with pytest.raises(TensLoRAError, match=r"^tensors\.0\.core: has the shape \(5, .*, which follows from ranks=\["):
+        adapter.save(tmp_path / "changed.safetensors")
+    assert not (tmp_path / "changed.safetensors").exists()

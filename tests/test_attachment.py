@@ -686,3 +686,48 @@ def test_nothing_is_merged_into_memory_that_another_weight_uses() -> None:
         apart.get_parameter(f"blocks.0.attention.{name}.weight").data = part
     attached(apart, "qkv")
     merge(apart)
+
+
+def test_contexts_of_disabled_may_overlap() -> None:
+    # As in two threads of a server: the first is left before the second.
+    model, batch = build("separate"), inputs("separate")
+    backbone = logits(model, batch)
+    attached(model, "qkv_depth")
+    adapted = logits(model, batch)
+    first, second = disabled(model), disabled(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(logits(model, batch), backbone)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(model, batch), adapted)
+
+
+def test_a_disabled_adapter_is_not_merged() -> None:
+    model, batch = build("separate"), inputs("separate")
+    backbone = logits(model, batch)
+    attached(model, "qkv_depth")
+    with disabled(model):
+        with pytest.raises(TensLoRAError, match=r"^PlainTransformer: its adapter is disabled; leave the context"):
+            merge(model)
+        assert torch.equal(logits(model, batch), backbone)
+
+
+def test_the_adapter_in_a_list_of_layers_ignores_their_arguments() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = PlainTransformer(layers=1).blocks[0]
+
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            y: Tensor = self.block(x if mask is None else x * mask)
+            return y
+
+    layers = nn.ModuleList([Layer(), Layer()])
+    x = torch.randn(2, 5, 24)
+    expected = layers[1](layers[0](x))
+    attach(layers, AdapterConfig("qkv_depth"))
+    y = x
+    for layer in layers:  # the adapter among them
+        y = layer(y, mask=None)
+    torch.testing.assert_close(y, expected)
