@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.constructions import DEPTH, HEAD, PROJECTION, SITE, Geometry, modes, stacked_axes, tensor_grid
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_type
 from tenslora.factorizations import factorization_of
 from tenslora.factorizations.factorization import leading_vectors
 
@@ -101,8 +101,10 @@ def approximate(adapter: Adapter | StagedAdapter, updates: Sequence[Updates]) ->
         How closely the adapter's updates approximate the given ones.
 
     Raises:
-        TensLoRAError: if the factorization has no direct method (CP), if alpha is zero, or if all updates are zero.
+        TensLoRAError: if the factorization has no direct method (CP), if alpha is zero, if all updates are zero, or if
+            they are not those of the adapter's stages, layers and matrices. The adapter is not changed then.
     """
+    _require_shapes(adapter, updates)
     if adapter.config.alpha == 0:
         raise TensLoRAError("alpha=0: must not be 0, because an adapter with alpha 0 can only give updates of zero")
     total = _energy(updates)
@@ -115,6 +117,20 @@ def approximate(adapter: Adapter | StagedAdapter, updates: Sequence[Updates]) ->
                 difference = update.double() - stage.scale * dense.to(update.device).double()
                 squared_error += difference.square().sum().item()
     return Approximation((squared_error / total) ** 0.5, {name: value / total for name, value in energy.items()})
+
+
+def _require_shapes(adapter: Adapter | StagedAdapter, updates: Sequence[Updates]) -> None:
+    require_type("updates", updates, Sequence)
+    if len(updates) != len(adapter.stages):
+        raise TensLoRAError(f"updates: are of {len(updates)} stages; must be of {len(adapter.stages)}, each a list")
+    for index, (stage, layers) in enumerate(zip(adapter.stages, updates, strict=True)):
+        if len(layers) != stage.geometry.layers:
+            raise TensLoRAError(f"updates[{index}]: has {len(layers)} layers; must have {stage.geometry.layers}")
+        wanted = [(stage.geometry.d_in, width) for width in stage.geometry.widths]
+        for layer, matrices in enumerate(layers):
+            shapes = [tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__ for own in matrices]
+            if shapes != wanted:
+                raise TensLoRAError(f"updates[{index}][{layer}]: is {shapes}; must be tensors of shapes {wanted}")
 
 
 def _decompose(adapter: Adapter, updates: Updates) -> dict[str, float]:

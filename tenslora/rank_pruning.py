@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tenslora.adapter import Adapter
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_type
 from tenslora.factorizations.factorization import Basis
 from tenslora.tensor import FactorizedTensor
 
 LARGEST_GRID = 20_000_000
 """The largest number of combinations of ranks that are compared, the first rank left out."""
+
+
+_MOMENTS = {"exp_avg", "exp_avg_sq"}
 
 
 @torch.no_grad()
@@ -43,8 +46,19 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
         The new ranks.
 
     Raises:
-        TensLoRAError: if the factorization has no such bases (CP), or if even rank 1 exceeds the budget.
+        TensLoRAError: if the factorization has no such bases (CP), if even rank 1 exceeds the budget, or if the
+            optimizer keeps anything else of the parameters' shapes than AdamW's two moments. Nothing is changed then.
     """
+    require_type("adapter", adapter, Adapter)
+    require_type("budget", budget, int)
+    for parameter in adapter.parameters():
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        kept = {name for name, value in state.items() if isinstance(value, Tensor) and value.ndim}
+        if kept and kept != _MOMENTS:
+            raise TensLoRAError(
+                f"optimizer={type(optimizer).__name__}: keeps {', '.join(sorted(kept))}; must keep "
+                f"{' and '.join(sorted(_MOMENTS))} alone, as AdamW does, to be taken along"
+            )
     tensors = [cast(FactorizedTensor, tensor) for tensor in adapter.tensors]
     bases = [t.factorization.bases({n: p.double() for n, p in t.named_parameters()}, t.modes) for t in tensors]
     ranks = best_ranks(adapter, [[basis.energies for basis in each.values()] for each in bases], budget)
@@ -59,7 +73,7 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
         for name, parameter in tensor.named_parameters():
             parameter.copy_(_in_basis(values[name], dims[name], cut, of_gradient=False))
             state = optimizer.state.get(parameter) if optimizer is not None else None
-            if state:
+            if state and "exp_avg" in state:
                 state["exp_avg"] = _in_basis(state["exp_avg"], dims[name], cut, of_gradient=True)
                 state["exp_avg_sq"] = torch.full_like(parameter, state["exp_avg_sq"].mean().item())
     return ranks

@@ -165,3 +165,22 @@ def test_updates_that_are_not_finite_are_refused(entry: float) -> None:
     for call in (lambda: approximate(adapter, [damaged]), lambda: spectra(damaged, GEOMETRY)):
         with pytest.raises(TensLoRAError, match="the updates hold a NaN or an infinity"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda updates: updates, r"^updates: are of 2 stages; must be of 1, each a list$"),
+        (lambda updates: [updates[:1]], r"^updates\[0\]: has 1 layers; must have 2$"),
+        (lambda updates: [[layer[:2] for layer in updates]], r"^updates\[0\]\[0\]: is .*; must be tensors of shapes"),
+        (lambda updates: [[[u[1:] for u in layer] for layer in updates]], r"^updates\[0\]\[0\]: is \[\(23, 24\), "),
+        (lambda updates: [[[u.numpy() for u in layer] for layer in updates]], r"^updates\[0\]\[0\]: is \['ndarray', "),
+        (lambda _: None, r"^updates: must be of type Sequence, and is None$"),
+    ],
+)
+def test_updates_of_other_shapes_are_refused(changed: Any, message: str) -> None:
+    adapter = Adapter(AdapterConfig("qkv_depth"), Geometry(d_in=24, heads=3, d_head=8, layers=2))
+    before = [parameter.detach().clone() for parameter in adapter.parameters()]
+    with pytest.raises(TensLoRAError, match=message):
+        approximate(adapter, changed([[torch.ones(24, 24) for _ in range(3)] for _ in range(2)]))
+    assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), before, strict=True))

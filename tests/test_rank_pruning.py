@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tenslora.adapter import Adapter, load_adapter
+from tenslora.adapter import Adapter, StagedAdapter, load_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.attachment import merge, unmerge
 from tenslora.constructions import Geometry
@@ -39,6 +40,11 @@ def build(construction: str, factorization: str, rank: int = 3) -> Adapter:
         for parameter in adapter.parameters():
             parameter.normal_(generator=generator)
     return adapter
+
+
+def backpropagate(adapter: Adapter) -> None:
+    parameters = list(adapter.parameters())
+    torch.autograd.backward([parameter.square().sum() for parameter in parameters])
 
 
 def updates(adapter: Adapter) -> Tensor:
@@ -173,3 +179,41 @@ def test_an_adapter_that_is_cut_while_it_is_merged_leaves_nothing_in_the_weights
     torch.testing.assert_close(model.get_parameter(path), before, rtol=0, atol=1e-12)
     merge(model)
     torch.testing.assert_close(model.get_parameter(path), before + adapter.scale * adapter.dense(1)[2].T)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.SGD, momentum=0.9),
+        partial(torch.optim.AdamW, amsgrad=True),
+        torch.optim.RMSprop,
+        torch.optim.Adafactor,
+    ],
+)
+def test_moments_that_cannot_be_taken_along_are_refused(optimizer: Any) -> None:
+    adapter = build("qkv_depth", "tucker")
+    training = optimizer(adapter.parameters(), lr=0.01)
+    backpropagate(adapter)
+    training.step()
+    ranks, before = adapter.ranks, [p.detach().clone() for p in adapter.parameters()]
+    with pytest.raises(TensLoRAError, match=r"^optimizer=\w+: keeps .*; must keep exp_avg and exp_avg_sq alone"):
+        prune(adapter, 60, training)
+    assert adapter.ranks == ranks
+    assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), before, strict=True))
+
+
+def test_an_optimizer_without_moments_has_none_to_take_along() -> None:
+    adapter = build("qkv_depth", "tucker")
+    training = torch.optim.SGD(adapter.parameters(), lr=0.01)
+    for _ in range(2):
+        backpropagate(adapter)
+        training.step()
+        training.zero_grad()
+        prune(adapter, 60, training)
+
+
+def test_only_the_adapter_of_one_stage_is_pruned() -> None:
+    with pytest.raises(TensLoRAError, match=r"^adapter: must be of type Adapter, and is of type StagedAdapter$"):
+        prune(cast(Adapter, StagedAdapter([build("qkv", "tucker")])), 60)
+    with pytest.raises(TensLoRAError, match=r"^budget: must be of type int, and is of type str$"):
+        prune(build("qkv", "tucker"), cast(int, "60"))
