@@ -306,7 +306,7 @@ class RankStrategy:
         require_one_of("rule", self.rule, RULES)
         require_numbers(self, "rank", whole=True)
         require_numbers(self, "tolerance", "scale")
-        if self.ranks is not None and not isinstance(self.ranks, (tuple, list)):
+        if self.ranks is not None and (isinstance(self.ranks, str) or not isinstance(self.ranks, Sequence)):
             raise TensLoRAError(f"ranks={self.ranks!r}: must be one rank for each mode, as in (4, 4, 3), or None")
         if self.ranks is not None:  # numpy's numbers become Python's, because JSON cannot hold them
             own = (

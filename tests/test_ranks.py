@@ -5,10 +5,11 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from scipy.optimize import brentq
 
 from tenslora.adapter import Adapter
@@ -328,3 +329,7 @@ def test_rank_names_follow_the_modes() -> None:
 def test_counting_parameters_does_not_import_torch() -> None:
     code = "import sys, tenslora.adapter_config; from tenslora import RankStrategy; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_ranks_may_be_a_list_of_hydra() -> None:
+    assert RankStrategy("explicit", ranks=cast(Any, OmegaConf.create([4, 4, 3, 2]))).ranks == (4, 4, 3, 2)

@@ -197,7 +197,8 @@ def _finished(files: RunFolder) -> dict[str, Any]:
     """The record of a completed run."""
     if not os.path.exists(files.result):  # unlike Path.exists, it also answers where a name is too long for a file
         if not os.path.isdir(files.path):
-            raise TensLoRAError(f"{files.path}: no such folder")
+            what = "is a file; must be a run's folder" if os.path.exists(files.path) else "no such folder"
+            raise TensLoRAError(f"{files.path}: {what}")
         if files.checkpoint.is_file():
             raise TensLoRAError(f"{files.path}: the run is not finished; train.py goes on with it with resume=true")
         runs = sorted(files.path.glob(f"*/{files.result.name}"))

@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn, cast, get_type_hints
 
+import numpy as np
 import peft
 import torch
 from peft import PeftConfig, PeftType
@@ -141,9 +142,10 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         self.peft_type = PeftType[METHOD.upper()]
         types = get_type_hints(TensLoraConfig)
         for name in vars(TensLoraConfig)["__annotations__"]:
-            value = getattr(self, name)
+            value = _of_python(getattr(self, name))
+            setattr(self, name, value)
             if name != "rank_options":  # whose values the rank strategy knows
-                typed(types[name], list(value) if isinstance(value, (set, tuple)) else value, name)
+                typed(types[name], value, name)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))  # PEFT saves a set as a sorted list
@@ -204,6 +206,15 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         for geometry, of_stage in zip(geometries, ranks or [], strict=False):
             explicit(config.tensor_mode, geometry, of_stage, config.factorization)
         return make_adapter(config, geometries, ranks, steps)
+
+
+def _of_python(value: Any) -> Any:
+    # What Hydra, numpy and Python have for lists and numbers, as the lists and numbers that JSON can hold.
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
+        return [_of_python(each) for each in value]
+    return value
 
 
 class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]

@@ -109,6 +109,9 @@ def test_a_run_that_left_no_weights_is_refused(tmp_path: Path) -> None:
         load_run("a" * 500)
     with pytest.raises(TensLoRAError, match=rf"^{tmp_path}/none: no such folder"):
         load_run(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(TensLoRAError, match=rf"^{tmp_path}/file: is a file; must be a run's folder$"):
+        load_run(tmp_path / "file")
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     with pytest.raises(TensLoRAError, match=r"run: must be the folder of a finished run, with its result\.json$"):

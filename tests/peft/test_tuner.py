@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -629,3 +631,22 @@ def test_the_weight_below_an_adapter_takes_no_update_of_its_own_until_it_is_unlo
     adapt_tensor(backbone.get_submodule(path), "weight", ranks=2)
     if taken_off == "merge_and_unload":
         torch.testing.assert_close(logits(backbone, inputs("hf_bert")), before)
+
+
+def test_settings_may_be_those_of_hydra_and_numpy(tmp_path: Path) -> None:
+    lists: Any = OmegaConf.create(
+        {"ranks": [4, 4, 2, 2], "target_modules": ["query", "value"], "modules_to_save": ["head"]}
+    )
+    others: Any = {"r": np.int64(3), "alpha": np.float32(2), "layers_to_transform": range(2)}
+    config = TensLoraConfig(**lists, **others)
+    config.save_pretrained(tmp_path)
+    kept = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {name: kept[name] for name in ("ranks", "r", "alpha", "layers_to_transform")} == {
+        "ranks": [4, 4, 2, 2],
+        "r": 3,
+        "alpha": 2.0,
+        "layers_to_transform": [0, 1],
+    }
+    assert sorted(kept["target_modules"]) == ["query", "value"]
+    array: Any = np.array([4, 4, 3, 2])
+    assert TensLoraConfig(ranks=array).ranks == [4, 4, 3, 2]
