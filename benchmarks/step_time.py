@@ -295,7 +295,7 @@ def saved_bytes(model: Any, step: Callable[[], Any]) -> int:
     # them.
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        patch("tenslora.thin_products._saved_tensors_have_hooks", return_value=False),
+        patch("tenslora.thin_products.saved_tensors_hooks", return_value=None),
     ):
         step()
     return sum(storage.nbytes() for storage in storages.values())
