@@ -28,8 +28,8 @@ class Ordering:
         span: the difference between their best and their worst mean, in the metric's unit.
         first_step: the rank correlation of the means with the first steps; None if these are about equal or unknown.
         parameters: the same with the numbers of parameters.
-        earlier_first_step: the same with the first steps under the table's first protocol; None under that one itself.
-        earlier_scores: the same with the means under the first protocol; None likewise.
+        first_step_under_first: the same with the first steps under the table's first protocol; None for that protocol.
+        scores_under_first: the same with the means under the first protocol; None likewise.
     """
 
     column: Column
@@ -38,13 +38,13 @@ class Ordering:
     span: float
     first_step: float | None
     parameters: float | None
-    earlier_first_step: float | None = None
-    earlier_scores: float | None = None
+    first_step_under_first: float | None = None
+    scores_under_first: float | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The values of `ordering_heads` of several protocols."""
-        correlations = self.first_step, self.parameters, self.earlier_first_step, self.earlier_scores
+        correlations = self.first_step, self.parameters, self.first_step_under_first, self.scores_under_first
         return str(self.rows), f"{self.span:.1f}", *map(correlation_text, correlations)
 
 
@@ -75,12 +75,8 @@ def ordering_note(found: Sequence[Ordering]) -> str:
     )
 
 
-def protocols_of(summary: Summary) -> list[str]:
-    """The protocols of a table, in order; a single empty name for a table of one.
-
-    Args:
-        summary: the summary of the table.
-    """
+def _protocols(summary: Summary) -> list[str]:
+    # In order; a single empty name for a table of one.
     if summary.table.swept_setting != PROTOCOL:
         return [""]
     return list(dict.fromkeys(row.value_of(PROTOCOL) or "" for row in summary.table.rows))
@@ -93,12 +89,11 @@ def cells_by_protocol(summary: Summary, number: int) -> dict[str, dict[Row, Cell
         summary: the summary of the table.
         number: the column's number.
     """
-    cells: dict[str, dict[Row, Cell]] = {protocol: {} for protocol in protocols_of(summary)}
+    cells: dict[str, dict[Row, Cell]] = {protocol: {} for protocol in _protocols(summary)}
     for row in summary.rows:
-        if row.cells[number].runs:
-            cells[(row.row.value_of(PROTOCOL) or "") if "" not in cells else ""][row.row.without(PROTOCOL)] = row.cells[
-                number
-            ]
+        protocol, cell = row.row.value_of(PROTOCOL) or "", row.cells[number]
+        if protocol in cells and cell.runs:
+            cells[protocol][row.row.without(PROTOCOL)] = cell
     return cells
 
 

@@ -48,9 +48,9 @@ def test_the_numbers_are_those_of_the_ranks() -> None:
     squares = sum((by_size.index(mode) - by_score.index(mode)) ** 2 for mode in STEPS)
     assert direct.parameters == pytest.approx(1 - 6 * squares / 60)
     # By their scores at equal first steps: qkv, depth, lora, att
-    assert equal.earlier_first_step == pytest.approx(1 - 6 * (4 + 4) / 60)
-    assert equal.earlier_scores == pytest.approx(1 - 6 * (9 + 1 + 4) / 60)
-    assert (direct.earlier_first_step, direct.earlier_scores) == (None, None)
+    assert equal.first_step_under_first == pytest.approx(1 - 6 * (4 + 4) / 60)
+    assert equal.scores_under_first == pytest.approx(1 - 6 * (9 + 1 + 4) / 60)
+    assert (direct.first_step_under_first, direct.scores_under_first) == (None, None)
 
 
 def test_a_table_shows_them_and_a_sweep_of_a_setting_has_none() -> None:
