@@ -56,7 +56,7 @@ class LayerUpdate:
         """Add the update's output to the Linear's, y += h @ right; the products contain alpha.
 
         Args:
-            y: the output so far, (tokens, outputs). It is changed in place, where nothing else needs it.
+            y: the output so far, (tokens, outputs). It is changed in place where nothing else needs it.
             x: the input as the module received it, (..., inputs).
             tokens: the same numbers as (tokens, inputs).
 
@@ -300,6 +300,7 @@ def _is_hooked(linear: nn.Module) -> bool:
 def _added_in_place(plain: Callable[[Tensor], Tensor], updates: Sequence[LayerUpdate], x: Tensor) -> Tensor:
     # Given a matrix, Linear returns a new tensor, to which an update can be added in place. Given more dimensions, it
     # returns a view, which autograd would copy first.
+    _refuse_tracing(x)
     tokens = _tokens(x, updates[0].call.path)
     y = plain(tokens)
     for update in updates:
@@ -308,7 +309,6 @@ def _added_in_place(plain: Callable[[Tensor], Tensor], updates: Sequence[LayerUp
 
 
 def _tokens(x: Tensor, path: str) -> Tensor:
-    _refuse_tracing(x)
     if x.is_nested:
         raise TensLoRAError(f"{path}: its input is a nested tensor, to whose output no update can be added; pad it")
     return x.reshape(-1, x.shape[-1])

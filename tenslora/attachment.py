@@ -220,7 +220,7 @@ def detach(model: nn.Module) -> Adapter | StagedAdapter:
     for linear in linears.values():
         linear.layer_update.shared.group.forward_pass.remove_hooks()
         take_off(linear)
-    model = _not_compiled(model)
+    model = not_compiled(model)
     for key, hook in [*model._load_state_dict_post_hooks.items()]:
         if hook is _hold_what_was_loaded:
             del model._load_state_dict_post_hooks[key]
@@ -266,10 +266,11 @@ def unmerge(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """A context in which the model computes what the backbone alone computes, like PEFT's `disable_adapter`.
 
+    The context holds in all threads. Where several such contexts overlap, the adapter is back when the last of them has
+    been left.
+
     Args:
         model: with an adapter.
-
-    It holds in all threads. Where several overlap, the adapter is back when the last of them has been left.
 
     Raises:
         TensLoRAError: if there is no adapter, or if the adapter is merged: an update in the weights cannot be left out.
@@ -305,7 +306,7 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
         TensLoRAError: if there is no adapter, or if the model is a wrapper around the one that has it.
     """
     require_type("model", model, nn.Module)
-    adapter = _not_compiled(model)._modules.get(SUBMODULE)
+    adapter = not_compiled(model)._modules.get(SUBMODULE)
     if isinstance(adapter, (Adapter, StagedAdapter)):
         return adapter
     if isinstance(getattr(model, SUBMODULE, None), (Adapter, StagedAdapter)):
@@ -514,15 +515,14 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
         for path, backend in quantised.items():
             backend.require_finite_sum(path, to_move[path], to_move[path].layer_update.dense())
     changes = []
-    adapters = {path: linear.layer_update.shared.group.adapter for path, linear in to_move.items()}
-    copies = copy.deepcopy(adapters) if into_weights else {}  # one copy of each adapter, not one for each layer
+    copies = _copied_adapters([linear.layer_update for linear in to_move.values()]) if into_weights else {}
     for path, linear in to_move.items():
         update = linear.layer_update.dense() if into_weights else -linear.layer_update.dense()
         if path in quantised:
             changes.append(quantised[path].add(linear, update))
         else:
             linear.weight.add_(update.to(linear.weight))
-        linear.layer_update.added = (copies[path],) if into_weights else ()
+        linear.layer_update.added = (copies[id(linear.layer_update)],) if into_weights else ()
     if changes:
         from tenslora.peft.quantised import warn_of_rounding
 
@@ -546,14 +546,25 @@ def _backend(path: str, linear: AdaptedLinear, model: nn.Module) -> QuantisedWei
 def _hold_what_was_loaded(model: nn.Module, _: object) -> None:
     # The weights were loaded before the adapter that they hold.
     updates = [linear.layer_update for linear in _adapted_linears(model).values() if linear.layer_update.loaded]
-    adapters = {id(update): update.shared.group.adapter for update in updates}
-    copies = copy.deepcopy(adapters)  # one copy of each adapter, not one for each layer
+    copies = _copied_adapters(updates)
     for update in updates:
         update.added, update.loaded = (copies[id(update)],), False
 
 
-def _not_compiled(model: nn.Module) -> nn.Module:
-    # What torch.compile has wrapped, whose submodules are the wrapper's too.
+def _copied_adapters(updates: Sequence[LayerUpdate]) -> dict[int, Adapter]:
+    # A copy of each update's adapter, by the id of the update; one copy for all layers of an adapter.
+    return copy.deepcopy({id(update): update.shared.group.adapter for update in updates})
+
+
+def not_compiled(model: nn.Module) -> nn.Module:
+    """The model itself, of a wrapper that torch.compile has put around it.
+
+    Args:
+        model: any model.
+
+    Returns:
+        The wrapped model, with the weights' own names; any other model as it is.
+    """
     return model._modules.get("_orig_mod") or model
 
 

@@ -26,7 +26,15 @@ from torch import Tensor, nn
 
 from tenslora.adapted_linear import AdaptedLinear
 from tenslora.adapter import Adapter, StagedAdapter, load_adapter
-from tenslora.attachment import SUBMODULE, adapter_of, attach, require_changeable, require_own_layers, stages_to_adapt
+from tenslora.attachment import (
+    SUBMODULE,
+    adapter_of,
+    attach,
+    not_compiled,
+    require_changeable,
+    require_own_layers,
+    stages_to_adapt,
+)
 from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
 from tenslora.hub import download, is_repository, upload
@@ -51,8 +59,8 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
             adapter has the adapter's update in it, which `load` would then add again. Likewise if an adapted layer is a
             copy of another one, with an adapter of its own.
     """
-    model = getattr(model, "_orig_mod", model)  # of a model that torch.compile has wrapped, with the weights' own names
-    folder, adapter, head = require_path("folder", folder), adapter_of(model), _trained_weights(model)
+    folder, adapter, model = require_path("folder", folder), adapter_of(model), not_compiled(model)
+    head = _trained_weights(model)
     require_own_layers(model)
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear) and module.layer_update.merged and f"{path}.weight" in head:
@@ -123,9 +131,7 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
     if not (folder / ADAPTER_FILE).is_file():
         raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
     adapter = load_adapter(folder / ADAPTER_FILE)
-    stages_to_adapt(
-        model, adapter
-    )  # before the head, whose weights do not say so plainly that they are of another model
+    stages_to_adapt(model, adapter)  # the head's weights would not say so plainly that they are of another model
     head = read_weights(folder / HEAD_FILE, model) if os.path.lexists(folder / HEAD_FILE) else {}
     places = _places(model)
     attach(model, adapter)
