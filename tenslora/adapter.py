@@ -190,7 +190,7 @@ class Adapter(_AnyAdapter):
         for index, module in enumerate(self.tensors):
             tensor = cast(FactorizedTensor, module)
             for name, shape in tensor.factorization.shapes(tensor.modes, self.ranks).items():
-                own = tuple(tensor.get_parameter(name).shape)
+                own = tuple(tensor.parts()[name].shape)
                 if own != tuple(shape):
                     raise TensLoRAError(
                         f"tensors.{index}.{name}: has the shape {own}, not {tuple(shape)}, which follows from "
@@ -252,8 +252,8 @@ class Adapter(_AnyAdapter):
         """The updates of some matrices in some layers as thin products, scale dW[m] = left[m] @ right[m].
 
         Args:
-            layers: which layers.
-            matrices: which matrices, as indices in `Geometry.matrices`; None for all.
+            layers: which layers, as a range of neighbours: a step other than 1 is refused.
+            matrices: which matrices, likewise, as indices in `Geometry.matrices`; None for all.
             scale: multiplies the updates.
 
         Returns:
@@ -261,11 +261,11 @@ class Adapter(_AnyAdapter):
             matrices share it.
 
         Raises:
-            TensLoRAError: if there is no such layer. Likewise in `layer_products` and in `dense`.
+            TensLoRAError: if there is no such layer or matrix. Likewise in `layer_products` and in `dense`.
         """
-        if layers and not 0 <= layers[0] <= layers[-1] < self.geometry.layers:
-            raise TensLoRAError(f"layers={layers}: must be from 0 to {self.geometry.layers - 1}")
         wanted = range(len(self.geometry.matrices)) if matrices is None else matrices
+        _require_neighbours("layers", layers, self.geometry.layers)
+        _require_neighbours("matrices", wanted, len(self.geometry.matrices))
         if self._stacks_matrices:
             counts = self.geometry.slices_per_matrix
             start = sum(counts[: wanted.start])
@@ -332,8 +332,11 @@ class Adapter(_AnyAdapter):
 
         Args:
             ranks: the ranks, in the order of `ranks.rank_limits`.
+
+        Raises:
+            TensLoRAError: if they are not as many whole numbers from 1 up. Nothing is changed then.
         """
-        self.ranks = tuple(ranks)
+        self.ranks = _require_ranks(ranks, self.config, self.geometry)
         for module in self.tensors:
             tensor = cast(FactorizedTensor, module)
             for name, shape in tensor.factorization.shapes(tensor.modes, self.ranks).items():
@@ -426,6 +429,11 @@ def _require_ranks(ranks: Sequence[int], config: AdapterConfig, geometry: Geomet
     if not len(whole) == len(ranks) == count:
         raise TensLoRAError(f"ranks={shown(ranks)}: must be {count} whole numbers from 1 up")
     return tuple(whole)
+
+
+def _require_neighbours(name: str, indices: range, size: int) -> None:
+    if not isinstance(indices, range) or indices.step != 1 or not 0 <= indices.start < indices.stop <= size:
+        raise TensLoRAError(f"{name}={indices!r}: must be a range of neighbours from 0 to {size - 1}")
 
 
 def _require_step(first_step: float) -> float:

@@ -136,6 +136,40 @@ def test_a_layer_that_is_not_there_is_refused(mode: str, layer: Any) -> None:
         build(mode).dense(layer)
 
 
+@pytest.mark.parametrize("mode", ["lora", "qkv", "qkv_depth"])
+@pytest.mark.parametrize("layers", [range(0, 4, 2), range(3, -1, -1), range(2, 2), [0, 2]])
+def test_layers_that_are_no_neighbours_are_refused(mode: str, layers: Any) -> None:
+    with pytest.raises(TensLoRAError, match=r"^layers=.*: must be a range of neighbours from 0 to 3$"):
+        build(mode).products(layers)
+
+
+@pytest.mark.parametrize("mode", ["lora", "qkv", "qkv_depth"])
+@pytest.mark.parametrize("matrices", [range(0, 3, 2), range(2, 5), [0, 2]])
+def test_matrices_that_are_no_neighbours_are_refused(mode: str, matrices: Any) -> None:
+    with pytest.raises(TensLoRAError, match=r"^matrices=.*: must be a range of neighbours from 0 to 2$"):
+        build(mode).products(range(4), matrices)
+
+
+@pytest.mark.parametrize("ranks", [[4, 4, 3], "4432", [4, 4, 3, 0], [2.5, 4, 3, 2], [4, 4, 3, True], None])
+def test_ranks_that_do_not_fit_leave_the_adapter_as_it_was(ranks: Any) -> None:
+    adapter = build_random("qkv_depth")
+    before, products = adapter.ranks, adapter.dense(0)
+    with pytest.raises(TensLoRAError, match=r"^ranks"):
+        adapter.resize(ranks)
+    assert adapter.ranks == before
+    assert all(map(torch.equal, adapter.dense(0), products))
+
+
+def test_a_factor_that_is_not_trained_may_be_a_buffer(tmp_path: Path) -> None:
+    adapter = build_random("qkv_depth")
+    tensor = adapter.tensors[0]
+    values = tensor.get_parameter("depth").detach()
+    del tensor.depth
+    tensor.register_buffer("depth", values)
+    loaded = load_adapter(adapter.save(tmp_path / "a.safetensors")).stages[0]
+    assert all(map(torch.equal, loaded.dense(3), adapter.dense(3)))
+
+
 def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(TensLoRAError, match="not a TensLoRA adapter"):

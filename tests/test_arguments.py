@@ -65,6 +65,14 @@ def save_adapter(**arguments: Any) -> None:
     Adapter(AdapterConfig(), GEOMETRY).save(**arguments)
 
 
+def products(**arguments: Any) -> None:
+    Adapter(AdapterConfig(), GEOMETRY).products(**arguments)
+
+
+def resize(**arguments: Any) -> None:
+    Adapter(AdapterConfig(), GEOMETRY).resize(**arguments)
+
+
 # Each public function, and the arguments of a call that succeeds.
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "attach": (tenslora.attach, lambda: {"model": PlainTransformer(), "adapter": AdapterConfig(), "train": ["head"]}),
@@ -97,6 +105,8 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
         lambda: {"config": AdapterConfig(), "geometry": GEOMETRY, "ranks": None, "first_step": None, "stage": 0},
     ),
     "Adapter.save": (save_adapter, lambda: {"path": "saved.safetensors"}),
+    "Adapter.products": (products, lambda: {"layers": range(2), "matrices": None}),
+    "Adapter.resize": (resize, lambda: {"ranks": (4, 4, 3, 2)}),
     "StagedAdapter": (StagedAdapter, lambda: {"stages": [Adapter(AdapterConfig(), GEOMETRY)]}),
     "AdapterConfig": (AdapterConfig, lambda: defaults(AdapterConfig())),
     "RankStrategy": (RankStrategy, lambda: defaults(RankStrategy())),
