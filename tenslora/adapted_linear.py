@@ -47,6 +47,10 @@ class LayerUpdate:
         self.disabled = 0
         self.own_forward: Callable[..., Any] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is in none of the contexts of `disabled`, none of which would end for it.
+        return {**vars(self), "disabled": 0}
+
     @property
     def merged(self) -> bool:
         """Whether the layer's weight holds the update."""

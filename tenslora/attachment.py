@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -87,10 +88,12 @@ def attach(
     for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
         of_stage.to(cast(Tensor, targets[0].linear.weight).device)
     adapter.train(model.training)
-    for path, update in layer_updates(adapter, stages, ForwardPass(model)).items():
+    forward_pass = ForwardPass(model)
+    for path, update in layer_updates(adapter, stages, forward_pass).items():
         put_on(model.get_submodule(path), update)
     model.add_module(SUBMODULE, adapter)
-    model.register_load_state_dict_post_hook(_hold_what_was_loaded)  # type: ignore[no-untyped-call]
+    hook = partial(_hold_what_was_loaded, forward_pass)  # which detach finds here, whatever has become of the layers
+    model.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
     return adapter
 
 
@@ -211,20 +214,22 @@ def detach(model: nn.Module) -> Adapter | StagedAdapter:
         TensLoRAError: if there is no adapter, or if a layer has been given a further class since, as torch's
             parametrizations and fully_shard do.
     """
-    adapter, linears = adapter_of(model), _adapted_linears(model)
+    adapter, linears, wrapper = adapter_of(model), _adapted_linears(model), model
     for path, linear in linears.items():
         if not has_our_class(linear):
             raise TensLoRAError(
                 f"{path}: has become a {type(linear).__name__} under the adapter; undo that before you detach"
             )
     for linear in linears.values():
-        linear.layer_update.shared.group.forward_pass.remove_hooks()
         take_off(linear)
     model = not_compiled(model)
     for key, hook in [*model._load_state_dict_post_hooks.items()]:
-        if hook is _hold_what_was_loaded:
+        if isinstance(hook, partial) and hook.func is _hold_what_was_loaded:
+            (forward_pass,) = hook.args
+            forward_pass.remove_hooks()
             del model._load_state_dict_post_hooks[key]
-    delattr(model, SUBMODULE)
+    for each in (model, wrapper):
+        each._modules.pop(SUBMODULE, None)
     return adapter
 
 
@@ -383,21 +388,29 @@ def _have_common_entries(one: Tensor, other: Tensor) -> bool:
 
 
 def require_own_layers(model: nn.Module) -> None:
-    """Check that all adapted layers of a model have their updates from the model's own adapter.
+    """Check that a model's adapted layers are those of its own adapter, and that none of them is missing.
 
     Args:
         model: with an adapter.
 
     Raises:
-        TensLoRAError: if one of them is a copy, which has an adapter of its own that is neither trained nor saved.
+        TensLoRAError: if one of them is a copy, which has an adapter of its own that is neither trained nor saved, or
+            if one was replaced.
     """
     stages = adapter_of(model).stages
+    missing = sum(stage.geometry.layers * len(stage.geometry.matrices) for stage in stages)
     for path, linear in _adapted_linears(model).items():
+        missing -= len(linear.layer_update.columns)
         if not any(linear.layer_update.shared.group.adapter is stage for stage in stages):
             raise TensLoRAError(
                 f"{path}: is a copy of an adapted layer, and its update does not belong to the model's adapter; copy a "
                 f"part of a model before you attach, or after merge and detach"
             )
+    if missing > 0:
+        raise TensLoRAError(
+            f"{type(model).__name__}: {missing} of the adapted matrices are no longer in the model, whose layers were "
+            f"replaced after attach; attach(model, detach(model)) puts the adapter on the layers that it has now"
+        )
 
 
 def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:
@@ -543,7 +556,7 @@ def _backend(path: str, linear: AdaptedLinear, model: nn.Module) -> QuantisedWei
         raise TensLoRAError(f"{path}: {error}") from error
 
 
-def _hold_what_was_loaded(model: nn.Module, _: object) -> None:
+def _hold_what_was_loaded(_: ForwardPass, model: nn.Module, __: object) -> None:
     # The weights were loaded before the adapter that they hold.
     updates = [linear.layer_update for linear in _adapted_linears(model).values() if linear.layer_update.loaded]
     copies = _copied_adapters(updates)
@@ -557,7 +570,7 @@ def _copied_adapters(updates: Sequence[LayerUpdate]) -> dict[int, Adapter]:
 
 
 def not_compiled(model: nn.Module) -> nn.Module:
-    """The model itself, of a wrapper that torch.compile has put around it.
+    """The model itself, of a wrapper that torch.compile or accelerate's compile_regions has put around it.
 
     Args:
         model: any model.
@@ -565,7 +578,7 @@ def not_compiled(model: nn.Module) -> nn.Module:
     Returns:
         The wrapped model, with the weights' own names; any other model as it is.
     """
-    return model._modules.get("_orig_mod") or model
+    return model._modules.get("_orig_mod") or vars(model).get("_orig_mod") or model
 
 
 def _adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -5,8 +5,9 @@
 | adapter.safetensors | the adapter, as `Adapter.save` writes it |
 | head.safetensors | whatever else the training has changed, by its name in the model; absent if there is nothing |
 
-That is every other weight that was trained, and the running statistics of the model's batch norms: in training mode
-these move in a frozen backbone too.
+That is every other weight that was trained, the buffers of trained modules, and the running statistics of the model's
+batch norms: in training mode these move in a frozen backbone too. Names are those of the model before any part of it
+was compiled.
 
 A finished run of the harness that froze its backbone leaves the same two files, so `load` takes its folder too.
 """
@@ -18,6 +19,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -57,13 +59,13 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
     Raises:
         TensLoRAError: if there is no adapter, if a file cannot be written, or if a weight that is trained beside the
             adapter has the adapter's update in it, which `load` would then add again. Likewise if an adapted layer is a
-            copy of another one, with an adapter of its own.
+            copy of another one, with an adapter of its own, or was replaced by a layer without an update.
     """
     folder, adapter, model = require_path("folder", folder), adapter_of(model), not_compiled(model)
     head = _trained_weights(model)
     require_own_layers(model)
     for path, module in model.named_modules():
-        if isinstance(module, AdaptedLinear) and module.layer_update.merged and f"{path}.weight" in head:
+        if isinstance(module, AdaptedLinear) and module.layer_update.merged and _uncompiled(f"{path}.weight") in head:
             raise TensLoRAError(f"{path}: its weight is trained and has the adapter's update in it; unmerge first")
     with _head_stays_with_its_adapter(folder):
         if head:
@@ -80,7 +82,7 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
 @contextlib.contextmanager
 def _head_stays_with_its_adapter(folder: Path) -> Iterator[None]:
     # If the new adapter cannot be written, the older one gets its head back.
-    head, kept = folder / HEAD_FILE, folder / f".{HEAD_FILE}.{os.getpid()}.tmp"
+    head, kept = folder / HEAD_FILE, folder / f".{HEAD_FILE}.{os.getpid()}-{threading.get_ident()}.kept.tmp"
     existed = os.path.isfile(head)
     if existed:
         try:
@@ -158,7 +160,7 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
             there, if one holds a NaN or an infinity, if two differ that are one in the model, or if a running variance
             or a count of batches is negative.
     """
-    _, weights = read_safetensors(path)
+    weights = {_uncompiled(name): weight for name, weight in read_safetensors(path)[1].items()}
     require_sizes(model)
     places = _places(model)
     names: dict[int, str] = {}
@@ -196,7 +198,8 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
         elif place.dtype != saved.dtype:
             raise TensLoRAError(f"{path}: {name} has the type {saved.dtype}, and in the model {place.dtype}")
     try:
-        require_statistics({name: weights[name] for name in running_statistics(model) if name in weights})
+        statistics = map(_uncompiled, running_statistics(model))
+        require_statistics({name: weights[name] for name in statistics if name in weights})
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: {error}") from error
     return weights
@@ -305,22 +308,42 @@ def _base_model(model: nn.Module) -> str | None:
 
 
 def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    # A module's buffers belong to its trained parameters. Running statistics move without any.
+    # A module's buffers belong to its trained parameters, and so do those of the modules in it if all its parameters
+    # are trained, such as a parametrization's. Running statistics move without any.
     of_adapter = f"{SUBMODULE}."
-    trained: dict[str, Tensor] = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not name.startswith(of_adapter)
+    others = {name: each for name, each in model.named_parameters() if not name.startswith(of_adapter)}
+    trained: dict[str, Tensor] = {name: each for name, each in others.items() if each.requires_grad}
+    with_frozen = {path for name in others.keys() - trained.keys() for path in _holders(name)}
+    owners = {_owner(name) for name in trained}
+    whole = {path for name in trained for path in _holders(name)} - with_frozen
+    kept = [name for name in model.state_dict() if not name.startswith(of_adapter)]
+    buffers = dict(model.named_buffers())
+    of_trained = {
+        name: buffers[name]
+        for name in kept
+        if name in buffers and (_owner(name) in owners or not whole.isdisjoint(_holders(name)))
     }
-    owners, kept = {_owner(name) for name in trained}, model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept and _owner(name) in owners}
-    return trained | buffers | running_statistics(model)
+    weights = trained | of_trained | running_statistics(model)
+    return {_uncompiled(name): weight for name, weight in weights.items()}
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:
     # Tied parameters have several names, and a file may use any of them.
-    return dict(model.named_buffers()) | dict(model.named_parameters(remove_duplicate=False))
+    places = dict(model.named_buffers()) | dict(model.named_parameters(remove_duplicate=False))
+    return {_uncompiled(name): place for name, place in places.items()}
+
+
+def _uncompiled(name: str) -> str:
+    # torch.compile puts a wrapper around a module, whose name is then a part of the names below.
+    return name.replace("_orig_mod.", "")
 
 
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+def _holders(name: str) -> Iterator[str]:
+    # The paths of all modules that a weight is in, from its own to the model's.
+    while name:
+        name = _owner(name)
+        yield name

@@ -243,7 +243,7 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
 def _refuse_wrapped(model: nn.Module) -> None:
     # The wrappers decide when they are made which parameters to reduce or to shard. fully_shard changes the class.
     wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
-    if type(model).__name__ == "OptimizedModule":
+    if type(model).__name__ == "OptimizedModule" or "_orig_mod" in vars(model):  # the latter by accelerate
         raise TensLoRAError("the model is compiled already; attach the adapter first, then call torch.compile")
     if isinstance(model, nn.DataParallel):
         raise TensLoRAError(

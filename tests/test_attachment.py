@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -624,6 +625,7 @@ def test_a_model_that_is_compiled_or_copied_is_not_adapted_in_its_wrapper() -> N
     model = PlainTransformer()
     for wrapper, problem in (
         (torch.compile(model, backend="eager"), "is compiled already; attach the adapter first"),
+        (compile_regions(model, backend="eager"), "is compiled already; attach the adapter first"),
         (nn.DataParallel(model), "DataParallel: cannot copy an adapter"),
     ):
         with pytest.raises(TensLoRAError, match=problem):
@@ -671,6 +673,20 @@ def test_a_copy_of_an_adapted_block_is_not_left_out_in_silence(tmp_path: Path) -
     torch.testing.assert_close(logits(model, inputs("separate")), adapted, rtol=0, atol=1e-10)
 
 
+def test_replaced_layers_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    model, batch, fresh = build("separate"), inputs("separate"), build("separate")
+    attached(model, "qkv_depth")
+    cast(nn.ModuleList, model.blocks)[1] = fresh.get_submodule("blocks.1")
+    for use in (lambda: save_pretrained(model, tmp_path), lambda: to_tenslora(model)):
+        with pytest.raises(TensLoRAError, match=r"^PlainTransformer: 3 of the adapted matrices are no longer in"):
+            use()
+    attach(model, detach(model))
+    save_pretrained(model, tmp_path)
+    model.blocks = fresh.blocks
+    detach(model)  # which takes the adapter's hooks along, though no layer is left
+    assert torch.equal(logits(model, batch), logits(fresh, batch))
+
+
 def test_nothing_is_merged_into_memory_that_another_weight_uses() -> None:
     model = PlainTransformer()
     model.add_module("other", nn.Linear(24, 24))
@@ -701,6 +717,19 @@ def test_contexts_of_disabled_may_overlap() -> None:
     assert torch.equal(logits(model, batch), backbone)
     second.__exit__(None, None, None)
     assert torch.equal(logits(model, batch), adapted)
+
+
+def test_a_copy_of_a_model_with_a_disabled_adapter_has_an_enabled_one() -> None:
+    # No context would ever end for the copy.
+    model, batch = build("separate"), inputs("separate")
+    attached(model, "qkv_depth")
+    adapted = logits(model, batch)
+    with disabled(model):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        assert not torch.equal(logits(model, batch), adapted)
+    for each in copies:
+        assert torch.equal(logits(each, batch), adapted)
+        merge(each)
 
 
 def test_a_disabled_adapter_is_not_merged() -> None:

@@ -6,6 +6,8 @@ import copy
 import math
 import shutil
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -18,10 +20,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from accelerate.utils import compile_regions
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from tenslora import (
@@ -455,6 +459,69 @@ def test_a_compiled_model_is_saved_under_the_models_own_names(tmp_path: Path) ->
     save_pretrained(torch.compile(model, backend="eager"), tmp_path)  # type: ignore[arg-type]
     load(other, tmp_path).double()
     assert torch.equal(logits(other, inputs("hf_bert")), logits(model, inputs("hf_bert")))
+
+
+@pytest.mark.parametrize("compiled", ["head", "blocks.1", "regions"])
+def test_parts_that_are_compiled_are_saved_under_their_own_names(compiled: str, tmp_path: Path) -> None:
+    model = PlainTransformer()
+    attach(model, AdapterConfig("qkv_depth"), train=["head"])
+    scramble(model)
+    x = torch.randn(2, 5, 24)
+    expected, used = model(x), model
+    if compiled == "regions":
+        used = compile_regions(model, backend="eager")
+    else:
+        model.set_submodule(compiled, torch.compile(model.get_submodule(compiled), backend="eager"))  # type: ignore[arg-type]
+    torch.testing.assert_close(used(x), expected)
+    save_pretrained(used, tmp_path)
+    other, of_parts = PlainTransformer(), PlainTransformer()
+    of_parts.head = torch.compile(of_parts.head, backend="eager")  # type: ignore[assignment]
+    for each in (other, of_parts):
+        load(each, tmp_path)
+        assert torch.equal(each.head.weight, model.head.weight)
+    merge(used)
+    torch.testing.assert_close(used(x), expected)
+    detach(used)
+    assert not hasattr(used, "tenslora") and not hasattr(model, "tenslora")
+
+
+def _with_spectral_norm(model: PlainTransformer) -> None:
+    parametrizations.spectral_norm(model.head)
+
+
+def _with_orthogonal_weight(model: PlainTransformer) -> None:
+    parametrizations.orthogonal(model.head)
+
+
+def _with_a_centre(model: PlainTransformer) -> None:
+    centre = nn.Module()
+    centre.register_buffer("centre", torch.randn(24))
+    centre.forward = lambda x: x - centre.centre  # type: ignore[method-assign, assignment]
+    model.head = nn.Sequential(centre, nn.Linear(24, 2))  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("change", [_with_spectral_norm, _with_orthogonal_weight, _with_a_centre])
+def test_what_a_head_keeps_in_modules_without_parameters_is_saved(
+    change: Callable[[PlainTransformer], None], tmp_path: Path
+) -> None:
+    model, other, x = PlainTransformer(), PlainTransformer(), torch.randn(2, 5, 24)
+    for each in (model, other):
+        change(each)
+    backbone = {name: each for name, each in model.state_dict().items() if not name.startswith("head")}
+    other.load_state_dict(backbone, strict=False)
+    attach(model, AdapterConfig("qkv"), train=["head"])
+    load(other, save_pretrained(model.eval(), tmp_path))
+    torch.testing.assert_close(other.eval()(x), model(x), rtol=0, atol=1e-6)
+
+
+def test_threads_may_save_into_one_folder(tmp_path: Path) -> None:
+    model = PlainTransformer()
+    attach(model, AdapterConfig("qkv"), train=["head"])
+    save_pretrained(model, tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        for saved in [threads.submit(save_pretrained, model, tmp_path) for _ in range(40)]:
+            saved.result()
+    assert {file.name for file in tmp_path.iterdir()} == {"adapter.safetensors", "head.safetensors"}
 
 
 def test_trained_weights_that_share_memory_are_saved(tmp_path: Path) -> None:
