@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -85,7 +87,8 @@ def read_runs(folder: Path) -> list[Run]:
         The runs, in the order of table.csv.
 
     Raises:
-        TensLoRAError: if there is no table, if it has another form, or if the record of a finished run is gone.
+        TensLoRAError: if there is no table, if it has another form, if the record of a finished run is gone, or if a
+            line is not of the run whose digest it has.
     """
     file = folder / "table.csv"
     try:
@@ -98,23 +101,38 @@ def read_runs(folder: Path) -> list[Run]:
     for number, line in enumerate(lines, start=1):
         if None in line or None in line.values():  # csv's mark of a cell that is too much, and of one that is missing
             raise TensLoRAError(f"{file}: run {number} has not as many cells as the first line names")
-    outputs = folder.absolute().resolve().parent.parent
-    folders = {path.name.rpartition("-")[2]: path for path in outputs.glob("*/*/*-*")}
+    # A link may lead to the folder of the table, or be that folder or one above it.
+    places = dict.fromkeys(path.parent.parent for path in (Path(os.path.abspath(folder)), folder.absolute().resolve()))
+    folders = {
+        (path.parent.parent.name, path.parent.name, path.name.rpartition("-")[2]): path
+        for outputs in places
+        for path in outputs.glob("*/*/*-*")
+        if path.is_dir()  # a Mac leaves a file beside each folder that it copies
+    }
     try:
-        return [_read_run(line, folders) for line in lines]
+        return [_read_run(line, folders, file) for line in lines]
     except TensLoRAError:  # a ValueError too, of a run whose record is gone
         raise
     except (KeyError, ValueError, TypeError) as error:
         raise TensLoRAError(f"{file}: not a table that this version can read ({error!r})") from error
 
 
-def _read_run(line: dict[str, str], folders: Mapping[str, Path]) -> Run:
+def _read_run(line: dict[str, str], folders: Mapping[tuple[str, str, str], Path], file: Path) -> Run:
     row = Row(line["tensor_mode"], line["rank_strategy"], tuple(filter(None, line["variant"].split(";"))))
     column, digest = Column(line["dataset"], line["model"]), line["digest"]
-    folder = folders.get(digest)
+    place = f"{row.label}, {column.label}, seed {line['seed']}"
+    if not re.fullmatch("[0-9a-f]{12}", digest):  # a spreadsheet takes 123456e78901 for a number
+        raise TensLoRAError(f"{file}: {place}: digest={digest}: must be 12 hexadecimal digits, as the sweep wrote them")
+    folder = folders.get((column.dataset, column.model, digest))
     record = RunFolder(folder).finished_record(digest) if folder else None
     if record is None and line["status"] == "completed":
-        raise TensLoRAError(f"{row.label}, {column.label}, seed {line['seed']}: its result.json ({digest}) is gone")
+        raise TensLoRAError(f"{place}: its result.json ({digest}) is gone")
+    for name in ("dataset", "model", "tensor_mode", "rank_strategy", "seed"):
+        # LoRA and the reference rows have no strategy.
+        if record and line[name] != str(record[name]) and (line[name] or name != "rank_strategy"):
+            raise TensLoRAError(f"{file}: {place}: {name}={line[name]}: the run's is {record[name]}")
+    if (at_edge := (line.get("at_edge") or "").lower()) not in ("", "true", "false"):
+        raise ValueError(f"at_edge={line['at_edge']}")
     step = float(line.get("relative_first_step") or 0)  # tables of earlier versions do not have it
     if not math.isfinite(step) or step < 0:
         raise ValueError(f"relative_first_step={step}")
@@ -131,7 +149,7 @@ def _read_run(line: dict[str, str], folders: Mapping[str, Path]) -> Run:
         folder=folder,
         relative_step=step or None,
         tuned=line.get("tuned") or "",
-        at_edge=line.get("at_edge") == "True",
+        at_edge=at_edge == "true",  # a spreadsheet writes it in capitals
     )
 
 

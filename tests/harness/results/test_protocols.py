@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,7 @@ def whole_record(run: Run, made: str) -> dict[str, Any]:
         "identity": identity,
         "digest": digest_of(identity),
         "seed": run.seed,
+        "rank_strategy": run.row.strategy or "isorank",
         "factorization": "matrix" if run.row.is_lora else "tucker",
         # At equal first steps there is no figure of them, which takes seconds to draw.
         "first_step": run.record["lora_first_step"],
@@ -234,6 +236,60 @@ def test_a_comparison_is_not_compared_again(outputs: Path) -> None:
     write_results(side_by_side({"direct": [outputs / "tables" / "direct"]}, "joint"), folder)
     with pytest.raises(TensLoRAError, match=r"^again=.*joint: must be a table of a sweep, not a comparison"):
         side_by_side({"again": [folder]}, "further")
+
+
+def edited(folder: Path, name: str, value: str, number: int = 0) -> None:
+    """Write another value into a cell of table.csv."""
+    file = folder / "table.csv"
+    lines = list(csv.DictReader(file.read_text().splitlines()))
+    lines[number][name] = value
+    with file.open("w", newline="") as written_to:
+        writer = csv.DictWriter(written_to, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tensor_mode", "qkv"), ("rank_strategy", "isoparameters"), ("seed", "7"), ("digest", "7.10E+11")],
+)
+def test_a_line_that_a_spreadsheet_has_changed_is_named(name: str, value: str, tmp_path: Path) -> None:
+    folder = written(tmp_path, "changed", [make_run("att", "isorank", epochs=[0.5])])
+    read_runs(folder)
+    edited(folder, name, value)
+    with pytest.raises(TensLoRAError, match=rf"table\.csv: .*: {name}={re.escape(value)}: (the run's is|must be)"):
+        read_runs(folder)
+
+
+def test_truth_values_may_be_a_spreadsheets(tmp_path: Path) -> None:
+    tuned = tuned_table()
+    folder = written(tmp_path, "tuned", [run for run in tuned.runs if run.row.tensor_mode == "qkv"])
+    lines = list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*lines[0], "tuned", "at_edge"])
+        writer.writeheader()
+        writer.writerows({**line, "tuned": "optimizer.lr=0.1", "at_edge": "TRUE"} for line in lines)
+    assert all(run.at_edge for run in read_runs(folder))
+    edited(folder, "at_edge", "WAHR")
+    with pytest.raises(TensLoRAError, match=r"not a table that this version can read .*at_edge=WAHR"):
+        read_runs(folder)
+
+
+def test_the_runs_of_a_table_are_those_of_its_own_folder(tmp_path: Path) -> None:
+    folder = written(tmp_path / "outputs", "digits", [make_run("lora", seed=seed, epochs=[0.5]) for seed in range(3)])
+    expected = [run.folder for run in read_runs(folder)]
+    of_runs = tmp_path / "outputs" / "dtd"
+    for name in ("a_dtd", "dtd_old"):  # copies without the records
+        shutil.copytree(of_runs, tmp_path / "outputs" / name, ignore=shutil.ignore_patterns("result.json"))
+    for run in list(of_runs.glob("*/*")):
+        run.with_name(f"._{run.name}").write_bytes(b"what a Mac keeps of a folder")
+    assert [run.folder for run in read_runs(folder)] == expected
+    elsewhere = tmp_path / "disk" / "x" / "y"
+    elsewhere.parent.mkdir(parents=True)
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    (tmp_path / "latest").symlink_to(folder)
+    assert [run.score("last") for run in read_runs(folder)] == [0.5] * 3
 
 
 def test_what_is_no_table_is_named(tmp_path: Path) -> None:
