@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tenslora.errors import TensLoRAError, require_path, require_type
@@ -20,7 +21,7 @@ from tenslora.harness.data import OWN_FILES, Dataset, Examples, load_dataset, lo
 from tenslora.harness.data.encoding import encode
 from tenslora.harness.data.glue import GLUE_TASKS
 from tenslora.harness.data.unlabelled import unlabelled
-from tenslora.harness.predictions import Prediction, by_name
+from tenslora.harness.predictions import Prediction, Predictions, by_name
 from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.training.evaluation import Evaluation, evaluate, predict
 from tenslora.harness.training.processes import Processes
@@ -82,7 +83,8 @@ class LoadedRun:
             A prediction for each input, in order.
 
         Raises:
-            TensLoRAError: for inputs that the model does not take, and for an image that cannot be read.
+            TensLoRAError: for inputs that the model does not take, for an image that cannot be read, and if the model's
+                outputs are not finite.
         """
         examples = unlabelled(inputs, self.run.model.modality)
         if not len(examples):
@@ -101,6 +103,7 @@ class LoadedRun:
         with self._on(device) as processes:
             model = self.backbone.model
             _, predictions = predict(model, data.scored, data.collate, TASKS[self.task], trainer, processes)
+        _require_finite(predictions)
         return by_name(predictions.outputs, self.classes)
 
     def evaluate(self, dataset: DatasetConfig | None = None, *, device: str | None = None) -> Evaluation:
@@ -118,7 +121,8 @@ class LoadedRun:
 
         Raises:
             TensLoRAError: if the dataset cannot be loaded, if it has a class that the run's dataset has not, or if
-                examples would be drawn otherwise than in the run, so that the run has trained on some of them.
+                examples would be drawn otherwise than in the run, so that the run has trained on some of them, or if
+                the model's outputs are not finite.
         """
         config = dataset or self.run.dataset
         if _place(config) == _place(self.run.dataset):
@@ -131,7 +135,10 @@ class LoadedRun:
         # The training examples are not used, and need not be tokenized.
         data = encode(replace(loaded, train=loaded.scored), config, self.backbone, self.tokenizer)
         with self._on(device) as processes:
-            return evaluate(self.backbone.model, data, trainer=self.run.trainer, processes=processes)
+            evaluation = evaluate(self.backbone.model, data, trainer=self.run.trainer, processes=processes)
+        for predictions in evaluation.predictions.values():
+            _require_finite(predictions)
+        return evaluation
 
     @contextmanager
     def _on(self, device: str | None) -> Iterator[Processes]:
@@ -168,10 +175,18 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     require_type("checkpoint", checkpoint, str, Path, type(None))
     files = RunFolder(require_path("folder", folder))
     record = _finished(files)
-    run = validate(record["config"])
+    try:
+        run = validate(record["config"])
+    except TensLoRAError as error:  # of settings that a later version has, or that somebody has written
+        raise TensLoRAError(f"{files.result}: not a readable record (config: {error})") from error
     if run.digest() != record["digest"]:
         raise TensLoRAError(f"{files.result}: not a readable record (config: is of a run with other settings)")
     if checkpoint is not None:
+        if run.adapter and Path(checkpoint).resolve().is_relative_to(files.path.resolve()):
+            raise TensLoRAError(
+                f"--checkpoint {checkpoint}: must be the weights that the run started from; those in the run's folder "
+                f"have the run's update already, which would be added twice"
+            )
         run = replace(run, model=replace(run.model, checkpoint=str(checkpoint)))
     tokenizer = None
     if run.model.modality == "text":
@@ -208,6 +223,11 @@ def _finished(files: RunFolder) -> dict[str, Any]:
     if record["status"] != "completed":
         raise TensLoRAError(f"{files.path}: the run has {record['status']}; it left no weights")
     return record
+
+
+def _require_finite(predictions: Predictions) -> None:
+    if not np.isfinite(predictions.outputs).all():
+        raise TensLoRAError("the model's outputs are not finite; its weights, or those of the run, are damaged")
 
 
 def _place(config: DatasetConfig) -> list[Any]:

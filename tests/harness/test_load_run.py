@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from tenslora.attachment import adapter_of
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import EMBEDDED, load_backbone
 from tenslora.harness.data import Dataset, Examples, load_dataset
+from tenslora.harness.export import export
 from tenslora.harness.load_run import _renumbered, load_run
 from tenslora.harness.run_folder import RunFolder
 from tests import records
@@ -77,6 +79,32 @@ def test_the_backbone_may_have_moved(digits_run: Path, tmp_path: Path) -> None:
     shutil.copy(EMBEDDED, tmp_path / "moved.safetensors")
     loaded = load_run(digits_run, tmp_path / "moved.safetensors")
     assert accuracy_of(loaded) == record(digits_run)["metrics"]["last"]
+
+
+def test_a_run_is_not_loaded_onto_its_own_export(digits_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits_run, tmp_path / "run")
+    export(tmp_path / "run", "merged", tmp_path / "run" / "merged")
+    with pytest.raises(TensLoRAError, match=r"^--checkpoint .*merged: must be the weights that the run started from; "):
+        load_run(tmp_path / "run", tmp_path / "run" / "merged")
+
+
+def test_outputs_that_are_not_finite_are_refused(digits_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits_run, tmp_path / "run")
+    head = tmp_path / "run" / "head.safetensors"
+    signs = 1 - 2 * (torch.arange(64) % 2)
+    save_file({name: signs.sign() * 3e38 + 0 * w if w.ndim == 2 else w for name, w in load_file(head).items()}, head)
+    loaded = load_run(tmp_path / "run")
+    with pytest.raises(TensLoRAError, match=r"^the model's outputs are not finite; "):
+        loaded.evaluate()
+    with pytest.raises(TensLoRAError, match=r"^the model's outputs are not finite; "):
+        loaded.predict([np.zeros((32, 32), dtype=np.uint8)])
+
+
+def test_a_record_with_a_setting_of_a_later_version_is_named(digits_run: Path, tmp_path: Path) -> None:
+    config = {**record(digits_run)["config"], "later": {"name": 1}}
+    RunFolder(tmp_path).write_record({**record(digits_run), "config": config})
+    with pytest.raises(TensLoRAError, match=r"result\.json: not a readable record \(config: later: there is no such"):
+        load_run(tmp_path)
 
 
 def test_it_predicts_what_the_run_predicted(sentences_run: Path) -> None:
