@@ -56,6 +56,16 @@ class _AnyAdapter(nn.Module):
         """
         return x
 
+    def require_as_declared(self) -> None:
+        """Check that an adapter made from the config and the ranks, as `load_adapter` makes it, would compute the same.
+
+        Raises:
+            TensLoRAError: if the config, the scale or a factor's shape was changed by hand, or if a factor is computed
+                from other tensors.
+        """
+        for stage in self.stages:
+            stage._require_as_declared(self.config)
+
     def save(self, path: Path | str) -> Path:
         """Write the adapter to one safetensors file, atomically.
 
@@ -72,10 +82,7 @@ class _AnyAdapter(nn.Module):
                 or the ranks are not those that the adapter computes with, because they were changed by hand.
         """
         path = require_path("path", path)
-        for stage in self.stages:
-            for tensor in stage.tensors:
-                cast(FactorizedTensor, tensor).parts()
-            stage.require_as_declared(self.config)
+        self.require_as_declared()
         of_stages = [
             {
                 "geometry": dataclasses.asdict(stage.geometry),
@@ -173,15 +180,7 @@ class Adapter(_AnyAdapter):
         lora = lora_first_step(self.geometry, self.config.rank_strategy.rank)
         return self.config.alpha * (lora / self.unscaled_first_step)
 
-    def require_as_declared(self, config: AdapterConfig) -> None:
-        """Check that an adapter made from the settings and ranks, as `load_adapter` makes it, would compute the same.
-
-        Args:
-            config: the settings of the adapter, or of all its stages.
-
-        Raises:
-            TensLoRAError: if the settings, the scale or a parameter's shape was changed by hand.
-        """
+    def _require_as_declared(self, config: AdapterConfig) -> None:
         if self.config != config or self.scale != self._declared_scale():
             raise TensLoRAError(
                 f"scale={self.scale:g}: is not that of the adapter's config, and a file holds the config alone; make "

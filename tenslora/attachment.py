@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence, Set
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -29,7 +30,7 @@ from tenslora.adapted_linear import (
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError, require_type
-from tenslora.forward_pass import ForwardPass
+from tenslora.forward_pass import ForwardPass, listed
 from tenslora.projections import Stage, features, find_projections, is_plain
 from tenslora.thin_products import MatrixGroup
 
@@ -498,6 +499,52 @@ def modules_named(model: nn.Module, names: Sequence[str], setting: str = "train"
             )
         found += matching
     return found
+
+
+def require_apart(modules_to_save: Sequence[str], paths: Iterable[str], otherwise: str = "") -> None:
+    """Check that modules which PEFT is to save hold no adapted layers, which it would copy without their updates.
+
+    Args:
+        modules_to_save: the modules' names, each for every module whose path ends so.
+        paths: the paths of the adapted layers.
+        otherwise: what else can be done than to name other modules.
+
+    Raises:
+        TensLoRAError: if one of them holds such a layer.
+    """
+    for path in paths:
+        steps = path.split(".")
+        for name in modules_to_save:
+            if any(".".join(steps[:end]).endswith(name) for end in range(1, len(steps) + 1)):
+                raise TensLoRAError(
+                    f"modules_to_save={name}: holds {path}, which the adapter adapts; name other modules{otherwise}"
+                )
+
+
+def require_savable(model: nn.Module, modules_to_save: Sequence[str]) -> None:
+    """Check the modules that PEFT is to save beside an adapter. It warns of those that it would leave out.
+
+    Args:
+        model: with an adapter.
+        modules_to_save: their names, see `modules_named`.
+
+    Raises:
+        TensLoRAError: if one is not found, or if it holds adapted layers.
+    """
+    modules = modules_named(model, modules_to_save, "modules_to_save")
+    require_apart(modules_to_save, _adapted_linears(model))
+    saved = {id(parameter) for module in modules for parameter in module.parameters()}
+    left_out = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in saved and not name.startswith(f"{SUBMODULE}.")
+    ]
+    if left_out:
+        warnings.warn(
+            f"{type(model).__name__}: {listed(left_out)} are trained beside the adapter, and PEFT will freeze and not "
+            f"save them; name their modules in modules_to_save",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

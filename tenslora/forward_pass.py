@@ -82,7 +82,7 @@ class ForwardPass:
                 paths = [call.path for call in calls]
                 raise TensLoRAError(
                     f"{self._model}: its forward pass calls none of the layers that hold the {name} matrices "
-                    f"({_listed(paths)}), so an adapter there has no effect; choose other matrices with adapt"
+                    f"({listed(paths)}), so an adapter there has no effect; choose other matrices with adapt"
                 )
 
     def _warn_of_uncalled_layers(self) -> None:
@@ -91,7 +91,7 @@ class ForwardPass:
         if uncalled:
             warnings.warn(
                 f"{self._model}: its first forward pass calls {len(layers) - len(uncalled)} of the {len(layers)} "
-                f"adapted layers, and not {_listed(uncalled)}; an update has no effect, and is not trained, where its "
+                f"adapted layers, and not {listed(uncalled)}; an update has no effect, and is not trained, where its "
                 f"layer is not called",
                 stacklevel=2,
             )
@@ -132,5 +132,13 @@ class _InThisThread(threading.local):
         return type(self), ()
 
 
-def _listed(paths: list[str]) -> str:
+def listed(paths: Sequence[str]) -> str:
+    """The first three of some names, and how many more there are.
+
+    >>> listed(["a", "b"]), listed(["a", "b", "c", "d"])
+    ('a, b', 'a, b, c and 1 more')
+
+    Args:
+        paths: the names.
+    """
     return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

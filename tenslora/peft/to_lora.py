@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenslora.attachment import detach, modules_named, updates_of
+from tenslora.attachment import detach, require_savable, updates_of
 from tenslora.errors import TensLoRAError
 from tenslora.projections import is_conv1d
 
@@ -47,15 +47,15 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
         The `peft.PeftModel`.
 
     Raises:
-        TensLoRAError: if there is no adapter, if the adapter is merged, if a module to save is not found, or if PEFT is
-            not installed.
+        TensLoRAError: if there is no adapter, if the adapter is merged, if a module to save is not found or holds
+            adapted layers, or if PEFT is not installed. The model is then as it was.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise TensLoRAError("peft: the package is not installed (pip install peft)") from error
     weights = lora_weights(model)
-    modules_named(model, modules_to_save, "modules_to_save")
+    require_savable(model, modules_to_save)
     detach(model)
     ranks = {path: len(a) for path, (a, _) in weights.items()}
     rank = max(ranks.values())

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from tenslora.adapter import Adapter, StagedAdapter
-from tenslora.attachment import detach, modules_named, require_own_layers, updates_of
+from tenslora.attachment import adapter_of, detach, modules_named, require_own_layers, require_savable, updates_of
 from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError, require_path
 from tenslora.files import read_safetensors
@@ -67,11 +67,13 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
         The PEFT model.
 
     Raises:
-        TensLoRAError: if there is no adapter, if the adapter is merged, or if a module to save is not found.
+        TensLoRAError: if there is no adapter, if the adapter is merged, if its scale, config or ranks were changed by
+            hand, or if a module to save is not found or holds adapted layers. The model is then as it was.
     """
     updates_of(model)  # raises if the adapter is merged
     require_own_layers(model)
-    modules_named(model, modules_to_save, "modules_to_save")
+    require_savable(model, modules_to_save)
+    adapter_of(model).require_as_declared()
     adapter = detach(model)
     peft_model = get_peft_model(model, peft_config(adapter, modules_to_save))  # type: ignore[arg-type]
     own = _adapter_of(peft_model)
@@ -85,7 +87,7 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
     Args:
         model: the model that the LoRA is for, without the LoRA. It is changed in place.
         folder: a folder that PEFT's `save_pretrained` wrote. The modules that were saved with the LoRA, such as a head,
-            are loaded too if modules_to_save names them.
+            are loaded too if modules_to_save names them. A module that was not saved starts as the model has it.
         config: the settings of the new adapter.
 
     Returns:
@@ -97,6 +99,8 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
     """
     folder = require_path("folder", folder)
     # All that can fail comes before the model is changed.
+    to_save = config.modules_to_save or ()
+    modules_named(model, to_save, "modules_to_save")
     stages = chosen_stages(model, config)
     adapter = config.make_adapter([stage.geometry for stage in stages])
     approximation = approximate(adapter, read_updates(folder, stages))
@@ -110,6 +114,9 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
                 f"{folder / WEIGHTS}: {name} has the shape {tuple(weight.shape)}, and in {type(model).__name__} "
                 f"{tuple(place.shape)}"
             )
+    paths = tuple(f"{path}." for path, _ in model.named_modules() if any(path.endswith(name) for name in to_save))
+    # PEFT wants all weights of a module to save, or none.
+    others = {PREFIX + name: weight.clone() for name, weight in own.items() if name.startswith(paths)} | others
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     _adapter_of(peft_model).load_state_dict(adapter.state_dict())
     with torch.no_grad():

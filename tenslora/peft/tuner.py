@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tenslora.adapted_linear import LayerUpdate, add_updates
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
-from tenslora.attachment import keep_gradients, layer_updates
+from tenslora.attachment import keep_gradients, layer_updates, require_apart
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
 from tenslora.files import require_tensors
@@ -371,7 +371,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         config = copy.copy(cast(TensLoraConfig, self.peft_config[adapter_name]))  # the user may have use for it again
         with _linears_in_place(self.model):
             stages = chosen_stages(self.model, config)
-        _require_apart(config.modules_to_save or (), [target.path for stage in stages for target in stage.targets])
+        adapted = [target.path for stage in stages for target in stage.targets]
+        require_apart(config.modules_to_save or (), adapted, ", or leave this one out with exclude_modules")
         adapter = config.make_adapter([stage.geometry for stage in stages])
         ranks, steps = ([getattr(each, name) for each in adapter.stages] for name in ("ranks", "unscaled_first_step"))
         if config.rank_strategy == "isoparameters":
@@ -526,18 +527,6 @@ def chosen_stages(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     """
     _require_timely_patterns(config, [path for path, _ in model.named_modules()])
     return _chosen(model, config)
-
-
-def _require_apart(modules_to_save: Sequence[str], paths: Sequence[str]) -> None:
-    # PEFT trains copies of the modules whose paths end so, and the adapter would stay on the originals.
-    for path in paths:
-        steps = path.split(".")
-        for name in modules_to_save:
-            if any(".".join(steps[:end]).endswith(name) for end in range(1, len(steps) + 1)):
-                raise TensLoRAError(
-                    f"modules_to_save={name}: holds {path}, which the adapter adapts; name other modules, or leave "
-                    f"this one out with exclude_modules"
-                )
 
 
 def _require_timely_patterns(config: TensLoraConfig, paths: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +172,61 @@ def test_a_module_to_save_that_is_not_there_leaves_the_adapter_on_the_model(turn
     with pytest.raises(TensLoRAError, match=r"^modules_to_save=classif"):
         turn(model, names)
     assert model.get_submodule("tenslora") is adapter
+
+
+@pytest.mark.parametrize("turn", [to_peft, to_tenslora])
+def test_a_module_to_save_that_holds_adapted_layers_leaves_the_adapter_on_the_model(turn: Any) -> None:
+    model = build("timm_vit")
+    adapter = attached(model, "qkv")
+    with pytest.raises(TensLoRAError, match=r"^modules_to_save=blocks: holds blocks\.0\.attn\.qkv, .* other modules$"):
+        turn(model, ["head", "blocks"])
+    assert model.get_submodule("tenslora") is adapter
+
+
+TOLD = "are trained beside the adapter, and PEFT will freeze and not save them; name their modules in modules_to_save"
+
+
+@pytest.mark.parametrize("turn", [to_peft, to_tenslora])
+def test_a_trained_head_that_peft_would_not_save_is_told(turn: Any) -> None:
+    for names in ([], ["head"]):
+        model = build("timm_vit")
+        attach(model, AdapterConfig("qkv"), train=["head"])
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            turn(model, names)
+        ours = [str(each.message) for each in told if "trained beside the adapter" in str(each.message)]
+        assert ours == ([] if names else [f"{type(model).__name__}: head.weight, head.bias {TOLD}"])
+
+
+def _with_another_scale(adapter: Any) -> None:
+    adapter.scale = 2.0
+
+
+def _with_other_settings(adapter: Any) -> None:
+    adapter.config = dataclasses.replace(adapter.config, alpha=2.0)
+
+
+def _with_a_shorter_core(adapter: Any) -> None:
+    adapter.tensors[0].core = nn.Parameter(adapter.tensors[0].core[:5].detach())
+
+
+@pytest.mark.parametrize("change", [_with_another_scale, _with_other_settings, _with_a_shorter_core])
+def test_an_adapter_that_was_changed_by_hand_stays_on_the_model(change: Any) -> None:
+    model = build("hf_bert")
+    adapter = attached(model, "qkv_depth")
+    change(adapter)
+    with pytest.raises(TensLoRAError, match=r"is not that of the adapter's config|has the shape"):
+        to_tenslora(model)
+    assert model.get_submodule("tenslora") is adapter
+
+
+def test_a_module_to_save_that_the_lora_did_not_save_starts_as_the_model_has_it(tmp_path: Path) -> None:
+    expected = logits(lora(tmp_path), inputs("hf_bert"))
+    config = TensLoraConfig(ranks=[12, 12, 3, 2], modules_to_save=["classifier", "pooler"])
+    model, _ = from_lora(build("hf_bert"), tmp_path, config)
+    torch.testing.assert_close(logits(model, inputs("hf_bert")), expected, rtol=0, atol=1e-5)
+    assert any("pooler" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    backbone = build("hf_bert")
+    with pytest.raises(TensLoRAError, match=r"^modules_to_save=classifer: must be the name of a module"):
+        from_lora(backbone, tmp_path, TensLoraConfig(modules_to_save=["classifer"]))
+    assert not hasattr(backbone, "peft_config")
