@@ -17,7 +17,6 @@ pytestmark = pytest.mark.slow
         # Each branch of the code that computes thin products once, in models that are quick to trace,
         ("separate", "lora", "tucker", "qkv"),
         ("fused", "depth", "tucker", "qkv"),
-        ("separate", "att_qkv_depth", "tucker", "qkv"),
         ("fused", "att_site", "tucker", "qv"),
         ("fused", "att_qkv_depth", "cp", "qkv"),
         ("separate", "att_site", "tensor_train", "qkv"),

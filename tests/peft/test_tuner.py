@@ -71,10 +71,10 @@ def trained(model: Any, seed: int = 7, name: str = "default") -> Any:
     return model
 
 
-def train(model: nn.Module, parameters: list[nn.Parameter], batch: dict[str, Tensor]) -> list[Tensor]:
+def train(model: nn.Module, parameters: list[nn.Parameter], batch: dict[str, Tensor], steps: int = 20) -> list[Tensor]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     seen = []
-    for _ in range(20):
+    for _ in range(steps):
         loss = logits(model, batch).square().mean()
         gradients = torch.autograd.grad(loss, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -92,8 +92,8 @@ def test_training_equals_attach_to_the_bit(name: str, mode: str, factorization: 
     model = get_peft_model(build(name), TensLoraConfig(**settings, r=4))
     own, others = list(adapter.parameters()), [p for p in model.parameters() if p.requires_grad]
     assert [p.shape for p in own] == [p.shape for p in others]
-    batch = inputs(name)
-    for ours, theirs in zip(train(plain, own, batch), train(model, others, batch), strict=True):
+    batch, steps = inputs(name), 20 if (mode, factorization) == ("qkv_depth", "tucker") else 3
+    for ours, theirs in zip(train(plain, own, batch, steps), train(model, others, batch, steps), strict=True):
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(own, others, strict=True):
         assert torch.equal(ours, theirs)

@@ -193,10 +193,10 @@ def test_a_compiled_model_trains_the_same_and_is_compiled_once(tmp_path: Path, m
     eager = run(tmp_path / "eager", *overrides)
     quick = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)  # inductor would take a minute
     monkeypatch.setattr(torch, "compile", quick)
-    monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = run(tmp_path / "compiled", *overrides, "trainer.compile=true")
+    with torch._dynamo.config.patch(error_on_recompile=True):  # monkeypatch would leave torch without this setting
+        compiled = run(tmp_path / "compiled", *overrides, "trainer.compile=true")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert compiled["metrics"]["history"] == [pytest.approx(entry, rel=1e-4) for entry in eager["metrics"]["history"]]
 
