@@ -12,6 +12,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
 
+import copy
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from tenslora.errors import TensLoRAError
 from tenslora.files import write_bytes, write_json
 from tenslora.harness.backbones.timm_models import create_arguments
 from tenslora.harness.commands import command_parser, is_text, mistakes_in_one_line
+from tenslora.harness.config import TextDatasetConfig
+from tenslora.harness.data.encoding import longest_text
 from tenslora.harness.load_run import LoadedRun, load_run
 from tenslora.harness.model_card import base_model, model_card
 from tenslora.pretrained import running_statistics
@@ -88,8 +91,8 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
         if classes:
             model.config.id2label = dict(enumerate(classes))
             model.config.label2id = {name: index for index, name in enumerate(classes)}
-        else:
-            model.config.problem_type = "regression"
+        # Also over the checkpoint's own, by which pipelines choose what they make of the logits.
+        model.config.problem_type = "single_label_classification" if classes else "regression"
         model.save_pretrained(str(folder))
         _write_preprocessing(loaded, folder)
         return
@@ -109,7 +112,10 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
 def _write_preprocessing(loaded: LoadedRun, folder: Path) -> None:
     """Write what turns an input into a batch: the tokenizer, or for an image model of transformers the processor."""
     if loaded.tokenizer is not None:
-        loaded.tokenizer.save_pretrained(str(folder))
+        assert isinstance(loaded.run.dataset, TextDatasetConfig)
+        tokenizer = copy.deepcopy(loaded.tokenizer)  # other runs in this process may share it
+        tokenizer.model_max_length = longest_text(loaded.run.dataset, tokenizer, loaded.backbone)
+        tokenizer.save_pretrained(str(folder))
     elif loaded.run.model.library == "transformers":
         assert loaded.image_input is not None
         write_json(folder / "preprocessor_config.json", loaded.image_input.as_transformers_config())
@@ -153,6 +159,9 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
             _empty(temporary)  # of what an export that was killed has left
             FORMATS[form](load_run(run, checkpoint), temporary)
             Path(lock.lock_file).unlink()
+            mode = temporary.stat().st_mode & 0o666  # as the umask says; safetensors' own files are for the owner alone
+            for file in temporary.iterdir():
+                file.chmod(mode)
             temporary.rename(out)
         finally:
             lock.release()

@@ -60,7 +60,7 @@ def model_card(loaded: LoadedRun, as_lora: bool = True) -> str:
     registration = [] if as_lora else ["import tenslora.peft  # makes PEFT know the method", ""]
     lines = [
         "---",
-        *(f"{name}: {json.dumps(value)}" for name, value in metadata.items()),
+        *(f"{name}: {_quoted(value)}" for name, value in metadata.items()),
         "---",
         "",
         f"# {record['tensor_mode']} adapter of {record['model']} for {record['dataset']}",
@@ -86,6 +86,11 @@ def model_card(loaded: LoadedRun, as_lora: bool = True) -> str:
     return "\n".join([*lines, ""])
 
 
+def _quoted(value: Any) -> str:
+    # In YAML and Python as in JSON; but not with two escapes for one character, which both would take for two.
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _in_cell(value: str) -> str:
     return " ".join(value.replace("|", "\\|").split())
 
@@ -107,7 +112,7 @@ def _transformers_code(loaded: LoadedRun) -> list[str]:
         f"from transformers import {', '.join(imported)}",
         "",
         'folder = "."  # where this file is',
-        f"base = {json.dumps(base_model(loaded))}",
+        f"base = {_quoted(base_model(loaded))}",
         *quantised,
         f"model = {auto_class}.from_pretrained(base, {arguments})",
         "model = PeftModel.from_pretrained(model, folder).eval()",

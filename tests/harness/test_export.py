@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,44 @@ def test_its_own_library_loads_a_merged_run_and_predicts_the_same(finished: Fini
         made = outputs_of(model, dict(batch)).softmax(-1)
     expected = [list(each.probabilities.values()) for each in loaded.predict(inputs)]
     torch.testing.assert_close(made, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-5)
+
+
+def test_texts_are_prepared_and_answered_as_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("texts.csv").write_text(
+        "text,label\n" + "".join(f"the {'ab'[n % 2]} sat {n},{'ab'[n % 2]}\n" for n in range(20))
+    )
+    base, name = transformers.BertTokenizerFast, "bert-\N{GRINNING FACE}"
+    Path("vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "sat", "a", "b"]))
+    base("vocab.txt").save_pretrained(name)
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    settings = transformers.BertConfig(vocab_size=9, initializer_range=1.0, problem_type="regression", **sizes)
+    transformers.BertForSequenceClassification(settings).save_pretrained(name)
+    run(
+        tmp_path / "run", "dataset=text", "dataset.root=texts.csv", "dataset.max_length=4", "model=hf_text",
+        f"model.checkpoint='{name}'", "trainer.epochs=1", "optimizer.lr=0.1",
+    )  # fmt: skip
+    texts = ["a the a the b the sat", "b"]
+    expected = [each.probabilities for each in load_run("run").predict(texts)]
+    export(Path("run"), "merged", Path("merged"))
+    answers = transformers.pipeline("text-classification", model="merged", top_k=None)(texts, truncation=True)
+    for answer, probabilities in zip(answers, expected, strict=True):
+        assert {each["label"]: each["score"] for each in answer} == pytest.approx(probabilities, abs=1e-5)
+    export(Path("run"), "peft", Path("peft"))
+    card = Path("peft/README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == str(tmp_path / name)
+    monkeypatch.chdir("peft")
+    exec(card.partition("```python\n")[2].partition("```")[0], {})
+
+
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_others_may_read_an_export_if_the_umask_says_so(digits_run: Path, tmp_path: Path, form: str) -> None:
+    before = os.umask(0o022)
+    try:
+        export(digits_run, form, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}
 
 
 def test_an_impossible_export_is_one_line(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

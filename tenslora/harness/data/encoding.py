@@ -302,10 +302,7 @@ def _encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     backbone: Backbone,
 ) -> EncodedDataset:
-    longest = tokenizer.model_max_length  # as it is in a file; transformers checks nothing of it
-    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
-        raise TensLoRAError(f"the tokenizer's model_max_length={longest}: must be a number, at least 1")
-    max_length = int(min(config.max_length, longest, backbone.max_tokens or config.max_length))
+    max_length = longest_text(config, tokenizer, backbone)
 
     def encoded(examples: Examples) -> Encoded:
         tokens = _tokenize(examples, tokenizer, max_length)
@@ -322,6 +319,23 @@ def _encode_texts(
         metrics,
         config.scored_on,
     )
+
+
+def longest_text(config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase, backbone: Backbone) -> int:
+    """The number of tokens at which a run cuts its texts off.
+
+    Args:
+        config: the settings of the run's dataset.
+        tokenizer: the run's tokenizer.
+        backbone: the run's backbone.
+
+    Raises:
+        TensLoRAError: if the tokenizer's own number is not one.
+    """
+    longest = tokenizer.model_max_length  # as it is in a file; transformers checks nothing of it
+    if isinstance(longest, bool) or not isinstance(longest, (int, float)) or not longest >= 1:
+        raise TensLoRAError(f"the tokenizer's model_max_length={longest}: must be a number, at least 1")
+    return int(min(config.max_length, longest, backbone.max_tokens or config.max_length))
 
 
 @cache_latest(4)  # the splits of a dataset
