@@ -32,7 +32,8 @@ def load_timm(config: ModelConfig, classes: int) -> Backbone:
     options: dict[str, Any] = {"num_classes": classes}
     if config.channels is not None:
         options["in_chans"] = config.channels
-    if not config.declares_images and config.image_size is not None:
+    takes_any = config.declares_images and {"dynamic_img_size", "strict_img_size"} & config.options.keys()
+    if config.image_size is not None and not takes_any:
         declared = timm.get_pretrained_cfg(config.architecture)
         if declared is not None and declared.fixed_input_size:  # other models take images of any size
             options["img_size"] = config.image_size

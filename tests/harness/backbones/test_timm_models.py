@@ -21,6 +21,7 @@ from tests.harness.backbones.tiny_models import (
     vit_digits,
     weights_of,
 )
+from tests.running import configured
 
 
 def test_vit_digits_is_the_embedded_checkpoint_in_float32() -> None:
@@ -116,3 +117,12 @@ def test_another_models_checkpoint_is_refused(change: str, difference: str, tmp_
 def test_the_embedded_checkpoint_fits_only_its_model() -> None:
     config = vit_digits(options={**VIT_DIGITS, "depth": 5})
     assert_refused(config, r"is not a checkpoint of vit_digits .*lacks blocks\.4\.")
+
+
+def test_a_model_is_built_for_the_size_of_the_images_also_where_all_of_them_is_declared() -> None:
+    run = configured(
+        "model=timm", "model.architecture=vit_tiny_patch16_224", "model.pretrained=false", "+model.options.depth=1",
+        "model.image_size=32", "model.channels=1", "model.mean=[0.5]", "model.std=[0.5]",
+    )  # fmt: skip
+    backbone = load_backbone(run.model, 3, 0)
+    assert outputs_of(backbone.model, {backbone.input_name: torch.zeros(2, 1, 32, 32)}).shape == (2, 3)
