@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.commands import OUT_OF_REACH, is_text, open_missing_streams
+from tenslora.harness.commands import FULL_ERROR, OUT_OF_REACH, is_text, open_missing_streams, unforeseen
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CONF = _ROOT / "conf"
-_FULL_ERROR = "HYDRA_FULL_ERROR"
 _WATCH_SECONDS = 2.0
 
 
@@ -39,9 +38,10 @@ def run_app(
 ) -> None:
     """Run `task` on the config that Hydra composes from conf/ and the command line.
 
-    A user's mistake ends the process with status 1 and one line on standard error, and the line is in the run's log
-    too; HYDRA_FULL_ERROR=1 adds the traceback. In a multirun the line goes to the job's log, Hydra goes on with the
-    other jobs, and the process ends with status 1. Ctrl-C or SIGTERM ends the process with status 130.
+    An error ends the process with status 1 and one line on standard error, and the line is in the run's log too, with
+    the traceback where it is no user's mistake; HYDRA_FULL_ERROR=1 prints the traceback. In a multirun the line goes to
+    the job's log, Hydra goes on with the other jobs, and the process ends with status 1. Ctrl-C or SIGTERM ends the
+    process with status 130.
 
     Args:
         task: carries out one job.
@@ -60,9 +60,9 @@ def run_app(
         if not is_text(word):
             sys.exit(f"error: {TensLoRAError(word)}: must be text in UTF-8")
     sys.argv[1:] = _settings_together(sys.argv[1:])
-    guarded = _Task(task, sweep, wants_traceback=os.environ.get(_FULL_ERROR) == "1")
+    guarded = _Task(task, sweep, wants_traceback=os.environ.get(FULL_ERROR) == "1")
     # With this setting Hydra raises its own errors instead of printing them over several lines.
-    os.environ[_FULL_ERROR] = "1"
+    os.environ[FULL_ERROR] = "1"
     # A launcher starts jobs in other processes, perhaps on other machines, which have to find this package.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     if not sys.stderr.isatty():  # the datasets library would fill a log with its progress bars
@@ -84,13 +84,13 @@ def run_app(
             complete_options_in_folders()
         hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name)(guarded)()
     except (KeyboardInterrupt, Exception) as error:
-        if guarded.interrupted:
+        if guarded.interrupted or isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
             sys.exit(130)
-        # Until the task begins, the mistake is in the command line, in conf/ or in the output folder.
-        line = None if guarded.wants_traceback else _line(error, None if guarded.started else config_name)
-        if line is None:
+        if guarded.wants_traceback:
             raise
+        # Until the task begins, the mistake is in the command line, in conf/ or in the output folder.
+        line = _line(error, None if guarded.started else config_name) or unforeseen(error)
         sys.exit(f"error: {line}")
 
 
@@ -131,7 +131,9 @@ class _Task:
             if self.wants_traceback:
                 raise
         except BaseException as error:
-            if not in_multirun:
+            if in_multirun and isinstance(error, Exception):
+                log.error("error: %s", unforeseen(error))
+            if not in_multirun or isinstance(error, Exception):
                 _log_to_file("interrupted" if self.interrupted else "the run failed", error)
             raise
         # The error is raised anew outside of the except block, without the frames that hold the model: Hydra keeps

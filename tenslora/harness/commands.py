@@ -9,10 +9,15 @@ import io
 import logging
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""The environment variable that asks for the traceback of an error, as in every application of Hydra: 1 for yes."""
 
 QUIET = ("transformers", "torch.utils._pytree", "bitsandbytes")
 """Loggers whose warnings do not help a user of the commands. transformers warns of a new head, torch of its next
@@ -67,9 +72,33 @@ def is_text(word: str) -> bool:
     return True
 
 
+def unforeseen(error: BaseException) -> str:
+    """The line for an error that is no mistake that the harness knows: its type, its message, and where it arose.
+
+    Where is the last place outside of Python's own modules and the installed packages, in this project or in code of
+    the user's.
+
+    Args:
+        error: the error, as it was caught.
+    """
+    message = first_line(error)
+    kind = type(error).__name__
+    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    ours = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not os.path.abspath(frame.filename).startswith(installed) and not frame.filename.startswith("<")
+    ]
+    place = f"in {ours[-1].filename}, line {ours[-1].lineno}; " if ours else ""
+    said = kind if message == kind else f"{kind}: {message}"
+    return str(TensLoRAError(f"{said} (unforeseen, {place}{FULL_ERROR}=1 shows the traceback)"))
+
+
 @contextlib.contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """A context in which a user's mistake ends the process with status 1, and Ctrl-C with 130, with one line each.
+    """A context in which an error ends the process with status 1, and Ctrl-C with 130, with one line each.
+
+    HYDRA_FULL_ERROR=1 in the environment adds the traceback of an error.
 
     What the context prints belongs to it: characters that the terminal's encoding lacks are printed as in Python, and a
     reader that has gone, as of ``| head``, ends the process without a word.
@@ -86,18 +115,21 @@ def mistakes_in_one_line() -> Iterator[None]:
     except BrokenPipeError:
         _drop_output()
         sys.exit(1)
-    except TensLoRAError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno not in OUT_OF_REACH:
-            raise
-        if error.filename is None:
-            _drop_output()
-        place = error.filename or "the output"
-        sys.exit(f"error: {TensLoRAError(f'{place}: cannot be used ({error.strerror})')}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get(FULL_ERROR) == "1":
+            raise
+        if isinstance(error, TensLoRAError):
+            line = str(error)
+        elif isinstance(error, OSError) and error.errno in OUT_OF_REACH:
+            if error.filename is None:
+                _drop_output()
+            line = str(TensLoRAError(f"{error.filename or 'the output'}: cannot be used ({error.strerror})"))
+        else:
+            line = unforeseen(error)
+        sys.exit(f"error: {line}")
 
 
 def _require_current_folder() -> None:

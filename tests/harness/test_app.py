@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from PIL import Image
@@ -183,6 +185,23 @@ def test_a_traceback_is_printed_on_request(commands: Commands, tmp_path: Path) -
     assert ended.status == 1
     assert "Traceback" in ended.err
     assert "TensLoRAError: optimizer.lr=-1: must be at least 0" in ended.err
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+def test_an_error_that_nobody_foresaw_is_one_line_and_its_traceback_is_in_the_log(
+    multirun: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> NoReturn:
+        raise KeyError("blocks")
+
+    monkeypatch.setattr(train, "train", broken)
+    words = ["-m", f"hydra.sweep.dir={tmp_path}"] if multirun else []
+    line = refused(monkeypatch, tmp_path, *SHORT, *words)
+    place = rf"in {re.escape(__file__)}, line \d+"
+    assert re.fullmatch(rf"KeyError: 'blocks' \(unforeseen, {place}; HYDRA_FULL_ERROR=1 shows the traceback\)", line)
+    (log,) = tmp_path.rglob("train.log")
+    assert "Traceback" in log.read_text()
+    assert "Traceback" not in "".join(capsys.readouterr())
 
 
 def test_a_multirun_goes_on_past_a_job_that_fails(commands: Commands, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -59,6 +61,15 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: 
     message = r"^error: the current folder: cannot be used \(No such file or directory\); change to another$"
     with pytest.raises(SystemExit, match=message), mistakes_in_one_line():
         Path("a").resolve()
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = rf"^error: TypeError: .*\(unforeseen, in {re.escape(__file__)}, line \d+; HYDRA_FULL_ERROR=1 shows the"
+    with pytest.raises(SystemExit, match=message), mistakes_in_one_line():
+        json.dumps({Path})  # in a module of Python's own
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(TypeError), mistakes_in_one_line():
+        json.dumps({Path})
 
 
 @pytest.mark.parametrize(

@@ -335,8 +335,6 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
         try:
             _train_as_far_as_possible(_as_job(run, table), folder, train)
         except Exception as error:
-            if not isinstance(error, TensLoRAError):  # Hydra and the launchers do not show its traceback
-                log.exception("the job failed")
             if not folder.result.is_file():  # a run that diverged has left a record, which says so
                 folder.write_failure(error)
             raise

@@ -235,9 +235,7 @@ def test_a_new_attempt_begins_with_nothing_but_the_checkpoint(job: Job) -> None:
 
 
 @pytest.mark.parametrize("error", [TensLoRAError("dataset.root=x: no such folder"), KeyError("blocks")])
-def test_a_job_that_fails_leaves_the_reason_and_raises_the_error(
-    error: Exception, job: Job, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_job_that_fails_leaves_the_reason_and_raises_the_error(error: Exception, job: Job) -> None:
     def train(*_: Any) -> None:
         raise error
 
@@ -246,8 +244,6 @@ def test_a_job_that_fails_leaves_the_reason_and_raises_the_error(
     assert raised.value is error
     assert job.look().state is State.FAILED
     assert str(error) in str(job.look().problem)
-    # The log has a traceback where it is no mistake of the user's.
-    assert ("Traceback" in caplog.text) is not isinstance(error, TensLoRAError)
 
 
 def test_a_diverged_run_leaves_no_failure_beside_its_record(job: Job) -> None:
