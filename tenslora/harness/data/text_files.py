@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,9 @@ TRAIN_FRACTION = 0.8
 
 FILES = (".csv", ".tsv", ".jsonl", ".json", ".ndjson", ".parquet")
 """The suffixes of the files that are read."""
+
+ABOUT = ("dataset_infos.json", "dataset_info.json")
+"""Files by which the datasets library describes a dataset, and which hold none of its rows."""
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 """What separates the columns, by the suffix of a file without types: all its cells are read as strings."""
@@ -201,7 +205,7 @@ def _choose_splits(config: TextDatasetConfig, source: Source) -> tuple[tuple[str
 
 def _rows(source: Source, split: str) -> Rows:
     try:
-        return source.read(split)
+        return source.read(split).with_format(None)  # save_to_disk keeps a format such as "torch"
     except TensLoRAError:
         raise
     except Exception as error:  # OSError, and the types of the datasets library, of pandas and of pyarrow
@@ -254,19 +258,28 @@ def _open_root(given: str) -> Source:
         return _open_saved(setting, root)
     for folder in (root, root / "data"):
         files = sorted(file for file in folder.glob("*") if file.is_file() and file.suffix.lower() in FILES)
+        # macOS leaves a hidden ._train.csv beside train.csv.
+        files = [file for file in files if not file.name.startswith(".") and file.name not in ABOUT]
         if files:
-            return _open_files(setting, _by_split(files))
+            return _open_files(setting, _by_split(setting, files))
     raise TensLoRAError(
         f"{setting}: must hold files of the kind {', '.join(FILES)}, one for each split (train.csv, test.csv), or a "
         f"dataset from save_to_disk; it holds {shortened(sorted(file.name for file in root.iterdir())) or 'nothing'}"
     )
 
 
-def _by_split(files: Sequence[Path]) -> dict[str, list[Path]]:
+def _by_split(setting: str, files: Sequence[Path]) -> dict[str, list[Path]]:
     """The files of each split, which is a file's name. Those of train-00000-of-00002.parquet and 1 are one split."""
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(re.sub(r"-\d+-of-\d+$", "", file.stem), []).append(file)
+    for split, shards in splits.items():
+        counts = {int(shard[1]) for file in shards if (shard := re.search(r"-\d+-of-(\d+)$", file.stem))}
+        if counts and counts != {len(shards)}:
+            raise TensLoRAError(
+                f"{setting}: the split {split} must be in {shortened(map(str, sorted(counts)))} files, as its file "
+                f"{shards[0].name} says, and has {len(shards)}"
+            )
     return splits
 
 
@@ -296,10 +309,11 @@ def read_tables(files: Sequence[Path]) -> Rows:
 
     datasets.disable_progress_bars()  # a download should show one, reading a file need not
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # the library would log what is raised too
-    if suffix == ".parquet":
-        return datasets.Dataset.from_parquet(list(map(str, files)))
     if suffix not in SEPARATORS:
-        return datasets.Dataset.from_json(list(map(str, files)))
+        read = datasets.Dataset.from_parquet if suffix == ".parquet" else datasets.Dataset.from_json
+        # The library's own cache knows a file by its path and its time alone, and an edited file may keep both.
+        with tempfile.TemporaryDirectory() as cache:
+            return read(list(map(str, files)), cache_dir=cache, keep_in_memory=True)
     import pandas
 
     separator = SEPARATORS[suffix]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,7 +103,9 @@ def _folder_reader(config: TextDatasetConfig, task: GlueTask, root: Path) -> Rea
         if (root / "dataset_dict.json").is_file():
             splits = load_from_disk(str(root))
         else:
-            splits = load_dataset("parquet", data_files={split: files for split, files in parquet.items() if files})
+            files = {split: files for split, files in parquet.items() if files}
+            with tempfile.TemporaryDirectory() as cache:  # the library's own may hold what an edited file held before
+                splits = load_dataset("parquet", data_files=files, cache_dir=cache, keep_in_memory=True)
     except Exception as error:  # OSError, and the types of the datasets library and of pyarrow
         raise TensLoRAError(f"dataset.root={root}: cannot be read ({first_line(error)})") from error
     return _datasets_reader(config, task, splits)
@@ -112,7 +115,7 @@ def _datasets_reader(config: TextDatasetConfig, task: GlueTask, splits: DatasetD
     def read(split: str) -> list[Labelled] | None:
         if split not in splits:
             return None
-        rows = splits[split]
+        rows = splits[split].with_format(None)  # save_to_disk keeps a format such as "torch"
         missing = [name for name in (*task.sentences, "label") if name not in rows.column_names]
         if missing:
             raise TensLoRAError(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -302,3 +303,41 @@ def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
         file.write_text("".join(json.dumps({"text": f"{word} {label}", "label": label}) + "\n" for label in range(10)))
         dataset = load(tmp_path, train_fraction=0.5 if word == "first" else 0.6)
         assert {text.split()[0] for (text,) in dataset.train.inputs} == {word}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_an_edited_file_that_keeps_its_time_is_read_again(tmp_path: Path, suffix: str) -> None:
+    for word in ("one", "two"):
+        write(tmp_path, {f"train{suffix}": table([f"{word} {number}" for number in range(10)])})
+        os.utime(tmp_path / f"train{suffix}", (1, 1))
+        dataset = load(tmp_path, train_fraction=0.5 if word == "one" else 0.6)
+        assert {text.split()[0] for (text,) in dataset.train.inputs} == {word}
+
+
+def test_a_split_that_lacks_a_shard_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"train-00000-of-00002.parquet": table(), "test.parquet": table()})
+    refused(tmp_path, "the split train must be in 2 files, as its file train-00000-of-00002.parquet says, and has 1$")
+    write(tmp_path, {"train-00001-of-00002.parquet": table()})
+    assert len(load(tmp_path).train) == 20
+
+
+def test_files_that_hold_no_rows_are_left_out(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", {"._train.csv": "\0", "train.csv": table(), ".~lock.train.csv#": "x"})
+    assert len(load(root).train) == 8
+    write(tmp_path / "clone", {"dataset_infos.json": "{}"})
+    write(tmp_path / "clone" / "data", {"train.parquet": table()})
+    assert len(load(tmp_path / "clone").train) == 8
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", "pandas", "arrow"])
+def test_the_format_of_a_saved_dataset_does_not_matter(tmp_path: Path, form: str) -> None:
+    rows = datasets.Dataset.from_pandas(table(labels=[number % 3 for number in range(10)]).assign(length=1))
+    plain, formatted = tmp_path / "plain", tmp_path / "formatted"
+    rows.save_to_disk(str(plain))
+    rows.with_format(form, columns=["label", "length"]).save_to_disk(str(formatted))
+    one, other = load(plain), load(formatted)
+    assert (one.train.inputs[0], one.train.labels, one.classes) == (
+        other.train.inputs[0],
+        other.train.labels,
+        other.classes,
+    )
