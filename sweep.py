@@ -89,7 +89,7 @@ def sweep(
     from tenslora.harness.sweeping.plan import announcements, cost, news, plan, tuning_plan
     from tenslora.harness.sweeping.progress import Progress
     from tenslora.harness.sweeping.tuning import Known, Stages, name_of, tune_of
-    from tenslora.harness.tracking import track_table
+    from tenslora.harness.tracking import check_for_sweep, track_table
 
     settings, tune = sweep_config(config), tune_of(config)
     outputs, name, title = Path(config.hydra.sweep.dir), name_of(config), settings.table.title
@@ -100,6 +100,7 @@ def sweep(
     if not settings.dry_run:
         check_writable(folder)
         check_places(folder)
+        check_for_sweep(stages.jobs[0].run.logger)
     if stages.jobs[0].run.overwrite and not settings.dry_run:
         overwrite(list(known.looks), settings.collect_only)
         known = stages.look()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.config import LoggerConfig, RunConfig
 from tenslora.harness.results.table import Table
 from tenslora.harness.tracking.tracker import Tracker, Trackers
@@ -73,6 +75,22 @@ def track_table(config: LoggerConfig, folder: Path, table: Table, files: list[Pa
     from tenslora.harness.tracking.wandb_tracker import upload_table
 
     return upload_table(config, folder, table, files)
+
+
+def check_for_sweep(config: LoggerConfig) -> None:
+    """Check that the runs of a sweep will be runs of their own on W&B.
+
+    Args:
+        config: the loggers' settings.
+
+    Raises:
+        TensLoRAError: if the environment gives all of them the same id.
+    """
+    if _has_wandb(config) and (given := os.environ.get("WANDB_RUN_ID")):
+        raise TensLoRAError(
+            f"WANDB_RUN_ID={given}: must not be set for a sweep, because all its runs would be one run of Weights & "
+            f"Biases"
+        )
 
 
 def _has_wandb(config: LoggerConfig) -> bool:

@@ -112,7 +112,7 @@ def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[P
             content["figures"] = figures
         for file in files:
             if file.suffix == ".html":
-                content["report"] = wandb.Html(file.read_text(), inject=False)
+                content["report"] = wandb.Html(file.read_text(encoding="utf-8"), inject=False)
         wandb_run.log(content)
         if files:
             _upload(wandb_run, f"table-{table.name}", "table", files, {})
@@ -122,8 +122,8 @@ def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[P
 def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config: dict[str, Any]) -> wandb.Run:
     mode = logger.mode
     try:
+        has_key = _has_key(wandb.setup().settings.base_url)
         if mode == "auto":
-            has_key = _has_key(wandb.setup().settings.base_url)
             mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         return wandb.init(
             project=logger.project,
@@ -251,11 +251,18 @@ def _has_key(base_url: str) -> bool:
     """Whether W&B will find a key for its service: in the environment or the netrc file.
 
     In the netrc file, W&B looks for the host of the service and for api.wandb.ai.
+
+    Raises:
+        TensLoRAError: if the netrc file is not text.
     """
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
         hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except UnicodeDecodeError as error:  # W&B's own HTTP library would end in this error
+        raise TensLoRAError(
+            f"{os.environ.get('NETRC', '~/.netrc')}: must be text in UTF-8, to be read by W&B"
+        ) from error
     except (OSError, netrc.NetrcParseError):
         return False
     return urlsplit(base_url).hostname in hosts or "api.wandb.ai" in hosts

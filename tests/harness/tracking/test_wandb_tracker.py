@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tenslora.errors import TensLoRAError
+from tenslora.harness.config import LoggerConfig
 from tenslora.harness.results.table import Column, Row, Run, Table
-from tenslora.harness.tracking import start_tracker, track_table
+from tenslora.harness.tracking import check_for_sweep, start_tracker, track_table
 from tenslora.harness.tracking.wandb_tracker import _has_key
 from tests.events import FACTS
 from tests.offline import OFFLINE, Tracked, hide_wandb_keys, read_offline_run
@@ -197,6 +198,30 @@ def test_a_key_in_the_netrc_file_is_seen(
         (tmp_path / "keys").write_text(f"machine {host}\n  login user\n  password {'a' * 40}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
     assert _has_key("https://wandb.example.org/path") == expected
+
+
+@pytest.mark.usefixtures("_without_keys")
+def test_a_netrc_file_in_another_encoding_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_bytes("machine git.example.org login me password grüße\n".encode("latin-1"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+    with pytest.raises(TensLoRAError, match=rf"^{tmp_path}/keys: must be text in UTF-8"):
+        track_table(OFFLINE, tmp_path, Table("t", "T", (Run(Row("lora"), Column("d", "m"), 0, "x"),)), [])
+
+
+@pytest.mark.usefixtures("_without_keys")
+def test_a_page_is_read_as_it_was_written_in_any_locale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page, read = tmp_path / "report.html", Path.read_text
+    page.write_text("<p>50 ± 1</p>", encoding="utf-8")
+    as_ascii = lambda path, encoding="ascii", errors=None: read(path, encoding, errors)  # noqa: E731
+    monkeypatch.setattr(Path, "read_text", as_ascii)
+    track_table(OFFLINE, tmp_path, Table("t", "T", (Run(Row("lora"), Column("d", "m"), 0, "x"),)), [page])
+
+
+def test_the_runs_of_a_sweep_must_not_share_an_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    check_for_sweep(LoggerConfig())
+    with pytest.raises(TensLoRAError, match=r"^WANDB_RUN_ID=abc: must not be set for a sweep, "):
+        check_for_sweep(OFFLINE)
 
 
 def test_a_key_in_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
