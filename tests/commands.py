@@ -1,13 +1,14 @@
-"""train.py and sweep.py as commands that start at once, and what may happen to them."""
+"""Commands that start at once, most of them train.py and sweep.py, and what may happen to them."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class Command:
     """A command to carry out.
 
     Args:
-        script: train.py or sweep.py.
+        script: train.py, sweep.py, another file that ends in .py, or the name of a module.
         words: its arguments.
         folder: where it is started.
         accident: the signal that it gets (kill, interrupt or terminate) and where, counted over all that it does:
@@ -68,8 +69,19 @@ def interrupt_import(library: str, start: str) -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+def started_by_torchrun(command: Command, processes: int) -> list[Command]:
+    """The commands, to run together, as which torchrun and accelerate launch start a command in several processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    number = str(processes)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [replace(command, environment={**command.environment, **shared, **each}) for each in own]
+
+
 class Commands:
-    """Carries out commands, in forks of the process that `tests.harness.command_server` describes.
+    """Carries out commands, in forks of the process that `tests.command_server` describes.
 
     Args:
         folder: for what the commands print.
@@ -80,7 +92,7 @@ class Commands:
         self.folder, self.hub = folder, hub
         self.count = 0
         environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "huggingface")}
-        command = [sys.executable, "-m", "tests.harness.command_server"]
+        command = [sys.executable, "-m", "tests.command_server"]
         self.server = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from tests.commands import Commands
     from tests.offline import Tracked
 
 # Small tensors gain nothing from threads, and several test processes would compete for the cores.
@@ -49,6 +51,18 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"there is no folder of real data and models ({SHARED})")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Carries out commands, with a hub in the place of Hugging Face's."""
+    from tests.commands import Commands
+    from tests.hub_server import serving
+
+    with serving(tmp_path_factory.mktemp("hub")) as hub:
+        started = Commands(tmp_path_factory.mktemp("commands"), hub)
+        yield started
+        started.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,11 @@
-"""What the harness's tests share: commands that start at once, and finished runs."""
+"""What the harness's tests share: finished runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.commands import Commands
-from tests.hub_server import serving
 from tests.running import run
 
 _SIZES = "hidden_size:24,num_hidden_layers:2,num_attention_heads:3,intermediate_size:32"
@@ -25,15 +22,6 @@ TINY_SWIN = (
     "trainer.epochs=2", "optimizer.lr=0.02",
 )  # fmt: skip
 """A short run on a Swin of random weights, whose layers come in two stages."""
-
-
-@pytest.fixture(scope="session")
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    """Carries out train.py and sweep.py."""
-    with serving(tmp_path_factory.mktemp("hub")) as hub:
-        started = Commands(tmp_path_factory.mktemp("commands"), hub)
-        yield started
-        started.stop()
 
 
 @pytest.fixture(scope="session")

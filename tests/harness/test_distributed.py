@@ -1,8 +1,7 @@
-"""Training in two processes, started as torchrun and accelerate launch start them: with an environment for each."""
+"""Training in two processes."""
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tenslora.harness.run_folder import RunFolder
-from tests.commands import Command, Commands
+from tests.commands import Command, Commands, started_by_torchrun
 from tests.running import record, run
 
 pytestmark = pytest.mark.slow
@@ -23,13 +22,8 @@ def test_two_processes_train_what_one_does(quantization: str, commands: Commands
     overrides = ["trainer.epochs=1", "trainer.batch_size=32", "dataset.train_size=65", "trainer.device=cpu"]
     overrides += ["trainer.clip_norm=1.0", "dataset.transform.flip=true", f"model.quantization={quantization}"]
     run(tmp_path / "one", *overrides)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    words = [*overrides, f"hydra.run.dir={tmp_path / 'two'}"]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    ends = commands.run_together([Command("train.py", words, tmp_path, environment=each) for each in environments])
+    command = Command("train.py", [*overrides, f"hydra.run.dir={tmp_path / 'two'}"], tmp_path)
+    ends = commands.run_together(started_by_torchrun(command, 2))
     assert [ended.status for ended in ends] == [0, 0], ends
     one, two = record(tmp_path / "one"), record(tmp_path / "two")
     assert (one["processes"], two["processes"]) == (1, 2)

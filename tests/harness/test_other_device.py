@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tenslora.attachment import merge, unmerge
 from tenslora.harness.load_run import load_run
 from tenslora.harness.training import loop, processes
 from tenslora.harness.training.checkpoint import save_checkpoint
+from tests.commands import Command, Commands
 from tests.conftest import ROOT
 from tests.other_device import NAME, register_device
 from tests.running import record, run
@@ -68,14 +68,13 @@ def compared(on_cpu: Path, on_device: Path, words: list[str]) -> str:
     return "equal"
 
 
-def test_a_run_on_another_device_is_the_run_on_the_cpu(tmp_path: Path) -> None:
+def test_a_run_on_another_device_is_the_run_on_the_cpu(commands: Commands, tmp_path: Path) -> None:
     # A process of its own, and no copy of this one: once autograd has run, it knows no further device.
-    command = [sys.executable, "-m", "tests.harness.test_other_device", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    said = done.stdout.splitlines()[-len(RUNS) :]
+    ended = commands.run(Command("tests.harness.test_other_device", [str(tmp_path)], ROOT))
+    said = ended.out.splitlines()[-len(RUNS) :]
     if said and said[-1].startswith("skipped"):
         pytest.skip(said[-1])
-    assert said == ["equal"] * len(RUNS), done.stdout + done.stderr
+    assert said == ["equal"] * len(RUNS), ended.out + ended.err
 
 
 def main(folder: Path) -> None:

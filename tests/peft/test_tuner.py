@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -42,8 +39,9 @@ from tenslora.constructions import CONSTRUCTIONS
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.peft import TensLoraConfig, TensLoraLinear
 from tenslora.peft.patterns import first_matches
+from tests.commands import Command, Commands, started_by_torchrun
 from tests.conftest import ROOT
-from tests.hub_server import repository, serving
+from tests.hub_server import repository
 from tests.models import build, inputs, logits
 from tests.operations import RecordedOperations
 from tests.peft.train_in_trainer import main as train_in_trainer
@@ -255,9 +253,9 @@ def test_a_trained_head_stays_when_the_adapter_is_merged(name: str, tmp_path: Pa
     assert merged.state_dict().keys() == build(name).state_dict().keys()
 
 
-def test_an_adapter_is_loaded_from_the_hub_by_its_name(tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_from_the_hub_by_its_name(commands: Commands, tmp_path: Path) -> None:
     model = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
-    model.save_pretrained(str(repository(tmp_path / "hub", "models", "user/name")))
+    model.save_pretrained(str(repository(commands.hub.folder, "models", "user/adapter")))
     save_file({"logits": logits(model, inputs("hf_bert")).detach()}, tmp_path / "expected.safetensors")
     program = f"""
 import torch
@@ -266,16 +264,16 @@ from safetensors.torch import load_file
 import tenslora.peft
 from tests.models import build, inputs, logits
 
-model = PeftModel.from_pretrained(build("hf_bert"), "user/name").eval()
+model = PeftModel.from_pretrained(build("hf_bert"), "user/adapter").eval()
 expected = load_file({str(tmp_path / "expected.safetensors")!r})["logits"]
 torch.testing.assert_close(logits(model, inputs("hf_bert")), expected, rtol=0, atol=1e-10)
 """
-    with serving(tmp_path / "hub") as server:  # whose address the hub's client reads when it is imported
-        environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "cache")}
-        command = [sys.executable, "-c", program]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert any(request.endswith("adapter_model.safetensors") for request in server.requests)
+    (tmp_path / "loads.py").write_text(program)
+    ended = commands.run(Command(str(tmp_path / "loads.py"), [], ROOT))
+    assert ended.status == 0, ended.err
+    assert any(
+        request.endswith("user/adapter/resolve/main/adapter_model.safetensors") for request in commands.hub.requests
+    )
 
 
 def test_an_adapter_that_is_not_active_is_not_trained_and_the_other_trains_as_if_alone() -> None:
@@ -527,12 +525,10 @@ def test_a_prepared_model_starts_unchanged() -> None:
         torch.testing.assert_close(logits(model, inputs("llama")).double(), expected, rtol=0, atol=1e-4)
 
 
-def test_two_processes_under_the_trainer_train_what_one_does(tmp_path: Path) -> None:
-    # Processes of their own, and no forks of this one: after some tests autograd has threads here, and refuses to fork.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, "-m", "tests.peft.train_in_trainer", str(tmp_path / "two"), "8"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_two_processes_under_the_trainer_train_what_one_does(commands: Commands, tmp_path: Path) -> None:
+    command = Command("tests.peft.train_in_trainer", [str(tmp_path / "two"), "8"], ROOT)
+    ends = commands.run_together(started_by_torchrun(command, 2))
+    assert [ended.status for ended in ends] == [0, 0], ends
     train_in_trainer(tmp_path / "one", 16)
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()

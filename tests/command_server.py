@@ -1,4 +1,4 @@
-"""Carries out train.py and sweep.py in forks of one process that has imported everything, so that each starts at once.
+"""Carries out commands in forks of one process that has imported everything, so that each starts at once.
 
 Every line on standard input is a JSON list of commands, which run at the same time; the answer is a JSON list of their
 exit statuses. `tests.commands.Commands` is the other end, and says what a command holds.
@@ -35,6 +35,7 @@ IMPORTED = (
     "tenslora.harness.results.figures",
     "tenslora.harness.results.report",
     "tenslora.harness.training.loop",
+    "tests.peft.train_in_trainer",
     "timm",
     "torchvision.transforms.v2",
     "train",
@@ -81,7 +82,10 @@ def _carry_out(command: dict[str, Any]) -> None:
     sys.path[0] = str(root)  # as for `python <root>/train.py`
     os.chdir(command["folder"])
     sys.argv = [command["script"], *command["words"]]
-    runpy.run_path(str(root / command["script"]), run_name="__main__")
+    if command["script"].endswith(".py"):
+        runpy.run_path(str(root / command["script"]), run_name="__main__")
+    else:
+        runpy.run_module(command["script"], run_name="__main__", alter_sys=True)
 
 
 def main() -> None:
