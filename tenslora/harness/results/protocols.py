@@ -14,7 +14,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.results.csv import read_runs
 from tenslora.harness.results.paper import PROTOCOL, stand_in
 from tenslora.harness.results.settings import settings_of
-from tenslora.harness.results.table import Run, Table
+from tenslora.harness.results.table import Column, Run, Table
 
 
 def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: str = "") -> Table:
@@ -32,11 +32,14 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
 
     Raises:
         TensLoRAError: if a folder does not hold a table or holds a comparison, if the record of a finished run is gone,
-            or if two tables of one protocol have different runs for the same row, dataset and seed.
+            if two tables of one protocol have different runs for the same row, dataset and seed, or runs of different
+            settings for the same row and dataset, or if two tables have different headline metrics for a dataset.
     """
     runs: list[Run] = []
+    metrics: dict[Column, str] = {}
     for protocol, folders in protocols.items():
         of_protocol: dict[object, Run] = {}
+        settings_of_row: dict[object, object] = {}
         for folder in folders:
             for run in read_runs(folder):
                 if run.row.value_of(PROTOCOL) is not None:
@@ -50,6 +53,20 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
                     raise TensLoRAError(
                         f"{protocol}={folder}: must not have another run than the tables before it for {place}; "
                         f"give it a protocol of its own"
+                    )
+                if run.record is None:
+                    continue
+                own = {**run.record["identity"], "seed": None}
+                if settings_of_row.setdefault((run.row, run.column), own) != own:
+                    raise TensLoRAError(
+                        f"{protocol}={folder}: must not have runs of other settings than those before them for "
+                        f"{run.row.label}, {run.column.label}; give it a protocol of its own"
+                    )
+                name_of_score = run.record["metrics"]["name"]
+                if metrics.setdefault(run.column, name_of_score) != name_of_score:
+                    raise TensLoRAError(
+                        f"{protocol}={folder}: must be scored by {metrics[run.column]} on {run.column.label}, as the "
+                        f"tables before it, and not by {name_of_score}"
                     )
         assignment = f"{PROTOCOL}={protocol}"
         runs += [

@@ -205,7 +205,7 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
         The jobs.
 
     Raises:
-        TensLoRAError: if a setting of the whole sweep has several values.
+        TensLoRAError: if a setting of the whole sweep has several values, or the headline metric of a column.
     """
     values: dict[str, dict[str, None]] = {}
     for each in composed:
@@ -216,6 +216,15 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
         # The last three do not make another run.
         if key.split(".")[0] in (*SWEEP_KEYS, "logger", "overwrite", "resume"):
             raise TensLoRAError(f"{key}={','.join(values[key])}: one value for the whole sweep, not several")
+
+    headlines: dict[Column, str | None] = {}
+    for run in (each.run for each in composed):
+        headline, column = (run.dataset.metrics or (None,))[0], Column(run.dataset.name, run.model.name)
+        if headlines.setdefault(column, headline) != headline:
+            raise TensLoRAError(
+                f"dataset.metrics: must begin with one metric for all runs on {column.label}, not with "
+                f"{headlines[column]} and {headline}, because a column of the table shows one"
+            )
 
     in_column = {*_COLUMNS_AND_SEED, *_named_after(composed, varied)}
 

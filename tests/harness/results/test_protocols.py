@@ -25,7 +25,7 @@ from tenslora.harness.results.summary import summarize
 from tenslora.harness.results.table import Column, Run
 from tenslora.harness.run_folder import RunFolder
 from tests.conftest import ROOT
-from tests.tables import COLA, DTD, make_run, make_table, tuned_table
+from tests.tables import COLA, DTD, STSB, make_run, make_table, tuned_table
 
 NO_BETTER, TWO_BETTER = "no construction beats LoRA", "qkv_depth and att_qkv_depth beat LoRA on 4 of 4 datasets"
 MODES = [mode for mode in PAPER_CONSTRUCTIONS if mode != "lora"]
@@ -68,8 +68,11 @@ def whole_record(run: Run, made: str) -> dict[str, Any]:
 def written(outputs: Path, name: str, runs: list[Run]) -> Path:
     """The folder of a finished table, and the folders of its runs, as a sweep leaves them."""
     named = []
+    scores: dict[object, list[float | None]] = {}
     for run in runs:
-        record = run.record and whole_record(run, f"{run.digest} {run.record['metrics']['last']}")
+        scores.setdefault((run.row, run.column), []).append(run.score("last"))
+    for run in runs:
+        record = run.record and whole_record(run, f"{run.row} {scores[run.row, run.column]}")
         digest = record["digest"] if record else digest_of(identity_of(run, "missing"))
         if record:
             folder = outputs / run.column.dataset / run.column.model / f"{run.row.tensor_mode}-{digest}"
@@ -222,6 +225,19 @@ def test_a_run_that_two_tables_of_a_protocol_share_counts_once(outputs: Path) ->
     assert len(side_by_side({"direct": [direct, direct]}, "joint").runs) == len(read_runs(direct))
     with pytest.raises(TensLoRAError, match=r"tuned=.*first_step: must not have another run .* att isorank, dtd with"):
         side_by_side({"tuned": [direct, outputs / "tables" / "first_step"]}, "joint")
+
+
+def test_a_cell_has_runs_of_one_setting_and_a_column_one_metric(tmp_path: Path) -> None:
+    one = written(tmp_path, "one", [make_run("lora", seed=seed, epochs=[0.5]) for seed in (0, 1)])
+    two = written(tmp_path, "two", [make_run("lora", seed=seed, epochs=[0.6]) for seed in (2, 3)])
+    problem = r"^direct=.*two: must not have runs of other settings than those before them for lora, dtd with vit_base;"
+    with pytest.raises(TensLoRAError, match=problem):
+        side_by_side({"direct": [one, two]}, "joint")
+    assert len(side_by_side({"direct": [one], "other": [two]}, "joint").runs) == 4
+    by_pearson = [make_run("lora", seed=seed, epochs=[0.4], column=STSB) for seed in (0, 1)]
+    three = written(tmp_path, "three", [replace(run, column=DTD) for run in by_pearson])
+    with pytest.raises(TensLoRAError, match=r"^b=.*three: must be scored by accuracy on dtd with vit_base, as the tab"):
+        side_by_side({"a": [one], "b": [three]}, "joint")
 
 
 def test_nothing_is_written_where_a_folder_is_in_the_place_of_a_file(tmp_path: Path) -> None:

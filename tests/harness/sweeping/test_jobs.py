@@ -104,6 +104,17 @@ def test_a_sweep_is_of_one_table_with_the_same_loggers(key: str, first: str, sec
 # Looking
 
 
+def test_a_column_of_a_table_has_one_headline_metric(tmp_path: Path) -> None:
+    text = ("dataset=cola", "model=minilm")
+    both = [swept(*text, f"dataset.metrics=[{names}]") for names in ("matthews,accuracy", "accuracy")]
+    with pytest.raises(
+        TensLoRAError, match=r"^dataset\.metrics: must begin with one metric .* matthews and accuracy, "
+    ):
+        plan_jobs(both, tmp_path)
+    further = [swept(*text, f"dataset.metrics=[{names}]") for names in ("matthews,accuracy", "matthews")]
+    assert len(plan_jobs([*further, swept("dataset=digits")], tmp_path)) == 3
+
+
 def test_the_state_of_a_job_is_what_its_folder_says(job: Job) -> None:
     assert job.look() == Look(State.NEW, None, None)
     assert not job.folder.path.exists(), "looking leaves nothing behind"
