@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -187,6 +188,7 @@ def _score(cell: Cell) -> str:
 
 
 def _environment(alignment: str, body: list[str], caption: str, label: str) -> str:
+    readable = re.sub(r"[^\w.:-]", "-", label)  # the name of a comparison's folder may have a % or a }
     return "\n".join(
         [
             r"\begin{table}",
@@ -194,7 +196,7 @@ def _environment(alignment: str, body: list[str], caption: str, label: str) -> s
             r"\small",
             r"\setlength{\belowcaptionskip}{6pt}",  # article leaves no room between a caption and the table below it
             rf"\caption{{{caption}}}",
-            rf"\label{{{label}}}",
+            rf"\label{{{readable}}}",
             r"\setlength{\tabcolsep}{4pt}",
             rf"\resizebox{{\ifdim\width>\linewidth\linewidth\else\width\fi}}{{!}}{{\begin{{tabular}}{{{alignment}}}",
             r"\toprule",

@@ -106,3 +106,10 @@ def test_each_table_has_its_label() -> None:
         "tab:sample-against-lora",
     ]
     assert "against-lora" not in to_latex(summarize(make_table([make_run("lora", epochs=[0.5])])))
+
+
+def test_a_label_is_one_that_latex_can_read() -> None:
+    text = to_latex(summarize(replace(sample_table(), name="50%_a#b}\n~")))
+    labels = re.findall(r"\\label\{(.*)\}$", text, re.MULTILINE)
+    assert "tab:50-_a-b---" in labels
+    assert all(re.fullmatch(r"tab:50-_a-b---[\w-]*", label) for label in labels)
