@@ -101,6 +101,10 @@ def _load_pretrained(
             f"{source_setting(config)}: its weights are quantised already; must be a checkpoint of floats, which "
             f"model.quantization quantises"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise wrong_checkpoint(
+            config, source, "it holds an adapter of PEFT too, adapter_config.json, which transformers puts on the model"
+        )
     # transformers 5 gives (name, shape in the checkpoint, shape in the model) for a mismatch, transformers 4 the name.
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
     new = set()

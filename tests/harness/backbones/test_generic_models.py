@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tenslora.errors import TensLoRAError
@@ -88,6 +89,16 @@ def test_a_text_models_positions_and_head(kind: str, tokens: int | None, head: s
         if path.rpartition(".")[2] in names.split()
     }
     assert {name.rpartition(".")[0] for name in backbone.head_parameters()} == head
+
+
+def test_a_model_with_an_adapter_of_peft_beside_it_is_refused(tmp_path: Path) -> None:
+    words = save(tmp_path / "bert", "BertModel")
+    plain = transformers.AutoModel.from_pretrained(tmp_path / "bert")
+    get_peft_model(plain, LoraConfig(target_modules=["query"])).save_pretrained(str(tmp_path / "bert"))
+    with pytest.raises(
+        TensLoRAError, match=r"is not a checkpoint of bert: it holds an adapter of PEFT too, adapter_conf"
+    ):
+        load(*words)
 
 
 def test_random_weights_come_from_the_config_with_its_options_replaced(tmp_path: Path) -> None:
