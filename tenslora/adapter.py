@@ -325,7 +325,8 @@ class Adapter(_AnyAdapter):
         return lefts, rights
 
     def resize(self, ranks: Sequence[int]) -> None:
-        """Give the tensors other ranks. Their parameters stay the same objects, with zeros of the new shapes.
+        """Give the tensors other ranks. Their parameters stay the same objects, with zeros of the new shapes and
+        without gradients.
 
         The scale and the first step stay those of the ranks that the adapter started with.
 
@@ -340,6 +341,7 @@ class Adapter(_AnyAdapter):
             tensor = cast(FactorizedTensor, module)
             for name, shape in tensor.factorization.shapes(tensor.modes, self.ranks).items():
                 parameter = tensor.get_parameter(name)
+                parameter.grad = None
                 parameter.data = parameter.new_zeros(shape)
 
 

@@ -32,10 +32,10 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
     get the same ranks. These are the ranks, none above today's, that lose the least energy: the sum over all ranks and
     tensors of the squared singular values that are left out, which bounds the squared error.
 
-    A gradient follows the change of basis, and so do AdamW's first moments, which are means of gradients. Squares of
-    gradients do not, so the second moments start anew: each parameter's from one number, the mean of its old ones.
-    Zeros would not do: AdamW counts its steps for both moments at once, would take the second moments for means over
-    many steps, and its next step would be about thirty times too long.
+    A gradient follows the change of basis, also one that awaits its step. So do AdamW's first moments, which are means
+    of gradients. Squares of gradients do not, so the second moments start anew: each parameter's from one number, the
+    mean of its old ones. Zeros would not do: AdamW counts its steps for both moments at once, would take the second
+    moments for means over many steps, and its next step would be about thirty times too long.
 
     Args:
         adapter: the adapter; its parameters are changed in place and stay the same objects.
@@ -63,6 +63,7 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
     bases = [t.factorization.bases({n: p.double() for n, p in t.named_parameters()}, t.modes) for t in tensors]
     ranks = best_ranks(adapter, [[basis.energies for basis in each.values()] for each in bases], budget)
     old = [{name: parameter.data for name, parameter in tensor.named_parameters()} for tensor in tensors]
+    gradients = {parameter: parameter.grad for parameter in adapter.parameters()}
     adapter.resize(ranks)
     for tensor, own_bases, values in zip(tensors, bases, old, strict=True):
         cut = {
@@ -72,6 +73,8 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
         dims = tensor.factorization.rank_dims(tensor.modes)
         for name, parameter in tensor.named_parameters():
             parameter.copy_(_in_basis(values[name], dims[name], cut, of_gradient=False))
+            if (gradient := gradients[parameter]) is not None:  # between a backward pass and its step
+                parameter.grad = _in_basis(gradient, dims[name], cut, of_gradient=True)
             state = optimizer.state.get(parameter) if optimizer is not None else None
             if state and "exp_avg" in state:
                 state["exp_avg"] = _in_basis(state["exp_avg"], dims[name], cut, of_gradient=True)

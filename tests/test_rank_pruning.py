@@ -122,6 +122,22 @@ def test_without_a_cut_the_updates_stay_and_first_moments_are_the_gradients_in_t
         assert state["step"] == 1
 
 
+@pytest.mark.parametrize(("construction", "factorization"), CASES)
+def test_gradients_that_await_their_step_follow_the_change_of_basis(construction: str, factorization: str) -> None:
+    adapter = build(construction, factorization, rank=2)
+    direction = torch.randn(updates(adapter).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    torch.autograd.backward((updates(adapter) * direction).sum())
+    prune(adapter, sum(p.numel() for p in adapter.parameters()))
+    wanted = torch.autograd.grad((updates(adapter) * direction).sum(), list(adapter.parameters()))
+    for parameter, gradient in zip(adapter.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-7, atol=1e-9)
+    prune(adapter, int(0.7 * sum(p.numel() for p in adapter.parameters())))
+    torch.optim.AdamW(adapter.parameters()).step()
+    torch.autograd.backward(updates(adapter).sum())
+    adapter.resize([1] * len(adapter.ranks))
+    assert all(parameter.grad is None for parameter in adapter.parameters())
+
+
 @pytest.mark.parametrize(("construction", "factorization"), [("qkv", "tucker"), ("qkv_depth", "tensor_train")])
 def test_the_ranks_are_the_best_of_all(construction: str, factorization: str) -> None:
     adapter = build(construction, factorization)
