@@ -185,6 +185,18 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
             raise TensLoRAError(f"ranks={self.ranks}: must be one rank for each mode, or a list of them for each stage")
         return lists
 
+    def ranks_of(self, adapter: Adapter | StagedAdapter) -> list[list[int]]:
+        """The ranks that these settings give each stage of an adapter which has been made from them.
+
+        Args:
+            adapter: the adapter, whose ranks may have been pruned since.
+        """
+        made = adapter.config
+        if self.ranks is not None:
+            return self._ranks_of_stages() or [cast(list[int], self.ranks)]
+        geometries = [stage.geometry for stage in adapter.stages]
+        return [list(made.rank_strategy.resolve(made.tensor_mode, each, made.factorization)) for each in geometries]
+
     def make_adapter(self, geometries: Sequence[Geometry]) -> Adapter | StagedAdapter:
         """Make the adapter of a model.
 
@@ -355,6 +367,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         self.tenslora_adapters = nn.ModuleDict()
         self._forward_passes: dict[str, ForwardPass] = {}
         self._planned: dict[str, LayerUpdate] = {}
+        self.register_state_dict_pre_hook(_describe_adapters)  # type: ignore[no-untyped-call]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make an adapter and put it on the model.
@@ -554,6 +567,22 @@ def _require_adapters_tensors(adapter: nn.Module, state: dict[str, Any], prefix:
             require_tensors(own, {name: tensor.shape for name, tensor in adapter.state_dict().items()})
         except TensLoRAError as error:
             raise TensLoRAError(f"{prefix.rstrip('.')}: the saved adapter does not fit: {error}") from error
+
+
+def _describe_adapters(tuner: nn.Module, *_: Any) -> None:
+    # PEFT saves the settings after the tensors. Ranks may have been pruned; what else differs cannot be saved.
+    for path, layer in tuner.named_modules():
+        if isinstance(layer, TensLoraLinear) and layer.tenslora_adapters is not tuner.tenslora_adapters:
+            raise TensLoRAError(
+                f"{path}: is a copy of an adapted layer, and its update does not belong to the model's adapter; copy a "
+                f"part of a model before get_peft_model, or after merge_and_unload"
+            )
+    for name, adapter in cast(nn.ModuleDict, tuner.tenslora_adapters).items():
+        adapter = cast(Adapter | StagedAdapter, adapter)
+        config = cast(dict[str, TensLoraConfig], tuner.peft_config)[name]
+        adapter.require_as_declared()
+        if (ranks := [list(stage.ranks) for stage in adapter.stages]) != config.ranks_of(adapter):
+            config.ranks = [*(ranks[0] if len(ranks) == 1 else ranks)]
 
 
 def _chosen(model: nn.Module, config: TensLoraConfig) -> list[Stage]:

@@ -39,6 +39,7 @@ from tenslora.constructions import CONSTRUCTIONS
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.peft import TensLoraConfig, TensLoraLinear
 from tenslora.peft.patterns import first_matches
+from tenslora.rank_pruning import prune
 from tests.commands import Command, Commands, started_by_torchrun
 from tests.conftest import ROOT
 from tests.hub_server import repository
@@ -646,3 +647,32 @@ def test_settings_may_be_those_of_hydra_and_numpy(tmp_path: Path) -> None:
     assert sorted(kept["target_modules"]) == ["query", "value"]
     array: Any = np.array([4, 4, 3, 2])
     assert TensLoraConfig(ranks=array).ranks == [4, 4, 3, 2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank_strategy": "isorank"}, {"ranks": [6, 6, 3, 2]}])
+@pytest.mark.parametrize("name", ["hf_bert", "hf_swin"])
+def test_an_adapter_that_was_pruned_in_peft_is_loaded_again(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    if name == "hf_swin" and "ranks" in settings:
+        settings = {"ranks": [[4, 4, 2, 2], [4, 4, 2, 1]]}
+    model = trained(get_peft_model(build(name), TensLoraConfig(**settings)))  # type: ignore[arg-type]
+    for stage in adapter_of(model).stages:
+        prune(stage, sum(parameter.numel() for parameter in stage.parameters()) // 2)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(name), tmp_path)  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(again, inputs(name)), logits(model, inputs(name)), rtol=0, atol=1e-6)
+
+
+def test_what_peft_would_save_wrongly_is_refused(tmp_path: Path) -> None:
+    model: Any = trained(get_peft_model(build("timm_vit"), TensLoraConfig()))  # type: ignore[arg-type]
+    scale, adapter_of(model).scale = adapter_of(model).scale, 1.0  # type: ignore[union-attr]
+    with pytest.raises(TensLoRAError, match=r"^scale=1: is not that of the adapter's config"):
+        model.save_pretrained(tmp_path)
+    adapter_of(model).scale = scale  # type: ignore[union-attr]
+    blocks = model.base_model.model.blocks
+    blocks.append(copy.deepcopy(blocks[1]))
+    with pytest.raises(TensLoRAError, match=r"blocks\.2\.attn\.qkv: is a copy of an adapted layer"):
+        model.save_pretrained(tmp_path)
+    del blocks[2]
+    copy.deepcopy(model).save_pretrained(tmp_path)
