@@ -8,6 +8,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+LARGEST_WHOLE = 2**53
+"""A float holds every integer up to this one exactly. A number that counts something is far smaller."""
+
 
 class TensLoRAError(ValueError):
     """Something the user asked for cannot be done.
@@ -104,7 +107,8 @@ def require_numbers(settings: Any, *names: str, whole: bool = False) -> None:
         whole: whether they must be whole numbers by their type.
 
     Raises:
-        TensLoRAError: for a value of another type, truth values among them, and for a number that no float can hold.
+        TensLoRAError: for a value of another type, truth values among them, for a number that no float can hold, and
+            for a whole one beyond `LARGEST_WHOLE`, which no file is read with.
     """
     for name in names:
         value = getattr(settings, name)
@@ -115,6 +119,8 @@ def require_numbers(settings: Any, *names: str, whole: bool = False) -> None:
             as_float = float(value)
         except OverflowError as error:
             raise TensLoRAError(f"{name}: must be a number that a float can hold, below 1e308") from error
+        if isinstance(value, Integral) and whole and abs(int(value)) > LARGEST_WHOLE:
+            raise TensLoRAError(f"{name}={value}: must be from -{LARGEST_WHOLE:,} to {LARGEST_WHOLE:,}")
         own: int | float = int(value) if isinstance(value, Integral) else as_float
         if type(own) is not kind:
             object.__setattr__(settings, name, own)  # the settings are frozen

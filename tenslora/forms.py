@@ -8,7 +8,7 @@ import math
 from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import LARGEST_WHOLE, TensLoRAError
 
 Form = TypeVar("Form")
 
@@ -22,9 +22,6 @@ _NAMES: dict[Any, str] = {
     list: "a list",
     dict: "an object",
 }
-
-_LARGEST = 2**53
-"""A float holds every integer up to this one exactly. A number that counts something is far smaller."""
 
 
 def from_json(form: type[Form], data: Any, *, ignore_others: bool = False) -> Form:
@@ -109,9 +106,11 @@ def typed(declared: Any, value: Any, name: str) -> Any:
             return {key: typed(parts[1], item, f"{name}[{shown(key)}]") for key, item in value.items()}
         if kind is float and isinstance(value, float) and math.isfinite(value):
             return float(value)
-        if kind in (int, float) and type(value) is int and abs(value) <= _LARGEST:
+        if kind in (int, float) and type(value) is int and abs(value) <= LARGEST_WHOLE:
             return kind(value)
         if kind in (bool, str, type(None)) and type(value) is kind:
             return value
+    if type(value) is int and int in options and abs(value) > LARGEST_WHOLE:
+        raise TensLoRAError(f"{name}={shown(value)}: must be from -{LARGEST_WHOLE:,} to {LARGEST_WHOLE:,}")
     wanted = " or ".join(_NAMES.get(get_origin(option) or option, "an object") for option in options)
     raise TensLoRAError(f"{name}={shown(value)}: must be {wanted}")

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,7 +16,9 @@ from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import CONSTRUCTIONS, Geometry
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors, write_safetensors
+from tenslora.peft import TensLoraConfig
 from tenslora.ranks import RankStrategy
+from tenslora.tensor_update import TensorUpdateConfig
 from tests.conftest import ROOT
 
 GEOMETRY = Geometry(d_in=12, heads=3, d_head=4, layers=4)
@@ -220,7 +223,7 @@ def changed(path: Path, changes: dict[str, Any] | None = None, **tensors: Tensor
         ({"ranks": [4, 4, 3]}, "ranks=.*: must be 4 whole numbers"),
         ({"ranks": [4, 4, 3, 0]}, "ranks=.*: must be 4 whole numbers from 1 up"),
         ({"geometry.layers": 10**9}, r"tensors.0.depth has the shape \(4, \d+\), not \(1000000000, "),
-        ({"geometry.layers": 10**300}, "geometry.layers=10+...: must be a whole number"),
+        ({"geometry.layers": 10**300}, "geometry.layers=10+...: must be from -9,007"),
         ({"config.tensor_mode": "lora", "ranks": [4], "geometry.layers": 10**9}, "declares 6000000000 tensors, and"),
         ({"geometry.heads": 0}, "geometry.heads=0: must be at least 1"),
     ],
@@ -328,3 +331,24 @@ def test_an_adapter_that_was_changed_by_hand_is_not_saved(tmp_path: Path) -> Non
     with pytest.raises(TensLoRAError, match=r"^tensors\.0\.core: has the shape \(5, .*, which follows from ranks=\["):
         adapter.save(tmp_path / "changed.safetensors")
     assert not (tmp_path / "changed.safetensors").exists()
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, -(2**60), np.uint64(2**63)])
+def test_a_number_that_no_file_is_read_with_is_refused_at_once(number: Any) -> None:
+    makers: list[Any] = [
+        lambda: AdapterConfig(seed=number),
+        lambda: TensorUpdateConfig((1,), seed=number),
+        lambda: TensLoraConfig(seed=number),
+        lambda: RankStrategy(rank=number),
+        lambda: Geometry(d_in=12, heads=3, d_head=4, layers=number),
+    ]
+    for make in makers:
+        with pytest.raises(
+            TensLoRAError, match=r"^\w+=-?\d+: must be from -9,007,199,254,740,992 to 9,007,199,254,740,992$"
+        ):
+            make()
+
+
+def test_the_largest_seed_is_saved_and_loaded(tmp_path: Path) -> None:
+    adapter = build("qkv", seed=2**53)
+    assert load_adapter(adapter.save(tmp_path / "a.safetensors")).config == adapter.config
