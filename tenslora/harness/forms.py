@@ -257,6 +257,7 @@ class Checkpoint(Form):
     history: list[Epoch]
     seconds: dict[Literal["train", "wait", "evaluate"], NonNegative]
     ranks: list[Ranks] | None = None
+    labels: Line | None = None
 
 
 def check_history(history: Iterable[Epoch], scores: Iterable[str], scored_on: str) -> None:

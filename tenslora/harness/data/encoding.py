@@ -212,6 +212,7 @@ class EncodedDataset:
         metrics: the names of the metrics that score the run, the headline metric first.
         scored_on: the split of the examples in `scored`, "test" or "validation".
         image_input: how an image becomes the model's input, without augmentation; None for texts.
+        classes: the names of the classes, by class number; () for a regression.
     """
 
     train: Encoded
@@ -222,6 +223,7 @@ class EncodedDataset:
     metrics: tuple[str, ...]
     scored_on: str = "test"
     image_input: ImageInput | None = None
+    classes: tuple[str, ...] = ()
 
 
 def encode(
@@ -264,6 +266,7 @@ def encode(
         metrics,
         config.scored_on,
         image_input,
+        dataset.classes,
     )
 
 
@@ -318,6 +321,7 @@ def _encode_texts(
         dataset.task,
         metrics,
         config.scored_on,
+        classes=dataset.classes,
     )
 
 

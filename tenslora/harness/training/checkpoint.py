@@ -36,6 +36,7 @@ class Course:
         evaluate_every: the run is scored after every so many epochs, and after its last one; None for that one alone.
         scores: the names of the scores.
         scored_on: the split that the run is scored on, "test" or "validation".
+        labels: a digest of the classes and labels that the run trains on and is scored on; None if they are not known.
     """
 
     steps_per_epoch: int
@@ -43,6 +44,7 @@ class Course:
     evaluate_every: int | None
     scores: tuple[str, ...]
     scored_on: str
+    labels: str | None = None
 
     def is_scored(self, epoch: int) -> bool:
         """Whether the run is scored after an epoch."""
@@ -91,6 +93,7 @@ class TrainingState:
         predictions: those of the last evaluation, for each split. A checkpoint does not hold them.
         ranks: the adapter's ranks after each complete epoch, as files hold them (`stages.as_in_files`), of a run that
             cuts them; otherwise None.
+        labels: `Course.labels`.
     """
 
     epochs: int = 0
@@ -99,6 +102,7 @@ class TrainingState:
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "wait": 0.0, "evaluate": 0.0})
     predictions: dict[str, Predictions] = field(default_factory=dict)
     ranks: list[Any] | None = None
+    labels: str | None = None
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
@@ -140,8 +144,9 @@ def save_checkpoint(
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
     kept = {name: value for name, value in vars(state).items() if name != "predictions"}
-    if state.ranks is None:
-        del kept["ranks"]
+    for name in ("ranks", "labels"):  # which the checkpoints of earlier versions lack
+        if kept[name] is None:
+            del kept[name]
     write_safetensors(path, tensors, {"format": CHECKPOINT_FORMAT, "digest": digest, **kept})
 
 
@@ -179,6 +184,10 @@ def load_checkpoint(
         header = read_form(Checkpoint, header, path, "checkpoint")
         if header["digest"] != digest:
             raise OtherRun(path, header["digest"], digest)
+        if header["labels"] not in (None, course.labels):
+            raise TensLoRAError(
+                f"{path}: is of a run on other examples: the dataset has been edited since; start without resume"
+            )
         try:
             course.check(header["epochs"], header["steps"], [Epoch.model_validate(each) for each in header["history"]])
             _take_ranks(header, pruned)
@@ -200,6 +209,7 @@ def load_checkpoint(
         header["history"],
         {**TrainingState().seconds, **header["seconds"]},
         ranks=header["ranks"],
+        labels=course.labels,
     )
 
 

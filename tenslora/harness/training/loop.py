@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -113,9 +115,11 @@ def fit(
     )
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
     scores = tuple(score_names(data.metrics, data.more_tests))
-    course = Course(batches.steps_per_epoch, steps, run.trainer.evaluate_every, scores, data.scored_on)
+    course = Course(
+        batches.steps_per_epoch, steps, run.trainer.evaluate_every, scores, data.scored_on, labels=_labels_of(data)
+    )
     pruning = _pruning(model, run, processes, last_epoch=math.ceil(steps / batches.steps_per_epoch))
-    state = TrainingState(ranks=None if pruning is None else [])
+    state = TrainingState(ranks=None if pruning is None else [], labels=course.labels)
     if run.resume and checkpoint.is_file():
         state = load_checkpoint(
             checkpoint,
@@ -181,6 +185,14 @@ def fit(
         if not state.predictions:  # the checkpoint is of the last epoch, so no epoch was left to evaluate
             state.predictions = evaluate_epoch().predictions
     return state
+
+
+def _labels_of(data: EncodedDataset) -> str:
+    """A digest of the classes and of all labels, which changes if classes are renamed or examples come or go."""
+    digest = hashlib.sha256(repr(data.classes).encode())
+    for examples in (data.train, data.scored, *data.more_tests.values()):
+        digest.update(np.asarray(list(examples.labels), dtype=np.float64).tobytes())
+    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)

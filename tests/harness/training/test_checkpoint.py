@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     reason = rf"a run with other settings \(its digest is {DIGEST}, this run's {OTHER}\)"
     with pytest.raises(TensLoRAError, match=reason):
         load_checkpoint(_saved(tmp_path), OTHER, COURSE, *_trained(0))
+
+
+def test_a_checkpoint_of_other_examples_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, DIGEST, TrainingState(2, 4, [AFTER_TWO], labels="of then"), *_trained(4))
+    assert load_checkpoint(path, DIGEST, replace(COURSE, labels="of then"), *_trained(0)).labels == "of then"
+    with pytest.raises(TensLoRAError, match="on other examples: the dataset has been edited since"):
+        load_checkpoint(path, DIGEST, replace(COURSE, labels="of now"), *_trained(0))
+    # Checkpoints of earlier versions do not say on which examples their runs are.
+    assert load_checkpoint(_saved(tmp_path), DIGEST, replace(COURSE, labels="of now"), *_trained(0)).labels == "of now"
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

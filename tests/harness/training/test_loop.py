@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.harness.training.loop import Diverged
+from tenslora.harness.training.tasks import CLASSIFICATION
 from tests.running import SHORT, configured, record, run
-from tests.toy import LinearModel, fit_toy
+from tests.toy import LinearModel, examples, fit_toy, toy_data
 
 
 @pytest.mark.parametrize(("core_ratio", "factor_decay"), [(1.0, 0.1), (8.0, 0.5)])
@@ -170,6 +172,18 @@ def test_a_resumed_run_reports_the_epochs_before_it(tmp_path: Path) -> None:
     fit_toy(tmp_path, "trainer.epochs=2", "resume=true", on_epoch=entries.append)
     assert [entry["epoch"] for entry in entries] == [1, 2, 1, 2]
     assert entries[:2] == entries[2:]
+
+
+def test_a_run_is_not_resumed_on_examples_that_were_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit_toy(tmp_path, "trainer.epochs=2")
+    with monkeypatch.context() as edited:
+        edited.setattr("tests.toy.examples", lambda split, *_: examples(split + 5))
+        with pytest.raises(TensLoRAError, match="the dataset has been edited"):
+            fit_toy(tmp_path, "trainer.epochs=2", "resume=true")
+    data = toy_data(CLASSIFICATION, ("accuracy",), ())
+    monkeypatch.setattr("tests.toy.toy_data", lambda *_: replace(data, classes=("b", "a")))
+    with pytest.raises(TensLoRAError, match="the dataset has been edited"):
+        fit_toy(tmp_path, "trainer.epochs=2", "resume=true")
 
 
 def test_a_run_resumed_after_its_last_epoch_makes_its_predictions_again(tmp_path: Path) -> None:
