@@ -19,6 +19,7 @@ from tenslora.harness.config import DatasetConfig, RunConfig, validate
 from tenslora.harness.config.checks import shown
 from tenslora.harness.data import OWN_FILES, Dataset, Examples, load_dataset, load_tests
 from tenslora.harness.data.encoding import encode
+from tenslora.harness.data.examples import user_path
 from tenslora.harness.data.glue import GLUE_TASKS
 from tenslora.harness.data.unlabelled import unlabelled
 from tenslora.harness.predictions import Prediction, Predictions, by_name
@@ -232,7 +233,8 @@ def _require_finite(predictions: Predictions) -> None:
 
 def _place(config: DatasetConfig) -> list[Any]:
     """Where the test examples of a dataset are."""
-    return [getattr(config, name, None) for name in ("root", "hub", "hub_config", "test_list")]
+    root = None if config.root is None else os.path.realpath(user_path(config.root))  # however it is spelt
+    return [root, *(getattr(config, name, None) for name in ("hub", "hub_config", "test_list"))]
 
 
 def _require_held_out(config: DatasetConfig, trained: DatasetConfig) -> None:

@@ -111,6 +111,10 @@ def test_other_texts_need_no_training_examples(
     words = ["dataset=text", f"dataset.root={tmp_path}/mine.csv", "dataset.validation=0.2", "model=minilm", *model]
     run(folder, *words, "trainer.epochs=1", "trainer.batch_size=8", "tensor_mode=depth", "rank_strategy=isorank")
     assert scores(capsys, str(folder)) == scores_of(record(folder))
+    respelt = f"dataset.root={tmp_path}/run/../mine.csv"
+    assert scores(capsys, str(folder), respelt) == scores_of(record(folder)), "the run has trained on the other rows"
+    with pytest.raises(SystemExit, match=r"^error: dataset\.validation=0\.3: must be 0\.2, as in the run"):
+        main([str(folder), respelt, "dataset.validation=0.3"])
     others = table[table["label"] != labels[1]].sample(frac=1, random_state=0)
     others.to_json(tmp_path / "others.jsonl", orient="records", lines=True)
     main([str(folder), f"dataset.root={tmp_path}/others.jsonl", "--format", "jsonl"])
