@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.files import read_json
+from tenslora.forms import shown
 from tenslora.harness.backbones.head import Backbone
 from tenslora.harness.backbones.hub import building, fetching, wrong_checkpoint
 from tenslora.harness.backbones.image_input import ImageInput, require_whole_patches, resolve_image_input
 from tenslora.harness.config import ModelConfig
+from tenslora.harness.config.schema import OPTIONS_ELSEWHERE
 from tenslora.harness.quick_start import import_timm
 
 EMBEDDED = Path(__file__).parent / "vit_digits.safetensors"
@@ -50,6 +52,7 @@ def load_timm(config: ModelConfig, classes: int) -> Backbone:
     if config.pretrained and config.checkpoint is not None:
         path = weights_file(config.checkpoint)
         _load_weights(backbone, config, path)
+        _require_arguments_of(path.with_name("config.json"), model, config, options)
     return backbone
 
 
@@ -65,6 +68,42 @@ def create_arguments(config: ModelConfig, backbone: Backbone) -> dict[str, Any]:
     if vars(backbone.model)["pretrained_cfg"].get("fixed_input_size"):
         arguments["img_size"] = backbone.image_input.size
     return arguments
+
+
+def _require_arguments_of(file: Path, model: nn.Module, config: ModelConfig, options: Mapping[str, Any]) -> None:
+    """Refuse weights of a model that was made with other arguments, such as num_heads, where the shapes do not tell.
+
+    Args:
+        file: timm's config.json beside the weights, which may be missing.
+        model: the model.
+        config: its settings.
+        options: the arguments with which it was made.
+    """
+    saved = read_json(file) if file.is_file() else {}
+    arguments = saved.get("model_args") if isinstance(saved, dict) else None
+    if not isinstance(arguments, dict):
+        return
+    known = {"in_chans", "img_size", *OPTIONS_ELSEWHERE, *options}
+    left = {name: value for name, value in arguments.items() if name not in known and "drop" not in name}
+    if not left:
+        return
+    try:
+        other = import_timm().create_model(config.architecture, **options, **left)
+    except Exception as error:  # what is in the file is anybody's
+        raise wrong_checkpoint(config, file, f"its model_args {shown(left)} do not make one") from error
+    if _plain_attributes(other) != _plain_attributes(model):
+        raise TensLoRAError(
+            f"model.options={shown(config.options)}: must have the arguments of the model whose weights these are, "
+            f"{shown(left)} ({file})"
+        )
+
+
+def _plain_attributes(model: nn.Module) -> list[Any]:
+    plain = (bool, int, float, str, tuple, type(None))
+    return [
+        (path, type(module), {name: value for name, value in vars(module).items() if isinstance(value, plain)})
+        for path, module in model.named_modules()
+    ]
 
 
 def _require_known(timm: Any, config: ModelConfig, from_hub: bool) -> None:

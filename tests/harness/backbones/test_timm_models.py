@@ -114,6 +114,23 @@ def test_another_models_checkpoint_is_refused(change: str, difference: str, tmp_
     )
 
 
+@pytest.mark.parametrize("arguments", [{"num_heads": 6}, {"act_layer": "relu"}])
+def test_arguments_that_the_shapes_do_not_tell_are_those_of_the_weights(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    common = {**VIT_DIGITS, "embed_dim": 48, "num_heads": 3}  # three heads are timm's default for this model
+    saved = {**common, **arguments, "drop_path_rate": 0.1}
+    model = timm.create_model("vit_tiny_patch16_224", **saved)
+    timm.models.save_for_hf(model, str(tmp_path), model_args=saved, safe_serialization=True)
+    own = {name: value for name, value in common.items() if name not in arguments}
+    [(name, value)] = arguments.items()
+    assert_refused(
+        vit_digits(checkpoint=str(tmp_path), options=own),
+        rf'model\.options=.*: must have the arguments of the model whose weights these are, .*"{name}": "?{value}',
+    )
+    load_backbone(vit_digits(checkpoint=str(tmp_path), options={**own, **arguments}), 5, 0)
+
+
 def test_the_embedded_checkpoint_fits_only_its_model() -> None:
     config = vit_digits(options={**VIT_DIGITS, "depth": 5})
     assert_refused(config, r"is not a checkpoint of vit_digits .*lacks blocks\.4\.")
