@@ -152,7 +152,8 @@ def adapt_tensor(
     The update is built each time that the module reads the weight, at the cost of about as many multiplications as the
     weight has entries, times a rank; `torch.nn.utils.parametrize.cached` builds it once for several reads.
 
-    PEFT's own methods, such as LoRA, can lie on the same layer, but what they merge into its weight is lost.
+    PEFT's own methods, such as LoRA, can lie on the same layer, but what they merge into its weight is lost. The rows
+    of an embedding share the update's factors, so that of its padding_idx changes with the others.
 
     >>> from torch import nn
     >>> from tenslora import adapt_tensor
@@ -342,6 +343,11 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
         raise TensLoRAError(f"{name}: is compiled by torch.jit in {kind}; put the update on the module before that")
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
         raise TensLoRAError(f"{name}: has sparse gradients in {kind} (sparse=True), by which no update can be trained")
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        raise TensLoRAError(
+            f"{name}: is rescaled in place whenever {kind} reads it (max_norm), so that no unmerge could take an "
+            f"update out again"
+        )
     require_changeable(name, weight)
     return weight
 

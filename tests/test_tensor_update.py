@@ -459,6 +459,7 @@ def test_what_does_not_fit_is_refused_by_name(name: str, settings: dict[str, Any
         (lambda: nn.Linear(5, 6).to(torch.float8_e5m2), r"^weight: is quantised in Linear"),
         (lambda: nn.Embedding(5, 6, sparse=True), r"^weight: has sparse gradients in Embedding \(sparse=True\)"),
         (lambda: nn.EmbeddingBag(5, 6, sparse=True), r"^weight: has sparse gradients in EmbeddingBag"),
+        (lambda: nn.Embedding(5, 6, max_norm=1.0), r"^weight: is rescaled in place whenever Embedding reads it"),
         (torch.inference_mode()(lambda: nn.Linear(5, 6)), r"^weight: its weight was made in torch\.inference_mode"),
         (lambda: torch.jit.trace(nn.Linear(5, 6), torch.zeros(1, 5)), r"^weight: is compiled by torch\.jit in "),  # type: ignore[no-untyped-call]
     ],
