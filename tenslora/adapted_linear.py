@@ -421,17 +421,27 @@ class SharedInput:
             rights: the right of each matrix, or a single right, as in `LayerProducts`.
 
         Raises:
-            TensLoRAError: if the adapter is on the device meta, and the tokens are not.
+            TensLoRAError: if the adapter is on the device meta, and the tokens are not, or if the tokens are divided
+                among processes, and the adapter is not.
         """
         adapter = self.group.adapter
         left_t, rights, ranks = self.group.of_layer(self.layer, dtype)
         if left_t.device.type == "meta" and tokens.device.type != "meta":  # h would be whatever the memory holds
             raise TensLoRAError("the adapter is on the device meta and has no numbers; give it those of a state dict")
+        if _is_dtensor(tokens) != _is_dtensor(left_t):
+            raise TensLoRAError(
+                "the input of an adapted layer is divided among processes (DTensor), as for tensor parallelism, under "
+                "which an adapter is not supported; merge and detach it first"
+            )
         # A quantised Linear may return float32 under autocast, which would make h another dtype.
         h = F.linear(adapter.dropout(tokens.to(dtype)), left_t).to(dtype)
         if adapter.training and adapter.config.rank_dropout > 0:  # one mask for all tokens
             h = h * adapter.rank_dropout(h.new_ones(h.shape[1]))
         return [h] if len(ranks) == 1 else list(torch.split(h, ranks, dim=1)), list(rights)
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and type(tensor).__name__ == "DTensor"  # whose import takes a second
 
 
 class _AddToColumns(torch.autograd.Function):

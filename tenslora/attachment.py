@@ -29,7 +29,7 @@ from tenslora.adapted_linear import (
 )
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
-from tenslora.errors import TensLoRAError, require_type
+from tenslora.errors import TensLoRAError, first_line, require_type
 from tenslora.forward_pass import ForwardPass, listed
 from tenslora.projections import Stage, features, find_projections, is_plain
 from tenslora.thin_products import MatrixGroup
@@ -613,7 +613,13 @@ def _hold_what_was_loaded(_: ForwardPass, model: nn.Module, __: object) -> None:
 
 def _copied_adapters(updates: Sequence[LayerUpdate]) -> dict[int, Adapter]:
     # A copy of each update's adapter, by the id of the update; one copy for all layers of an adapter.
-    return copy.deepcopy({id(update): update.shared.group.adapter for update in updates})
+    try:
+        return copy.deepcopy({id(update): update.shared.group.adapter for update in updates})
+    except Exception as error:
+        raise TensLoRAError(
+            f"the adapter cannot be copied ({first_line(error)}), as unmerge would need it; merge before you wrap the "
+            f"model or the adapter"
+        ) from error
 
 
 def not_compiled(model: nn.Module) -> nn.Module:

@@ -514,6 +514,11 @@ def _refuse_odd_weights(targets: Iterable[TargetLinear]) -> None:
                 f"{target.path}: {type(target.linear).__name__} holds its weight in another form than Linear, as some "
                 f"quantised layers do, which is not supported"
             )
+        if type(target.linear.weight).__name__ == "DTensor":
+            raise TensLoRAError(
+                f"{target.path}: its weight is divided among processes already (DTensor), as for tensor parallelism, "
+                f"under which an adapter is not supported"
+            )
         # A parametrized weight is computed anew whenever it is read, and what merge adds to it would be lost. Where
         # any other parameter has a parametrization, its removal would give the layer another class than its own.
         if is_parametrized(target.linear):

@@ -5,15 +5,21 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.utils import compile_regions
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from tenslora import (
@@ -760,3 +766,42 @@ def test_the_adapter_in_a_list_of_layers_ignores_their_arguments() -> None:
     for layer in layers:  # the adapter among them
         y = layer(y, mask=None)
     torch.testing.assert_close(y, expected)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_tensor_parallelism_is_refused() -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    plan = {
+        f"blocks.{layer}.attention.{name}": ColwiseParallel() for layer in (0, 1) for name in ("query", "key", "value")
+    }
+    model = PlainTransformer()
+    parallelize_module(model, mesh, plan)
+    with pytest.raises(TensLoRAError, match=r"^blocks\.0\.attention\.query: its weight is divided among processes"):
+        attach(model, AdapterConfig("qkv_depth"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    other = PlainTransformer()
+    attach(other, AdapterConfig("qkv_depth"))
+    parallelize_module(other, mesh, plan)
+    with pytest.raises(TensLoRAError, match=r"^the input of an adapted layer is divided among processes"):
+        other(torch.randn(2, 5, 24))
+
+
+@pytest.mark.usefixtures("one_process")
+def test_an_adapter_that_is_wrapped_itself_is_not_merged() -> None:
+    model, x = PlainTransformer(), torch.randn(2, 5, 24)
+    randomised(attach(model, AdapterConfig("qkv_depth")))
+    expected = model(x)
+    policy = partial(size_based_auto_wrap_policy, min_num_params=200)
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    with pytest.raises(TensLoRAError, match=r"^the adapter cannot be copied \(.*; merge before you wrap"):
+        merge(model)
+    torch.testing.assert_close(wrapped(x), expected)
