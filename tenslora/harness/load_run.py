@@ -193,6 +193,11 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     if run.model.modality == "text":
         # A run with random weights trained a tokenizer on its own sentences. That tokenizer has to be trained again.
         sentences = [] if run.model.pretrained else load_dataset(run.dataset, run.seed).train.inputs
+        if sentences and len(sentences) != record["train_examples"]:
+            raise TensLoRAError(
+                f"{files.path}: its tokenizer was trained on its {record['train_examples']:,} training examples, and "
+                f"dataset={run.dataset.name} has {len(sentences):,} now"
+            )
         tokenizer = load_tokenizer(run.model, sentences)
     backbone = load_backbone(run.model, len(record["classes"]) or 1, run.seed, tokenizer)
     if run.adapter:

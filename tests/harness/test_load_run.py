@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,18 @@ def test_it_predicts_what_the_run_predicted(sentences_run: Path) -> None:
     assert loaded.predict([]) == []
     for each in loaded.predict(["the cat sat 3 times"]):
         assert sum(each.probabilities.values()) == pytest.approx(1)
+
+
+def test_a_tokenizer_that_was_trained_on_other_data_is_refused(
+    sentences_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_more(*given: Any) -> Dataset:
+        dataset = load_dataset(*given)
+        return replace(dataset, train=Examples([*dataset.train.inputs, ("a",)], [*dataset.train.labels, 0]))
+
+    monkeypatch.setattr("tenslora.harness.load_run.load_dataset", with_more)
+    with pytest.raises(TensLoRAError, match=r"run: its tokenizer was trained on its 40 .* has 41 now$"):
+        load_run(sentences_run)
 
 
 def test_other_data_may_number_the_classes_otherwise(digits_run: Path) -> None:
