@@ -168,12 +168,23 @@ class AdaptedLinear(nn.Module):
             return _added_to_copy(plain(*args, **kwargs), [update], x, self.plain_class)
         return _added_in_place(plain, [update], x)
 
-    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # what torch hands over when the state dict is loaded
+            destination._metadata.setdefault(prefix[:-1], {})["merged"] = self.layer_update.merged
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
         update = self.layer_update
+        if f"{prefix}weight" in state and metadata.get("merged", update.merged) is not update.merged:
+            this, other = ("merged", "not merged") if update.merged else ("not merged", "merged")
+            raise TensLoRAError(
+                f"{prefix[:-1]}: is {this}, and the state dict is that of a model that is {other}, whose weights are "
+                f"others; call {'unmerge' if update.merged else 'merge'} before load_state_dict"
+            )
         if update.added and f"{prefix}weight" in state:
             # A merged model's weight holds the update of the adapter that comes with it, which may be loaded later.
             update.added, update.loaded = (copy.deepcopy(update.shared.group.adapter),), True
-        super()._load_from_state_dict(state, prefix, *args)
+        super()._load_from_state_dict(state, prefix, metadata, *args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds a class by its name, and this one was made here.

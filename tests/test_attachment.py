@@ -282,6 +282,30 @@ def test_the_weights_of_a_merged_model_are_loaded_with_the_adapter_that_they_hol
     assert not model._load_state_dict_post_hooks
 
 
+def test_the_state_dict_of_a_merged_model_is_not_taken_for_that_of_another(tmp_path: Path) -> None:
+    model, batch = build("separate"), inputs("separate")
+    attached(model, "qkv_depth")
+    adapted = logits(model, batch)
+    apart = copy.deepcopy(model.state_dict())
+    merge(model)
+    torch.save(model.state_dict(), tmp_path / "merged.pt")
+    together = torch.load(tmp_path / "merged.pt", weights_only=True)
+    with pytest.raises(TensLoRAError, match=r"query: is merged, .* that is not merged, .*; call unmerge before"):
+        model.load_state_dict(apart)
+    unmerge(model)
+    with pytest.raises(TensLoRAError, match=r"query: is not merged, .* that is merged, .*; call merge before"):
+        model.load_state_dict(together)
+    model.load_state_dict(apart)
+    torch.testing.assert_close(logits(model, batch), adapted, rtol=0, atol=1e-12)
+    merge(model)
+    model.load_state_dict(together)
+    torch.testing.assert_close(logits(model, batch), adapted, rtol=0, atol=1e-12)
+    plain = build("separate")
+    plain.load_state_dict(apart, strict=False)
+    weights = {name: tensor for name, tensor in together.items() if not name.startswith("tenslora.")}
+    model.load_state_dict(weights, strict=False)  # a plain dict, which does not say what it holds
+
+
 def test_a_merged_adapter_takes_other_numbers_without_a_change_to_the_weights() -> None:
     model = build("hf_vit")
     attached(model, "qkv_depth")
