@@ -196,6 +196,12 @@ class Record(Form):
             ("tensor_mode", identity.tensor_mode.name),
         ):
             _check(getattr(self, name) == setting, f"{name}={getattr(self, name)}", f"the run's is {setting}")
+        dataset = identity.dataset.model_extra or {}
+        is_held_out = dataset.get("validation") is not None or (  # as the config's scored_on has it
+            dataset.get("source") == "vtab" and dataset.get("test_split") == "val200"
+        )
+        wanted = "validation" if is_held_out else "test"
+        _check(self.scored_on == wanted, f"scored_on={self.scored_on}", f"the run's is {wanted}")
         for group in ("trainer", "dataset", "model"):
             _check(isinstance(self.config.get(group), dict), f"config.{group}", "must be a group of settings")
         return self
@@ -238,6 +244,8 @@ class Record(Form):
         assert metrics.best is not None and metrics.last is not None and metrics.best_epoch is not None
         _check(sign * metrics.best >= sign * metrics.last, f"metrics.best={metrics.best}", "is worse than the last")
         _check(metrics.best_epoch <= end["epoch"], f"metrics.best_epoch={metrics.best_epoch}", "is after the last")
+        of_best = [(e.model_extra or {})[metrics.name] for e in metrics.history if e.epoch == metrics.best_epoch]
+        _check(of_best in ([], [metrics.best]), f"metrics.best={metrics.best}", "is not the score of its epoch")
         return self
 
 

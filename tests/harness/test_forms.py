@@ -107,6 +107,7 @@ def test_a_changed_record_is_refused_in_one_line_or_serves_all_that_read_it(job:
         ({"classes": 5}, "classes=5: "),
         ({"classes": ["cat", "cat"]}, r'classes=\["cat", "cat"\]: must be different names'),
         ({"device": None}, "device=null: "),
+        ({"scored_on": "validation"}, "scored_on=validation: the run's is test"),
     ],
 )
 def test_a_record_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -122,6 +123,7 @@ def test_a_record_that_contradicts_itself_is_refused(changes: dict[str, Any], me
         ({"last": 1.5, "best": 1.5}, "accuracy=1.5: must be from 0 to 1"),
         ({"last": 0.25}, "metrics.last: is not the score of the last epoch"),
         ({"best": 0.25}, "metrics.best=0.25: is worse than the last"),
+        ({"best": 0.75}, "metrics.best=0.75: is not the score of its epoch"),
         ({"best_epoch": 2}, "metrics.best_epoch=2: is after the last"),
         ({"name": "f1"}, "history: epoch 1: must have the test loss and"),
         ({"name": "blue"}, "blue: there is no such metric"),
@@ -136,6 +138,13 @@ def test_scores_that_cannot_be_are_refused(changes: dict[str, Any], message: str
     folder.write_record({**record, "metrics": {**record["metrics"], **changes}})
     with pytest.raises(TensLoRAError, match=message):
         folder.read_record()
+
+
+@pytest.mark.parametrize("words", [["dataset.validation=0.2"], ["dataset=vtab/kitti", "dataset.test_split=val200"]])
+def test_a_run_may_be_scored_on_a_validation_split(words: list[str], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_record(finished(configured(*words)))
+    assert folder.read_record()["scored_on"] == "validation"
 
 
 def test_a_loss_of_hundreds_of_digits_is_refused(tmp_path: Path) -> None:
