@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
@@ -35,6 +36,15 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return line if len(line) <= 400 else f"{line[:397]}..."
+
+
+def os_reason(error: OSError) -> str:
+    """Why a file or a folder could not be made, in a few words."""
+    place = Path(str(error.filename))
+    for link in (place, *place.parents) if error.errno in (errno.EEXIST, errno.ENOENT) else ():
+        if link.is_symlink() and not link.exists():  # the system says only that it exists
+            return f"{link} is a link to {link.readlink()}, which does not exist"
+    return str(error.strerror)
 
 
 def require_one_of(setting: str, value: str, valid: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ Hydra is imported where it is used, so that Ctrl-C is caught from the first mome
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -20,7 +21,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, os_reason
 from tenslora.harness.commands import FULL_ERROR, OUT_OF_REACH, is_text, open_missing_streams, unforeseen
 
 if TYPE_CHECKING:
@@ -53,14 +54,20 @@ def run_app(
     for word in sys.argv[1:]:
         if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|''|\"\")?", word):  # Hydra would write into the current folder
             sys.exit(f"error: {word}: must be a folder")
+        if re.match(r"""\+*hydra\.(run|sweep)\.dir=["']*~(/|["']|$)""", word):  # Hydra would make a folder of that name
+            sys.exit(f"error: {TensLoRAError(word)}: must be written without ~, such as with $HOME in its place")
         if re.fullmatch(r"\+*hydra\.job\.chdir=(?!(false|null)$).*", word, re.IGNORECASE | re.DOTALL):
             sys.exit(f"error: {TensLoRAError(word)}: must be false, because paths are relative to the current folder")
         if sweep and re.match(r"\+*hydra\.sweep\.subdir=", word):  # the results are read from the runs' own folders
             sys.exit(f"error: {TensLoRAError(word)}: must be left out; hydra.sweep.dir is the folder of all runs")
         if not is_text(word):
             sys.exit(f"error: {TensLoRAError(word)}: must be text in UTF-8")
+    with contextlib.suppress(OSError):
+        if "${" in (here := os.getcwd()):  # which Hydra would take for a reference to a setting
+            sys.exit(f"error: {TensLoRAError(here)}: the path of the current folder must not contain ${{")
     sys.argv[1:] = _settings_together(sys.argv[1:])
-    guarded = _Task(task, sweep, wants_traceback=os.environ.get(FULL_ERROR) == "1")
+    full_error = os.environ.get(FULL_ERROR)
+    guarded = _Task(task, sweep, wants_traceback=full_error == "1")
     # With this setting Hydra raises its own errors instead of printing them over several lines.
     os.environ[FULL_ERROR] = "1"
     # A launcher starts jobs in other processes, perhaps on other machines, which have to find this package.
@@ -92,6 +99,9 @@ def run_app(
         # Until the task begins, the mistake is in the command line, in conf/ or in the output folder.
         line = _line(error, None if guarded.started else config_name) or unforeseen(error)
         sys.exit(f"error: {line}")
+    finally:  # for a notebook, whose next command is in the same process
+        if full_error is None:
+            os.environ.pop(FULL_ERROR, None)
 
 
 class _Task:
@@ -123,6 +133,7 @@ class _Task:
         end_with_the_launcher()
         in_multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
+            _refuse_hidden_files(HydraConfig.get().runtime.config_sources)
             return self.task(composed)
         except TensLoRAError as error:
             line = str(_line(error))
@@ -147,7 +158,24 @@ class _Task:
         if self._sweep is None:
             raise TensLoRAError("hydra/sweeper=table: is for sweep.py, which has a table to carry out")
         self.started = True
+        _refuse_hidden_files(config.hydra.runtime.config_sources)
         self._sweep(config, jobs, launch)
+
+
+def _refuse_hidden_files(sources: Any) -> None:
+    """Refuse files of a user's own folder of configs that Hydra does not read, because conf/ comes first.
+
+    Args:
+        sources: the folders and packages of configs, as Hydra lists them.
+    """
+    own = [Path(source.path) for source in sources if source.schema == "file" and Path(source.path) != _CONF]
+    for folder in own:
+        for file in _CONF.rglob("*.yaml"):
+            name = file.relative_to(_CONF)
+            if (folder / name).is_file() and (folder / name).read_bytes() != file.read_bytes():
+                raise TensLoRAError(
+                    f"{folder / name}: would not be read, because {file} comes first; give it another name"
+                )
 
 
 def _settings_together(words: Sequence[str]) -> list[str]:
@@ -210,7 +238,7 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
         # Hydra's own OSErrors, which are about conf/, have no number.
         if isinstance(cause, OSError) and cause.errno and (cause.errno in OUT_OF_REACH or config_name):
             failed = "used" if cause.errno == errno.ENAMETOOLONG else "written"
-            return f"{cause.filename or _output_folder()}: cannot be {failed} ({cause.strerror})"
+            return f"{cause.filename or _output_folder()}: cannot be {failed} ({os_reason(cause)})"
     if config_name is None:
         return None
     from tenslora.harness.config.spelling import misspelt
@@ -226,7 +254,26 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     for word in words:
         if str(error) == f"Error merging override {word}" and any("Cannot merge" in str(cause) for cause in causes):
             return f"{word}: must be {'a dictionary' if word.partition('=')[2].startswith('[') else 'a list'}"
+    if word := next((word for word in words if "=" in word and not _is_readable(word)), None):
+        key, _, value = word.partition("=")
+        quotes = "" if set(value) & {*"\"'\\"} else f""", as in '{key}="{value}"'"""
+        return f"{TensLoRAError(word)}: is not a value that Hydra can read; other characters need quotes{quotes}"
+    if isinstance(error, (KeyError, AssertionError)):  # of Hydra's code, with no word on the setting
+        of_hydra = [word for word in words if re.match(r"\+*hydra\.(?!(run|sweep)\.)", word)]
+        said = ": ".join(filter(None, (type(error).__name__, _joined(error) if str(error) else "")))
+        return f"{' '.join(of_hydra) or 'the settings of hydra'}: cannot be used by Hydra ({said})"
     return _joined(error)
+
+
+def _is_readable(word: str) -> bool:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _error_without(several: str) -> Exception | None:

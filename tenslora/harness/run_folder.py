@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from tenslora.errors import TensLoRAError, first_line
+from tenslora.errors import TensLoRAError, first_line, os_reason
 from tenslora.files import (
     ADAPTER_FILE,
     HEAD_FILE,
@@ -76,7 +76,7 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(bytes(_TRIAL_BYTES))
     except OSError as error:
-        raise TensLoRAError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise TensLoRAError(f"{folder}: cannot be written ({os_reason(error)})") from error
     finally:
         with contextlib.suppress(OSError):
             trial.unlink()
@@ -432,7 +432,7 @@ class RunFolder:
             yield False
             return
         except OSError as error:
-            raise TensLoRAError(f"{self.path}: cannot be written ({error.strerror})") from error
+            raise TensLoRAError(f"{self.path}: cannot be written ({os_reason(error)})") from error
         try:
             self._remove_leftovers()
             for name in self._claimed_files():

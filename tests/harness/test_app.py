@@ -18,7 +18,7 @@ from tenslora.harness.app import run_app
 from tenslora.harness.training.processes import Processes
 from tests.commands import Command, Commands, interrupt_import
 from tests.conftest import ROOT
-from tests.running import SHORT
+from tests.running import CONF, SHORT
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
@@ -51,6 +51,15 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["optimizer=null"], "optimizer=null: must be one of adamw"),
         (["trainer=nope"], "trainer=nope: "),
         (["hydra.run.dir="], "hydra.run.dir=: must be a folder"),
+        (['hydra.run.dir="~/run"'], 'hydra.run.dir="~/run": must be written without ~'),
+        (["hydra.verbose=3"], "hydra.verbose=3: cannot be used by Hydra (AssertionError"),
+        (["hydra.job.env_copy=[NOPE]"], "hydra.job.env_copy=[NOPE]: cannot be used by Hydra (KeyError: 'NOPE')"),
+        (
+            ["warm_start=~/a"],
+            """warm_start=~/a: is not a value that Hydra can read; other characters need quotes, as in 'w""",
+        ),
+        (["warm_start=a=1"], """quotes, as in 'warm_start="a=1"'"""),
+        (["warm_start=a(1)"], """quotes, as in 'warm_start="a(1)"'"""),
         (["hydra.job.chdir=true"], "hydra.job.chdir=true: must be false, because paths are relative to the current"),
         (["seed=\udcff"], r"seed=\udcff: must be text in UTF-8"),
         # the settings'
@@ -89,6 +98,41 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(monkeypatch: pytest.Mo
     (tmp_path / "file").touch()
     line = refused(monkeypatch, tmp_path / "file" / "run", *SHORT)
     assert line == f"{tmp_path}/file/run: cannot be written (Not a directory)"
+
+
+def test_an_output_folder_behind_a_link_to_nowhere_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "outputs").symlink_to(tmp_path / "purged" / "outputs")
+    line = refused(monkeypatch, tmp_path / "outputs", *SHORT)
+    assert f"{tmp_path}/outputs is a link to {tmp_path}/purged/outputs, which does not exist" in line
+
+
+def test_a_current_folder_that_hydra_cannot_name_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "${JOB}").mkdir()
+    monkeypatch.chdir(tmp_path / "${JOB}")
+    assert refused(monkeypatch, tmp_path, *SHORT).endswith(
+        "/${JOB}: the path of the current folder must not contain ${"
+    )
+
+
+def test_a_file_of_configs_that_would_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own = tmp_path / "mine" / "optimizer" / "adamw.yaml"
+    own.parent.mkdir(parents=True)
+    shutil.copy(CONF / "optimizer" / "adamw.yaml", own)
+    words = [*SHORT, "--config-dir", str(tmp_path / "mine"), "optimizer.lr=-1"]
+    assert refused(monkeypatch, tmp_path / "run", *words).startswith("optimizer.lr=-1: must be at least 0")
+    own.write_text(own.read_text().replace("lr: 1.0e-3", "lr: 2.0e-3"))
+    words = [*SHORT, "--config-dir", str(tmp_path / "mine")]
+    assert refused(monkeypatch, tmp_path / "run", *words) == (
+        f"{own}: would not be read, because {CONF}/optimizer/adamw.yaml comes first; give it another name"
+    )
+
+
+def test_a_second_command_of_a_process_has_no_traceback_either(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path}", "seed=x"])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="seed=x: must be a whole number"):
+            run_app(train.main, "config")
 
 
 def test_a_log_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
