@@ -91,9 +91,17 @@ def write_json_lines(rows: Sequence[Row], out: TextIO) -> None:
     Args:
         rows: the inputs and their answers, as `answered` gives them.
         out: the stream to write to.
+
+    Raises:
+        TensLoRAError: before anything is written, if a cell holds a number that JSON has not.
     """
-    for row in rows:
-        out.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            lines.append(json.dumps(row, ensure_ascii=False, default=str, allow_nan=False) + "\n")
+        except ValueError as error:
+            raise TensLoRAError(f"row {number} holds a NaN or an infinity, which JSON has not; write a .csv") from error
+    out.writelines(lines)
 
 
 def _write_delimited(rows: Sequence[Row], out: TextIO, delimiter: str) -> None:
@@ -153,12 +161,12 @@ def _inputs(given: argparse.Namespace, rows: Sequence[Row], known: Sequence[Sequ
     if given.file is None:
         return [tuple(row.values()) for row in rows]
     present = list(rows[0])
-    choices = [given.columns.split(",")] if given.columns else known
+    choices = known if given.columns is None else [given.columns.split(",")]
     columns = next((names for names in choices if set(names).issubset(present)), None)
     if columns is None:
-        missing = f"--columns {given.columns}" if given.columns else f"--file {given.file}"
+        missing = f"--file {given.file}" if given.columns is None else f"--columns {given.columns}"
         looked_for = " or ".join(", ".join(names) for names in choices)
-        hint = "" if given.columns else "; name the input's with --columns"
+        hint = "" if given.columns is not None else "; name the input's with --columns"
         raise TensLoRAError(f"{missing}: has no column {looked_for}; the columns are {', '.join(present)}{hint}")
     for number, row in enumerate(rows, start=1):
         for name in columns:

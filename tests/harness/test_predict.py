@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -127,6 +129,7 @@ def test_a_path_that_is_too_long_is_one_line(digits_run: Path) -> None:
         (["--text", "a", "--out", "out.csv", "--format", "jsonl"], "--format jsonl: is for printing; the end of --out"),
         (["--file", "{}.number.jsonl"], "row 1 must have a text in the column sentence, not 5"),
         (["--text", "a", "--columns", "text"], "--columns text: needs --file"),
+        (["--file", "{}", "--columns", ""], "--columns : has no column ; the columns are id, text"),
         (["--file", "in.csv", "--text_pair", "a"], "--text_pair: needs --text"),
         (["--text", "a\udcff"], r"'a\\udcff': must be text in UTF-8"),
         (["--text", "a", "--device", "abacus"], "--device=abacus: must be auto, cpu, cuda or cuda:<index>"),
@@ -152,6 +155,16 @@ def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Pa
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         main([str(sentences_run), *(word.format(file) for word in words)])
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_that_json_has_not_is_named(sentences_run: Path, tmp_path: Path) -> None:
+    columns = {"sentence": ["a", "b"], "x": [1.0, float("nan")]}
+    pyarrow: Any = importlib.import_module("pyarrow")  # it has no types
+    parquet: Any = importlib.import_module("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")  # pandas would write a null
+    with pytest.raises(SystemExit, match=r"^error: row 2 holds a NaN or an infinity, which JSON has not"):
+        main([str(sentences_run), "--file", f"{tmp_path}/in.parquet", "--out", f"{tmp_path}/out.jsonl"])
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_an_image_that_cannot_be_read_is_named(digits_run: Path, digits: list[Path]) -> None:
