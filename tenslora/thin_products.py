@@ -96,9 +96,16 @@ class MatrixGroup:
         if cached is None or saved_tensors_hooks() is not None:
             return self._compute(range(layer, layer + 1), dtype)[0]
         key = *self.key, dtype, torch.is_grad_enabled()
-        if key not in cached:
-            cached[key] = self._compute(range(self.adapter.geometry.layers), dtype)
-        return cast(LayerProducts, cached[key][layer])
+        if key not in cached or any(own._version != version for own, version in cached[key][1]):
+            cached[key] = self._compute(range(self.adapter.geometry.layers), dtype), self._versions()
+        return cast(LayerProducts, cached[key][0][layer])
+
+    def _versions(self) -> list[tuple[Tensor, int]]:
+        # torch tells of no pass that Ctrl-C has ended, and its products lie in the cache until the next pass begins. A
+        # layer that is called by itself before then must not take them if the adapter has changed.
+        if torch.compiler.is_compiling():
+            return []
+        return [(own, own._version) for own in self.adapter.parameters() if not own.is_inference()]
 
     def _compute(self, layers: range, dtype: torch.dtype) -> list[LayerProducts]:
         with without_autocast(next(self.adapter.parameters()).device):

@@ -207,3 +207,23 @@ def test_a_copy_of_the_model_has_a_cache_of_its_own() -> None:
     assert not twin._forward_pre_hooks
     assert not twin._forward_hooks
     assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
+
+
+def test_a_pass_that_was_broken_off_leaves_nothing_for_a_changed_adapter() -> None:
+    # As after Ctrl-C in a notebook: torch calls no hook at the end of such a pass.
+    model = build("separate")
+    attached(model, "qkv_depth")
+    other = copy.deepcopy(model)
+    adapters, x = [adapter_of(each) for each in (model, other)], inputs("separate")["x"]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with model.get_submodule("blocks.1").register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        model(x)
+    with torch.no_grad():
+        for adapter in adapters:
+            for parameter in adapter.parameters():
+                parameter.mul_(0.5)
+    first, expected = (each.get_submodule("blocks.0")(x) for each in (model, other))
+    assert torch.equal(first, expected)
