@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -237,9 +238,14 @@ def describe_run(record: dict[str, Any]) -> str:
 
 @cache  # the code that a process runs is the code of its start
 def _git() -> dict[str, Any] | None:
+    # In a hook, or with dotfiles in git, GIT_DIR names another repository.
+    others = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR")
+    own = {name: value for name, value in os.environ.items() if name not in others}
+
     def ask(*words: str) -> str:
         here = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        asked = subprocess.run(["git", *words], cwd=here, env=own, capture_output=True, text=True, check=True)
+        return asked.stdout.strip()
 
     try:
         return {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tenslora.harness import run_record
 from tenslora.harness.run_record import describe_environment, describe_run, summarize_history
 from tenslora.harness.training.metrics import METRICS
 from tests.offline import Tracked
@@ -79,3 +80,13 @@ def test_reference_rows_have_no_adapter(mode: str, trained: int | None, tmp_path
     assert not (tmp_path / "adapter.safetensors").exists()
     assert (tmp_path / ("head.safetensors" if trained else "model.safetensors")).exists()
     assert "ranks" not in describe_run(record)
+
+
+def test_the_commit_is_the_codes_also_where_git_is_told_of_another_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_record._git.cache_clear()
+    commit = run_record._git()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    run_record._git.cache_clear()
+    assert run_record._git() == commit  # None outside a clone
