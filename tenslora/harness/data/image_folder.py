@@ -170,6 +170,9 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
             f"dataset.root={root}: each folder in {folder} must have images ({', '.join(IMG_EXTENSIONS)}), but there "
             f"are none in {names}"
         )
+    loose = [file for file in folder.iterdir() if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
+    if loose := [file for file in loose if not file.name.startswith(".")]:
+        log.warning("%s: left out, because they are in no class's folder: %d images", folder, len(loose))
     if skipped:
         suffixes = ", ".join(sorted(skipped))
         log.warning("%s: %d files that are no images are left out (%s)", folder, skipped.total(), suffixes)

@@ -79,9 +79,11 @@ def test_hidden_files_and_files_of_other_kinds_are_left_out(tmp_path: Path, capl
     (tmp_path / "train" / "ant" / "._003.png").write_bytes(b"a resource fork")
     (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
     os.mkfifo(tmp_path / "train" / "ant" / "pipe.png")
+    paint(tmp_path / "train" / "loose.png", 9)
     dataset = load_own(tmp_path)
     assert (reds(dataset.train), dataset.classes) == ([3, 1, 2], ("ant", "cat"))
     assert "2 files that are no images are left out (.txt, a named pipe)" in caplog.text
+    assert f"{tmp_path}/train: left out, because they are in no class's folder: 1 images" in caplog.text
 
 
 def write_lists(root: Path, train: str, test: str) -> Path:
