@@ -61,7 +61,8 @@ class TableSweeper(BasicSweeper):
         if (size := self.max_batch_size) is not None and size < 1:
             raise TensLoRAError(f"hydra.sweeper.max_batch_size={size}: must be at least 1, or null for all at once")
         loader, config, launcher = self.hydra_context.config_loader, self.config, self.launcher
-        defaults = [f"{key}={value}" for key, value in (self.params or {}).items()]
+        params = OmegaConf.to_container(self.params, resolve=True) if OmegaConf.is_config(self.params) else self.params
+        defaults = [f"{key}={as_word(value)}" for key, value in cast(dict[str, Any], params or {}).items()]
         composer = Composer(loader, config)
         jobs = [composer.composed(words) for words in words_of_jobs(loader, [*defaults, *arguments])]
 
@@ -91,6 +92,26 @@ class TableSweeper(BasicSweeper):
                 ) from error
 
         self.task.sweep(config, jobs, launch)
+
+
+def as_word(value: Any) -> str:
+    """A value of a table's YAML file as it is written on the command line.
+
+    >>> [as_word(value) for value in ("0,1", None, [None, "a,b"], {"core": 0.1})]
+    ['0,1', 'null', "[null,'a,b']", '{core:0.1}']
+
+    Args:
+        value: the value. A text is taken as it stands, because it may be several values.
+    """
+
+    def within(item: Any) -> str:
+        return repr(item) if isinstance(item, str) else as_word(item)
+
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{within(item)}" for key, item in value.items()) + "}"
+    return "[" + ",".join(map(within, value)) + "]" if isinstance(value, list) else str(value)
 
 
 class _Patient(submitit_launcher.BaseSubmititLauncher):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import submitit
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from submitit.core.utils import DelayedSubmission, cloudpickle_dump
@@ -314,3 +315,20 @@ def test_a_killed_process_leaves_the_other_jobs_alone(tmp_path: Path, monkeypatc
     killed, alive = dying(submitit_folder=str(tmp_path / "%j"), timeout_min=1).launch([["die"], ["live"]], 0)
     assert killed.status is JobStatus.FAILED
     assert alive.return_value == "live"
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        (None, "null"),
+        ("0,1", "0,1"),
+        ([None, "a,b", 1], "[null,'a,b',1]"),
+        ({"core": 0.1}, "{core:0.1}"),
+        (True, "True"),
+    ],
+)
+def test_a_value_of_a_tables_file_is_what_it_is_on_the_command_line(value: Any, word: str) -> None:
+    assert importlib.import_module("hydra_plugins.tenslora_sweeps").as_word(value) == word
+    [override] = OverridesParser.create().parse_overrides([f"x={word}"])
+    if not override.is_sweep_override():
+        assert override.value() == value
