@@ -411,7 +411,7 @@ def require_own_layers(model: nn.Module) -> None:
     if missing > 0:
         raise TensLoRAError(
             f"{type(model).__name__}: {missing} of the adapted matrices are no longer in the model, whose layers were "
-            f"replaced after attach; attach(model, detach(model)) puts the adapter on the layers that it has now"
+            f"replaced after attach; attach(model, detach(model), train=...) puts the adapter on those that it has now"
         )
 
 
