@@ -18,6 +18,9 @@ Value = float | int | bool | str | None
 _CHOSEN_OTHERWISE = ("seed", "dataset.validation", "trainer.evaluate")
 """Settings that cannot be tuned, because they say how it is tuned."""
 
+_OF_THE_TABLE = ("tensor_mode.name", "rank_strategy.name", "dataset.name", "dataset.test_split", "model.name")
+"""Settings that cannot be tuned, because a run with another value belongs to another row or column of the table."""
+
 
 @dataclass(frozen=True)
 class TuneConfig:
@@ -41,6 +44,10 @@ class TuneConfig:
     def __post_init__(self) -> None:
         if self.setting in _CHOSEN_OTHERWISE:
             raise TensLoRAError(f"setting={self.setting}: must be another setting, because tune itself sets this one")
+        if self.setting in _OF_THE_TABLE:
+            raise TensLoRAError(
+                f"setting={self.setting}: must be another setting, because rows and columns of the table differ in it"
+            )
         if len(set(self.values)) < len(self.values) or len(self.values) < 2:
             raise TensLoRAError(f"values={shown(self.values)}: must be at least two values, all different")
         for value in self.values:

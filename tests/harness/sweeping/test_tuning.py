@@ -177,6 +177,8 @@ def test_vtab_has_a_validation_split_of_its_own(tmp_path: Path) -> None:
         ("tune=lr tune.validation=1", "tune.validation=1: must be above 0 and below 1"),
         ("tune.values=[1,2]", r"tune.setting=null: must be the setting whose values are \[1, 2\]"),
         ("tune.setting=seed tune.values=[1,2]", "tune.setting=seed: must be another setting"),
+        ("tune.setting=tensor_mode.name tune.values=[att,qkv]", ".*rows and columns of the table differ in it"),
+        ("tune.setting=dataset.test_split tune.values=[test,train]", ".*rows and columns of the table differ in it"),
         ("tune.setting=lr tune.values=[1,2]", "tune.setting=lr: there is no such setting; did you mean optimizer.lr?"),
         (
             "tune.setting=trainer.workers tune.values=[1,2]",
