@@ -116,7 +116,7 @@ def building(config: ModelConfig) -> Iterator[None]:
         yield
     except TensLoRAError:
         raise
-    except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise TensLoRAError(
             f"model.options={config.options}: do not make a {config.architecture} ({first_line(error)})"
         ) from error

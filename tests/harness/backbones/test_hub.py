@@ -109,13 +109,24 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
         (timm_vit(architecture="vit_gigantic"), r"model\.architecture=vit_gigantic: timm .* no such model"),
         (timm_vit(options={**VIT_DIGITS, "widths": 3}), r"model\.options=.*widths"),
         (timm_vit(options={**VIT_DIGITS, "num_heads": 5}), r"model\.options=.*'num_heads': 5.*divi"),
+        (timm_vit(options={**VIT_DIGITS, "num_heads": 0}), r"model\.options=.*'num_heads': 0.*zero"),
         (transformers_vit(options={}), r"model\.options=\{\}: .*model_type"),
         (transformers_vit(options={**VIT, "model_type": "nosuch"}), r"model\.options=.*nosuch"),
         (transformers_vit(options={**VIT, "model_type": "bert"}), r"model\.options=.*bert"),
         (transformers_text(options={**TEXT["bert"], "num_attention_heads": 3}), r"model\.options=.*'num_attention_he"),
         (transformers_text(options={**TEXT["bert"], "vocab_size": 100}), r"model\.options.*must be at least \d{3}"),
     ],
-    ids=["unknown name", "unknown option", "heads", "no type", "unknown type", "text type", "hf heads", "vocabulary"],
+    ids=[
+        "unknown name",
+        "unknown option",
+        "heads",
+        "no heads",
+        "no type",
+        "unknown type",
+        "text type",
+        "hf heads",
+        "vocabulary",
+    ],
 )
 def test_options_that_do_not_make_a_model(config: ModelConfig, message: str) -> None:
     assert_refused(config, message, trained_tokenizer() if config.modality == "text" else None)
