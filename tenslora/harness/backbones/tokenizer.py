@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.backbones.hub import fetching, folder_or_repository
+from tenslora.harness.backbones.hub import fetching, folder_or_repository, source_setting
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import ModelConfig
 
@@ -46,6 +46,10 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
         return _train_tokenizer(sentences)
     if tokenizer.pad_token is None:  # decoders have none; what is padded is masked, so any token does
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise TensLoRAError(
+                f"{source_setting(config)}: its tokenizer has no token to pad texts with; give it a pad_token"
+            )
     return tokenizer
 
 

@@ -5,6 +5,9 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import load_tokenizer
@@ -32,6 +35,14 @@ def test_a_missing_or_broken_tokenizer_is_refused_in_one_line(content: str | Non
         load_tokenizer(transformers_text(pretrained=True, checkpoint=str(folder)), SENTENCES)
     assert "\n" not in str(caught.value)
     assert content or "no such folder" in str(caught.value)
+
+
+def test_a_tokenizer_without_a_token_to_pad_with_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TEXT["bert"]))
+    plain = Tokenizer(WordLevel({"a": 0, "cat": 1}))
+    PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
+    with pytest.raises(TensLoRAError, match=r"model\.checkpoint=\S*: its tokenizer has no token to pad texts with"):
+        load_tokenizer(transformers_text(pretrained=True, checkpoint=str(tmp_path)), SENTENCES)
 
 
 def test_the_trained_tokenizer_is_deterministic() -> None:
