@@ -11,7 +11,6 @@ from __future__ import annotations
 import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
 
 # isort: split
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -98,12 +97,10 @@ def sweep(
     folder = outputs / "tables" / name
     stages = Stages(plan_jobs(composed, outputs), tune)
     known = stages.look()
-    if stages.jobs[0].run.logger.wandb and (given := os.environ.get("WANDB_RUN_ID")):
-        raise TensLoRAError(f"WANDB_RUN_ID={given}: must not be set in a sweep, whose runs would all become one in W&B")
+    check_for_sweep(stages.jobs[0].run.logger)
     if not settings.dry_run:
         check_writable(folder)
         check_places(folder)
-        check_for_sweep(stages.jobs[0].run.logger)
     if stages.jobs[0].run.overwrite and not settings.dry_run:
         overwrite(list(known.looks), settings.collect_only)
         known = stages.look()

@@ -141,7 +141,7 @@ def test_a_name_for_one_run_of_wandb_is_refused_in_a_sweep(commands: Commands, t
     words = [*TINY, "hydra/launcher=basic", "tensor_mode=lora", "logger=wandb", "dry_run=true"]
     ended = commands.run(Command("sweep.py", words, tmp_path, environment={"WANDB_RUN_ID": "mine"}))
     assert (ended.status, ended.out) == (1, "")
-    assert ended.err.startswith("error: WANDB_RUN_ID=mine: must not be set in a sweep")
+    assert ended.err.startswith("error: WANDB_RUN_ID=mine: must not be set for a sweep")
 
 
 def test_results_that_could_not_be_written_end_the_sweep_in_one_line_before_the_first(

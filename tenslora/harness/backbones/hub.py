@@ -114,12 +114,11 @@ def building(config: ModelConfig) -> Iterator[None]:
     """
     try:
         yield
-    except TensLoRAError:
+    except (TensLoRAError, OSError, MemoryError):
         raise
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError) as error:
-        raise TensLoRAError(
-            f"model.options={config.options}: do not make a {config.architecture} ({first_line(error)})"
-        ) from error
+    except Exception as error:  # the libraries check some options with types of their own
+        kind = config.architecture or f"model of {config.name}"
+        raise TensLoRAError(f"model.options={config.options}: do not make a {kind} ({first_line(error)})") from error
 
 
 def wrong_checkpoint(config: ModelConfig, path: Path | str, difference: str) -> TensLoRAError:

@@ -168,7 +168,11 @@ def _own_settings(config: ModelConfig, classes: int, tokenizer: PreTrainedTokeni
     for name, value in config.options.items():
         if not hasattr(own, name):
             raise TensLoRAError(f"model.options.{name}: the model's config.json ({own.model_type}) has no such setting")
-        setattr(own, name, value)
+        with building(config):
+            setattr(own, name, value)
+    if config.options and config.pretrained:  # otherwise the checkpoint would be blamed for them
+        with building(config), torch.device("meta"), torch.random.fork_rng(devices=[]):
+            _auto_class(config).from_config(own, trust_remote_code=False)
     if tokenizer is not None and (own.pad_token_id is None or not config.pretrained):
         own.pad_token_id = tokenizer.pad_token_id
     return own

@@ -88,8 +88,7 @@ def check_for_sweep(config: LoggerConfig) -> None:
     """
     if _has_wandb(config) and (given := os.environ.get("WANDB_RUN_ID")):
         raise TensLoRAError(
-            f"WANDB_RUN_ID={given}: must not be set for a sweep, because all its runs would be one run of Weights & "
-            f"Biases"
+            f"WANDB_RUN_ID={given}: must not be set for a sweep, because all its runs would be one run of W&B"
         )
 
 

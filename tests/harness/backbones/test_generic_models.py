@@ -108,6 +108,13 @@ def test_random_weights_come_from_the_config_with_its_options_replaced(tmp_path:
     assert len(vars(backbone.model)["_modules"]["bert"].encoder.layer) == 3
 
 
+@pytest.mark.parametrize("option", ["layer_norm_eps=x", "num_attention_heads=5", "hidden_act=nope", "hidden_size=-24"])
+def test_an_option_that_makes_no_model_is_blamed_and_not_the_checkpoint(option: str, tmp_path: Path) -> None:
+    words = save(tmp_path / "bert", "BertModel")
+    with pytest.raises(TensLoRAError, match=r"^model\.options=\{.*\}: do not make a model of bert \("):
+        load(*words, f"+model.options.{option}")
+
+
 def test_a_folder_without_a_tokenizer_gets_one_only_with_random_weights(tmp_path: Path) -> None:
     words = save(tmp_path / "bert", "BertModel", tokenizer=False, vocab_size=8192)
     with pytest.raises(TensLoRAError, match=r"model\.checkpoint=\S*bert: is not a checkpoint of bert \(it has no tok"):
