@@ -202,8 +202,16 @@ class Record(Form):
         )
         wanted = "validation" if is_held_out else "test"
         _check(self.scored_on == wanted, f"scored_on={self.scored_on}", f"the run's is {wanted}")
-        for group in ("trainer", "dataset", "model"):
-            _check(isinstance(self.config.get(group), dict), f"config.{group}", "must be a group of settings")
+        for group, settings in identity.model_dump().items():
+            own = self.config.get(group)
+            if not isinstance(settings, dict):
+                _check(own == settings, f"config.{group}={shown(own)}", f"the run's is {settings}")
+                continue
+            _check(isinstance(own, dict), f"config.{group}", "must be a group of settings")
+            for name, value in settings.items():
+                if (group, name) != ("trainer", "score_every"):  # `identity` calls evaluate_every so
+                    found = own.get(name) if isinstance(own, dict) else None
+                    _check(found == value, f"config.{group}.{name}={shown(found)}", f"the run's is {shown(value)}")
         return self
 
     @model_validator(mode="after")

@@ -94,6 +94,21 @@ def test_a_changed_record_is_refused_in_one_line_or_serves_all_that_read_it(job:
         assert read["status"] == "diverged" or 0 <= read["metrics"]["last"] <= 1
 
 
+def test_settings_that_are_not_those_of_the_runs_digest_are_refused(job: Job, tmp_path: Path) -> None:
+    record = finished(job.run)
+    config = record["config"]
+    for changed, message in (
+        ({"seed": 1}, "seed=1: the run's is 0"),
+        ({"adapter": None}, "adapter: must be a group of settings"),
+        ({"adapter": {**config["adapter"], "alpha": "4"}}, 'adapter.alpha="4": the run\'s is 4'),
+        ({"optimizer": {**config["optimizer"], "lr": 10**400}}, "optimizer.lr=10"),
+    ):
+        folder = RunFolder(tmp_path)
+        folder.result.write_text(json.dumps({"schema": 1, **record, "config": {**config, **changed}}))
+        with pytest.raises(TensLoRAError, match=rf"result\.json: not a readable record \(config\.{message}"):
+            folder.read_record()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

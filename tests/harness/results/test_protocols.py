@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.errors import TensLoRAError
@@ -56,6 +57,7 @@ def whole_record(run: Run, made: str) -> dict[str, Any]:
         **{group: identity[group]["name"] for group in ("model", "dataset", "tensor_mode")},
         "environment": {"argv": [], **run.record["environment"]},
         "identity": identity,
+        "config": OmegaConf.to_container(OmegaConf.merge(_REAL["config"], identity)),
         "digest": digest_of(identity),
         "seed": run.seed,
         "rank_strategy": run.row.strategy or "isorank",
