@@ -117,12 +117,8 @@ def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedA
     if held := next(iter(_adapted_linears(model)), None):
         raise TensLoRAError(f"{held}: has an adapter already; detach it first from the model that holds it")
     stages = find_projections(model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt)
+    require_no_other_adapter(stages)
     for target in (target for stage in stages for target in stage.targets):
-        if hasattr(target.linear, "get_base_layer"):
-            raise TensLoRAError(
-                f"{target.path}: is a layer of another adapter ({type(target.linear).__name__} of PEFT), which would "
-                f"take this one along when it is merged; take that off first (merge_and_unload or unload)"
-            )
         try:
             adapted_class(type(target.linear))
         except TensLoRAError as error:
@@ -139,6 +135,25 @@ def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedA
     if differing := _differences(adapter, stages):
         raise TensLoRAError(f"the adapter does not fit {type(model).__name__}: {'; '.join(differing)}")
     return stages
+
+
+def require_no_other_adapter(stages: Sequence[Stage]) -> None:
+    """Check that no layer that is to be adapted has an adapter.
+
+    Args:
+        stages: the stages with the Linear layers that hold the matrices, from `find_projections`.
+
+    Raises:
+        TensLoRAError: if one is a layer of PEFT, or has an adapter of `attach`.
+    """
+    for target in (target for stage in stages for target in stage.targets):
+        if hasattr(target.linear, "get_base_layer"):
+            raise TensLoRAError(
+                f"{target.path}: is a layer of another adapter ({type(target.linear).__name__} of PEFT), which would "
+                f"take this one along when it is merged; take that off first (merge_and_unload or unload)"
+            )
+        if isinstance(target.linear, AdaptedLinear):
+            raise TensLoRAError(f"{target.path}: has an adapter already; detach it first from the model that holds it")
 
 
 def _differences(adapter: Adapter | StagedAdapter, stages: Sequence[Stage]) -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tenslora.adapted_linear import LayerUpdate, add_updates
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
-from tenslora.attachment import keep_gradients, layer_updates, require_apart
+from tenslora.attachment import keep_gradients, layer_updates, require_apart, require_no_other_adapter
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
 from tenslora.files import require_tensors
@@ -40,6 +40,10 @@ METHOD = "tenslora"
 """The method's name in PEFT. In adapter_config.json it is written in capitals, as `peft_type`."""
 
 _ADAPTERS = f"{METHOD}_adapters"
+
+# For these tasks PEFT adds the names of the head to the user's settings after the tuner has been made, and expects to
+# find them in the tuner's.
+_HEAD_NAMED_LATER = ("TOKEN_CLS", "QUESTION_ANS")
 
 
 def register() -> None:
@@ -293,7 +297,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Add the updates to the Linear's weight.
 
         Args:
-            safe_merge: whether to check first that the update has no NaN and no infinity.
+            safe_merge: whether to check first that the weight gets no NaN and no infinity.
             adapter_names: the adapters whose updates to add; None for the active ones.
 
         Raises:
@@ -315,10 +319,11 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _add_to_weight(self, update: Tensor, checked: str | None = None) -> None:
         linear = self.get_base_layer()
-        if checked is not None and not torch.isfinite(update).all():
+        plain = linear.get_parameter("weight") if is_plain(linear) else None
+        if checked is not None and not torch.isfinite(update if plain is None else plain + update.to(plain)).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {checked} seems to be broken")
-        if is_plain(linear):
-            linear.get_parameter("weight").add_(update.to(linear.get_parameter("weight")))
+        if plain is not None:
+            plain.add_(update.to(plain))
         else:
             self.rounding.append(QuantisedWeights(linear, self._model[0]).add(linear, update))
 
@@ -381,7 +386,10 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         Raises:
             TensLoRAError: if the adapter does not fit the model; see `attachment.attach`.
         """
-        config = copy.copy(cast(TensLoraConfig, self.peft_config[adapter_name]))  # the user may have use for it again
+        given = cast(TensLoraConfig, self.peft_config[adapter_name])
+        if given.modules_to_save is None and given.task_type in _HEAD_NAMED_LATER:
+            given.modules_to_save = []
+        config = copy.copy(given)  # the user may have use for it again
         with _linears_in_place(self.model):
             stages = chosen_stages(self.model, config)
         adapted = [target.path for stage in stages for target in stage.targets]
@@ -536,10 +544,13 @@ def chosen_stages(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
         config: the settings.
 
     Raises:
-        TensLoRAError: if they leave nothing to adapt, or if their patterns cannot be matched.
+        TensLoRAError: if they leave nothing to adapt, if their patterns cannot be matched, or if a layer has another
+            adapter.
     """
     _require_timely_patterns(config, [path for path, _ in model.named_modules()])
-    return _chosen(model, config)
+    stages = _chosen(model, config)
+    require_no_other_adapter(stages)
+    return stages
 
 
 def _require_timely_patterns(config: TensLoraConfig, paths: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from peft import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
     PeftType,
     get_peft_model,
     get_peft_model_state_dict,
@@ -207,12 +208,53 @@ def test_an_auto_class_builds_the_backbone_too(tmp_path: Path) -> None:
     assert generated.shape == (2, 10)
 
 
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", "QUESTION_ANS"])
+def test_a_head_that_peft_names_after_the_adapter_is_made_is_trained(task_type: str) -> None:
+    config = TensLoraConfig(task_type=task_type)
+    model: Any = get_peft_model(build("hf_bert"), config)
+    trained_beside = {name for name, each in model.named_parameters() if each.requires_grad and "tenslora" not in name}
+    head = "qa_outputs" if task_type == "QUESTION_ANS" else "classifier"
+    assert head in model.peft_config["default"].modules_to_save
+    assert len(trained_beside) == (0 if task_type == "QUESTION_ANS" else 2)  # this model's head is called classifier
+    again: Any = get_peft_model(build("hf_bert"), config)
+    assert {name for name, each in again.named_parameters() if each.requires_grad and "tenslora" not in name} == (
+        trained_beside
+    )
+
+
+def test_layers_that_have_another_adapter_are_refused() -> None:
+    attached = build("hf_bert")
+    attach(attached, AdapterConfig())
+    with pytest.raises(TensLoRAError, match=r"query: has an adapter already; detach it first"):
+        get_peft_model(attached, TensLoraConfig())
+    with_lora: Any = get_peft_model(build("hf_bert"), PeftLora(target_modules=["query"]))
+    refused = pytest.raises(TensLoRAError, match=r"query: is a layer of another adapter \(Linear of PEFT\)")
+    with warnings.catch_warnings(), refused:
+        warnings.simplefilter("ignore", UserWarning)  # PEFT's own, of a second adapter
+        get_peft_model(with_lora.get_base_model(), TensLoraConfig())
+
+
+def test_a_safe_merge_looks_at_the_sum() -> None:
+    backbone: Any = build("hf_bert").half()
+    query = backbone.bert.encoder.layer[1].attention.self.query
+    query.weight.data.fill_(6e4)
+    model: Any = trained(get_peft_model(backbone, TensLoraConfig(tensor_mode="lora", alpha=1e5)))
+    update = query.weight + model.base_model.model.get_submodule(
+        "bert.encoder.layer.1.attention.self.query"
+    ).get_delta_weight("default").to(query.weight)
+    assert torch.isinf(update).any()
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(query.weight, torch.full_like(query.weight, 6e4))
+
+
 @pytest.mark.parametrize(
     ("task_type", "kind"),
     [
         ("SEQ_CLS", PeftModelForSequenceClassification),
         ("CAUSAL_LM", PeftModelForCausalLM),
         ("FEATURE_EXTRACTION", PeftModelForFeatureExtraction),
+        ("TOKEN_CLS", PeftModelForTokenClassification),
         (None, PeftModel),
     ],
 )
