@@ -254,3 +254,27 @@ def tensor_of(adapter: Adapter, index: int) -> FactorizedTensor:
     tensor = adapter.tensors[index]
     assert isinstance(tensor, FactorizedTensor)
     return tensor
+
+
+class TwoTowers(nn.Module):
+    """Two towers of which one's paths, blocks.0 and so on, are the ends of the other's, visual.blocks.0."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.visual, self.link = PlainTransformer(width=width, classes=24), nn.Linear(24, width)
+        text = PlainTransformer()
+        self.blocks, self.head = text.blocks, text.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (batch, classes) of x (batch, tokens, 24)."""
+        x = x + self.visual(self.link(x)).unsqueeze(1)
+        for block in self.blocks:
+            x = block(x)
+        result: Tensor = self.head(x.mean(1))
+        return result
+
+
+def two_towers(width: int = 24) -> nn.Module:
+    """Two towers, in evaluation mode, in float64, with reproducible random weights."""
+    torch.manual_seed(0)
+    return TwoTowers(width).double().eval()

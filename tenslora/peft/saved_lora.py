@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 PREFIX = "base_model.model."
 """What PEFT puts in front of the names of a model's own weights."""
+
+_Place = tuple[int, TargetLinear]  # the index of the stage, and the Linear
 
 # The values of PEFT's init_lora_weights that leave the backbone's own weights as they are.
 _INITS_OF_LORA_ALONE = (True, False, "gaussian", "eva", "orthogonal")
@@ -159,18 +161,12 @@ def read_updates(folder: Path, stages: Sequence[Stage]) -> list[list[list[Tensor
     config, path = read_config(folder), folder / WEIGHTS
     matrices = {key: tensor for key, tensor in read_safetensors(path)[1].items() if ".lora_" in key}
     saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(PREFIX)) for key in matrices}
-    found: dict[str, tuple[int, TargetLinear]] = {}
-    for stage, target in ((index, target) for index, (_, targets) in enumerate(stages) for target in targets):
-        # A model with a head has a prefix in front of the backbone's paths. Either model may have a head: the LoRA's
-        # own model, or the one that is adapted.
-        name = next((name for name in saved if _ends_with(name, target.path) or _ends_with(target.path, name)), None)
-        if name is not None:
-            saved.remove(name)
-            found[name] = stage, target
+    targets = {target.path: (index, target) for index, (_, of_stage) in enumerate(stages) for target in of_stage}
+    found = _places(saved, targets)
     if saved and not found:
         raise TensLoRAError(f"{folder}: adapts {min(saved)} and others; this model has none of them")
-    if saved:
-        raise _left_out(folder, min(saved), stages)
+    if left := saved - found.keys():
+        raise _left_out(folder, min(left), stages)
     try:
         products = _products(config, matrices, {name: target for name, (_, target) in found.items()})
     except TensLoRAError as error:
@@ -191,6 +187,23 @@ def read_updates(folder: Path, stages: Sequence[Stage]) -> list[list[list[Tensor
     if not any(update.any() for of_stage in updates for layer in of_stage for update in layer):
         raise TensLoRAError(f"{folder}: its updates are all zero, as before any training")
     return updates
+
+
+def _places(saved: Set[str], targets: Mapping[str, _Place]) -> dict[str, _Place]:
+    # The places of the saved modules. A model with a head has a prefix in front of the backbone's paths, and either
+    # model may have a head: the LoRA's own, or the one that is adapted. The prefix is the same for all paths, and the
+    # shortest that will do: one tower may be called blocks, and another visual.blocks.
+    prefixes = {
+        (name.removesuffix(path), "") if _ends_with(name, path) else ("", path.removesuffix(name))
+        for name in saved
+        for path in targets
+        if _ends_with(name, path) or _ends_with(path, name)
+    }
+    placed = [
+        {name: targets[path] for name in saved if name.startswith(old) and (path := new + name[len(old) :]) in targets}
+        for old, new in sorted(prefixes, key=lambda pair: (len(pair[0] + pair[1]), pair))
+    ]
+    return max(placed, key=len, default={})
 
 
 def _left_out(folder: Path, name: str, stages: Sequence[Stage]) -> TensLoRAError:

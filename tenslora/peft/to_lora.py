@@ -59,7 +59,10 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
     detach(model)
     ranks = {path: len(a) for path, (a, _) in weights.items()}
     rank = max(ranks.values())
-    lower_ranks = {path: r for path, r in ranks.items() if r != rank}
+    # A pattern matches every path that ends with it. One that is the end of another path is tied to the beginning.
+    paths = set(ranks)
+    ends = {path for path in paths if any(other.endswith(f".{path}") for other in paths)}
+    lower_ranks = {f"^{path}" if path in ends else path: r for path, r in ranks.items() if r != rank}
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,  # PEFT multiplies the update by lora_alpha / r, which is 1 here

@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from tenslora import RankStrategy, TensLoRAError, merge
+from tenslora import AdapterConfig, RankStrategy, TensLoRAError, attach, merge
 from tenslora.peft.to_lora import lora_weights, to_peft
-from tests.models import attached, build, inputs, logits
+from tests.models import attached, build, inputs, logits, randomised, two_towers
 
 
 @pytest.mark.parametrize("mode", ["lora", "depth", "att_qkv_depth", "site"])
@@ -40,6 +40,18 @@ def test_matrices_of_different_ranks_in_one_adapter_are_saved_with_their_ranks(t
     for path, product in products.items():
         update = loaded.base_model.model.get_submodule(path).get_delta_weight("default")
         torch.testing.assert_close(update.double(), product, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [12, 36])
+def test_paths_that_end_alike_keep_their_own_ranks(width: int, tmp_path: Path) -> None:
+    model, batch = two_towers(width), inputs("separate")
+    randomised(attach(model, AdapterConfig("qkv_depth")))
+    expected = model(**batch)
+    peft_model = to_peft(model)
+    torch.testing.assert_close(peft_model(**batch), expected, rtol=0, atol=1e-11)
+    peft_model.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(two_towers(width), str(tmp_path))
+    torch.testing.assert_close(again(**batch), expected, rtol=0, atol=1e-5)
 
 
 def test_modules_that_were_trained_without_an_adapter_are_saved_with_the_lora() -> None:

@@ -17,7 +17,7 @@ from tenslora.peft import TensLoraConfig
 from tenslora.peft.to_lora import to_peft
 from tenslora.peft.to_tenslora import from_lora, to_tenslora
 from tenslora.rank_pruning import prune
-from tests.models import attached, build, inputs, logits, randomised
+from tests.models import attached, build, inputs, logits, randomised, two_towers
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,32 @@ def test_a_merged_adapter_is_not_exported_a_second_time() -> None:
     merge(model)
     with pytest.raises(TensLoRAError, match="its adapter is merged; unmerge it first"):
         to_tenslora(model)
+
+
+@pytest.mark.parametrize("width", [24, 36])
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("towers", [r".*(query|key|value)", r".*visual.*(query|key|value)", r"(?!.*visual).*query"])
+def test_paths_that_end_alike_are_told_apart(towers: str, prefix: str, width: int, tmp_path: Path) -> None:
+    class WithPrefix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = two_towers(width)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.model(x)
+
+    model: Any = get_peft_model(  # type: ignore[arg-type]
+        WithPrefix() if prefix else two_towers(width), LoraConfig(r=2, target_modules=towers)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    model.save_pretrained(str(tmp_path))
+    for fresh in (two_towers(width), WithPrefix()):
+        again, approximation = from_lora(fresh, tmp_path, TensLoraConfig(tensor_mode="lora", r=2))
+        assert approximation.error < 1e-6
+        torch.testing.assert_close(again(**inputs("separate")), model(**inputs("separate")), rtol=0, atol=1e-5)
 
 
 def lora(folder: Path) -> Any:
