@@ -82,6 +82,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
         record = record_of(run, facts, state, failure, seconds, processes)
         if processes.is_main:
             files = []
+            folder.remove_results()
             if not failure:
                 files = adapted.save(folder, run.tensor_mode)
                 folder.write_predictions(state.predictions)

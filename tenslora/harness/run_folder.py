@@ -411,6 +411,18 @@ class RunFolder:
         for file in (self.failure, self.result, *([] if keep_checkpoint else [self.checkpoint])):
             _remove(file)
 
+    def remove_results(self) -> None:
+        """Remove what an earlier run left at its end, its record first.
+
+        The files of one run have other names than those of another: an adapter that stays beside a later run's head
+        would be loaded with it.
+
+        Raises:
+            TensLoRAError: if a file cannot be removed.
+        """
+        for file in (self.result, self.adapter, self.weights(""), self.weights("full"), self.predictions):
+            _remove(file)
+
     @contextlib.contextmanager
     def claim(self) -> Iterator[bool]:
         """A context in which this process, and no other, carries out the run.

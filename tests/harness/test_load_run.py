@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,22 @@ def test_the_library_reads_the_folder_of_a_run(digits_run: Path) -> None:
 def test_full_fine_tuning_scores_what_its_record_says(tmp_path: Path) -> None:
     run(tmp_path, *SHORT, "tensor_mode=full", "optimizer.lr=0.001")
     assert accuracy_of(load_run(tmp_path)) == record(tmp_path)["metrics"]["last"]
+
+
+@pytest.mark.parametrize("mode", ["head_only", "full"])
+def test_a_run_that_was_overwritten_leaves_no_weights(mode: str, digits_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits_run, tmp_path / "run")
+    run(tmp_path / "run", *SHORT, f"tensor_mode={mode}", "trainer.epochs=1", "overwrite=true")
+    weights = {"head_only": "head.safetensors", "full": "model.safetensors"}[mode]
+    left = {file.name for file in (tmp_path / "run").glob("*.safetensors")}
+    assert left == {weights, "checkpoint.safetensors", "predictions.safetensors"}
+
+
+def test_a_run_that_diverges_leaves_nothing_of_an_earlier_one(digits_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits_run, tmp_path / "run")
+    with pytest.raises(TensLoRAError, match="diverged"):
+        run(tmp_path / "run", *SHORT, "optimizer.lr=1e9", "trainer.epochs=1", "overwrite=true")
+    assert not {"adapter.safetensors", "head.safetensors"}.intersection(map(str, os.listdir(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(
