@@ -444,6 +444,8 @@ class SharedInput:
                 "the input of an adapted layer is divided among processes (DTensor), as for tensor parallelism, under "
                 "which an adapter is not supported; merge and detach it first"
             )
+        if left_t.device != tokens.device:  # of a model whose layers lie on several devices
+            left_t, rights = left_t.to(tokens.device), tuple(right.to(tokens.device) for right in rights)
         # A quantised Linear may return float32 under autocast, which would make h another dtype.
         h = F.linear(adapter.dropout(tokens.to(dtype)), left_t).to(dtype)
         if adapter.training and adapter.config.rank_dropout > 0:  # one mask for all tokens
