@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
+from tenslora.harness.backbones.hub import source_setting
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.config import DatasetConfig, RunConfig, validate
 from tenslora.harness.config.checks import shown
@@ -25,7 +26,7 @@ from tenslora.harness.data.unlabelled import unlabelled
 from tenslora.harness.predictions import Prediction, Predictions, by_name
 from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.training.evaluation import Evaluation, evaluate, predict
-from tenslora.harness.training.processes import Processes
+from tenslora.harness.training.processes import Processes, most_threads
 from tenslora.harness.training.tasks import TASKS
 from tenslora.pretrained import load, read_weights, running_statistics
 
@@ -39,12 +40,14 @@ class LoadedRun:
         record: the run's result.json.
         backbone: the backbone with the trained head, and with the adapter attached if the run had one.
         tokenizer: the tokenizer of a text model; None for an image model.
+        files: the run's folder.
     """
 
     run: RunConfig
     record: dict[str, Any]
     backbone: Backbone
     tokenizer: Any
+    files: RunFolder
 
     @property
     def task(self) -> str:
@@ -121,18 +124,26 @@ class LoadedRun:
             The loss, the scores and the predictions.
 
         Raises:
-            TensLoRAError: if the dataset cannot be loaded, if it has a class that the run's dataset has not, or if
-                examples would be drawn otherwise than in the run, so that the run has trained on some of them, or if
-                the model's outputs are not finite.
+            TensLoRAError: if the dataset cannot be loaded, if it has a class that the run's dataset has not, if it has
+                another number of sentences in each example, if examples would be drawn otherwise than in the run, so
+                that the run has trained on some of them, or if the model's outputs are not finite.
         """
         config = dataset or self.run.dataset
-        if _place(config) == _place(self.run.dataset):
+        is_own = _place(config) == _place(self.run.dataset)
+        if is_own:
             _require_held_out(config, self.run.dataset)
             loaded = load_dataset(config, self.run.seed)
         else:
             config = replace(config, validation=None) if config.source in OWN_FILES else config
             loaded = load_tests(config, self.run.seed, self.classes)
         loaded = _renumbered(loaded, self.task, self.classes, config)
+        if len(loaded.text_columns) != (count := len(self.text_columns)):
+            raise TensLoRAError(
+                f"dataset={config.name}: must have {count} sentence{'s' * (count > 1)} in each example, as in the run's "
+                f"dataset ({', '.join(self.text_columns)}), and not {', '.join(loaded.text_columns)}"
+            )
+        if is_own and loaded.is_drawn:
+            self._require_drawn_as_in_the_run(loaded, config)
         # The training examples are not used, and need not be tokenized.
         data = encode(replace(loaded, train=loaded.scored), config, self.backbone, self.tokenizer)
         with self._on(device) as processes:
@@ -141,11 +152,32 @@ class LoadedRun:
             _require_finite(predictions)
         return evaluation
 
+    def _require_drawn_as_in_the_run(self, dataset: Dataset, config: DatasetConfig) -> None:
+        """Refuse data that has changed: other rows would be drawn for scoring, some of which the run has trained on."""
+        counts = [(config.scored_on, len(dataset.scored))]
+        if config.train_size == self.run.dataset.train_size:
+            counts.append(("train", len(dataset.train)))
+        changes = [
+            f"{own:,} {split} examples, and there are {count:,} now"
+            for split, count in counts
+            if count != (own := self.record[f"{split}_examples"])
+        ]
+        with suppress(TensLoRAError):  # a damaged file of predictions, which nothing else here needs
+            kept = self.files.read_predictions().get(config.scored_on)
+            if kept and kept.labels.tolist() != np.asarray(dataset.scored.labels, kept.labels.dtype).tolist():
+                changes.append("other labels")
+        if changes:
+            raise TensLoRAError(
+                f"dataset={config.name}: has changed since the run, which had {changes[0]}; what is drawn from it now "
+                f"has been trained on in part"
+            )
+
     @contextmanager
     def _on(self, device: str | None) -> Iterator[Processes]:
-        """A context in which the model is on a device."""
+        """A context in which the model is on a device, with the run's number of threads or what this machine allows."""
+        before, threads = torch.get_num_threads(), self.run.trainer.threads
         try:
-            processes = Processes(device or self.run.trainer.device, self.run.trainer.threads)
+            processes = Processes(device or self.run.trainer.device, threads and min(threads, most_threads()))
         except TensLoRAError as error:
             if not str(error).startswith("trainer.device="):  # the processes that the environment tells of
                 raise
@@ -157,6 +189,8 @@ class LoadedRun:
             yield processes
         except torch.OutOfMemoryError as error:
             raise TensLoRAError(f"a single example does not fit into the memory of {processes.name}") from error
+        finally:
+            torch.set_num_threads(before)
 
 
 def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> LoadedRun:
@@ -200,6 +234,15 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
             )
         tokenizer = load_tokenizer(run.model, sentences)
     backbone = load_backbone(run.model, len(record["classes"]) or 1, run.seed, tokenizer)
+    images, own = backbone.image_input_on(run.dataset), record["image_input"]
+    if images and own:  # earlier versions did not record it
+        for name, value in asdict(images).items():
+            value = list(value) if isinstance(value, tuple) else value
+            if value != own.get(name, value):
+                raise TensLoRAError(
+                    f"{source_setting(run.model)}: its images have {name}={shown(value)}, and had {shown(own[name])} "
+                    f"when the run was trained on them"
+                )
     if run.adapter:
         adapter = load(backbone.model, files.adapter)
         for name, value in vars(adapter.config).items():
@@ -211,7 +254,7 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     if lacking := sorted((trained.keys() | running_statistics(backbone.model).keys()) - weights.keys()):
         raise TensLoRAError(f"{path}: lacks {lacking[0]}")
     backbone.model.load_state_dict(weights, strict=False)
-    return LoadedRun(run, record, backbone, tokenizer)
+    return LoadedRun(run, record, backbone, tokenizer, files)
 
 
 def _finished(files: RunFolder) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -23,6 +24,7 @@ from tenslora.harness.export import export
 from tenslora.harness.load_run import _renumbered, load_run
 from tenslora.harness.run_folder import RunFolder
 from tests import records
+from tests.harness.conftest import TINY_BERT
 from tests.running import SHORT, accuracy_of, configured, record, run
 
 
@@ -147,6 +149,52 @@ def test_a_tokenizer_that_was_trained_on_other_data_is_refused(
     monkeypatch.setattr("tenslora.harness.load_run.load_dataset", with_more)
     with pytest.raises(TensLoRAError, match=r"run: its tokenizer was trained on its 40 .* has 41 now$"):
         load_run(sentences_run)
+
+
+def test_data_that_has_changed_is_not_drawn_from_again(tmp_path: Path) -> None:
+    rows = [f"the {('cat', 'dog', 'bird')[n % 3]} sat {n} times,{'abb'[n % 3]}" for n in range(40)]
+    file = tmp_path / "rows.csv"
+    for setting, scored in (("dataset.train_fraction=0.7", "12 test"), ("dataset.validation=0.25", "8 validation")):
+        file.write_text("\n".join(["text,label", *rows]))
+        folder = tmp_path / scored
+        run(folder, "dataset=text", f"dataset.root={file}", setting, *TINY_BERT, "trainer.epochs=1")
+        loaded = load_run(folder)
+        assert loaded.evaluate().scores["accuracy"] == record(folder)["metrics"]["last"]
+        changed = f"dataset=rows: has changed since the run, which had {scored} examples, and there are"
+        file.write_text("\n".join(["text,label", *rows, *rows[:5]]))
+        with pytest.raises(TensLoRAError, match=f"^{changed}"):
+            loaded.evaluate(replace(loaded.run.dataset, metrics=("f1",)))
+        file.write_text("\n".join(["text,label", *sorted(rows)]))
+        with pytest.raises(TensLoRAError, match=r"^dataset=rows: has changed since the run, which had other labels; "):
+            loaded.evaluate(replace(loaded.run.dataset, metrics=("accuracy",)))
+
+
+def test_a_dataset_with_another_number_of_sentences_is_refused(sentences_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("premise,hypothesis,label\na,b,unacceptable\nc,d,acceptable\n")
+    loaded = load_run(sentences_run)
+    other = configured("dataset=text", f"dataset.root={tmp_path}/pairs.csv", "model=minilm").dataset
+    problem = r"^dataset=pairs: must have 1 sentence in each example, .* \(sentence\), and not premise, hypothesis$"
+    with pytest.raises(TensLoRAError, match=problem):
+        loaded.evaluate(other)
+
+
+def test_images_that_the_backbone_takes_otherwise_now_are_refused(digits_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits_run, tmp_path / "run")
+    changed = record(digits_run)
+    changed["image_input"]["mean"] = [0.25]
+    (tmp_path / "run" / "result.json").write_text(json.dumps(changed))
+    problem = r"^model\.checkpoint=embedded: its images have mean=\[0\.5\], and had \[0\.25\] when the run was trained"
+    with pytest.raises(TensLoRAError, match=problem):
+        load_run(tmp_path / "run")
+
+
+def test_a_smaller_machine_predicts_with_fewer_threads(digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_run(digits_run)
+    loaded = replace(loaded, run=replace(loaded.run, trainer=replace(loaded.run.trainer, threads=100_000)))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    before = torch.get_num_threads()
+    assert len(loaded.predict([np.zeros((8, 8), np.uint8)])) == 1
+    assert torch.get_num_threads() == before
 
 
 def test_other_data_may_number_the_classes_otherwise(digits_run: Path) -> None:

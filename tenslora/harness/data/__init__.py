@@ -93,4 +93,4 @@ def _with_validation(dataset: Dataset, config: DatasetConfig, fraction: float, s
     held_out = draw(count, size, seed, purpose="validation")
     kept = sorted(set(range(count)).difference(held_out))
     train, validation = dataset.train.select(kept), dataset.train.select(held_out)
-    return replace(dataset, train=train, test=NO_EXAMPLES, more_tests={}, validation=validation)
+    return replace(dataset, train=train, test=NO_EXAMPLES, more_tests={}, validation=validation, is_drawn=True)

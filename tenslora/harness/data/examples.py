@@ -61,6 +61,7 @@ class Dataset:
         validation: the examples that are held out from the training split; None for a run that is scored on the test
             split.
         text_columns: the names of the columns that hold the one or two sentences of an example; () for images.
+        is_drawn: whether the scored examples were drawn at random from those for training.
     """
 
     train: Examples
@@ -70,6 +71,7 @@ class Dataset:
     more_tests: Mapping[str, Examples] = field(default_factory=dict)
     validation: Examples | None = None
     text_columns: tuple[str, ...] = ()
+    is_drawn: bool = False
 
     @property
     def outputs(self) -> int:

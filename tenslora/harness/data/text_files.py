@@ -85,7 +85,7 @@ def load_text_files(config: TextDatasetConfig, seed: int) -> Dataset:
     fraction = config.train_fraction or TRAIN_FRACTION
     log.info("%s: no split to test on: %g of the %d rows are for training", config.name, fraction, len(train))
     chosen, others = divided(train, fraction, seed)
-    dataset = replace(dataset, train=chosen, test=others)
+    dataset = replace(dataset, train=chosen, test=others, is_drawn=True)
     if unseen := set(range(len(classes))).difference(dataset.train.labels):
         names = shortened(classes[number] for number in sorted(unseen))
         log.warning("%s: with this seed, no training example is of the class %s", config.name, names)

@@ -31,8 +31,7 @@ class Processes:
     """
 
     def __init__(self, device: str, threads: int | None = None) -> None:
-        most = 4 * (os.cpu_count() or 1)
-        if threads is not None and threads > most:
+        if threads is not None and threads > (most := most_threads()):
             raise TensLoRAError(f"trainer.threads={threads}: must be at most {most}, four times the processors here")
         torch.set_num_threads(threads or _THREADS)
         self.index, self.count = _place_among_processes()
@@ -112,6 +111,11 @@ class Processes:
         from accelerate.utils import gather_object
 
         return list(gather_object(list(items)))
+
+
+def most_threads() -> int:
+    """The largest number of threads that this machine is asked for: four times its processors."""
+    return 4 * (os.cpu_count() or 1)
 
 
 def _place_among_processes() -> tuple[int, int]:
