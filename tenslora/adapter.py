@@ -37,6 +37,8 @@ class _AnyAdapter(nn.Module):
     # What the adapter of one stage and that of several have in common.
 
     config: AdapterConfig
+    trained_beside: frozenset[str] = frozenset()
+    """The names of the weights that `attach` or `load` has found to be trained beside the adapter."""
 
     @property
     def stages(self) -> tuple[Adapter, ...]:

@@ -62,7 +62,7 @@ def attach(
 
     Args:
         model: any Transformer in which `find_projections` finds the matrices to adapt. The model is changed in place,
-            and all its parameters are frozen except for those of `train`.
+            and all its parameters are frozen except for those of `train` and of updates of `adapt_tensor`.
         adapter: the settings of a new adapter, or an existing adapter, such as `load_adapter` returns.
         train: the modules that are trained too, such as a new head: ["classifier"]. Like PEFT's modules_to_save, a
             name stands for every module whose path is that name or ends with it.
@@ -78,13 +78,20 @@ def attach(
     """
     require_type("model", model, nn.Module)
     require_type("adapter", adapter, AdapterConfig, Adapter, StagedAdapter)
+    from tenslora.tensor_update import TensorUpdate  # which imports this module
+
     stages, trained = stages_to_adapt(model, adapter), modules_named(model, train)
+    ids = {id(parameter) for module in trained for parameter in module.parameters()}
+    updates = [module for module in model.modules() if isinstance(module, TensorUpdate)]
+    of_updates = [parameter for update in updates for parameter in update.parameters() if parameter.requires_grad]
     if isinstance(adapter, AdapterConfig):
         with torch.device("cpu"):  # where the random streams are, whatever the default device is
             adapter = make_adapter(adapter, [stage.geometry for stage in stages])
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)
+    for parameter in of_updates:
+        parameter.requires_grad_(True)
     keep_gradients(model)
     for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
         of_stage.to(cast(Tensor, targets[0].linear.weight).device)
@@ -92,6 +99,7 @@ def attach(
     forward_pass = ForwardPass(model)
     for path, update in layer_updates(adapter, stages, forward_pass).items():
         put_on(model.get_submodule(path), update)
+    adapter.trained_beside = frozenset(name for name, own in model.named_parameters() if id(own) in ids)
     model.add_module(SUBMODULE, adapter)
     hook = partial(_hold_what_was_loaded, forward_pass)  # which detach finds here, whatever has become of the layers
     model.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]

@@ -49,8 +49,8 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
     """Write the adapter of a model, all other weights that require gradients, and its running statistics to one folder.
 
     Args:
-        model: with an adapter. Weights whose gradients are switched off are not saved. The statistics of its batch
-            norms are (`running_statistics`).
+        model: with an adapter. A weight whose gradients are switched off is saved only if `attach` was to train it, or
+            if `load` gave it to the model. The statistics of its batch norms are saved (`running_statistics`).
         folder: the folder, which is created if it is missing. An adapter that it holds already is replaced.
 
     Returns:
@@ -142,6 +142,7 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
             places[name].copy_(saved)
             if isinstance(places[name], nn.Parameter):
                 places[name].requires_grad_(True)
+    adapter.trained_beside = frozenset(name for name in head if isinstance(places[name], nn.Parameter))
     return adapter
 
 
@@ -166,7 +167,12 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
     names: dict[int, str] = {}
     for name, saved in weights.items():
         if name not in places:
-            raise TensLoRAError(f"{path}: {type(model).__name__} has no weight {name}")
+            hint = (
+                "; load_tensors first, which puts the updates of adapt_tensor on"
+                if ".parametrizations." in name
+                else ""
+            )
+            raise TensLoRAError(f"{path}: {type(model).__name__} has no weight {name}{hint}")
         place = places[name]
         if place.is_meta:
             raise TensLoRAError(f"{path}: {name} is on the device meta in the model, where its numbers would be lost")
@@ -308,11 +314,15 @@ def _base_model(model: nn.Module) -> str | None:
 
 
 def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    # What attach or load let train stays so, also if gradients are switched off for evaluation or in a moving average.
     # A module's buffers belong to its trained parameters, and so do those of the modules in it if all its parameters
     # are trained, such as a parametrization's. Running statistics move without any.
     of_adapter = f"{SUBMODULE}."
     others = {name: each for name, each in model.named_parameters() if not name.startswith(of_adapter)}
-    trained: dict[str, Tensor] = {name: each for name, each in others.items() if each.requires_grad}
+    beside = {_uncompiled(name) for name in adapter_of(model).trained_beside}
+    trained: dict[str, Tensor] = {
+        name: each for name, each in others.items() if each.requires_grad or _uncompiled(name) in beside
+    }
     with_frozen = {path for name in others.keys() - trained.keys() for path in _holders(name)}
     owners = {_owner(name) for name in trained}
     whole = {path for name in trained for path in _holders(name)} - with_frozen

@@ -32,12 +32,15 @@ from tenslora import (
     AdapterConfig,
     RankStrategy,
     TensLoRAError,
+    adapt_tensor,
     attach,
     detach,
     load,
+    load_tensors,
     merge,
     push_to_hub,
     save_pretrained,
+    save_tensors,
     unmerge,
 )
 from tests.hub_server import serving
@@ -163,6 +166,48 @@ def test_running_statistics_that_training_has_moved_are_kept(tmp_path: Path) -> 
     save_file({**saved, "head.0.num_batches_tracked": torch.tensor(-1)}, tmp_path / "head.safetensors")
     with pytest.raises(TensLoRAError, match=r"head\.0\.num_batches_tracked holds a negative number$"):
         load(with_batch_norms(), tmp_path)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_head_whose_gradients_are_switched_off_is_saved(again: bool, tmp_path: Path) -> None:
+    model, batch = trained(), inputs("hf_bert")
+    if again:  # what load has found is kept too
+        save_pretrained(model, tmp_path / "earlier")
+        model = build("hf_bert")
+        load(model, tmp_path / "earlier")
+        model.double()
+    model = copy.deepcopy(model).requires_grad_(False)  # as a moving average is, or a model for evaluation
+    save_pretrained(model, tmp_path)
+    other = build("hf_bert")
+    load(other, tmp_path)
+    other.double()
+    torch.testing.assert_close(logits(other, batch), logits(model, batch), rtol=0, atol=1e-6)
+    assert {name for name, each in other.named_parameters() if each.requires_grad and "tenslora" not in name} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
+def test_updates_of_other_weights_are_trained_and_loaded_beside_the_adapter(tmp_path: Path) -> None:
+    def fresh() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(24, 24, 1), nn.Flatten(2), PlainTransformer(width=24)).eval()
+
+    model, x = fresh(), torch.randn(2, 24, 24, generator=torch.Generator().manual_seed(1))
+    frozen = adapt_tensor(cast(PlainTransformer, model[2]).head, "weight", 2).requires_grad_(False)
+    update = adapt_tensor(model[0], "weight", 2)
+    attach(model, AdapterConfig("qkv_depth"))
+    assert all(own.requires_grad for own in update.parameters())
+    assert not any(own.requires_grad for own in frozen.parameters())
+    scramble(model)
+    save_pretrained(model, tmp_path)
+    tensors = save_tensors(model, tmp_path / "tensors.safetensors")
+    other = fresh()
+    with pytest.raises(TensLoRAError, match=r"has no weight 0\.parametrizations.*; load_tensors first, which puts"):
+        load(other, tmp_path)
+    load_tensors(other, tensors)
+    load(other, tmp_path)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-6)
 
 
 def test_two_values_for_one_tied_weight_are_refused(tmp_path: Path) -> None:
