@@ -40,6 +40,9 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
     build = _load_pretrained if config.pretrained else _build_random
     model, new = build(config, classes, tokenizer)
     keep_gradients(model)
+    if tokenizer is not None:
+        # By this token a decoder finds where a text ends. A config.json may name another than the tokenizer pads with.
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     head = [*_head_of(model).values(), *new]
     if config.modality == "image":
         return Backbone(model, head, "pixel_values", _image_input(config, model))
@@ -57,10 +60,11 @@ def _head_of(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _max_tokens(model: nn.Module) -> int | None:
-    """The number of a model's learned positions; RoBERTa's begin after the number of the padding token."""
+    """The number of a model's learned positions; RoBERTa's begin after the number of the padding token, OPT's at 2."""
     for name, module in model.named_modules():
-        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        if name.endswith(("position_embeddings", "wpe", "embed_positions")) and isinstance(module, nn.Embedding):
+            first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+            return module.num_embeddings - int(first)
     return None
 
 

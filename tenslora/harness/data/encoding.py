@@ -170,16 +170,20 @@ class TextCollate:
     Args:
         tokenizer: the tokenizer, which pads the examples.
         pad_to: the number of tokens to pad to; None for that of the longest example of the batch.
+        side: "right" for a model of learned positions, which would number a text's tokens by the padding before them;
+            None for the tokenizer's own side.
     """
 
     tokenizer: PreTrainedTokenizerBase
     pad_to: int | None
+    side: str | None = None
 
     def __call__(self, items: list[Item]) -> tuple[dict[str, Tensor], Tensor]:
         batch = self.tokenizer.pad(
             [tokens for tokens, _ in items],
             padding=True if self.pad_to is None else "max_length",
             max_length=self.pad_to,
+            padding_side=self.side,
             return_tensors="pt",
         )
         return dict(batch), torch.tensor([label for _, label in items])
@@ -317,7 +321,11 @@ def _encode_texts(
         encoded(dataset.train),
         encoded(dataset.scored),
         {name: encoded(examples) for name, examples in dataset.more_tests.items()},
-        TextCollate(tokenizer, max_length if config.padding == "max_length" else None),
+        TextCollate(
+            tokenizer,
+            max_length if config.padding == "max_length" else None,
+            side=None if backbone.max_tokens is None else "right",
+        ),
         dataset.task,
         metrics,
         config.scored_on,

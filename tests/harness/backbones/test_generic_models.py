@@ -16,6 +16,8 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.adapted_model import adapted_model
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.tokenizer import _train_tokenizer
+from tenslora.harness.data import Dataset, Examples
+from tenslora.harness.data.encoding import encode
 from tests.harness.backbones.tiny_models import SENTENCES, TEXT, trained_tokenizer
 from tests.running import configured
 
@@ -73,11 +75,13 @@ def test_a_generic_model_is_named_after_its_checkpoint(
         ("BertForMaskedLM", 512, {"classifier", "bert.pooler.dense"}),  # pretraining on words alone leaves no pooler
         ("RobertaForMaskedLM", 510, {"classifier.dense", "classifier.out_proj"}),
         ("GPT2Model", 32, {"score"}),
+        ("OPTModel", 32, {"score"}),
         ("LlamaForCausalLM", None, {"score"}),
     ],
 )
 def test_a_text_models_positions_and_head(kind: str, tokens: int | None, head: set[str], tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"n_positions": 32} if kind == "GPT2Model" else {}
+    opt = {"max_position_embeddings": 32, "word_embed_proj_dim": 16, "ffn_dim": 24}
+    settings: dict[str, Any] = {"GPT2Model": {"n_positions": 32}, "OPTModel": opt}.get(kind, {})
     backbone = load(*save(tmp_path / "model", kind, **settings))
     assert backbone.max_tokens == tokens
     words = {name: module for name, module in backbone.model.named_modules() if isinstance(module, nn.Embedding)}
@@ -89,6 +93,34 @@ def test_a_text_models_positions_and_head(kind: str, tokens: int | None, head: s
         if path.rpartition(".")[2] in names.split()
     }
     assert {name.rpartition(".")[0] for name in backbone.head_parameters()} == head
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "side"),
+    [
+        ("LlamaModel", {"pad_token_id": 5}, "right"),  # not the token that the tokenizer pads with
+        ("LlamaModel", {"pad_token_id": None}, "left"),
+        ("GPT2Model", {"n_positions": 32}, "left"),
+        ("BertModel", {}, "left"),
+    ],
+)
+def test_a_texts_outputs_do_not_depend_on_the_padding(
+    kind: str, settings: dict[str, Any], side: str, tmp_path: Path
+) -> None:
+    words = save(tmp_path, kind, initializer_range=0.5, **settings)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": side}))
+    run = configured(*words)
+    tokenizer = load_tokenizer(run.model, SENTENCES)
+    backbone = load_backbone(run.model, 2, 0, tokenizer)
+    examples = Examples(SENTENCES, [0, 1, 0])
+    data = encode(Dataset(examples, examples, ("a", "b")), run.dataset, backbone, tokenizer)
+    items = [data.scored[number] for number in range(3)]
+    with torch.no_grad():
+        together = backbone.model.eval()(**data.collate(items)[0]).logits
+        alone = torch.cat([backbone.model(**data.collate([item])[0]).logits for item in items])
+    assert together.std() > 1e-3
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
 
 
 def test_a_model_with_an_adapter_of_peft_beside_it_is_refused(tmp_path: Path) -> None:
