@@ -139,8 +139,8 @@ class LoadedRun:
         loaded = _renumbered(loaded, self.task, self.classes, config)
         if len(loaded.text_columns) != (count := len(self.text_columns)):
             raise TensLoRAError(
-                f"dataset={config.name}: must have {count} sentence{'s' * (count > 1)} in each example, as in the run's "
-                f"dataset ({', '.join(self.text_columns)}), and not {', '.join(loaded.text_columns)}"
+                f"dataset={config.name}: must have {count} sentence{'s' * (count > 1)} in each example, as in the "
+                f"run's dataset ({', '.join(self.text_columns)}), and not {', '.join(loaded.text_columns)}"
             )
         if is_own and loaded.is_drawn:
             self._require_drawn_as_in_the_run(loaded, config)

@@ -26,6 +26,13 @@ _NUMBERS = (
 )  # fmt: skip
 
 
+_READ = (*_PLACE, "seed", "digest", "status", "ranks", "adapter_parameters", "lora_parameters", "problem")
+"""The columns of a table that are read back."""
+
+_WHOLE = ("seed", "adapter_parameters", "lora_parameters")
+"""Those that hold whole numbers. pandas writes them as 4.0 if one of a column is missing."""
+
+
 def to_csv(summary: Summary) -> str:
     """The table as CSV: one line per run, also for runs without a score, sorted by column, row and seed.
 
@@ -101,6 +108,11 @@ def read_runs(folder: Path) -> list[Run]:
     for number, line in enumerate(lines, start=1):
         if None in line or None in line.values():  # csv's mark of a cell that is too much, and of one that is missing
             raise TensLoRAError(f"{file}: run {number} has not as many cells as the first line names")
+    if lacking := [name for name in _READ if name not in lines[0]]:
+        raise TensLoRAError(
+            f"{file}: not a table that this version can read (its first line must name the columns, {lacking[0]} among "
+            f"them)"
+        )
     # A link may lead to the folder of the table, or be that folder or one above it.
     places = dict.fromkeys(path.parent.parent for path in (Path(os.path.abspath(folder)), folder.absolute().resolve()))
     folders = {
@@ -118,6 +130,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def _read_run(line: dict[str, str], folders: Mapping[tuple[str, str, str], Path], file: Path) -> Run:
+    line |= {name: re.sub(r"\.0+$", "", line[name]) for name in _WHOLE}
     row = Row(line["tensor_mode"], line["rank_strategy"], tuple(filter(None, line["variant"].split(";"))))
     column, digest = Column(line["dataset"], line["model"]), line["digest"]
     place = f"{row.label}, {column.label}, seed {line['seed']}"
@@ -126,11 +139,22 @@ def _read_run(line: dict[str, str], folders: Mapping[tuple[str, str, str], Path]
     folder = folders.get((column.dataset, column.model, digest))
     record = RunFolder(folder).finished_record(digest) if folder else None
     if record is None and line["status"] == "completed":
+        if folder and RunFolder(folder).record_of(digest):
+            raise TensLoRAError(
+                f"{file}: {place}: has diverged since the table was written; let the sweep write it again"
+            )
         raise TensLoRAError(f"{place}: its result.json ({digest}) is gone")
     for name in ("dataset", "model", "tensor_mode", "rank_strategy", "seed"):
         # LoRA and the reference rows have no strategy.
         if record and line[name] != str(record[name]) and (line[name] or name != "rank_strategy"):
             raise TensLoRAError(f"{file}: {place}: {name}={line[name]}: the run's is {record[name]}")
+    for word in row.variant:
+        setting, _, value = word.partition("=")
+        if (own := _number(_setting(record and record["config"], setting))) is not None and _number(value) not in (
+            own,
+            None,
+        ):
+            raise TensLoRAError(f"{file}: {place}: {word}: the run's is {own:g}")
     if (at_edge := (line.get("at_edge") or "").lower()) not in ("", "true", "false"):
         raise ValueError(f"at_edge={line['at_edge']}")
     step = float(line.get("relative_first_step") or 0)  # tables of earlier versions do not have it
@@ -151,6 +175,23 @@ def _read_run(line: dict[str, str], folders: Mapping[tuple[str, str, str], Path]
         tuned=line.get("tuned") or "",
         at_edge=at_edge == "true",  # a spreadsheet writes it in capitals
     )
+
+
+def _setting(config: Any, setting: str) -> Any:
+    """A setting's value in a record; None for one that is not there."""
+    for name in setting.split("."):
+        config = config.get(name) if isinstance(config, dict) else None
+    return config
+
+
+def _number(value: Any) -> float | None:
+    """The number that a value is or spells; None for any other."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _csv(heads: list[str], lines: list[dict[str, Any]]) -> str:

@@ -32,8 +32,9 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
 
     Raises:
         TensLoRAError: if a folder does not hold a table or holds a comparison, if the record of a finished run is gone,
-            if two tables of one protocol have different runs for the same row, dataset and seed, or runs of different
-            settings for the same row and dataset, or if two tables have different headline metrics for a dataset.
+            if two tables of one protocol have different runs or scores for the same row, dataset and seed, or runs of
+            different settings for the same row and dataset, or if two tables have different headline metrics for a
+            dataset.
     """
     runs: list[Run] = []
     metrics: dict[Column, str] = {}
@@ -53,6 +54,12 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
                     raise TensLoRAError(
                         f"{protocol}={folder}: must not have another run than the tables before it for {place}; "
                         f"give it a protocol of its own"
+                    )
+                if other.metrics and run.metrics and other.metrics["last"] != run.metrics["last"]:
+                    place = f"{run.row.label}, {run.column.label}, seed {run.seed}"
+                    raise TensLoRAError(
+                        f"{protocol}={folder}: has another score for {place} ({run.metrics['last']}) than a table "
+                        f"before it ({other.metrics['last']}); give only one of them"
                     )
                 if run.record is None:
                     continue

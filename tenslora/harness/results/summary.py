@@ -331,6 +331,18 @@ class Summary:
         ]
         return " ".join(filter(None, sentences))
 
+    def _other_data(self, column: Column) -> str:
+        """A warning if a column's runs were scored on different numbers of examples; empty if no setting changed it."""
+        counts = {
+            run.record.get("test_examples", 0) + run.record.get("validation_examples", 0)
+            for run in self.table.runs
+            if run.record and run.column == column and not any(word.startswith("dataset.") for word in run.row.variant)
+        }
+        if len(counts) < 2:
+            return ""
+        numbers = " and ".join(f"{count:,}" for count in sorted(counts))
+        return f"The runs on {column.label} were scored on {numbers} examples: the data has changed between them."
+
     @property
     def caption(self) -> str:
         """A few sentences that explain the numbers of the main table."""
@@ -357,6 +369,7 @@ class Summary:
         if any("/" in row.parameters + row.ranks for row in self.rows):
             models = dict.fromkeys(column.model for column in self.table.columns)
             sentences.append(f"Ranks, parameters and first steps that differ between backbones: {' / '.join(models)}.")
+        sentences += filter(None, map(self._other_data, self.table.columns))
         if means := {mean.dataset: len(of) for mean, of in self.table.group_columns.items()}:
             counts_of = ", ".join(f"{name} ({count})" for name, count in means.items())
             sentences.append(f"Means over several columns, and their number: {counts_of}.")

@@ -279,6 +279,48 @@ def test_a_line_that_a_spreadsheet_has_changed_is_named(name: str, value: str, t
         read_runs(folder)
 
 
+def test_a_setting_of_a_row_must_be_its_runs(tmp_path: Path) -> None:
+    alpha = _REAL["config"]["adapter"]["alpha"]
+    folder = written(tmp_path, "alpha", [make_run("att", epochs=[0.5], variant=(f"adapter.alpha={alpha}e0",))])
+    assert read_runs(folder)
+    edited(folder, "variant", "adapter.alpha=16")
+    with pytest.raises(TensLoRAError, match=rf": adapter\.alpha=16: the run's is {alpha:g}$"):
+        read_runs(folder)
+
+
+def test_whole_numbers_may_be_those_of_pandas(tmp_path: Path) -> None:
+    folder = written(tmp_path, "pandas", [make_run("lora", seed=seed, epochs=[0.5]) for seed in range(2)])
+    expected = read_runs(folder)
+    for name in ("seed", "adapter_parameters", "lora_parameters"):
+        edited(folder, name, f"{getattr(expected[0], name.replace('adapter_', ''))}.0")
+    assert read_runs(folder) == expected
+
+
+def test_a_run_that_has_diverged_since_is_said(tmp_path: Path) -> None:
+    folder = written(tmp_path, "lost", [make_run("lora", epochs=[0.5])])
+    (file,) = tmp_path.rglob("result.json")
+    failure = {"message": "the training loss is nan", "step": 3, "lr": 1.0}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "status": "diverged", "failure": failure}))
+    with pytest.raises(TensLoRAError, match=r"seed 0: has diverged since the table was written; let the sweep"):
+        read_runs(folder)
+
+
+def test_two_scores_of_one_run_are_refused(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        written(tmp_path / name, "digits", [make_run("lora", epochs=[0.5])])
+    (file,) = (tmp_path / "there").rglob("result.json")
+    changed = json.loads(file.read_text())
+    changed["metrics"] |= {"last": 0.75, "best": 0.75}
+    changed["metrics"]["history"][-1]["accuracy"] = 0.75
+    file.write_text(json.dumps(changed))
+    tables = [tmp_path / name / "tables" / "digits" for name in ("here", "there")]
+    with pytest.raises(
+        TensLoRAError, match=r"^a=.*there.*: has another score for lora, .*, seed 0 \(0\.75\) than a ta"
+    ):
+        side_by_side({"a": tables}, "joint")
+    assert len(side_by_side({"a": tables[:1], "b": tables[1:]}, "joint").runs) == 2
+
+
 def test_truth_values_may_be_a_spreadsheets(tmp_path: Path) -> None:
     tuned = tuned_table()
     folder = written(tmp_path, "tuned", [run for run in tuned.runs if run.row.tensor_mode == "qkv"])

@@ -122,6 +122,17 @@ def test_the_caption_names_the_split_that_the_scores_are_of() -> None:
     assert summarize(make_table(scored_on("validation", "test"))).caption.startswith("Score after")
 
 
+def test_the_caption_tells_of_runs_that_were_scored_on_other_data() -> None:
+    def caption(*variants: str) -> str:
+        runs = [make_run("lora", seed=n, epochs=[0.5], variant=(word,)) for n, word in enumerate(variants)]
+        assert runs[1].record
+        runs[1].record["test_examples"] = 1500
+        return summarize(make_table(runs)).caption
+
+    assert "The runs on dtd with vit_base were scored on 400 and 1,500 examples: the data has" in caption("a=1", "a=2")
+    assert "were scored on" not in caption("dataset.test_split=a", "dataset.test_split=b")
+
+
 def test_a_cell_tells_what_it_lacks_and_why() -> None:
     def runs(mode: str, *problems: str) -> list[Run]:
         return [
