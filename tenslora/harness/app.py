@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError, os_reason
+from tenslora.harness.cache import forget_all
 from tenslora.harness.commands import FULL_ERROR, OUT_OF_REACH, is_text, open_missing_streams, unforeseen
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def run_app(
             for an application without a table.
     """
     open_missing_streams()
+    forget_all()
     for word in sys.argv[1:]:
         if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|''|\"\")?", word):  # Hydra would write into the current folder
             sys.exit(f"error: {word}: must be a folder")

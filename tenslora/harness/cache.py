@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_caches: list[list[tuple[object, object]]] = []
 
 
 def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -28,6 +30,7 @@ def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(load: Callable[P, R]) -> Callable[P, R]:
         latest: list[tuple[object, R]] = []
+        _caches.append(cast(Any, latest))
 
         @functools.wraps(load)
         def cached(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -45,3 +48,9 @@ def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return cached
 
     return decorate
+
+
+def forget_all() -> None:
+    """Empty all caches. In a notebook files may change between two commands of one process."""
+    for latest in _caches:
+        latest.clear()

@@ -15,6 +15,7 @@ from PIL import Image
 
 import train
 from tenslora.harness.app import run_app
+from tenslora.harness.cache import cache_latest
 from tenslora.harness.training.processes import Processes
 from tests.commands import Command, Commands, interrupt_import
 from tests.conftest import ROOT
@@ -133,6 +134,19 @@ def test_a_second_command_of_a_process_has_no_traceback_either(monkeypatch: pyte
     for _ in range(2):
         with pytest.raises(SystemExit, match="seed=x: must be a whole number"):
             run_app(train.main, "config")
+
+
+def test_a_second_command_of_a_process_reads_files_that_have_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    read = cache_latest(1)(lambda: file.read_text())
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path / 'run'}"])
+    for content in ("before", "after"):
+        file.write_text(content)
+        run_app(lambda _: seen.append(read()), "config")
+    assert seen == ["before", "after"]
 
 
 def test_a_log_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
