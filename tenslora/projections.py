@@ -83,7 +83,9 @@ FEED_FORWARD = (
 one dot at the module that contains the block, and a path with two dots at the layer."""
 
 _HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
-_KEY_HEAD_COUNTS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+_KEY_HEAD_COUNTS = (
+    "num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads", "n_kv_head", "num_query_groups", "n_query_groups",
+)  # fmt: skip
 _SAME_INPUT = (("query", "key", "value"), ("output",), ("gate", "up"), ("down",))
 
 
@@ -389,11 +391,18 @@ def _inspect_layer(
     if len(names) == 1:
         linear = getattr(block, names[0])
         d_in, outputs = features(linear)
-        kv_heads = int(next(filter(_is_count, (getattr(block, name, None) for name in _KEY_HEAD_COUNTS)), heads))
+        known = next(filter(_is_count, (getattr(block, name, None) for name in _KEY_HEAD_COUNTS)), None)
+        kv_heads = heads if known is None else int(known)
         width = outputs // (heads + 2 * kv_heads)
         if outputs % (heads + 2 * kv_heads) or (_is_count(d_head) and d_head != width):
             raise TensLoRAError(
                 f"{path_of(names[0])}: its {outputs} outputs do not divide into query, key and value of {heads} heads"
+            )
+        reads = [features(child)[0] for name, child in block.named_children() if name in OUTPUT and _is_linear(child)]
+        if known is None and not _is_count(d_head) and outputs not in [3 * each for each in (d_in, *reads)]:
+            raise TensLoRAError(
+                f"{path_of(names[0])}: has {d_in} inputs and {outputs} outputs, among which key and value may have "
+                f"fewer heads than query; {type(block).__name__} needs an attribute num_key_value_heads or head_dim"
             )
         widths = [heads * width, kv_heads * width, kv_heads * width]
         parts = kv_heads if FUSED[names[0]].by_head else 1

@@ -89,6 +89,20 @@ def test_multi_query_attention_in_one_linear_is_refused() -> None:
         find_projections(block)
 
 
+@pytest.mark.parametrize("name", ["num_key_value_heads", "kv_heads", "n_kv_heads", "n_kv_head", "n_query_groups"])
+def test_fewer_key_heads_in_one_linear_are_found_by_their_name(name: str) -> None:
+    block = _Fused(32, 48, heads=4)  # four queries, a key and a value of eight columns each
+    with pytest.raises(TensLoRAError, match=r"qkv: has 32 inputs and 48 outputs, among which .* num_key_value_heads"):
+        find_projections(block)
+    block.proj = nn.Linear(16, 32)  # so that a head would be four wide, as in SAM 2 or a Swin of its own head_dim
+    assert find_projections(block)[0].geometry.d_head == 4
+    block.proj = nn.Linear(32, 32)
+    setattr(block, name, 1)
+    [(geometry, [target])] = find_projections(block)
+    assert (geometry.heads, geometry.kv_heads, geometry.d_head) == (4, 1, 8)
+    assert [(columns.start, columns.width) for columns in target.columns] == [(0, 32), (32, 8), (40, 8)]
+
+
 def test_a_weight_that_two_layers_share_is_refused() -> None:
     one, other = _Fused(8, 24, 2), _Fused(8, 24, 2)
     other.qkv.weight = one.qkv.weight
