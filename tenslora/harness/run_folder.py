@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -444,6 +445,11 @@ class RunFolder:
             yield False
             return
         except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise TensLoRAError(
+                    f"{self.lock}: cannot be locked ({os_reason(error)}); the folder of outputs must be on a file "
+                    f"system that supports flock"
+                ) from error
             raise TensLoRAError(f"{self.path}: cannot be written ({os_reason(error)})") from error
         try:
             self._remove_leftovers()
@@ -465,7 +471,7 @@ class RunFolder:
                     leftover.unlink()
 
     def is_claimed(self) -> bool:
-        """Whether a process carries out the run."""
+        """Whether a process carries out the run; False also where this process may not ask."""
         if not self.lock.is_file():
             return False
         lock = FileLock(self.lock)
@@ -473,6 +479,8 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout:
             return True
+        except OSError:  # somebody else's outputs, or a file system without flock
+            return False
         lock.release()
         return False
 

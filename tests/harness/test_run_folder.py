@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -179,3 +182,20 @@ def test_predictions_of_a_type_that_numpy_has_not_are_named(folder: RunFolder) -
     save_file({**tensors, "test/logits": tensors["test/logits"].to(torch.float8_e5m2)}, folder.predictions)
     with pytest.raises(TensLoRAError, match=rf"^{folder.predictions}: not a readable file of predictions"):
         folder.read_predictions()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_line(
+    number: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    line = (
+        rf"^{folder.lock}: cannot be locked \({os.strerror(number)}\); the folder of outputs must be on a file system"
+    )
+    with pytest.raises(TensLoRAError, match=line), folder.claim():
+        pass
+    assert folder.lock.is_file()
+    assert not folder.is_claimed()
