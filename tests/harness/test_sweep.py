@@ -144,6 +144,14 @@ def test_a_name_for_one_run_of_wandb_is_refused_in_a_sweep(commands: Commands, t
     assert ended.err.startswith("error: WANDB_RUN_ID=mine: must not be set for a sweep")
 
 
+def test_a_sweep_that_torchrun_starts_is_refused(commands: Commands, tmp_path: Path) -> None:
+    words = ["dataset=digits", "tensor_mode=lora", "seed=0", f"hydra.sweep.dir={tmp_path}"]
+    environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    ended = commands.run(Command("sweep.py", words, tmp_path, environment=environment))
+    assert (ended.status, len(ended.err.splitlines())) == (1, 1)
+    assert ended.err.startswith("error: WORLD_SIZE=2: must be 1 for a sweep; torchrun")
+
+
 def test_results_that_could_not_be_written_end_the_sweep_in_one_line_before_the_first(
     commands: Commands, tmp_path: Path
 ) -> None:
