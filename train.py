@@ -43,6 +43,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     """
     from tenslora.harness.adapted_model import adapted_model  # imported here: wrong settings are reported sooner
     from tenslora.harness.backbones import load_backbone, load_tokenizer
+    from tenslora.harness.backbones.answer import answer_of
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
     from tenslora.harness.run_folder import RunFolder
@@ -60,6 +61,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
         tokenizer = load_tokenizer(run.model, dataset.train.inputs) if run.model.modality == "text" else None
         data_loaded = time.perf_counter()
         backbone = load_backbone(run.model, dataset.outputs, run.seed, tokenizer)
+    answer = answer_of(backbone, tokenizer)
     data = encode(dataset, run.dataset, backbone, tokenizer)
 
     # The adapted model.
@@ -69,7 +71,8 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     # Training. The record is written last: where there is a record, all other files are complete.
     resume_garbage_collection()
     facts = facts_of(run, dataset, data, adapted, processes)
-    folder.check_record(record_before(run, facts, processes))
+    recorded = {**facts, "backbone_answer": answer}
+    folder.check_record(record_before(run, recorded, processes))
     with start_tracker(run, path, facts, watch=processes.is_main) as tracker:
         failure = None
         try:
@@ -79,7 +82,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
             )  # fmt: skip
         except Diverged as error:
             state, failure = error.state, error
-        record = record_of(run, facts, state, failure, seconds, processes)
+        record = record_of(run, recorded, state, failure, seconds, processes)
         if processes.is_main:
             files = []
             folder.remove_results()

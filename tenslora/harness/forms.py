@@ -159,6 +159,7 @@ class Record(Form):
     seed: Count
     geometry: Annotated[Any, AfterValidator(_check_geometry)]
     image_input: dict[str, Any] | None = None
+    backbone_answer: Annotated[list[float], Field(min_length=1)] | None = None
     adapter_parameters: Count
     lora_parameters: Number
     first_step: NonNegative | None = None

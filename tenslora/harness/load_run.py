@@ -14,6 +14,7 @@ import torch
 
 from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
+from tenslora.harness.backbones.answer import answer_of, is_same
 from tenslora.harness.backbones.hub import source_setting
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.config import DatasetConfig, RunConfig, validate
@@ -234,6 +235,12 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
             )
         tokenizer = load_tokenizer(run.model, sentences)
     backbone = load_backbone(run.model, len(record["classes"]) or 1, run.seed, tokenizer)
+    answered = None if run.tensor_mode == "full" else record["backbone_answer"]  # earlier versions did not record it
+    if answered and (answer := answer_of(backbone, tokenizer)) and not is_same(answer, answered):
+        raise TensLoRAError(
+            f"{source_setting(run.model)}: is not the backbone that the run started from; its weights, its config.json "
+            f"or its tokenizer are others now"
+        )
     images, own = backbone.image_input_on(run.dataset), record["image_input"]
     if images and own:  # earlier versions did not record it
         for name, value in asdict(images).items():

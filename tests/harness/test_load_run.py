@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from tenslora import load
 from tenslora.adapter import make_adapter
@@ -176,6 +177,36 @@ def test_a_dataset_with_another_number_of_sentences_is_refused(sentences_run: Pa
     problem = r"^dataset=pairs: must have 1 sentence in each example, .* \(sentence\), and not premise, hypothesis$"
     with pytest.raises(TensLoRAError, match=problem):
         loaded.evaluate(other)
+
+
+@pytest.mark.parametrize("change", ["weights", "config.json", "tokenizer.json"])
+def test_another_backbone_in_the_place_of_the_runs_is_refused(change: str, tmp_path: Path) -> None:
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the quick brown fox was late , and 12 cafes were good ."
+    (tmp_path / "vocab.txt").write_text("\n".join(words.split()))
+    backbone = tmp_path / "backbone"
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(backbone)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=30, initializer_range=0.3, **sizes)
+    BertModel(config).save_pretrained(backbone)
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *(f"the fox was {n},{n % 2}" for n in range(20))]))
+    data = ["dataset=text", f"dataset.root={tmp_path}/rows.csv"]
+    run(tmp_path / "run", *data, "model=hf_text", f"model.checkpoint={backbone}", "trainer.epochs=1")
+    other = shutil.copytree(backbone, tmp_path / "other")
+    assert accuracy_of(load_run(tmp_path / "run", other)) == record(tmp_path / "run")["metrics"]["last"]
+    other = shutil.copytree(backbone, tmp_path / change)
+    if change == "weights":
+        BertModel(config).save_pretrained(other)
+    else:
+        written = json.loads((other / change).read_text())
+        if change == "config.json":
+            written["hidden_act"] = "relu"
+        else:
+            numbers = written["model"]["vocab"]
+            numbers["fox"], numbers["was"] = numbers["was"], numbers["fox"]
+        (other / change).write_text(json.dumps(written))
+    problem = rf"^model\.checkpoint={other}: is not the backbone that the run started from; its weights"
+    with pytest.raises(TensLoRAError, match=problem):
+        load_run(tmp_path / "run", other)
 
 
 def test_images_that_the_backbone_takes_otherwise_now_are_refused(digits_run: Path, tmp_path: Path) -> None:

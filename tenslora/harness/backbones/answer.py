@@ -1,0 +1,66 @@
+"""What a backbone answers to an input that is always the same, by which a run knows its backbone again.
+
+The weights of a folder or of a repository on the hub may be replaced, and so may its config.json and its tokenizer. An
+adapter that was trained on others would still fit.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tenslora.harness.backbones.head import Backbone
+from tenslora.harness.training.tasks import outputs_of
+
+_SENTENCE = "The Quick brown fox was late, and 12 cafés were good."
+
+_TOLERANCE = 1e-3  # other processors and versions of torch change the sixth digit
+
+
+@torch.no_grad()
+def answer_of(backbone: Backbone, tokenizer: Any) -> list[float] | None:
+    """The outputs of a backbone on the CPU with its fresh head, in evaluation mode; its modes stay as they were.
+
+    Args:
+        backbone: the backbone, without an adapter.
+        tokenizer: the tokenizer of a text model; None for an image model.
+
+    Returns:
+        The outputs; None where the backbone cannot answer, or answers with numbers that are not finite.
+    """
+    model, images = backbone.model, backbone.image_input
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            if images is None:
+                own = copy.deepcopy(tokenizer)  # which keeps the last length that it was asked for
+                most = min(16, backbone.max_tokens or 16)
+                inputs = dict(own(_SENTENCE, truncation=True, max_length=most, return_tensors="pt"))
+            else:
+                shape = 1, images.channels, images.size, images.size
+                inputs = {backbone.input_name: torch.arange(math.prod(shape)).mul(0.7).sin().reshape(shape)}
+            answer = outputs_of(model, inputs)[0].float().tolist()
+    except Exception:  # whatever a model raises; one that does not work says so when it is trained
+        return None
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return answer if all(map(math.isfinite, answer)) else None
+
+
+def is_same(answer: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two answers are of one backbone, up to rounding.
+
+    Args:
+        answer: an answer.
+        other: another.
+    """
+    largest = max(map(abs, (*answer, *other)))
+    return len(answer) == len(other) and all(
+        abs(one - two) <= _TOLERANCE * largest for one, two in zip(answer, other, strict=True)
+    )
