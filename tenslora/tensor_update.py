@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from tenslora.adapted_linear import AdaptedLinear
 from tenslora.adapter_config import LARGEST_SCALE
-from tenslora.attachment import is_finite, require_changeable, require_finite_sum, require_own_weights
+from tenslora.attachment import is_finite, not_compiled, require_changeable, require_finite_sum, require_own_weights
 from tenslora.constructions import SCALINGS, weight_modes
 from tenslora.errors import TensLoRAError, require_numbers, require_one_of, require_path, require_type
 from tenslora.factorizations import FACTORIZATIONS
@@ -121,7 +121,16 @@ class TensorUpdate(nn.Module):
         Returns:
             The weight that the module uses, in the frozen weight's dtype.
         """
-        return weight if self.added else weight + self.update().to(weight)
+        if self.added:
+            return weight
+        if next(self.parameters()).is_meta and not weight.is_meta:
+            raise TensLoRAError("the update of a weight is on the device meta and has no numbers; give it some first")
+        return weight + self.update().to(weight)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):  # where `_hold_what_is_loaded` finds it, before any weight is copied
+            destination._metadata.setdefault(prefix.rpartition(".")[0].rpartition(".")[0], {})["merged"] = self.merged
 
     def update(self) -> Tensor:
         """The update, scale * X, in the weight's shape."""
@@ -192,7 +201,7 @@ def merge_tensors(model: nn.Module) -> None:
 
     Merging a second time changes nothing, even if an update has changed in between: `unmerge_tensors` first, which
     takes out what was added. If load_state_dict is to give a merged model weights, they must be those of a merged model
-    too.
+    too, and the other way round. A state dict of torch knows which ones it holds, and is refused otherwise.
 
     Args:
         model: with updates on its weights; the weights are changed in place. A single module will do.
@@ -245,7 +254,8 @@ def save_tensors(model: nn.Module, path: Path | str) -> Path:
     """Write the updates of a model's weights to one safetensors file, atomically. The weights are not in it.
 
     Args:
-        model: with updates on its weights.
+        model: with updates on its weights. Of a model that is compiled or wrapped in DistributedDataParallel, the
+            weights' names are those without the wrapper.
         path: the file's path.
 
     Returns:
@@ -275,7 +285,8 @@ def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:
         The updates by the paths of their weights.
 
     Raises:
-        TensLoRAError: if the file is missing, damaged or of another kind, or if an update does not fit the model.
+        TensLoRAError: if the file is missing, damaged or of another kind, if an update does not fit the model, or if
+            the weight is on the device meta.
     """
     require_type("model", model, nn.Module)
     path = require_path("path", path)
@@ -289,6 +300,8 @@ def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:
         for place, config in from_json(_Header, data).updates.items():
             holder = _holder(model, place)
             weight = _weight(*holder)
+            if weight.is_meta:
+                raise TensLoRAError(f"{place}: is on the device meta, where the update's numbers would be lost")
             if (other := places.setdefault(holder, place)) != place:  # a module may have two names in the model
                 raise TensLoRAError(f"{place}: is the weight of {other} too, and can have only one update")
             updates[place] = TensorUpdate(config, weight.shape)
@@ -314,12 +327,25 @@ class _Header:
     updates: dict[str, TensorUpdateConfig]
 
 
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def _without_wrapper(model: nn.Module) -> nn.Module:
+    while (inner := not_compiled(model.module if isinstance(model, _WRAPPERS) else model)) is not model:
+        model = inner
+    return model
+
+
 def _holder(model: nn.Module, place: str) -> tuple[nn.Module, str]:
-    path, _, name = place.rpartition(".")
+    path, _, name = _uncompiled(place).rpartition(".")
     try:
-        return model.get_submodule(path), name
+        return not_compiled(_without_wrapper(model).get_submodule(path)), name
     except AttributeError as error:
         raise TensLoRAError(f"{place}: there is no such weight") from error
+
+
+def _uncompiled(place: str) -> str:
+    return place.replace("_orig_mod.", "")  # torch.compile's wrapper around a part of a model
 
 
 def _weight(module: nn.Module, name: str) -> nn.Parameter:
@@ -362,10 +388,20 @@ def _register(module: nn.Module, name: str, update: TensorUpdate) -> TensorUpdat
     return update
 
 
-def _hold_what_is_loaded(parametrizations: nn.ModuleList, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    # The weight of a merged model holds the update that comes with it.
+def _hold_what_is_loaded(
+    parametrizations: nn.ModuleList, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any
+) -> None:
     for update in parametrizations:
-        if isinstance(update, TensorUpdate) and update.merged and f"{prefix}original" in state:
+        if not isinstance(update, TensorUpdate) or f"{prefix}original" not in state:
+            continue
+        if metadata.get("merged", update.merged) is not update.merged:
+            this, other = ("merged", "not merged") if update.merged else ("not merged", "merged")
+            raise TensLoRAError(
+                f"{prefix.replace('parametrizations.', '')[:-1]}: is {this}, and the state dict is that of a model "
+                f"that is {other}, whose weights are others; call {'un' if update.merged else ''}merge_tensors before "
+                f"load_state_dict"
+            )
+        if update.merged:  # the weight of a merged model holds the update that comes with it
             update.added = (update,)
 
 
@@ -384,12 +420,14 @@ def _parametrizations(module: nn.Module, name: str) -> nn.ModuleList:
 def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, str, TensorUpdate]]:
     def found() -> Iterator[tuple[str, tuple[nn.Module, str, TensorUpdate]]]:
         for path, module in model.named_modules():
-            for name in cast(nn.ModuleDict, module.parametrizations) if parametrize.is_parametrized(module) else ():
+            # A wrapper of torch.compile passes on the parametrizations of the module in it, which comes by itself.
+            for name in cast(nn.ModuleDict, module._modules.get("parametrizations", ())):
                 for update in _parametrizations(module, name):
                     if isinstance(update, TensorUpdate):
-                        yield f"{path}.{name}".removeprefix("."), (module, name, update)
+                        yield _uncompiled(f"{path}.{name}").removeprefix("."), (module, name, update)
 
     require_type("model", model, nn.Module)
+    model = _without_wrapper(model)
     adapted = dict(found())
     if not adapted:
         raise TensLoRAError(f"{type(model).__name__}: no weight has an update")

@@ -552,3 +552,67 @@ def test_an_expanded_weight_takes_no_update() -> None:
     linear.weight = nn.Parameter(torch.ones(1, 4).expand(4, 4))
     with pytest.raises(TensLoRAError, match=r"weight: some of its weight's entries share memory"):
         adapt_tensor(linear, "weight", 2)
+
+
+def _two_updates(seed: int) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+    generator = torch.Generator().manual_seed(seed)
+    for layer in (model[0], model[2]):
+        with torch.no_grad():
+            for parameter in adapt_tensor(layer, "weight", 2).parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_a_state_dict_of_merged_weights_is_not_taken_for_another(is_merged: bool) -> None:
+    model, other, x = _two_updates(1), _two_updates(2), torch.randn(3, 5)
+    merge_tensors(model if is_merged else other)
+    before, state = copy.deepcopy(other.state_dict()), model.state_dict()
+    this, undo = ("merged", "unmerge_tensors") if not is_merged else ("not merged", "merge_tensors")
+    with pytest.raises(TensLoRAError, match=rf"^0\.weight: is {this}, and the state dict .* call {undo} before"):
+        other.load_state_dict(state)
+    weight = "0.parametrizations.weight.original"
+    assert torch.equal(other.state_dict()[weight], before[weight])
+    (merge_tensors if is_merged else unmerge_tensors)(other)
+    other.load_state_dict(state)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-6)
+    unmerge_tensors(other)
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-5)
+
+
+def test_updates_are_not_loaded_where_their_numbers_would_be_lost(tmp_path: Path) -> None:
+    path = save_tensors(_two_updates(1), tmp_path / "tensors.safetensors")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+    with pytest.raises(
+        TensLoRAError, match=r"0\.weight: is on the device meta, where the update's numbers would be lost"
+    ):
+        load_tensors(model, path)
+    adapt_tensor(model[0], "weight", 2)
+    layer: Any = model[0]
+    layer.parametrizations.weight.original = nn.Parameter(torch.randn(6, 5))
+    with pytest.raises(TensLoRAError, match="update of a weight is on the device meta and has no numbers"):
+        layer.weight  # noqa: B018
+
+
+@pytest.mark.parametrize("wrapped", ["model", "part", "parallel"])
+def test_the_names_of_saved_updates_are_those_without_a_wrapper(wrapped: str, tmp_path: Path) -> None:
+    model, x = _two_updates(1), torch.randn(3, 5)
+    expected, whole = model(x), model
+    if wrapped == "part":
+        model[2] = torch.compile(model[2], backend="eager")
+    else:
+        whole = nn.DataParallel(model) if wrapped == "parallel" else torch.compile(model)
+    path = save_tensors(whole, tmp_path / "tensors.safetensors")
+    assert set(read_safetensors(path)[0]["updates"]) == {"0.weight", "2.weight"}
+    detach_tensors(whole)
+    load_tensors(whole, path)
+    plain: Any = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+    load_tensors(plain, path)
+    for layer, own in ((0, model[0]), (2, getattr(model[2], "_orig_mod", model[2]))):
+        plain[layer].parametrizations.weight.original.data.copy_(own.parametrizations.weight.original)
+        plain[layer].bias.data.copy_(own.bias)
+    torch.testing.assert_close(plain(x), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
