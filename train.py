@@ -61,7 +61,8 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
         tokenizer = load_tokenizer(run.model, dataset.train.inputs) if run.model.modality == "text" else None
         data_loaded = time.perf_counter()
         backbone = load_backbone(run.model, dataset.outputs, run.seed, tokenizer)
-    answer = answer_of(backbone, tokenizer)
+    # By its answer `load_run` knows the backbone again. Other processors may round quantised weights in other ways.
+    answer = answer_of(backbone, tokenizer) if run.model.quantization is None else None
     data = encode(dataset, run.dataset, backbone, tokenizer)
 
     # The adapted model.
