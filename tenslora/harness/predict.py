@@ -15,9 +15,11 @@ if __name__ == "__main__":
     import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
 
 import argparse
+import codecs
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -96,9 +98,11 @@ def write_json_lines(rows: Sequence[Row], out: TextIO) -> None:
         TensLoRAError: before anything is written, if a cell holds a number that JSON has not.
     """
     lines = []
+    # Where the output is not UTF-8, JSON's own escapes are: Python's would not be JSON.
+    is_utf8 = codecs.lookup(out.encoding or "utf-8").name == "utf-8"
     for number, row in enumerate(rows, start=1):
         try:
-            lines.append(json.dumps(row, ensure_ascii=False, default=str, allow_nan=False) + "\n")
+            lines.append(json.dumps(row, ensure_ascii=not is_utf8, default=str, allow_nan=False) + "\n")
         except ValueError as error:
             raise TensLoRAError(f"row {number} holds a NaN or an infinity, which JSON has not; write a .csv") from error
     out.writelines(lines)
@@ -203,6 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.out and given.format:
             raise TensLoRAError(f"--format {given.format}: is for printing; the end of --out {given.out} says its form")
         rows = predict(given)
+        if os.environ.get("RANK", "0") != "0":  # started by torchrun; the first process answers
+            return
         if given.out:
             content = io.StringIO(newline="")
             WRITERS[given.out.suffix](rows, content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from PIL import Image
 
 from tenslora.harness.data import load_dataset
 from tenslora.harness.load_run import load_run
-from tenslora.harness.predict import main
+from tenslora.harness.predict import main, read_rows, write_json_lines
 from tenslora.harness.run_folder import RunFolder
 
 SENTENCES = ["the cat sat 3 times", 'the "dog", it sat', "the bird"]
@@ -155,6 +156,38 @@ def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Pa
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         main([str(sentences_run), *(word.format(file) for word in words)])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_lines_are_json_in_any_encoding(encoding: str) -> None:
+    content = io.BytesIO()
+    out = io.TextIOWrapper(content, encoding=encoding, errors="backslashreplace")
+    write_json_lines([{"text": "Le café 漢"}], out)
+    out.flush()
+    text = content.getvalue().decode()
+    assert json.loads(text) == {"text": "Le café 漢"}
+    assert text.isascii() == (encoding != "utf-8")
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_date_in_json_stays_the_text_that_it_was(lines: bool, tmp_path: Path) -> None:
+    rows = [
+        {"day": "2024-01-02", "text": "a", "at": "2024-01-02T03:04:05"},
+        {"day": None, "text": "b", "at": "2024-01-02"},
+    ]
+    file = tmp_path / ("in.jsonl" if lines else "in.json")
+    file.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    assert read_rows(file) == rows
+
+
+def test_only_the_first_of_several_processes_answers(
+    digits_run: Path, digits: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tenslora.harness.predict.predict", lambda _: [{"image": "a", "prediction": "b"}])
+    for rank, expected in (("1", ""), ("0", "image  prediction\na      b\n")):
+        monkeypatch.setenv("RANK", rank)
+        main([str(digits_run), str(digits[0])])
+        assert capsys.readouterr().out == expected
 
 
 def test_a_number_that_json_has_not_is_named(sentences_run: Path, tmp_path: Path) -> None:

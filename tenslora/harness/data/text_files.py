@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import tempfile
@@ -313,7 +314,8 @@ def read_tables(files: Sequence[Path]) -> Rows:
         read = datasets.Dataset.from_parquet if suffix == ".parquet" else datasets.Dataset.from_json
         # The library's own cache knows a file by its path and its time alone, and an edited file may keep both.
         with tempfile.TemporaryDirectory() as cache:
-            return read(list(map(str, files)), cache_dir=cache, keep_in_memory=True)
+            rows = read(list(map(str, files)), cache_dir=cache, keep_in_memory=True)
+        return rows if suffix == ".parquet" else _with_dates_as_texts(rows, files)
     import pandas
 
     separator = SEPARATORS[suffix]
@@ -337,6 +339,28 @@ def read_tables(files: Sequence[Path]) -> Rows:
             )
         tables.append(table)
     return datasets.Dataset.from_pandas(pandas.concat(tables), preserve_index=False)
+
+
+def _with_dates_as_texts(rows: Rows, files: Sequence[Path]) -> Rows:
+    """The rows of JSON files, with the texts that pyarrow has taken for dates as they stand there."""
+    names = [name for name, kind in rows.features.items() if str(getattr(kind, "dtype", "")).startswith("timestamp")]
+    if not names:
+        return rows
+    objects = [item for file in files for item in _objects(file)]
+    if len(objects) != len(rows):  # another form of JSON that the datasets library reads
+        return rows
+    columns = list(rows.column_names)
+    for name in names:
+        rows = rows.remove_columns(name).add_column(name, [item.get(name) for item in objects])
+    return rows.select_columns(columns)
+
+
+def _objects(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON file: of a list, or one in each line."""
+    text = file.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        return list(json.loads(text))
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _holds_a_line(cells: Any) -> bool:

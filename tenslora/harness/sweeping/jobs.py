@@ -19,6 +19,7 @@ from tenslora.harness.config.checks import shown
 from tenslora.harness.results.table import Column, Row, Run
 from tenslora.harness.run_folder import RunFolder, UnusableCheckpoint
 from tenslora.harness.stages import adapter_parameters, lora_parameters, relative_first_step_of, stages_in_file
+from tenslora.harness.tracking.tracker import LONGEST_TAG
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -366,6 +367,6 @@ def _as_job(run: RunConfig, table: str) -> RunConfig:
     logger = run.logger
     if logger.wandb:
         tags = [table, run.dataset.name, run.tensor_mode, run.row_strategy, f"seed{run.seed}"]
-        unique = tuple(dict.fromkeys([*logger.tags, *filter(None, tags)]))
+        unique = tuple(dict.fromkeys([*logger.tags, *(tag[:LONGEST_TAG] for tag in tags if tag)]))
         logger = replace(logger, group=logger.group or table, tags=unique)
     return replace(run, resume=True, overwrite=False, logger=logger)

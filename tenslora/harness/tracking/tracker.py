@@ -8,6 +8,9 @@ from typing import Any, Self
 SCORE = "score"
 """A second name under which the headline metric is logged, so that one chart can show all datasets."""
 
+LONGEST_TAG = 64
+"""The largest number of characters of a tag of W&B."""
+
 
 class Tracker:
     """Reports a run to a logger. Each logger's tracker extends this class.

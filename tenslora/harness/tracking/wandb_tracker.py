@@ -18,7 +18,7 @@ from tenslora.harness.config import LoggerConfig, RunConfig
 from tenslora.harness.results.summary import Summary, one_line, summarize
 from tenslora.harness.results.table import Row, Run, Table, multiple_of_lora, percent_of_lora
 from tenslora.harness.stages import ranks_text
-from tenslora.harness.tracking.tracker import SCORE, Tracker
+from tenslora.harness.tracking.tracker import LONGEST_TAG, SCORE, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[P
         TensLoRAError: if W&B refuses the run.
     """
     summary = summarize(table)
-    config = replace(config, group=config.group or table.name, tags=(*config.tags, table.name))
+    config = replace(config, group=config.group or table.name, tags=(*config.tags, table.name[:LONGEST_TAG]))
     about = {"table": {"name": table.name, "title": table.title, "score": table.score, "notes": list(table.notes)}}
     with _start(config, folder, name=table.name, job_type=TABLE, config=about) as wandb_run:
         content: dict[str, Any] = {}

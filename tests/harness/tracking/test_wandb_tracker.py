@@ -14,6 +14,7 @@ import pytest
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import LoggerConfig
 from tenslora.harness.results.table import Column, Row, Run, Table
+from tenslora.harness.sweeping.jobs import _as_job
 from tenslora.harness.tracking import check_for_sweep, start_tracker, track_table
 from tenslora.harness.tracking.wandb_tracker import _has_key
 from tests.events import FACTS
@@ -222,6 +223,14 @@ def test_the_runs_of_a_sweep_must_not_share_an_id(monkeypatch: pytest.MonkeyPatc
     check_for_sweep(LoggerConfig())
     with pytest.raises(TensLoRAError, match=r"^WANDB_RUN_ID=abc: must not be set for a sweep, "):
         check_for_sweep(OFFLINE)
+
+
+@pytest.mark.usefixtures("_without_keys")
+def test_a_name_that_is_longer_than_a_tag_is_cut(tmp_path: Path) -> None:
+    run = Run(Row("lora"), Column("digits", "m"), 0, "x")
+    track_table(replace(OFFLINE, group="g", tags=()), tmp_path, Table("n" * 80, "T", (run,)), [])
+    assert read_offline_run(tmp_path).started["tags"] == ["n" * 64]
+    assert _as_job(configured("logger=wandb"), "n" * 80).logger.tags[0] == "n" * 64
 
 
 def test_a_key_in_the_environment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
