@@ -332,6 +332,11 @@ def read_tables(files: Sequence[Path]) -> Rows:
                 f"its first line names {len(head.columns)} columns, and its second line has more cells; a cell that "
                 f"holds {_SEPARATOR_NAMES[separator]} must be in quotes"
             )
+        repeated = (table.to_numpy() == head.iloc[0].to_numpy()).all(axis=1).nonzero()[0]
+        if len(repeated) and len(table.columns) > 1:  # with one column, as for predict, it may be a text
+            raise ValueError(
+                f"row {repeated[0] + 1} of {file.name} is the first line again, which names the columns; remove it"
+            )
         if separator == "\t" and any(_holds_a_line(table[name]) for name in table.columns):
             raise ValueError(
                 "a cell begins with a quotation mark that ends in another line, so that it holds whole lines; write "

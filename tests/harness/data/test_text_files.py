@@ -230,6 +230,7 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
         ({"train.csv": "text,label\na, b,1\nc, d,2\n"},
          r"first line names 2 columns, .* more cells; a cell that holds commas must be in quotes\)$"),
         ({"train.tsv": 'text\tlabel\n"Hi\t1\nb\t2\n"Bye\t2\n'}, r"cell begins with a quotation mark that ends in ano"),
+        ({"train.csv": "text,label\na,1\ntext,label\nb,2\n"}, r"row 2 of train\.csv is the first line again, which"),
         ({"train.tsv": "text\ttext\tlabel\na\tb\t1\n"}, r"cannot be read \(its first line names two columns text\)$"),
         ({"train.csv": "text,label\na,1\nb\n"}, "the split train: row 2 has no label in the column label"),
         ({"train.csv": "text,label\n,1\nb,0\n"}, "the split train: row 1 has no text in the column text"),
