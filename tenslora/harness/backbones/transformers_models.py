@@ -312,6 +312,11 @@ def _own_input(config: ModelConfig, size: int | None, channels: int) -> ImageInp
 
 def _input_of(processor: Any, config: ModelConfig, channels: int) -> ImageInput:
     """The images of a generic model, as its image processor makes them."""
+    if getattr(processor, "do_flip_channel_order", False):
+        raise TensLoRAError(
+            f"{source_setting(config)}: takes its images in blue, green and red (preprocessor_config.json: "
+            f"do_flip_channel_order), and only red, green and blue are known here"
+        )
     mean, std = (0.0,) * channels, (1.0,) * channels
     # A processor multiplies pixels from 0 to 255 by a factor, usually 1 / 255, before it normalizes them.
     scale = 255 * (processor.rescale_factor if processor.do_rescale else 1)

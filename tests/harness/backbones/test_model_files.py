@@ -145,6 +145,10 @@ def test_a_config_that_is_no_object_is_refused(content: str, vit: Path) -> None:
         ({"size": {"height": -8, "width": -8}}, "size=-8; must be from 1 to 4096"),
         ({"size": {"height": "8", "width": "8"}}, "preprocessor_config.json"),
         ({"resample": 99}, "preprocessor_config.json"),
+        (
+            {"image_processor_type": "MobileViTImageProcessor", "do_flip_channel_order": True},
+            r"takes its images in blue, green and red \(preprocessor_config\.json",
+        ),
     ],
 )
 def test_images_that_cannot_be_made_are_refused(changes: dict[str, Any], problem: str, vit: Path) -> None:
