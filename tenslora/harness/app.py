@@ -62,6 +62,11 @@ def run_app(
             sys.exit(f"error: {TensLoRAError(word)}: must be false, because paths are relative to the current folder")
         if sweep and re.match(r"\+*hydra\.sweep\.subdir=", word):  # the results are read from the runs' own folders
             sys.exit(f"error: {TensLoRAError(word)}: must be left out; hydra.sweep.dir is the folder of all runs")
+        if (option := re.match(r"--([\w.@/-]+)=", word)) and not _is_option(option[1]):
+            sys.exit(
+                f"error: {TensLoRAError(word)}: must be written {TensLoRAError(word[2:])}, without hyphens "
+                f"(W&B's agent: ${{args_no_hyphens}})"
+            )
         if not is_text(word):
             sys.exit(f"error: {TensLoRAError(word)}: must be text in UTF-8")
     with contextlib.suppress(OSError):
@@ -178,6 +183,12 @@ def _refuse_hidden_files(sources: Any) -> None:
                 raise TensLoRAError(
                     f"{folder / name}: would not be read, because {file} comes first; give it another name"
                 )
+
+
+def _is_option(name: str) -> bool:
+    """Whether argparse takes a word for one of Hydra's options that have a value, or for the beginning of one."""
+    options = ("cfg", "package", "config-path", "config-name", "config-dir", "experimental-rerun", "info")
+    return any(option.startswith(name) for option in options)
 
 
 def _settings_together(words: Sequence[str]) -> list[str]:

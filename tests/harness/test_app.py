@@ -44,6 +44,11 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
             "optimizer.learning_rate: there is no such setting; did you mean optimizer.lr?",
         ),
         (["seed=1", "--config-dir", ".", "optimizer.lr=-2"], "optimizer.lr=-2: must be at least 0"),
+        (
+            ["--trainer.epochs=1"],
+            "--trainer.epochs=1: must be written trainer.epochs=1, without hyphens (W&B's agent: ${",
+        ),
+        (["--config-dir=missing"], "Additional config directory"),
         (["--run", "--multirun"], "Only one of --run, --multirun"),
         (["seed=0,1"], "seed=0,1: is several values; add -m"),
         (["model=swin_tiny", "model.geometry={d_in:8}"], "model.geometry={d_in:8}: must be a list"),
