@@ -186,6 +186,11 @@ class AdaptedLinear(nn.Module):
             update.added, update.loaded = (copy.deepcopy(update.shared.group.adapter),), True
         super()._load_from_state_dict(state, prefix, metadata, *args)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TensLoRAError(
+            "torch.jit.script cannot compile an adapter; merge and detach it first, or use torch.export"
+        )
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Pickle finds a class by its name, and this one was made here.
         parts: Any = super().__reduce_ex__(protocol)

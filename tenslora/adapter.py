@@ -183,10 +183,14 @@ class Adapter(_AnyAdapter):
         return self.config.alpha * (lora / self.unscaled_first_step)
 
     def _require_as_declared(self, config: AdapterConfig) -> None:
+        if "scale" in self._parameters:
+            raise TensLoRAError(
+                "scale: was made a parameter, and a file holds the config alone; make it a number again"
+            )
         if self.config != config or self.scale != self._declared_scale():
             raise TensLoRAError(
-                f"scale={self.scale:g}: is not that of the adapter's config, and a file holds the config alone; make "
-                f"an adapter with another alpha instead"
+                f"scale={float(self.scale):g}: is not that of the adapter's config, and a file holds the config alone; "
+                f"make an adapter with another alpha instead"
             )
         for index, module in enumerate(self.tensors):
             tensor = cast(FactorizedTensor, module)
@@ -386,6 +390,19 @@ class StagedAdapter(_AnyAdapter):
     def __repr__(self) -> str:
         ranks = ", ".join(str(stage.ranks if len(stage.ranks) > 1 else stage.ranks[0]) for stage in self.stages)
         return self._described(f"ranks {ranks}", f"{len(self.stages)} stages")
+
+    @property
+    def scale(self) -> float:
+        """Each stage has its own.
+
+        Raises:
+            TensLoRAError: if it is set here, where it would have no effect.
+        """
+        raise AttributeError("scale: each of stages has its own")
+
+    @scale.setter
+    def scale(self, value: object) -> None:
+        raise TensLoRAError(f"scale={value}: would have no effect here; set that of each of the adapter's stages")
 
     @property
     def stages(self) -> tuple[Adapter, ...]:

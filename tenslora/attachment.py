@@ -97,6 +97,7 @@ def attach(
         of_stage.to(cast(Tensor, targets[0].linear.weight).device)
     adapter.train(model.training)
     forward_pass = ForwardPass(model)
+    forward_pass.watched = SUBMODULE, adapter
     for path, update in layer_updates(adapter, stages, forward_pass).items():
         put_on(model.get_submodule(path), update)
     adapter.trained_beside = frozenset(name for name, own in model.named_parameters() if id(own) in ids)
@@ -247,11 +248,9 @@ def detach(model: nn.Module) -> Adapter | StagedAdapter:
     for linear in linears.values():
         take_off(linear)
     model = not_compiled(model)
-    for key, hook in [*model._load_state_dict_post_hooks.items()]:
-        if isinstance(hook, partial) and hook.func is _hold_what_was_loaded:
-            (forward_pass,) = hook.args
-            forward_pass.remove_hooks()
-            del model._load_state_dict_post_hooks[key]
+    for key, forward_pass in _forward_passes(model).items():
+        forward_pass.remove_hooks()
+        del model._load_state_dict_post_hooks[key]
     for each in (model, wrapper):
         each._modules.pop(SUBMODULE, None)
     return adapter
@@ -272,8 +271,8 @@ def merge(model: nn.Module) -> None:
 
     Raises:
         TensLoRAError: if there is no adapter, if it is `disabled`, if it or a weight with its update would hold a NaN
-            or an infinity, if another module uses the same weight, or if a weight is of a kind that cannot be quantised
-            again. No weight is changed then.
+            or an infinity, if another module uses the same weight, if a weight is of a kind that cannot be quantised
+            again, or if ``model.tenslora`` was replaced. No weight is changed then.
     """
     _move_updates(model, into_weights=True)
 
@@ -579,6 +578,8 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
                 f"{SUBMODULE}.{name}: holds a NaN or an infinity, which no unmerge could take out again"
             )
     adapted = _adapted_linears(model)
+    for forward_pass in _forward_passes(not_compiled(model)).values() if into_weights else ():
+        forward_pass.require_own_adapter(not_compiled(model))
     to_move = {path: linear for path, linear in adapted.items() if linear.layer_update.merged != into_weights}
     if into_weights and any(linear.layer_update.disabled for linear in to_move.values()):
         raise TensLoRAError(f"{type(model).__name__}: its adapter is disabled; leave the context of disabled first")
@@ -633,6 +634,15 @@ def _hold_what_was_loaded(_: ForwardPass, model: nn.Module, __: object) -> None:
     copies = _copied_adapters(updates)
     for update in updates:
         update.added, update.loaded = (copies[id(update)],), False
+
+
+def _forward_passes(model: nn.Module) -> dict[int, ForwardPass]:
+    # The forward pass of an adapted model, by the number of the hook that holds it.
+    return {
+        key: hook.args[0]
+        for key, hook in model._load_state_dict_post_hooks.items()
+        if isinstance(hook, partial) and hook.func is _hold_what_was_loaded
+    }
 
 
 def _copied_adapters(updates: Sequence[LayerUpdate]) -> dict[int, Adapter]:

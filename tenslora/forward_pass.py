@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.errors import TensLoRAError
 
 
@@ -26,7 +27,12 @@ class ForwardPass:
 
     Args:
         model: the adapted model. A forward pass is a call of this module.
+
+    Attributes:
+        watched: the adapter that the layers use, and its name in the model; None in PEFT.
     """
+
+    watched: tuple[str, nn.Module] | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.here = _InThisThread()
@@ -53,12 +59,31 @@ class ForwardPass:
             self._calls.setdefault(name, []).append(call)
         return call
 
+    def require_own_adapter(self, model: nn.Module) -> None:
+        """Check that nobody has put another adapter in the place of the one that the layers use.
+
+        Args:
+            model: the adapted model.
+
+        Raises:
+            TensLoRAError: if the model holds another one.
+        """
+        name, used = self.watched or ("", None)
+        held = model._modules.get(name)
+        if isinstance(held, (Adapter, StagedAdapter)) and held is not used:
+            raise TensLoRAError(
+                f"{self._model}: {name} is another adapter than the one that its layers use; attach(model, "
+                f"detach(model)) puts it on them"
+            )
+
     def remove_hooks(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
 
-    def _begin(self, *_: Any) -> None:
+    def _begin(self, model: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.require_own_adapter(model)
         self.here.products, self.here.pending = {}, {}
 
     def _end(self, _model: nn.Module, _inputs: Any, output: Any) -> None:

@@ -651,6 +651,8 @@ def test_what_cannot_be_traced_or_computed_with_is_refused_in_one_line(fused: bo
         torch.fx.symbolic_trace(model)
     with pytest.raises(TensLoRAError, match=r"torch\.fx and torch\.jit\.trace cannot follow an adapter"):
         torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
+    with pytest.raises(TensLoRAError, match=r"torch\.jit\.script cannot compile an adapter; merge and detach it first"):
+        torch.jit.script(model)
     with pytest.raises(TensLoRAError, match=r"^blocks\.0\.attention\.(qkv|query): its input is a nested tensor"):
         linear(torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged))
     merge(model)

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tenslora.adapter import Adapter, load_adapter
+from tenslora.adapter import Adapter, load_adapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import CONSTRUCTIONS, Geometry
 from tenslora.errors import TensLoRAError
@@ -352,3 +352,16 @@ def test_a_number_that_no_file_is_read_with_is_refused_at_once(number: Any) -> N
 def test_the_largest_seed_is_saved_and_loaded(tmp_path: Path) -> None:
     adapter = build("qkv", seed=2**53)
     assert load_adapter(adapter.save(tmp_path / "a.safetensors")).config == adapter.config
+
+
+def test_a_scale_that_no_file_holds_or_that_has_no_effect_is_refused(tmp_path: Path) -> None:
+    geometry = Geometry(d_in=8, heads=2, d_head=4, layers=2)
+    adapter: Any = Adapter(AdapterConfig("qkv_depth"), geometry)
+    adapter.scale = torch.nn.Parameter(torch.tensor(4.0))
+    with pytest.raises(TensLoRAError, match=r"^scale: was made a parameter"):
+        adapter.save(tmp_path / "adapter.safetensors")
+    staged: Any = make_adapter(AdapterConfig("qkv_depth"), [geometry, dataclasses.replace(geometry, d_in=12)])
+    assert not hasattr(staged, "scale")
+    with pytest.raises(TensLoRAError, match=r"^scale=0\.5: would have no effect here; set that of each"):
+        staged.scale = 0.5
+    assert [stage.scale for stage in staged.stages] == [4.0, 4.0]

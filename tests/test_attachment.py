@@ -829,3 +829,20 @@ def test_an_adapter_that_is_wrapped_itself_is_not_merged() -> None:
     with pytest.raises(TensLoRAError, match=r"^the adapter cannot be copied \(.*; merge before you wrap"):
         merge(model)
     torch.testing.assert_close(wrapped(x), expected)
+
+
+def test_an_adapter_that_is_put_in_the_place_of_another_is_no_adapter_of_the_layers() -> None:
+    model, other = PlainTransformer(), PlainTransformer()
+    other.load_state_dict(model.state_dict())
+    randomised(attach(model, AdapterConfig()))
+    new = randomised(attach(other, AdapterConfig("att_qkv")))
+    detach(other)
+    x = torch.randn(2, 5, 24)
+    model.float()(x)
+    model.tenslora = new.float()
+    for act in (lambda: model(x), lambda: merge(model)):
+        with pytest.raises(TensLoRAError, match="tenslora is another adapter than the one that its layers use"):
+            act()
+    attach(other, new)
+    attach(model, detach(model))
+    torch.testing.assert_close(model(x), other.float()(x))
