@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +13,15 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.data.encoding import Collate, Encoded
 
 POOL_BATCHES = 50
 """The largest number of batches among which examples are sorted by length."""
+
+
+SHARED_MEMORY = "/dev/shm"
+"""Where worker processes leave their batches."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,24 @@ def _cut(items: list[int], size: int) -> list[list[int]]:
 def _loader(
     data: Encoded, batches: list[list[int]], collate: Collate, workers: int, pin_memory: bool
 ) -> DataLoader[tuple[dict[str, Tensor], Tensor]]:
+    if workers and batches:
+        _require_shared_memory(data, batches, collate, workers)
     loader: DataLoader[Any] = DataLoader(
         data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory
     )
     return loader
+
+
+def _require_shared_memory(data: Encoded, batches: list[list[int]], collate: Collate, workers: int) -> None:
+    # A worker whose batch does not fit there prints a traceback, and torch waits for the batch without an end.
+    if not os.path.isdir(SHARED_MEMORY):
+        return
+    inputs, labels = collate([data[batches[0][0]]])
+    size = max(map(len, batches))
+    needed = size * sum(tensor.nbytes for tensor in (*inputs.values(), labels)) * min(workers, len(batches))
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise TensLoRAError(
+            f"trainer.workers={workers}: needs {needed:,} bytes of shared memory for batches of {size}, and "
+            f"{SHARED_MEMORY} has {free:,}; 0 needs none, and docker run --shm-size gives a container more"
+        )

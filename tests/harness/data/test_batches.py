@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterable
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.data import batches
 from tenslora.harness.data.encoding import Encoded, Item
 
@@ -196,3 +199,11 @@ def test_grouped_by_length_processes_partition_each_batch_and_the_test_split() -
     for share in tested:
         assert flat(share) == sorted(flat(share), reverse=True)
     assert sorted(flat(map(flat, tested))) == sorted(data.inputs)
+
+
+def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    next(train_batches(workers=2).epoch(1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=15))
+    with pytest.raises(TensLoRAError, match=r"^trainer\.workers=2: needs \d+ bytes of shared memory for batches of"):
+        next(train_batches(workers=2).epoch(1))
+    next(train_batches(workers=0).epoch(1))
