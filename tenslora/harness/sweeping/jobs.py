@@ -220,7 +220,9 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
 
     headlines: dict[Column, str | None] = {}
     for run in (each.run for each in composed):
-        headline, column = (run.dataset.metrics or (None,))[0], Column(run.dataset.name, run.model.name)
+        task = getattr(run.dataset, "task", None)  # a classification has another metric than a regression
+        headline = (run.dataset.metrics or (task and f"that of a {task}",))[0]
+        column = Column(run.dataset.name, run.model.name)
         if headlines.setdefault(column, headline) != headline:
             raise TensLoRAError(
                 f"dataset.metrics: must begin with one metric for all runs on {column.label}, not with "

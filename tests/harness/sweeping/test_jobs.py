@@ -111,6 +111,9 @@ def test_a_column_of_a_table_has_one_headline_metric(tmp_path: Path) -> None:
         TensLoRAError, match=r"^dataset\.metrics: must begin with one metric .* matthews and accuracy, "
     ):
         plan_jobs(both, tmp_path)
+    own = ("dataset=text", "dataset.root=stars.csv", "model=minilm")
+    with pytest.raises(TensLoRAError, match=r"not with that of a classification and that of a regression, because"):
+        plan_jobs([swept(*own, f"dataset.task={task}") for task in ("classification", "regression")], tmp_path)
     further = [swept(*text, f"dataset.metrics=[{names}]") for names in ("matthews,accuracy", "matthews")]
     assert len(plan_jobs([*further, swept("dataset=digits")], tmp_path)) == 3
 
