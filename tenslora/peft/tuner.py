@@ -35,6 +35,7 @@ from tenslora.peft.patterns import first_matches
 from tenslora.peft.quantised import QuantisedWeights, warn_of_rounding
 from tenslora.projections import Stage, TargetLinear, find_projections, is_plain
 from tenslora.ranks import RankStrategy, explicit
+from tenslora.tensor_update import TensorUpdate
 
 METHOD = "tenslora"
 """The method's name in PEFT. In adapter_config.json it is written in capitals, as `peft_type`."""
@@ -159,6 +160,14 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
             if step is not None and step <= 0:
                 raise TensLoRAError(f"first_step={step}: must be above 0")
         self.adapter_config(self.adapt or "qkv")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "r" and getattr(self, "ranks", None) is not None and value != self.r:
+            raise TensLoRAError(
+                f"r={value}: would have no effect beside ranks={self.ranks}, which were chosen for r={self.r}; set "
+                f"ranks and first_step to None before"
+            )
+        super().__setattr__(name, value)
 
     def adapter_config(self, adapt: str) -> AdapterConfig:
         """The library's settings.
@@ -406,6 +415,12 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
             weight = targets[0].linear.get_parameter("weight")
             of_stage.to("meta" if on_meta else weight.device, weight.dtype if weight.is_floating_point() else None)
+        if any(isinstance(part, TensorUpdate) and next(part.parameters()).requires_grad for part in model.modules()):
+            warnings.warn(
+                f"{type(model).__name__}: has updates of adapt_tensor, which PEFT freezes and does not save with its "
+                f"adapter; train them on with requires_grad_(True), and keep them with save_tensors",
+                stacklevel=2,
+            )
         adapter.register_load_state_dict_pre_hook(_require_adapters_tensors)  # type: ignore[no-untyped-call]
         forward_pass = ForwardPass(model)
         keep_gradients(model)

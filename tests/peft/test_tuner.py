@@ -222,6 +222,26 @@ def test_a_head_that_peft_names_after_the_adapter_is_made_is_trained(task_type: 
     )
 
 
+def test_another_r_beside_ranks_that_were_chosen_already_is_refused(tmp_path: Path) -> None:
+    get_peft_model(build("hf_bert"), TensLoraConfig(r=2)).save_pretrained(str(tmp_path))
+    config: Any = PeftConfig.from_pretrained(str(tmp_path))
+    with pytest.raises(
+        TensLoRAError, match=r"^r=5: would have no effect beside ranks=\[.*\], which were chosen for r=2"
+    ):
+        config.r = 5
+    config.ranks = config.first_step = None
+    config.r = 5
+    model, expected = (get_peft_model(build("hf_bert"), each) for each in (config, TensLoraConfig(r=5)))
+    assert adapter_of(model).stages[0].ranks == adapter_of(expected).stages[0].ranks
+
+
+def test_updates_of_adapt_tensor_that_peft_freezes_are_told() -> None:
+    model = build("hf_bert")
+    adapt_tensor(model.get_submodule("bert.pooler.dense"), "weight", 2)
+    with pytest.warns(UserWarning, match="has updates of adapt_tensor, which PEFT freezes and does not save"):
+        get_peft_model(model, TensLoraConfig())
+
+
 def test_layers_that_have_another_adapter_are_refused() -> None:
     attached = build("hf_bert")
     attach(attached, AdapterConfig())
