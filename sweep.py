@@ -84,7 +84,7 @@ def sweep(
     from tenslora.harness.results import check_places, write_results
     from tenslora.harness.results.paper import stand_in
     from tenslora.harness.results.settings import command_of, settings_of
-    from tenslora.harness.results.table import Table
+    from tenslora.harness.results.table import Table, changed_data
     from tenslora.harness.run_folder import check_writable
     from tenslora.harness.sweeping.jobs import State, launch_jobs, overwrite, plan_jobs
     from tenslora.harness.sweeping.plan import announcements, cost, news, plan, tuning_plan
@@ -114,7 +114,7 @@ def sweep(
     def collect(known: Known) -> Table:
         table = Table(name, title, stages.runs(known), settings.table.score, groups=settings.table.groups)
         tuning = stages.tuning(known, name, title)
-        notes = tuple(filter(None, [stand_in(table), tuning.edge_note if tuning else ""]))
+        notes = tuple(filter(None, [stand_in(table), changed_data(table), tuning.edge_note if tuning else ""]))
         of_runs = settings_of(job.run.settings() for job in known.jobs if job in known.looks)
         return replace(table, notes=notes, command=command_of(sys.argv), settings=of_runs, tuning=tuning)
 

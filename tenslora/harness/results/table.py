@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -378,6 +379,31 @@ class Table:
     def scale(self, column: Column) -> Metric:
         """A column's headline metric, whose unit and direction say how to show it; accuracy before the first record."""
         return METRICS.get(self.metric(column) or "", METRICS["accuracy"])
+
+
+def changed_data(table: Table) -> str | None:
+    """A note on runs of a column that have the same settings and other data, because files have changed between them.
+
+    Args:
+        table: the table.
+
+    Returns:
+        The note on the first such column; None if there is none.
+    """
+    for column in table.columns:
+        known: dict[str, tuple[Any, ...]] = {}
+        for run in table.runs:
+            if run.column != column or not run.record or not run.metrics:
+                continue
+            settings = json.dumps(run.record.get("config", {}).get("dataset"), sort_keys=True)
+            data = run.record.get("train_examples"), run.record.get("test_examples")
+            if (other := known.setdefault(settings, data)) != data:
+                return (
+                    f"Not all runs on {column.label} had the same data: one had {other[0]} training and {other[1]} "
+                    f"test examples, another {data[0]} and {data[1]}. Files have changed between them; overwrite=true "
+                    f"trains all of them anew."
+                )
+    return None
 
 
 def percent_of_lora(parameters: int | None, lora_parameters: int | None) -> float | None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from tenslora.constructions import CONSTRUCTIONS
-from tenslora.harness.results.table import AdapterSize, Row, mean_and_deviation
+from tenslora.harness.results.table import AdapterSize, Row, changed_data, mean_and_deviation
 from tests.tables import COLA, DTD, make_run, make_table
 
 
@@ -148,3 +148,14 @@ def test_lora_is_not_compared_with_itself() -> None:
 )
 def test_mean_and_deviation(scores: list[float], mean: float, deviation: float | None) -> None:
     assert mean_and_deviation(iter(scores)) == pytest.approx((mean, deviation), abs=1e-12)
+
+
+def test_runs_whose_data_has_changed_between_them_are_noted() -> None:
+    runs = [make_run("lora", seed=seed, epochs=[0.5]) for seed in range(2)] + [make_run("att", "isorank")]
+    assert changed_data(make_table(runs)) is None
+    fewer = replace(runs[1], record={**(runs[1].record or {}), "train_examples": 900})
+    assert str(changed_data(make_table([runs[0], fewer]))).startswith(
+        f"Not all runs on {DTD.label} had the same data: one had 1000 training and 400 test examples, another 900 and"
+    )
+    other = {**(fewer.record or {}), "config": {"dataset": {"train_size": 900}}}
+    assert changed_data(make_table([runs[0], replace(fewer, record=other)])) is None
