@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 
 from tenslora.errors import TensLoRAError
@@ -314,6 +314,7 @@ def _encode_texts(
     def encoded(examples: Examples) -> Encoded:
         tokens = _tokenize(examples, tokenizer, max_length)
         _require_embedded(tokens, tokenizer, backbone.embedding_sizes)
+        _require_equal_ends(tokens, tokenizer, backbone.model)
         lengths = [len(ids) for ids in tokens.columns["input_ids"]] if config.group_by_length else None
         return Encoded(range(len(examples)), examples.labels, tokens, lengths=lengths)
 
@@ -354,6 +355,18 @@ def longest_text(config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase, 
 def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokensOf:
     sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
     return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))
+
+
+def _require_equal_ends(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+    # BART and T5 take their outputs from a text's last such token, and want all texts of a batch to have equally many.
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        counts = [ids.count(tokenizer.eos_token_id) for ids in tokens.columns["input_ids"]]
+        fewest = min(counts, default=0)
+        if longer := [number for number, count in enumerate(counts) if count != fewest]:
+            raise TensLoRAError(
+                f"example {longer[0]:,}, from 0 on, holds the text {tokenizer.eos_token}, which the model takes for the "
+                f"end of an example; take it out"
+            )
 
 
 def _require_embedded(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, embedding_sizes: Mapping[str, int]) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -276,14 +277,26 @@ def encode_sentences(
     padding: str = "longest",
     grouped: bool = False,
     embedding_sizes: Mapping[str, int] | None = None,
+    is_encoder_decoder: bool = False,
 ) -> tuple[Encoded, Encoded, Collate]:
     config = TextDatasetConfig(
         **DATASET, modality="text", max_length=max_length, padding=padding, group_by_length=grouped
     )
     examples = Examples(rows, [i % 2 for i in range(len(rows))])
-    backbone = Backbone(torch.nn.Identity(), [], "ids", embedding_sizes=embedding_sizes or {})
+    model: Any = torch.nn.Identity()
+    model.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder)
+    backbone = Backbone(model, [], "ids", embedding_sizes=embedding_sizes or {})
     data = encode(Dataset(examples, examples, ()), config, backbone, tokenizer)
     return data.train, data.scored, data.collate
+
+
+def test_a_text_that_holds_the_token_of_its_end_is_refused_where_the_model_looks_for_it() -> None:
+    tokenizer = load_tokenizer(transformers_text(), PAIRS)
+    rows = [*PAIRS, (f"It {tokenizer.eos_token} rained.", "Yes.")]
+    encode_sentences(rows, tokenizer)
+    encode_sentences(PAIRS, tokenizer, is_encoder_decoder=True)
+    with pytest.raises(TensLoRAError, match=rf"^example 3, from 0 on, holds the text {tokenizer.eos_token}, which"):
+        encode_sentences(rows, tokenizer, is_encoder_decoder=True)
 
 
 def test_pairs_are_encoded_as_the_tokenizer_encodes_a_pair(tokenizer: Any) -> None:
