@@ -364,8 +364,8 @@ def _require_equal_ends(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, mo
         fewest = min(counts, default=0)
         if longer := [number for number, count in enumerate(counts) if count != fewest]:
             raise TensLoRAError(
-                f"example {longer[0]:,}, from 0 on, holds the text {tokenizer.eos_token}, which the model takes for the "
-                f"end of an example; take it out"
+                f"example {longer[0]:,}, from 0 on, holds the text {tokenizer.eos_token}, which the model takes for "
+                f"the end of an example; take it out"
             )
 
 
