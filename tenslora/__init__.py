@@ -83,6 +83,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # for completion and help before the first use
+
+
 def __getattr__(name: str) -> Any:
     # Names are imported on first use: checking settings and counting parameters then costs 0.05 s of imports, where
     # torch costs 2.1 s.

@@ -17,7 +17,7 @@ from tenslora.adapter import Adapter
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.forward_pass import LayerCall
 from tenslora.projections import Columns, features, is_conv1d
-from tenslora.thin_products import MatrixGroup, saved_tensors_hooks
+from tenslora.thin_products import MatrixGroup, saved_tensors_hooks, without_autocast
 
 
 class LayerUpdate:
@@ -97,8 +97,9 @@ class LayerUpdate:
             left (inputs, r) and right (r, outputs). If the matrices that the layer holds do not share left, r is the
             sum of their ranks and right is block diagonal.
         """
-        layers = range(self.shared.layer, self.shared.layer + 1)
-        lefts, rights = ([t[0] for t in side] for side in self.shared.group.products(layers, *self.added))
+        layers, group = range(self.shared.layer, self.shared.layer + 1), self.shared.group
+        with without_autocast(next(group.adapter.parameters()).device):
+            lefts, rights = ([t[0] for t in side] for side in group.products(layers, *self.added))
         held = lefts if len(lefts) == 1 else [lefts[columns.matrix] for columns in self.columns]
         right = held[0].new_zeros(sum(left.shape[1] for left in held), self.outputs)
         row = 0
@@ -115,7 +116,8 @@ class LayerUpdate:
             (outputs, inputs), or (inputs, outputs) for a Conv1D.
         """
         left, right = self.as_lora()
-        update = left @ right
+        with without_autocast(left.device):
+            update = left @ right
         return update if self.is_transposed else update.T
 
 

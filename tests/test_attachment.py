@@ -37,7 +37,7 @@ from tenslora import (
 )
 from tenslora.attachment import adapter_of
 from tenslora.constructions import CONSTRUCTIONS
-from tenslora.peft.to_lora import to_peft
+from tenslora.peft.to_lora import lora_weights, to_peft
 from tenslora.peft.to_tenslora import to_tenslora
 from tests.models import BUILDERS, DECODERS, FURTHER, attached, build, inputs, linear_at, logits, randomised
 from tests.operations import RecordedOperations
@@ -153,6 +153,21 @@ def test_a_merged_and_detached_model_is_a_plain_backbone_with_the_adapted_logits
     assert set(model.state_dict()) == names
     assert [type(module) for module in model.modules()] == types
     assert not hasattr(model, "tenslora")
+
+
+def test_autocast_rounds_neither_a_merge_nor_its_undoing_nor_a_lora() -> None:
+    model = build("hf_bert").float()
+    attached(model, "qkv_depth").float()
+    weights, expected = copy.deepcopy(model.state_dict()), logits(model, inputs("hf_bert"))
+    plain = lora_weights(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = lora_weights(model)
+        merge(model)
+    torch.testing.assert_close(rounded, plain, rtol=0, atol=0)
+    torch.testing.assert_close(logits(model, inputs("hf_bert")), expected, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        unmerge(model)
+    torch.testing.assert_close(dict(model.state_dict()), dict(weights), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("adapt", ["qv", "all"])

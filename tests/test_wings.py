@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import tenslora
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "tenslora"
 LIBRARY = [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] != "harness"]
+
+
+def test_the_names_of_the_library_are_completed() -> None:
+    assert set(tenslora.__all__) <= set(dir(tenslora))
 
 
 def imported_modules(source: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.answer import answer_of, is_same
 from tenslora.harness.backbones.hub import source_setting
 from tenslora.harness.backbones.image_input import ImageInput
-from tenslora.harness.config import DatasetConfig, RunConfig, validate
+from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, RunConfig, TextDatasetConfig, validate
 from tenslora.harness.config.checks import shown
 from tenslora.harness.data import OWN_FILES, Dataset, Examples, load_dataset, load_tests
 from tenslora.harness.data.encoding import encode
@@ -100,6 +101,7 @@ class LoadedRun:
                 f"{given} sentence{'s' if given > 1 else ''} for each input: must be {len(columns)}, as in the run's "
                 f"dataset ({', '.join(columns)})"
             )
+        require_type("batch_size", batch_size, int, type(None))
         if batch_size is not None and batch_size < 1:
             raise TensLoRAError(f"batch_size={batch_size}: must be at least 1")
         dataset = Dataset(examples, examples, self.classes, self.task)
@@ -129,6 +131,7 @@ class LoadedRun:
                 another number of sentences in each example, if examples would be drawn otherwise than in the run, so
                 that the run has trained on some of them, or if the model's outputs are not finite.
         """
+        require_type("dataset", dataset, ImageDatasetConfig, TextDatasetConfig, type(None))
         config = dataset or self.run.dataset
         is_own = _place(config) == _place(self.run.dataset)
         if is_own:
@@ -147,8 +150,10 @@ class LoadedRun:
             self._require_drawn_as_in_the_run(loaded, config)
         # The training examples are not used, and need not be tokenized.
         data = encode(replace(loaded, train=loaded.scored), config, self.backbone, self.tokenizer)
+        # A process of a pool must not start workers.
+        trainer = replace(self.run.trainer, workers=0) if current_process().daemon else self.run.trainer
         with self._on(device) as processes:
-            evaluation = evaluate(self.backbone.model, data, trainer=self.run.trainer, processes=processes)
+            evaluation = evaluate(self.backbone.model, data, trainer=trainer, processes=processes)
         for predictions in evaluation.predictions.values():
             _require_finite(predictions)
         return evaluation
@@ -176,6 +181,12 @@ class LoadedRun:
     @contextmanager
     def _on(self, device: str | None) -> Iterator[Processes]:
         """A context in which the model is on a device, with the run's number of threads or what this machine allows."""
+        kinds = {weight.dtype for weight in self.backbone.head_parameters().values()}
+        if self.run.model.library == "timm" and kinds - {torch.float32}:  # transformers casts its inputs by itself
+            raise TensLoRAError(
+                f"{type(self.backbone.model).__name__}: has been made {', '.join(sorted(map(str, kinds)))} since it "
+                f"was loaded, and takes images in torch.float32; use torch.autocast instead"
+            )
         before, threads = torch.get_num_threads(), self.run.trainer.threads
         try:
             processes = Processes(device or self.run.trainer.device, threads and min(threads, most_threads()))
@@ -261,6 +272,8 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     if lacking := sorted((trained.keys() | running_statistics(backbone.model).keys()) - weights.keys()):
         raise TensLoRAError(f"{path}: lacks {lacking[0]}")
     backbone.model.load_state_dict(weights, strict=False)
+    if run.adapter:
+        adapter.trained_beside = frozenset(trained)  # for save_pretrained
     return LoadedRun(run, record, backbone, tokenizer, files)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from tenslora import load
+from tenslora import load, save_pretrained
 from tenslora.adapter import make_adapter
 from tenslora.attachment import adapter_of
 from tenslora.errors import TensLoRAError
@@ -107,6 +107,41 @@ def test_a_run_is_not_loaded_onto_its_own_export(digits_run: Path, tmp_path: Pat
     export(tmp_path / "run", "merged", tmp_path / "run" / "merged")
     with pytest.raises(TensLoRAError, match=r"^--checkpoint .*merged: must be the weights that the run started from; "):
         load_run(tmp_path / "run", tmp_path / "run" / "merged")
+
+
+def test_a_run_is_loaded_whatever_precision_is_set_around_it(digits_run: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.set_default_dtype(torch.bfloat16)
+        load_run(digits_run)
+        torch.set_default_dtype(torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            load_run(digits_run)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_library_saves_a_loaded_run_with_its_head(digits_run: Path, tmp_path: Path) -> None:
+    loaded = load_run(digits_run)
+    save_pretrained(loaded.backbone.model, tmp_path)
+    fresh = load_backbone(loaded.run.model, len(loaded.classes), 1).model.eval()
+    load(fresh, tmp_path)
+    images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(fresh(images), loaded.backbone.model.eval()(images))
+
+
+def test_what_a_loaded_run_cannot_take_is_one_line(digits_run: Path) -> None:
+    loaded, image = load_run(digits_run), np.zeros((8, 8), dtype=np.uint8)
+    with pytest.raises(TensLoRAError, match=r"^batch_size: must be of type int or None, and is "):
+        loaded.predict([image], batch_size=4.0)  # type: ignore[arg-type]
+    with pytest.raises(TensLoRAError, match=r"^dataset: must be of type ImageDatasetConfig or TextDatasetConfig or N"):
+        loaded.evaluate({"root": "other"})  # type: ignore[arg-type]
+    loaded.backbone.model.half()
+    with pytest.raises(TensLoRAError, match=r"^VisionTransformer: has been made torch\.float16 since it was loaded, "):
+        loaded.predict([image])
 
 
 def test_outputs_that_are_not_finite_are_refused(digits_run: Path, tmp_path: Path) -> None:

@@ -33,10 +33,13 @@ def answer_of(backbone: Backbone, tokenizer: Any) -> list[float] | None:
         The outputs; None where the backbone cannot answer, or answers with numbers that are not finite.
     """
     model, images = backbone.model, backbone.image_input
-    modes = {module: module.training for module in model.modules()}
+    if torch.get_default_dtype() != torch.float32:  # a model of timm is made in this type, and rounded to it
+        return None
+    modes, precision = {module: module.training for module in model.modules()}, torch.get_float32_matmul_precision()
     model.eval()
+    torch.set_float32_matmul_precision("highest")
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
             if images is None:
                 own = copy.deepcopy(tokenizer)  # which keeps the last length that it was asked for
                 most = min(16, backbone.max_tokens or 16)
@@ -48,6 +51,7 @@ def answer_of(backbone: Backbone, tokenizer: Any) -> list[float] | None:
     except Exception:  # whatever a model raises; one that does not work says so when it is trained
         return None
     finally:
+        torch.set_float32_matmul_precision(precision)
         for module, mode in modes.items():
             module.training = mode
     return answer if all(map(math.isfinite, answer)) else None
