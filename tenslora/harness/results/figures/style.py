@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcdefaults, rcParams
 from matplotlib.figure import Figure
 
 from tenslora.files import write_bytes
@@ -74,8 +74,10 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """A context in which matplotlib draws in this style."""
-    with rc_context(_SETTINGS):
+    """A context in which matplotlib draws in this style, whatever a matplotlibrc of the user's says."""
+    with rc_context():
+        rcdefaults()
+        rcParams.update(_SETTINGS)
         yield
 
 
