@@ -65,7 +65,7 @@ class Cell:
     @property
     def size(self) -> AdapterSize:
         """The size of the runs' adapters."""
-        return self.runs[0].size if self.runs else AdapterSize(None, None, None)
+        return _of_known_size(self.runs).size if self.runs else AdapterSize(None, None, None)
 
     @property
     def failed(self) -> int:
@@ -554,8 +554,14 @@ def _p_value(p: float | None) -> str:
 
 
 def _sizes(table: Table, row: Row) -> tuple[AdapterSize, ...]:
-    runs = {run.column.model: run for column in table.columns for run in table.cell(row, column)[:1]}
+    cells = [(column.model, table.cell(row, column)) for column in table.columns]
+    runs = {model: _of_known_size(cell) for model, cell in cells if cell}
     return tuple(run.size for run in runs.values())
+
+
+def _of_known_size(runs: Sequence[Run]) -> Run:
+    # Without a record the size of a backbone that declares no geometry is not known.
+    return next((run for run in runs if run.record), runs[0])
 
 
 def _joined(texts: list[str]) -> str:

@@ -109,6 +109,13 @@ def test_the_caption_tells_the_unit_of_each_metric(monkeypatch: pytest.MonkeyPat
     assert summarize(make_table(runs)).comparisons[0].texts[0] == "\N{MINUS SIGN}0.25"
 
 
+def test_a_row_has_the_size_of_a_run_with_a_record_whichever_it_is() -> None:
+    first, second = (make_run("qkv", "isorank", seed=seed, epochs=[0.5]) for seed in range(2))
+    unknown = replace(first, record=None, ranks=None, parameters=None, problem="missing")
+    (row,) = summarize(make_table([unknown, second])).rows
+    assert (row.parameters, row.ranks) == (f"{second.parameters:,}", "4, 4, 4")
+
+
 def test_the_caption_names_the_split_that_the_scores_are_of() -> None:
     def scored_on(*splits: str) -> list[Run]:
         runs = [make_run("lora", seed=seed, epochs=[0.5]) for seed in range(2)]
