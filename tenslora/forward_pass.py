@@ -70,7 +70,10 @@ class ForwardPass:
         """
         name, used = self.watched or ("", None)
         held = model._modules.get(name)
-        if isinstance(held, (Adapter, StagedAdapter)) and held is not used:
+        if not isinstance(held, (Adapter, StagedAdapter)) or held is used or used is None:
+            return
+        # accelerate's compile_regions puts a copy there that has the same tensors.
+        if next(held.parameters()) is not next(used.parameters()):
             raise TensLoRAError(
                 f"{self._model}: {name} is another adapter than the one that its layers use; attach(model, "
                 f"detach(model)) puts it on them"
