@@ -41,6 +41,9 @@ def carry_out_once(composed: DictConfig, train: Callable[[RunConfig, Path], Mapp
     """
     pause_garbage_collection()
     run, folder = validate(composed), RunFolder(Path(HydraConfig.get().runtime.output_dir))
+    for setting, place in (("model.checkpoint", run.model.checkpoint), ("warm_start", run.warm_start)):
+        if place and Path(place).resolve() == folder.path.resolve():
+            raise TensLoRAError(f"{setting}={place}: is the run's own folder, whose files a run writes; choose another")
     if run.resume and run.overwrite:
         raise TensLoRAError("overwrite=true: must be false with resume=true, which goes on where the run stopped")
     if os.environ.get("RANK", "0") != "0":

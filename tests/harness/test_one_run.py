@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tenslora.harness.backbones import EMBEDDED
 from tenslora.harness.run_folder import RunFolder
 from tests.commands import Command, Commands, Ended
 from tests.running import SHORT, record
@@ -72,6 +74,17 @@ def test_a_record_that_cannot_be_read_is_said_and_the_run_is_trained(commands: C
     assert "result.json: not a readable record (" in ended.out and "; the run is trained anew" in ended.out
     assert record(tmp_path / "run")["status"] == "completed"
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_run_does_not_write_into_the_folder_of_its_backbone(commands: Commands, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    shutil.copy(EMBEDDED, weights)
+    before = weights.read_bytes()
+    words = [*SHORT, "tensor_mode=full", f"model.checkpoint={tmp_path}", f"hydra.run.dir={tmp_path}"]
+    ended = commands.run(Command("train.py", words, tmp_path))
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert f"model.checkpoint={tmp_path}: is the run's own folder" in ended.err
+    assert weights.read_bytes() == before
 
 
 def test_overwriting_and_resuming_contradict_each_other(commands: Commands, tmp_path: Path) -> None:
