@@ -358,7 +358,7 @@ def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length
 
 
 def _require_equal_ends(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
-    # BART and T5 take their outputs from a text's last such token, and want all texts of a batch to have equally many.
+    # BART and T5 take their outputs from the last end token of a text, and want equally many in all texts of a batch.
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         counts = [ids.count(tokenizer.eos_token_id) for ids in tokens.columns["input_ids"]]
         fewest = min(counts, default=0)
