@@ -246,21 +246,7 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
             )
         tokenizer = load_tokenizer(run.model, sentences)
     backbone = load_backbone(run.model, len(record["classes"]) or 1, run.seed, tokenizer)
-    answered = None if run.tensor_mode == "full" else record["backbone_answer"]  # earlier versions did not record it
-    if answered and (answer := answer_of(backbone, tokenizer)) and not is_same(answer, answered):
-        raise TensLoRAError(
-            f"{source_setting(run.model)}: is not the backbone that the run started from; its weights, its config.json "
-            f"or its tokenizer are others now"
-        )
-    images, own = backbone.image_input_on(run.dataset), record["image_input"]
-    if images and own:  # earlier versions did not record it
-        for name, value in asdict(images).items():
-            value = list(value) if isinstance(value, tuple) else value
-            if value != own.get(name, value):
-                raise TensLoRAError(
-                    f"{source_setting(run.model)}: its images have {name}={shown(value)}, and had {shown(own[name])} "
-                    f"when the run was trained on them"
-                )
+    _require_backbone_of(run, record, backbone, tokenizer)
     if run.adapter:
         adapter = load(backbone.model, files.adapter)
         for name, value in vars(adapter.config).items():
@@ -275,6 +261,25 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     if run.adapter:
         adapter.trained_beside = frozenset(trained)  # for save_pretrained
     return LoadedRun(run, record, backbone, tokenizer, files)
+
+
+def _require_backbone_of(run: RunConfig, record: Mapping[str, Any], backbone: Backbone, tokenizer: Any) -> None:
+    """Refuse a backbone that is not the one of the record, which may lack what earlier versions did not record."""
+    answered = None if run.tensor_mode == "full" else record["backbone_answer"]
+    if answered and (answer := answer_of(backbone, tokenizer)) and not is_same(answer, answered):
+        raise TensLoRAError(
+            f"{source_setting(run.model)}: is not the backbone that the run started from; its weights, its config.json "
+            f"or its tokenizer are others now"
+        )
+    images, own = backbone.image_input_on(run.dataset), record["image_input"]
+    if images and own:
+        for name, value in asdict(images).items():
+            value = list(value) if isinstance(value, tuple) else value
+            if value != own.get(name, value):
+                raise TensLoRAError(
+                    f"{source_setting(run.model)}: its images have {name}={shown(value)}, and had {shown(own[name])} "
+                    f"when the run was trained on them"
+                )
 
 
 def _finished(files: RunFolder) -> dict[str, Any]:
