@@ -80,6 +80,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
             state = fit(
                 adapted.model, data, run, processes=processes, checkpoint=folder.checkpoint,
                 show_progress=show_progress and processes.is_main, on_epoch=tracker.epoch, on_step=tracker.step,
+                backbone_answer=answer,
             )  # fmt: skip
         except Diverged as error:
             state, failure = error.state, error

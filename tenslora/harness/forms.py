@@ -264,6 +264,14 @@ class Failure(Form):
     error: Line
 
 
+class StartOfRun(Form):
+    """What a run starts from, see `training.checkpoint.Start`."""
+
+    data: Line
+    weights: list[float]
+    backbone: list[float] | None
+
+
 class Checkpoint(Form):
     """The header of checkpoint.safetensors, see `training.checkpoint.TrainingState`."""
 
@@ -274,7 +282,7 @@ class Checkpoint(Form):
     history: list[Epoch]
     seconds: dict[Literal["train", "wait", "evaluate"], NonNegative]
     ranks: list[Ranks] | None = None
-    labels: Line | None = None
+    start: StartOfRun | None = None
 
 
 def check_history(history: Iterable[Epoch], scores: Iterable[str], scored_on: str) -> None:

@@ -30,7 +30,7 @@ from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.run_record import describe_run
 from tenslora.harness.sweeping.jobs import Job, State
 from tenslora.harness.sweeping.plan import announcements, cost, plan
-from tenslora.harness.training.checkpoint import Course, TrainingState, load_checkpoint, save_checkpoint
+from tenslora.harness.training.checkpoint import Course, Start, TrainingState, load_checkpoint, save_checkpoint
 from tests.mutations import as_bytes, damaged, json_like, other_tensors
 from tests.records import finished
 from tests.running import configured
@@ -185,7 +185,8 @@ def test_a_changed_reason_is_one_line_and_the_job_runs_again(job: Job, content: 
 
 # Checkpoints
 
-COURSE = Course(steps_per_epoch=2, steps=5, evaluate_every=1, scores=("accuracy",), scored_on="test")
+START = Start("of then", [1.0, 2.0], [0.5, -0.5])
+COURSE = Course(steps_per_epoch=2, steps=5, evaluate_every=1, scores=("accuracy",), scored_on="test", start=START)
 
 
 def small(seed: int) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
@@ -213,7 +214,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"epoch": epoch, "step": 2 * epoch, "lr": 0.1, "train_loss": 1.0, "test_loss": 1.5, "accuracy": 0.5}
         for epoch in (1, 2)
     ]
-    save_checkpoint(path, "0123456789ab", TrainingState(2, 4, epochs), parameters, optimizer)
+    save_checkpoint(path, "0123456789ab", TrainingState(2, 4, epochs, start=START), parameters, optimizer)
     return path
 
 

@@ -17,6 +17,7 @@ from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.forms import shown
+from tenslora.harness.backbones.answer import is_same
 from tenslora.harness.forms import CHECKPOINT_FORMAT, Checkpoint, Epoch, check_history, read_form
 from tenslora.harness.predictions import Predictions
 from tenslora.harness.run_folder import OtherRun, UnusableCheckpoint
@@ -24,6 +25,40 @@ from tenslora.harness.stages import as_in_files, stages_in_file
 from tenslora.pretrained import require_statistics
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, for each parameter
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from. A run that is stopped goes on only if nothing of it has been replaced since.
+
+    Args:
+        data: a digest of what the run trains on and is scored on: the classes, the labels, and the tokens of texts.
+        weights: the norm of each parameter to train before the first step.
+        backbone: what the backbone answers to one fixed input (`backbones.answer`); None if that is not known.
+    """
+
+    data: str
+    weights: list[float]
+    backbone: list[float] | None = None
+
+    def check(self, then: Mapping[str, Any]) -> None:
+        """Check that a stopped run started from the same.
+
+        Args:
+            then: the fields of that run's start.
+
+        Raises:
+            TensLoRAError: if it did not.
+        """
+        replaced = None
+        if then["data"] != self.data:
+            replaced = "on other examples: the dataset has been edited since"
+        elif self.backbone and then["backbone"] and not is_same(self.backbone, then["backbone"]):
+            replaced = "on another backbone: its weights, its config.json or its tokenizer have been replaced since"
+        elif not is_same(self.weights, then["weights"]):
+            replaced = "from other weights: the files of model.checkpoint or of warm_start have been replaced since"
+        if replaced:
+            raise TensLoRAError(f"is of a run {replaced}; start without resume")
 
 
 @dataclass(frozen=True)
@@ -36,7 +71,7 @@ class Course:
         evaluate_every: the run is scored after every so many epochs, and after its last one; None for that one alone.
         scores: the names of the scores.
         scored_on: the split that the run is scored on, "test" or "validation".
-        labels: a digest of the classes and labels that the run trains on and is scored on; None if they are not known.
+        start: what the run starts from; None if that is not known.
     """
 
     steps_per_epoch: int
@@ -44,7 +79,7 @@ class Course:
     evaluate_every: int | None
     scores: tuple[str, ...]
     scored_on: str
-    labels: str | None = None
+    start: Start | None = None
 
     def is_scored(self, epoch: int) -> bool:
         """Whether the run is scored after an epoch."""
@@ -93,7 +128,7 @@ class TrainingState:
         predictions: those of the last evaluation, for each split. A checkpoint does not hold them.
         ranks: the adapter's ranks after each complete epoch, as files hold them (`stages.as_in_files`), of a run that
             cuts them; otherwise None.
-        labels: `Course.labels`.
+        start: `Course.start`.
     """
 
     epochs: int = 0
@@ -102,7 +137,7 @@ class TrainingState:
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "wait": 0.0, "evaluate": 0.0})
     predictions: dict[str, Predictions] = field(default_factory=dict)
     ranks: list[Any] | None = None
-    labels: str | None = None
+    start: Start | None = None
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
@@ -144,7 +179,8 @@ def save_checkpoint(
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": value for key, value in moments.items()}
     kept = {name: value for name, value in vars(state).items() if name != "predictions"}
-    for name in ("ranks", "labels"):  # which the checkpoints of earlier versions lack
+    kept["start"] = state.start and vars(state.start)
+    for name in ("ranks", "start"):  # which the checkpoints of earlier versions lack
         if kept[name] is None:
             del kept[name]
     write_safetensors(path, tensors, {"format": CHECKPOINT_FORMAT, "digest": digest, **kept})
@@ -184,10 +220,11 @@ def load_checkpoint(
         header = read_form(Checkpoint, header, path, "checkpoint")
         if header["digest"] != digest:
             raise OtherRun(path, header["digest"], digest)
-        if header["labels"] not in (None, course.labels):
-            raise TensLoRAError(
-                f"{path}: is of a run on other examples: the dataset has been edited since; start without resume"
-            )
+        if course.start and header["start"]:
+            try:
+                course.start.check(header["start"])
+            except TensLoRAError as error:
+                raise TensLoRAError(f"{path}: {error}") from error
         try:
             course.check(header["epochs"], header["steps"], [Epoch.model_validate(each) for each in header["history"]])
             _take_ranks(header, pruned)
@@ -209,7 +246,7 @@ def load_checkpoint(
         header["history"],
         {**TrainingState().seconds, **header["seconds"]},
         ranks=header["ranks"],
-        labels=course.labels,
+        start=course.start,
     )
 
 

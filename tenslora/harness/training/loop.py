@@ -24,9 +24,9 @@ from tenslora.attachment import SUBMODULE, adapter_of
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RankScheduleConfig, RunConfig
 from tenslora.harness.data.batches import Batch, TrainBatches
-from tenslora.harness.data.encoding import EncodedDataset
+from tenslora.harness.data.encoding import EncodedDataset, TokensOf
 from tenslora.harness.stages import as_in_files
-from tenslora.harness.training.checkpoint import Course, TrainingState, load_checkpoint, save_checkpoint
+from tenslora.harness.training.checkpoint import Course, Start, TrainingState, load_checkpoint, save_checkpoint
 from tenslora.harness.training.evaluation import evaluate
 from tenslora.harness.training.metrics import score_names
 from tenslora.harness.training.parameter_groups import RATE_RATIO, parameter_groups
@@ -72,6 +72,7 @@ def fit(
     show_progress: bool,
     on_epoch: Callable[[dict[str, Any]], None],
     on_step: Callable[[int, float, float], None] | None = None,
+    backbone_answer: Sequence[float] | None = None,
 ) -> TrainingState:
     """Train every parameter that requires a gradient.
 
@@ -88,6 +89,7 @@ def fit(
         on_epoch: called on the main process with each new entry of the history. A run that is resumed first calls it
             with the entries in the checkpoint.
         on_step: called on the main process with the number of each optimizer step, its learning rate and its loss.
+        backbone_answer: what the backbone answers to one fixed input (`backbones.answer`); None if that is not known.
 
     Returns:
         How far the run has come. Its history has an entry for each epoch that `run.trainer.evaluate` asks to score:
@@ -115,11 +117,11 @@ def fit(
     )
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
     scores = tuple(score_names(data.metrics, data.more_tests))
-    course = Course(
-        batches.steps_per_epoch, steps, run.trainer.evaluate_every, scores, data.scored_on, labels=_labels_of(data)
-    )
+    norms = [float(parameter.detach().norm()) for parameter in optimization.parameters.values()]
+    start = Start(_digest_of(data), norms, None if backbone_answer is None else list(backbone_answer))
+    course = Course(batches.steps_per_epoch, steps, run.trainer.evaluate_every, scores, data.scored_on, start)
     pruning = _pruning(model, run, processes, last_epoch=math.ceil(steps / batches.steps_per_epoch))
-    state = TrainingState(ranks=None if pruning is None else [], labels=course.labels)
+    state = TrainingState(ranks=None if pruning is None else [], start=start)
     if run.resume and checkpoint.is_file():
         state = load_checkpoint(
             checkpoint,
@@ -187,11 +189,14 @@ def fit(
     return state
 
 
-def _labels_of(data: EncodedDataset) -> str:
-    """A digest of the classes and of all labels, which changes if classes are renamed or examples come or go."""
+def _digest_of(data: EncodedDataset) -> str:
+    """A digest of the classes, of all labels and of the tokens of texts. That of images would take reading them all."""
     digest = hashlib.sha256(repr(data.classes).encode())
     for examples in (data.train, data.scored, *data.more_tests.values()):
         digest.update(np.asarray(list(examples.labels), dtype=np.float64).tobytes())
+        if isinstance(examples.encode, TokensOf):
+            for tokens in examples.encode.columns["input_ids"]:
+                digest.update(np.asarray([len(tokens), *tokens], dtype=np.int64).tobytes())
     return digest.hexdigest()[:12]
 
 

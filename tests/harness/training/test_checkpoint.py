@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors, write_safetensors
-from tenslora.harness.training.checkpoint import Course, TrainingState, load_checkpoint, save_checkpoint
+from tenslora.harness.training.checkpoint import Course, Start, TrainingState, load_checkpoint, save_checkpoint
 
 DIGEST, OTHER = "0123456789ab", "ba9876543210"
 COURSE = Course(steps_per_epoch=2, steps=5, evaluate_every=2, scores=("accuracy",), scored_on="test")
@@ -106,14 +106,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         load_checkpoint(_saved(tmp_path), OTHER, COURSE, *_trained(0))
 
 
-def test_a_checkpoint_of_other_examples_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_run_that_started_from_something_else_is_refused(tmp_path: Path) -> None:
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"data": "of now"}, "on other examples: the dataset has been edited since"),
+        ({"backbone": [0.5, 0.5]}, "on another backbone: its weights, its config.json or its tokenizer"),
+        ({"backbone": [0.5]}, "on another backbone"),
+        ({"weights": [1.0, 2.1]}, "from other weights: the files of model.checkpoint or of warm_start"),
+    ]
     path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint(path, DIGEST, TrainingState(2, 4, [AFTER_TWO], labels="of then"), *_trained(4))
-    assert load_checkpoint(path, DIGEST, replace(COURSE, labels="of then"), *_trained(0)).labels == "of then"
-    with pytest.raises(TensLoRAError, match="on other examples: the dataset has been edited since"):
-        load_checkpoint(path, DIGEST, replace(COURSE, labels="of now"), *_trained(0))
-    # Checkpoints of earlier versions do not say on which examples their runs are.
-    assert load_checkpoint(_saved(tmp_path), DIGEST, replace(COURSE, labels="of now"), *_trained(0)).labels == "of now"
+    then = Start("of then", [1.0, 2.0], [0.5, -0.5])
+    save_checkpoint(path, DIGEST, TrainingState(2, 4, [AFTER_TWO], start=then), *_trained(4))
+    up_to_rounding = replace(then, weights=[1.0, 2.00001])
+    assert load_checkpoint(path, DIGEST, replace(COURSE, start=up_to_rounding), *_trained(0)).start == up_to_rounding
+    assert load_checkpoint(path, DIGEST, replace(COURSE, start=replace(then, backbone=None)), *_trained(0))
+    for change, message in changes:
+        with pytest.raises(TensLoRAError, match=f"is of a run {message}.*; start without resume"):
+            load_checkpoint(path, DIGEST, replace(COURSE, start=replace(then, **change)), *_trained(0))
+    # Checkpoints of earlier versions do not say what their runs started from.
+    assert load_checkpoint(_saved(tmp_path), DIGEST, replace(COURSE, start=then), *_trained(0)).start == then
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import FACTORIZATIONS
+from tenslora.harness.data.encoding import Encoded, TokensOf
+from tenslora.harness.training import loop
 from tenslora.harness.training.loop import Diverged
 from tenslora.harness.training.tasks import CLASSIFICATION
 from tests.running import SHORT, configured, record, run
@@ -184,6 +186,24 @@ def test_a_run_is_not_resumed_on_examples_that_were_edited(tmp_path: Path, monke
     monkeypatch.setattr("tests.toy.toy_data", lambda *_: replace(data, classes=("b", "a")))
     with pytest.raises(TensLoRAError, match="the dataset has been edited"):
         fit_toy(tmp_path, "trainer.epochs=2", "resume=true")
+
+
+def test_a_run_is_not_resumed_from_weights_that_were_replaced(tmp_path: Path) -> None:
+    fit_toy(tmp_path, "trainer.epochs=2")
+    replaced = LinearModel()
+    replaced.linear.weight.data[0, 0] += 0.1
+    with pytest.raises(TensLoRAError, match=r"from other weights: the files of .* or of warm_start"):
+        fit_toy(tmp_path, "trainer.epochs=2", "resume=true", model=replaced)
+
+
+def test_a_run_is_not_resumed_on_texts_that_were_edited() -> None:
+    def digest(*texts: list[int]) -> str:
+        of_texts = Encoded(range(2), [0, 1], TokensOf({"input_ids": list(texts)}))
+        return loop._digest_of(replace(toy_data(CLASSIFICATION, ("accuracy",), ()), train=of_texts))
+
+    digests = {digest([2, 5], [7]), digest([2], [5, 7]), digest([2, 5], [8]), digest([7], [2, 5])}
+    assert len(digests) == 4
+    assert digest([2, 5], [7]) in digests
 
 
 def test_a_run_resumed_after_its_last_epoch_makes_its_predictions_again(tmp_path: Path) -> None:
