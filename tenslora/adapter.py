@@ -68,20 +68,23 @@ class _AnyAdapter(nn.Module):
         for stage in self.stages:
             stage._require_as_declared(self.config)
 
-    def save(self, path: Path | str) -> Path:
+    def save(self, path: Path | str, beside: Sequence[str] = ()) -> Path:
         """Write the adapter to one safetensors file, atomically.
 
         The header holds the config, and the geometry and ranks of the stage or of each of several.
 
         Args:
             path: the file's path.
+            beside: the names of the weights that are saved in a head.safetensors beside it, without which `load` then
+                refuses the folder.
 
         Returns:
             The path.
 
         Raises:
-            TensLoRAError: if the file cannot be written, if a factor is computed from other tensors, or if the config
-                or the ranks are not those that the adapter computes with, because they were changed by hand.
+            TensLoRAError: if the file cannot be written, if the adapter holds a NaN or an infinity, if a factor is
+                computed from other tensors, or if the config or the ranks are not those that the adapter computes with,
+                because they were changed by hand.
         """
         path = require_path("path", path)
         self.require_as_declared()
@@ -95,7 +98,9 @@ class _AnyAdapter(nn.Module):
         ]
         header: dict[str, Any] = {"format": FORMAT, "config": dataclasses.asdict(self.config)}
         header |= of_stages[0] if isinstance(self, Adapter) else {"stages": of_stages}
-        return write_safetensors(path, dict(self.state_dict()), header)
+        header |= {"beside": list(beside)} if beside else {}
+        tensors = dict(self.state_dict())
+        return write_safetensors(path, tensors, header, finite=tensors)
 
 
 class Adapter(_AnyAdapter):
@@ -487,6 +492,7 @@ class _Header(_Stage):
     # The form of the header if there is a single stage.
     format: str
     config: AdapterConfig
+    beside: tuple[str, ...] = ()
 
     @property
     def stages(self) -> tuple[_Stage, ...]:
@@ -499,6 +505,7 @@ class _StagedHeader:
     format: str
     config: AdapterConfig
     stages: tuple[_Stage, ...]
+    beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.stages) < 2:

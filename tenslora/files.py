@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,9 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], finite: Container[str] = ()
+) -> Path:
     """Write a safetensors file as `write_bytes` does. Equal tensors and headers give equal bytes.
 
     Args:
@@ -76,6 +78,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
         tensors: the tensors by name. Those that fully_shard has divided are put together, for which every process has
             to call this.
         header: data to store with the tensors; anything that JSON can hold.
+        finite: the names of the tensors that must not hold a NaN or an infinity, because no reader would take them.
 
     Returns:
         The path.
@@ -94,6 +97,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
     seen: set[int] = set()
     for name, tensor in tensors.items():
         own = getattr(tensor.detach(), "full_tensor", tensor.detach)().cpu().contiguous()
+        if name in finite:
+            require_finite(f"{path}: cannot be written: {name}", own)
         if (memory := own.untyped_storage().data_ptr()) in seen:  # safetensors refuses tensors that share memory
             own = own.clone()
         seen.add(memory)

@@ -91,11 +91,9 @@ class ForwardPass:
 
     def _end(self, _model: nn.Module, _inputs: Any, output: Any) -> None:
         self.here.products, self.here.pending = None, {}
-        if output is None:  # after an exception
-            return
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # which warns if a hook looks at the output
             self._require_every_kind()
-        elif not self._checked:
+        elif output is not None and not self._checked:  # None after an exception
             self._require_every_kind()
             self._checked = True
             self._warn_of_uncalled_layers()

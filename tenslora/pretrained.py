@@ -39,6 +39,7 @@ from tenslora.attachment import (
 )
 from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
+from tenslora.forward_pass import listed
 from tenslora.hub import download, is_repository, upload
 from tenslora.projections import require_sizes
 
@@ -57,9 +58,10 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
         The folder.
 
     Raises:
-        TensLoRAError: if there is no adapter, if a file cannot be written, or if a weight that is trained beside the
-            adapter has the adapter's update in it, which `load` would then add again. Likewise if an adapted layer is a
-            copy of another one, with an adapter of its own, or was replaced by a layer without an update.
+        TensLoRAError: if there is no adapter, if a file cannot be written, if the adapter or a weight holds a NaN or an
+            infinity, or if a weight that is trained beside the adapter has the adapter's update in it, which `load`
+            would then add again. Likewise if an adapted layer is a copy of another one, with an adapter of its own, or
+            was replaced by a layer without an update.
     """
     folder, adapter, model = require_path("folder", folder), adapter_of(model), not_compiled(model)
     head = _trained_weights(model)
@@ -69,13 +71,14 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
             raise TensLoRAError(f"{path}: its weight is trained and has the adapter's update in it; unmerge first")
     with _head_stays_with_its_adapter(folder):
         if head:
-            write_safetensors(folder / HEAD_FILE, head, {})
+            parameters = [name for name, weight in head.items() if isinstance(weight, nn.Parameter)]
+            write_safetensors(folder / HEAD_FILE, head, {}, finite=parameters)
         elif os.path.lexists(folder / HEAD_FILE):  # of an earlier adapter, which the new one must not be loaded with
             try:
                 (folder / HEAD_FILE).unlink()
             except OSError as error:
                 raise TensLoRAError(f"{folder / HEAD_FILE}: cannot be removed ({error.strerror})") from error
-        adapter.save(folder / ADAPTER_FILE)
+        adapter.save(folder / ADAPTER_FILE, beside=sorted(head))
     return folder
 
 
@@ -134,6 +137,12 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
         raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
     adapter = load_adapter(folder / ADAPTER_FILE)
     stages_to_adapt(model, adapter)  # the head's weights would not say so plainly that they are of another model
+    beside = read_safetensors(folder / ADAPTER_FILE)[0].get("beside")
+    if beside and not os.path.lexists(folder / HEAD_FILE):
+        raise TensLoRAError(
+            f"{folder / HEAD_FILE}: is missing; it was saved beside the adapter with {listed(beside)}; "
+            f"load(model, {str(folder / ADAPTER_FILE)!r}) loads the adapter alone"
+        )
     head = read_weights(folder / HEAD_FILE, model) if os.path.lexists(folder / HEAD_FILE) else {}
     places = _places(model)
     attach(model, adapter)

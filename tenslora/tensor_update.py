@@ -271,7 +271,7 @@ def save_tensors(model: nn.Module, path: Path | str) -> Path:
         for name, parameter in update.tensor.named_parameters()
     }
     configs = {place: dataclasses.asdict(update.config) for place, (_, _, update) in adapted.items()}
-    return write_safetensors(path, tensors, {"format": FORMAT, "updates": configs})
+    return write_safetensors(path, tensors, {"format": FORMAT, "updates": configs}, finite=tensors)
 
 
 def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:

@@ -421,6 +421,29 @@ def test_a_head_that_cannot_be_read_is_not_left_out(tmp_path: Path) -> None:
         save_pretrained(model, tmp_path)
 
 
+def test_an_adapter_that_has_lost_its_head_is_not_loaded_without_it(tmp_path: Path) -> None:
+    model = trained()
+    (save_pretrained(model, tmp_path) / "head.safetensors").unlink()
+    other = build("hf_bert")
+    weights = r"it was saved beside the adapter with classifier\.bias, classifier\.weight; load\(model, '.*"
+    with pytest.raises(TensLoRAError, match=rf"head\.safetensors: is missing; {weights}adapter\.safetensors'\)"):
+        load(other, tmp_path)
+    assert not hasattr(other, "tenslora")
+    loaded = load(other, tmp_path / "adapter.safetensors")
+    assert all(map(torch.equal, loaded.parameters(), cast(nn.Module, model.tenslora).float().parameters()))
+
+
+@pytest.mark.parametrize("name", ["classifier.bias", "tenslora.tensors.0.core"])
+def test_what_load_would_refuse_is_not_saved(name: str, tmp_path: Path) -> None:
+    model = trained()
+    before = {path.name: path.read_bytes() for path in save_pretrained(model, tmp_path).iterdir()}
+    model.get_parameter(name).data.view(-1)[0] = math.nan
+    reason = rf"cannot be written: {name.removeprefix('tenslora.')} holds a NaN or an infinity"
+    with pytest.raises(TensLoRAError, match=reason):
+        save_pretrained(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_model_on_the_device_meta_is_not_loaded_into(tmp_path: Path) -> None:
     save_pretrained(trained(), tmp_path)
     for where in ("classifier", ""):
@@ -429,9 +452,8 @@ def test_a_model_on_the_device_meta_is_not_loaded_into(tmp_path: Path) -> None:
         with pytest.raises(TensLoRAError, match=r"on the device meta.*numbers would be lost"):
             load(model, tmp_path)
         assert all(parameter.requires_grad for parameter in model.parameters())
-    (tmp_path / "head.safetensors").unlink()
     with pytest.raises(TensLoRAError, match=r"^BertForSequenceClassification: is on the device meta"):
-        load(model, tmp_path)
+        load(model, tmp_path / "adapter.safetensors")
 
 
 def test_a_trained_weight_that_holds_the_update_is_not_saved(tmp_path: Path) -> None:

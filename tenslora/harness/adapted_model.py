@@ -57,9 +57,10 @@ class AdaptedModel:
         Raises:
             TensLoRAError: if a file cannot be written.
         """
-        files = [self.adapter.save(folder.adapter)] if self.adapter else []
-        weights = dict(self.model.named_parameters()) if tensor_mode == "full" else self.head
-        return [*files, folder.write_weights(tensor_mode, {**weights, **running_statistics(self.model)})]
+        kept = dict(self.model.named_parameters()) if tensor_mode == "full" else self.head
+        weights = {**kept, **running_statistics(self.model)}
+        files = [self.adapter.save(folder.adapter, beside=sorted(weights))] if self.adapter else []
+        return [*files, folder.write_weights(tensor_mode, weights)]
 
 
 def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> AdaptedModel:
