@@ -551,7 +551,9 @@ def load_adapter(path: Path | str) -> Adapter | StagedAdapter:
     path = require_path("path", path)
     data, tensors = read_safetensors(path)
     if data.get("format") != FORMAT:
-        raise TensLoRAError(f"{path}: not a TensLoRA adapter (its header must say format={FORMAT})")
+        raise TensLoRAError(
+            f"{path}: not a TensLoRA adapter (it lacks the header with format={FORMAT} of Adapter.save)"
+        )
     try:
         header = from_json(_StagedHeader, data) if "stages" in data else from_json(_Header, data)
         require_tensors(tensors, _shapes(header, len(tensors)))

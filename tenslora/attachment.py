@@ -272,7 +272,7 @@ def merge(model: nn.Module) -> None:
     Raises:
         TensLoRAError: if there is no adapter, if it is `disabled`, if it or a weight with its update would hold a NaN
             or an infinity, if another module uses the same weight, if a weight is of a kind that cannot be quantised
-            again, or if ``model.tenslora`` was replaced. No weight is changed then.
+            again, or if ``model.tenslora`` or an adapted layer was replaced. No weight is changed then.
     """
     _move_updates(model, into_weights=True)
 
@@ -356,9 +356,9 @@ def updates_of(model: nn.Module) -> dict[str, LayerUpdate]:
         The updates by the layers' paths in the model.
 
     Raises:
-        TensLoRAError: if there is no adapter, or if the adapter is merged.
+        TensLoRAError: if there is no adapter, if the adapter is merged, or if an adapted layer was replaced.
     """
-    adapter_of(model)
+    require_all_layers(model)
     updates = {path: linear.layer_update for path, linear in _adapted_linears(model).items()}
     if any(update.merged for update in updates.values()):
         raise TensLoRAError(f"{type(model).__name__}: its adapter is merged; unmerge it first")
@@ -422,14 +422,26 @@ def require_own_layers(model: nn.Module) -> None:
             if one was replaced.
     """
     stages = adapter_of(model).stages
-    missing = sum(stage.geometry.layers * len(stage.geometry.matrices) for stage in stages)
     for path, linear in _adapted_linears(model).items():
-        missing -= len(linear.layer_update.columns)
         if not any(linear.layer_update.shared.group.adapter is stage for stage in stages):
             raise TensLoRAError(
                 f"{path}: is a copy of an adapted layer, and its update does not belong to the model's adapter; copy a "
                 f"part of a model before you attach, or after merge and detach"
             )
+    require_all_layers(model)
+
+
+def require_all_layers(model: nn.Module) -> None:
+    """Check that none of the adapted layers was replaced.
+
+    Args:
+        model: with an adapter.
+
+    Raises:
+        TensLoRAError: if one is missing.
+    """
+    missing = sum(stage.geometry.layers * len(stage.geometry.matrices) for stage in adapter_of(model).stages)
+    missing -= sum(len(linear.layer_update.columns) for linear in _adapted_linears(model).values())
     if missing > 0:
         raise TensLoRAError(
             f"{type(model).__name__}: {missing} of the adapted matrices are no longer in the model, whose layers were "
@@ -578,6 +590,8 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
                 f"{SUBMODULE}.{name}: holds a NaN or an infinity, which no unmerge could take out again"
             )
     adapted = _adapted_linears(model)
+    if into_weights:
+        require_all_layers(model)
     for forward_pass in _forward_passes(not_compiled(model)).values() if into_weights else ():
         forward_pass.require_own_adapter(not_compiled(model))
     to_move = {path: linear for path, linear in adapted.items() if linear.layer_update.merged != into_weights}

@@ -94,8 +94,10 @@ def require_path(name: str, value: Any) -> Path:
         The path.
 
     Raises:
-        TensLoRAError: if it is neither.
+        TensLoRAError: if it is neither, or an address such as s3://bucket, which would become a folder of that name.
     """
+    if isinstance(value, str) and "://" in value:
+        raise TensLoRAError(f"{name}={value}: must be a path on disk, not an address")
     try:
         return Path(value)
     except TypeError as error:

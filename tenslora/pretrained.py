@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import torch
@@ -332,6 +332,7 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
     trained: dict[str, Tensor] = {
         name: each for name, each in others.items() if each.requires_grad or _uncompiled(name) in beside
     }
+    _require_no_other_head(model, beside, {_uncompiled(name) for name in trained})
     with_frozen = {path for name in others.keys() - trained.keys() for path in _holders(name)}
     owners = {_owner(name) for name in trained}
     whole = {path for name in trained for path in _holders(name)} - with_frozen
@@ -344,6 +345,20 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
     }
     weights = trained | of_trained | running_statistics(model)
     return {_uncompiled(name): weight for name, weight in weights.items()}
+
+
+def _require_no_other_head(model: nn.Module, beside: Set[str], trained: Set[str]) -> None:
+    """Refuse to leave out frozen weights that have taken the place of trained ones, such as those of a new head."""
+    modules = {_uncompiled(path): module for path, module in model.named_modules() if path}
+    weights = {_uncompiled(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    for gone in sorted(beside - weights):
+        path = next(filter(modules.get, _holders(gone)), None)
+        new = [f"{path}.{_uncompiled(name)}" for name, _ in modules[path].named_parameters()] if path else []
+        if left_out := [name for name in new if name not in trained]:
+            raise TensLoRAError(
+                f"{gone}: was trained beside the adapter, and {listed(left_out)} in its place would not be saved; let "
+                f"what is to be saved require gradients"
+            )
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:

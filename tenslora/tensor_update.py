@@ -292,7 +292,7 @@ def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:
     path = require_path("path", path)
     data, tensors = read_safetensors(path)
     if data.get("format") != FORMAT:
-        raise TensLoRAError(f"{path}: holds no updates of weights (its header must say format={FORMAT})")
+        raise TensLoRAError(f"{path}: holds no updates (it lacks the header with format={FORMAT} of save_tensors)")
     try:
         updates: dict[str, TensorUpdate] = {}
         shapes: dict[str, tuple[int, ...]] = {}

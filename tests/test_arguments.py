@@ -154,6 +154,10 @@ def test_an_argument_of_a_wrong_kind_is_taken_or_refused_in_one_line(
             lambda: tenslora.save_pretrained(adapted(), 3),  # type: ignore[arg-type]
             "folder: must be text or a Path, and is of type int",
         ),
+        (
+            lambda: tenslora.save_pretrained(adapted(), "s3://bucket/run 1"),
+            "folder=s3://bucket/run 1: must be a path on disk, not an address",
+        ),
         (lambda: Adapter(AdapterConfig(), GEOMETRY, ranks=(0,)), r"ranks=[0]: must be 4 whole numbers from 1 up"),
         (lambda: StagedAdapter([]), "stages=[]: must hold at least one adapter"),
         (

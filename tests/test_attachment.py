@@ -722,7 +722,13 @@ def test_replaced_layers_are_not_left_out_in_silence(tmp_path: Path) -> None:
     model, batch, fresh = build("separate"), inputs("separate"), build("separate")
     attached(model, "qkv_depth")
     cast(nn.ModuleList, model.blocks)[1] = fresh.get_submodule("blocks.1")
-    for use in (lambda: save_pretrained(model, tmp_path), lambda: to_tenslora(model)):
+    uses: list[Callable[[], Any]] = [
+        lambda: save_pretrained(model, tmp_path),
+        lambda: to_tenslora(model),
+        lambda: merge(model),
+        lambda: disabled(model).__enter__(),
+    ]
+    for use in uses:
         with pytest.raises(TensLoRAError, match=r"^PlainTransformer: 3 of the adapted matrices are no longer in"):
             use()
     attach(model, detach(model))

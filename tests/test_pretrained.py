@@ -188,6 +188,19 @@ def test_a_head_whose_gradients_are_switched_off_is_saved(again: bool, tmp_path:
     }
 
 
+def test_a_frozen_head_in_the_place_of_a_trained_one_is_not_left_out(tmp_path: Path) -> None:
+    model = trained()
+    model.classifier = nn.Sequential(nn.Linear(24, 3), nn.ReLU())
+    save_pretrained(model, tmp_path / "trainable")
+    assert load_file(tmp_path / "trainable" / "head.safetensors").keys() == {"classifier.0.weight", "classifier.0.bias"}
+    model.requires_grad_(False)
+    in_its_place = r"classifier\.0\.weight, classifier\.0\.bias in its place"
+    with pytest.raises(TensLoRAError, match=rf"^classifier\.bias: was trained beside the adapter, and {in_its_place}"):
+        save_pretrained(model, tmp_path / "frozen")
+    model.classifier = nn.Identity()
+    save_pretrained(model, tmp_path / "without")
+
+
 def test_updates_of_other_weights_are_trained_and_loaded_beside_the_adapter(tmp_path: Path) -> None:
     def fresh() -> nn.Sequential:
         torch.manual_seed(0)
