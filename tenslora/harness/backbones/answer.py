@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.backbones.head import Backbone
 from tenslora.harness.training.tasks import outputs_of
 
@@ -30,7 +31,10 @@ def answer_of(backbone: Backbone, tokenizer: Any) -> list[float] | None:
         tokenizer: the tokenizer of a text model; None for an image model.
 
     Returns:
-        The outputs; None where the backbone cannot answer, or answers with numbers that are not finite.
+        The outputs; None where torch's default type is not float32, or where they are not finite.
+
+    Raises:
+        TensLoRAError: if the backbone cannot compute them, as with options that contradict each other.
     """
     model, images = backbone.model, backbone.image_input
     if torch.get_default_dtype() != torch.float32:  # a model of timm is made in this type, and rounded to it
@@ -48,8 +52,14 @@ def answer_of(backbone: Backbone, tokenizer: Any) -> list[float] | None:
                 shape = 1, images.channels, images.size, images.size
                 inputs = {backbone.input_name: torch.arange(math.prod(shape)).mul(0.7).sin().reshape(shape)}
             answer = outputs_of(model, inputs)[0].float().tolist()
-    except Exception:  # whatever a model raises; one that does not work says so when it is trained
-        return None
+    except Exception as error:  # whatever a model raises
+        what, settings = "a sentence", ""
+        if images is not None:
+            what, settings = f"an image of {images.size} x {images.size}", "model.image_size, "
+        raise TensLoRAError(
+            f"{type(model).__name__}: cannot compute its outputs for {what} ({first_line(error)}); "
+            f"check {settings}model.checkpoint and model.options"
+        ) from error
     finally:
         torch.set_float32_matmul_precision(precision)
         for module, mode in modes.items():
