@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar, cast
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _caches: list[list[tuple[object, object]]] = []
+_reads_anew = ContextVar("_reads_anew", default=False)
 
 
 def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -34,6 +37,8 @@ def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
         @functools.wraps(load)
         def cached(*args: P.args, **kwargs: P.kwargs) -> R:
+            if _reads_anew.get():
+                return load(*args, **kwargs)
             call = (args, kwargs)
             for entry in latest:
                 if entry[0] == call:
@@ -54,3 +59,16 @@ def forget_all() -> None:
     """Empty all caches. In a notebook files may change between two commands of one process."""
     for latest in _caches:
         latest.clear()
+
+
+@contextmanager
+def reading_anew() -> Iterator[None]:
+    """A context, or a decorator, in which this thread takes nothing from the caches and leaves nothing in them.
+
+    It is for what may be called at any time in a program that goes on for long, while files change.
+    """
+    before = _reads_anew.set(True)
+    try:
+        yield
+    finally:
+        _reads_anew.reset(before)

@@ -18,6 +18,7 @@ from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.answer import answer_of, is_same
 from tenslora.harness.backbones.hub import source_setting
 from tenslora.harness.backbones.image_input import ImageInput
+from tenslora.harness.cache import reading_anew
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, RunConfig, TextDatasetConfig, validate
 from tenslora.harness.config.checks import shown
 from tenslora.harness.data import OWN_FILES, Dataset, Examples, load_dataset, load_tests
@@ -74,6 +75,7 @@ class LoadedRun:
         """How the run turned a test image into the model's input; None for a text model."""
         return self.backbone.image_input_on(self.run.dataset)
 
+    @reading_anew()
     def predict(
         self, inputs: Sequence[Any], *, device: str | None = None, batch_size: int | None = None
     ) -> list[Prediction]:
@@ -113,6 +115,7 @@ class LoadedRun:
         _require_finite(predictions)
         return by_name(predictions.outputs, self.classes)
 
+    @reading_anew()
     def evaluate(self, dataset: DatasetConfig | None = None, *, device: str | None = None) -> Evaluation:
         """Score the model as the run scored it after its last epoch.
 
@@ -205,6 +208,7 @@ class LoadedRun:
             torch.set_num_threads(before)
 
 
+@reading_anew()  # a notebook or a server goes on while files change, and may change the tokenizer that it gets
 def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> LoadedRun:
     """Load the backbone as the run did, and then the weights that the run trained.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tenslora.harness.backbones import load_backbone, timm_models
-from tenslora.harness.cache import cache_latest
+from tenslora.harness.cache import cache_latest, reading_anew
 from tenslora.harness.data import digits
 from tests.running import SHORT, configured, run
 
@@ -87,6 +87,28 @@ def test_a_failed_load_is_tried_again() -> None:
         load("a")
     assert load("a") == load("a") == "a"
     assert tries == ["a", "a"]
+
+
+def test_what_is_read_anew_neither_comes_from_a_cache_nor_stays_in_it() -> None:
+    loads = []
+
+    @cache_latest(1)
+    def load(name: str) -> list[str]:
+        loads.append(name)
+        return [name]
+
+    kept = load("a")
+
+    @reading_anew()
+    def read(name: str) -> list[str]:
+        return load(name)
+
+    assert read("a") is not read("a")
+    with pytest.raises(OSError, match="b"), reading_anew():
+        read("b")
+        raise OSError("b")
+    assert load("a") is kept
+    assert loads == ["a", "a", "a", "b"]
 
 
 def test_runs_of_one_process_do_not_disturb_each_other_and_read_everything_once(

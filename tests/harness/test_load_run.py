@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -242,6 +243,43 @@ def test_another_backbone_in_the_place_of_the_runs_is_refused(change: str, tmp_p
     problem = rf"^model\.checkpoint={other}: is not the backbone that the run started from; its weights"
     with pytest.raises(TensLoRAError, match=problem):
         load_run(tmp_path / "run", other)
+
+
+def test_a_backbone_that_has_changed_in_its_place_is_noticed(digits_run: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(EMBEDDED, weights)
+    load_run(digits_run, weights)
+    save_file({name: -tensor for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(TensLoRAError, match=rf"^model\.checkpoint={weights}: is not the backbone that the run"):
+        load_run(digits_run, weights)
+    weights.unlink()
+    with pytest.raises(TensLoRAError, match=rf"^model\.checkpoint={weights}: no such file"):
+        load_run(digits_run, weights)
+
+
+def test_images_that_have_changed_in_their_place_are_noticed(digits_run: Path, tmp_path: Path) -> None:
+    for name in ("5", "8"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((8, 8), 20 * int(name), np.uint8)).save(tmp_path / name / "0.png")
+    loaded = load_run(digits_run)
+    other = configured("dataset=image_folder", f"dataset.root={tmp_path}", "dataset.transform.flip=false").dataset
+    first = loaded.evaluate(other).predictions["test"]
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "5" / "0.png")
+    replaced = loaded.evaluate(other).predictions["test"]
+    assert np.array_equal(first.outputs[1], replaced.outputs[1])
+    assert not np.array_equal(first.outputs[0], replaced.outputs[0])
+    shutil.copy(tmp_path / "5" / "0.png", tmp_path / "8" / "1.png")
+    assert loaded.evaluate(other).predictions["test"].labels.tolist() == [0, 3, 3]
+
+
+def test_a_loaded_run_has_a_tokenizer_of_its_own(sentences_run: Path) -> None:
+    loaded, changed = load_run(sentences_run), load_run(sentences_run)
+    sentences = ["the cat sat 3 times", "a dog"]
+    expected = loaded.predict(sentences)
+    assert changed.predict(sentences) == expected
+    changed.tokenizer.model_max_length = 4
+    assert changed.predict(sentences) != expected
+    assert loaded.predict(sentences) == load_run(sentences_run).predict(sentences) == expected
 
 
 def test_images_that_the_backbone_takes_otherwise_now_are_refused(digits_run: Path, tmp_path: Path) -> None:
