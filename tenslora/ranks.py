@@ -306,6 +306,8 @@ class RankStrategy:
         require_one_of("rule", self.rule, RULES)
         require_numbers(self, "rank", whole=True)
         require_numbers(self, "tolerance", "scale")
+        if to_list := getattr(self.ranks, "tolist", None):  # of an array or a tensor
+            object.__setattr__(self, "ranks", to_list())
         if self.ranks is not None and (isinstance(self.ranks, str) or not isinstance(self.ranks, Sequence)):
             raise TensLoRAError(f"ranks={self.ranks!r}: must be one rank for each mode, as in (4, 4, 3), or None")
         if self.ranks is not None:  # numpy's numbers become Python's, because JSON cannot hold them

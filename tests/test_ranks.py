@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -333,3 +335,15 @@ def test_counting_parameters_does_not_import_torch() -> None:
 
 def test_ranks_may_be_a_list_of_hydra() -> None:
     assert RankStrategy("explicit", ranks=cast(Any, OmegaConf.create([4, 4, 3, 2]))).ranks == (4, 4, 3, 2)
+
+
+def test_ranks_may_be_an_array_or_a_tensor_of_whole_numbers() -> None:
+    for given in (np.array([4, 4, 3, 2]), torch.tensor([4, 4, 3, 2]), np.array([4, 4, 3, 2], dtype=np.uint8)):
+        strategy = RankStrategy("explicit", ranks=cast(Any, given))
+        assert strategy == RankStrategy("explicit", ranks=(4, 4, 3, 2))
+        assert json.dumps(strategy.ranks) == "[4, 4, 3, 2]"
+    with pytest.raises(TensLoRAError, match=r"^ranks=4: must be one rank for each mode, as in \(4, 4, 3\), or None$"):
+        RankStrategy("explicit", ranks=cast(Any, np.array(4)))
+    for others in (np.array([4.0, 4, 3, 2]), np.array([[4, 4], [3, 2], [1, 1], [1, 1]])):
+        with pytest.raises(TensLoRAError, match=r"the rank .* of d_in must be a whole number"):
+            RankStrategy("explicit", ranks=cast(Any, others)).resolve("qkv_depth", VIT_BASE)

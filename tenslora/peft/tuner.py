@@ -234,8 +234,8 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
 
 
 def _of_python(value: Any) -> Any:
-    # What Hydra, numpy and Python have for lists and numbers, as the lists and numbers that JSON can hold.
-    if isinstance(value, (np.generic, np.ndarray)):
+    # What Hydra, numpy, torch and Python have for lists and numbers, as the lists and numbers that JSON can hold.
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
         return value.tolist()
     if isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
         return [_of_python(each) for each in value]
