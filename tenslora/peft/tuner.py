@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn, cast, get_type_hints
 
@@ -348,6 +348,30 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return f"TensLora({self.base_layer!r})"
 
 
+class _SettingsOfAll(dict[str, PeftConfig]):
+    """The settings by the adapter's name. A second method of PEFT on the same model writes its own into the same dict.
+
+    Raises:
+        TensLoRAError: if the settings of one method would replace those of the other.
+    """
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        _require_no_other_method(self, name, config)
+        super().__setitem__(name, config)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, config in dict(*args, **kwargs).items():
+            self[name] = config
+
+
+def _require_no_other_method(configs: Mapping[str, PeftConfig], name: str, config: PeftConfig) -> None:
+    if name in configs and (kind := configs[name].peft_type) != config.peft_type:
+        raise TensLoRAError(
+            f"adapter_name={name}: is already the name of an adapter on this model, of the method "
+            f"{PeftType(kind).value}, whose settings would be lost; give the new adapter another name"
+        )
+
+
 class TensLoraModel(BaseTuner):  # type: ignore[misc]
     """The tuner that `get_peft_model` puts around a model.
 
@@ -366,18 +390,23 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
     uses_shared_state = True
     prefix = f"{METHOD}_"
     tuner_layer_cls = TensLoraLinear
+    peft_config: dict[str, PeftConfig]
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT has warned, and would go on: the new adapter would take the places of the old one's updates.
         if any(isinstance(module, TensLoraLinear) for module in model.modules()):
             raise TensLoRAError(
                 f"{type(model).__name__}: has a TensLoRA adapter in PEFT already; take it off first with unload, or "
                 f"put another beside it with add_adapter or load_adapter"
             )
-        super().__init__(model, *args, **kwargs)
+        own = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        for name, config in own.items():
+            _require_no_other_method(getattr(model, "peft_config", {}), name, config)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _pre_injection_hook(self, *_: Any) -> None:
+        self.peft_config = _SettingsOfAll(self.peft_config)
         self.tenslora_adapters = nn.ModuleDict()
         self._forward_passes: dict[str, ForwardPass] = {}
         self._planned: dict[str, LayerUpdate] = {}
@@ -404,6 +433,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         adapted = [target.path for stage in stages for target in stage.targets]
         require_apart(config.modules_to_save or (), adapted, ", or leave this one out with exclude_modules")
         adapter = config.make_adapter([stage.geometry for stage in stages])
+        _require_names_apart({**self.tenslora_adapters, adapter_name: adapter}, self.peft_config)
         ranks, steps = ([getattr(each, name) for each in adapter.stages] for name in ("ranks", "unscaled_first_step"))
         if config.rank_strategy == "isoparameters":
             config.ranks = list(ranks[0]) if len(stages) == 1 else [list(each) for each in ranks]
@@ -424,6 +454,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         adapter.register_load_state_dict_pre_hook(_require_adapters_tensors)  # type: ignore[no-untyped-call]
         forward_pass = ForwardPass(model)
         keep_gradients(model)
+        # PEFT keeps this for the parameters of an adapter that are in the model's layers.
+        requiring = [(each, each.requires_grad) for each in self.tenslora_adapters.parameters()]
         self._planned = layer_updates(adapter, stages, forward_pass)
         self._forward_passes[adapter_name] = forward_pass
         try:
@@ -434,6 +466,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             raise
         finally:
             self._planned = {}
+            for parameter, requires_grad in requiring:
+                parameter.requires_grad = requires_grad
 
     def stages(self, adapter_name: str) -> list[Stage]:
         """The stages of the matrices that an adapter adapts, see `find_projections`.
@@ -593,6 +627,17 @@ def _require_adapters_tensors(adapter: nn.Module, state: dict[str, Any], prefix:
             require_tensors(own, {name: tensor.shape for name, tensor in adapter.state_dict().items()})
         except TensLoRAError as error:
             raise TensLoRAError(f"{prefix.rstrip('.')}: the saved adapter does not fit: {error}") from error
+
+
+def _require_names_apart(adapters: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    # Of an adapter, PEFT saves nothing whose name in the state dict has another adapter's name in it.
+    for name, adapter in adapters.items():
+        for key in adapter.state_dict():
+            for other in {_ADAPTERS, *key.split(".")}.intersection(names) - {name}:
+                raise TensLoRAError(
+                    f"adapter_name={other}: is a part of {_ADAPTERS}.{name}.{key}, which PEFT would then not save with "
+                    f"the adapter {name}; give the adapters other names"
+                )
 
 
 def _describe_adapters(tuner: nn.Module, *_: Any) -> None:

@@ -251,7 +251,7 @@ def test_layers_that_have_another_adapter_are_refused() -> None:
     refused = pytest.raises(TensLoRAError, match=r"query: is a layer of another adapter \(Linear of PEFT\)")
     with warnings.catch_warnings(), refused:
         warnings.simplefilter("ignore", UserWarning)  # PEFT's own, of a second adapter
-        get_peft_model(with_lora.get_base_model(), TensLoraConfig())
+        get_peft_model(with_lora.get_base_model(), TensLoraConfig(), adapter_name="other")
 
 
 def test_a_safe_merge_looks_at_the_sum() -> None:
@@ -664,6 +664,62 @@ def test_a_second_call_on_one_model_is_refused_and_leaves_the_first_as_it_was(ag
     model.add_adapter("other", TensLoraConfig(seed=1))
     next_model = get_peft_model(model.unload(), TensLoraConfig(seed=1))
     assert torch.equal(logits(next_model, inputs("hf_bert")), logits(build("hf_bert"), inputs("hf_bert")))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_adapter_of_another_method_keeps_its_settings(order: int, tmp_path: Path) -> None:
+    # PEFT lets both methods write into one dict.
+    first, second = (TensLoraConfig(), PeftLora(target_modules=["intermediate.dense"]))[::order]
+    model: Any = get_peft_model(build("hf_bert"), first)
+    names = [name for name, _ in model.named_parameters()]
+    kind = model.peft_config["default"].peft_type
+    with pytest.raises(
+        TensLoRAError, match=f"^adapter_name=default: is already the name of an adapter on .* {kind.value}"
+    ):
+        get_peft_model(model, second)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert model.peft_config["default"].peft_type is kind
+    both: Any = get_peft_model(model, second, adapter_name="two")
+    copy.deepcopy(both).save_pretrained(tmp_path)
+    for folder, config in ((tmp_path / "default", first), (tmp_path / "two", second)):
+        folder = folder if folder.exists() else tmp_path
+        assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == config.peft_type
+
+
+def test_names_that_would_keep_tensors_from_being_saved_are_refused(tmp_path: Path) -> None:
+    for mode, names, shared in (
+        ("depth", ("0", "1"), "1"),
+        ("qkv_depth", ("query", "core"), "core"),
+        ("depth", ("d_in", "second"), "d_in"),
+    ):
+        model: Any = get_peft_model(build("hf_bert"), TensLoraConfig(tensor_mode=mode), adapter_name=names[0])
+        with pytest.raises(TensLoRAError, match=rf"^adapter_name={shared}: is a part of tenslora_adapters\.") as caught:
+            model.add_adapter(names[1], TensLoraConfig(seed=1))
+        assert "\n" not in str(caught.value)
+        assert list(model.peft_config) == list(model.base_model.tenslora_adapters) == [names[0]]
+    trained(model, name="d_in").save_pretrained(tmp_path)  # alone it has no other's name
+    again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path / "d_in"))
+    torch.testing.assert_close(logits(again, inputs("hf_bert")), logits(model, inputs("hf_bert")))
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_an_adapter_that_is_added_or_loaded_freezes_no_other(is_trainable: bool, tmp_path: Path) -> None:
+    model: Any = get_peft_model(build("hf_bert"), TensLoraConfig())
+    model.save_pretrained(tmp_path)
+
+    def trainable() -> dict[str, set[bool]]:
+        adapters = model.base_model.tenslora_adapters
+        return {name: {each.requires_grad for each in adapter_of(model, name).parameters()} for name in adapters}
+
+    model.load_adapter(str(tmp_path), "reference", is_trainable=is_trainable)
+    assert trainable() == {"default": {True}, "reference": {is_trainable}}
+    model.add_adapter("third", TensLoraConfig(inference_mode=True))
+    assert trainable() == {"default": {True}, "reference": {is_trainable}, "third": {False}}
+    model.set_requires_grad("default", False)
+    model.load_adapter(str(tmp_path), "fourth")
+    assert trainable()["default"] == {False}
 
 
 def test_a_copy_for_another_device_is_refused() -> None:
