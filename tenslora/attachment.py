@@ -31,7 +31,7 @@ from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError, first_line, require_type
 from tenslora.forward_pass import ForwardPass, listed
-from tenslora.projections import Stage, features, find_projections, is_plain
+from tenslora.projections import Stage, features, find_projections, is_plain, path_of_tuner_layer
 from tenslora.thin_products import MatrixGroup
 
 if TYPE_CHECKING:
@@ -342,6 +342,11 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
         raise TensLoRAError(
             f"{type(model).__name__}: passes on the attributes of the model that has the adapter; call this on that "
             f"model"
+        )
+    if path := path_of_tuner_layer(model):
+        raise TensLoRAError(
+            f"{type(model).__name__}: has its adapter in PEFT ({path}), where the methods of the PeftModel are used, "
+            f"such as merge_adapter, save_pretrained, disable_adapter and unload"
         )
     raise TensLoRAError(f"{type(model).__name__}: has no adapter")
 

@@ -223,6 +223,10 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
     """
     _refuse_wrapped(model)
     require_sizes(model)
+    if path := path_of_tuner_layer(model):
+        raise TensLoRAError(
+            f"{path}: has a TensLoRA adapter in PEFT already; take it off first (merge_and_unload or unload)"
+        )
     blocks = list(_attention_blocks(model))
     if not blocks:
         known = ", ".join([*map("/".join, SEPARATE), *FUSED])
@@ -240,6 +244,16 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
     _refuse_odd_weights(targets)
     _refuse_shared_weights(targets)
     return stages
+
+
+def path_of_tuner_layer(model: nn.Module) -> str | None:
+    """The path of the first layer that has a TensLoRA adapter in PEFT, see `tenslora.peft.tuner`; None without one.
+
+    Args:
+        model: any model.
+    """
+    paths = (path for path, module in model.named_modules() if getattr(type(module), "has_tenslora_adapter", False))
+    return next(paths, None)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

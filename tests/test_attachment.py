@@ -38,7 +38,8 @@ from tenslora import (
 from tenslora.attachment import adapter_of
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.peft.to_lora import lora_weights, to_peft
-from tenslora.peft.to_tenslora import to_tenslora
+from tenslora.peft.to_tenslora import from_lora, to_tenslora
+from tenslora.peft.tuner import TensLoraConfig
 from tests.models import BUILDERS, DECODERS, FURTHER, attached, build, inputs, linear_at, logits, randomised
 from tests.operations import RecordedOperations
 from tests.plain_transformer import PlainTransformer
@@ -596,6 +597,27 @@ def test_a_second_adapter_and_a_missing_one_are_refused() -> None:
     attach(model, AdapterConfig("qkv"))
     with pytest.raises(TensLoRAError, match="has an adapter already"):
         attach(model, AdapterConfig("qkv"))
+
+
+def test_a_model_whose_adapter_is_in_peft_is_told_from_one_without_any(tmp_path: Path) -> None:
+    config = TensLoraConfig(layers_to_transform=[0])
+    model: Any = get_peft_model(build("hf_bert"), config)  # type: ignore[arg-type]
+    before = {name: id(module) for name, module in model.named_modules()}
+    path = r"(base_model\.model\.)?bert\.encoder\.layer\.0\.attention\.self\.query"
+    of_library: list[Callable[[nn.Module], Any]] = [detach, merge, to_peft, to_tenslora]
+    of_library.append(lambda model: save_pretrained(model, tmp_path / "new"))
+    for call in of_library:
+        for each in (model, model.get_base_model()):
+            with pytest.raises(TensLoRAError, match=rf": has its adapter in PEFT \({path}\), where the methods of"):
+                call(each)
+    lora = get_peft_model(build("hf_bert"), LoraConfig(target_modules=["query"]))  # type: ignore[arg-type]
+    lora.save_pretrained(str(tmp_path))
+    for put in (lambda model: attach(model, AdapterConfig()), lambda model: from_lora(model, tmp_path, config)):
+        for each in (model, model.get_base_model()):
+            with pytest.raises(TensLoRAError, match=rf"^{path}: has a TensLoRA adapter in PEFT already; take it off"):
+                put(each)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_misspelt_module_to_train_gets_the_nearest_names_wherever_they_are() -> None:
