@@ -94,7 +94,7 @@ def attach(
         parameter.requires_grad_(True)
     keep_gradients(model)
     for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
-        of_stage.to(cast(Tensor, targets[0].linear.weight).device)
+        of_stage.to(device_of(targets[0].linear))
     adapter.train(model.training)
     forward_pass = ForwardPass(model)
     forward_pass.watched = SUBMODULE, adapter
@@ -134,7 +134,7 @@ def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedA
             raise TensLoRAError(f"{target.path}: {error}") from error
     if isinstance(adapter, AdapterConfig):
         return stages
-    if any(cast(Tensor, target.linear.weight).is_meta for stage in stages for target in stage.targets):
+    if any(device_of(target.linear).type == "meta" for stage in stages for target in stage.targets):
         raise TensLoRAError(
             f"{type(model).__name__}: is on the device meta, where the adapter's numbers would be lost; give the model "
             f"its weights first"
@@ -175,6 +175,21 @@ def _differences(adapter: Adapter | StagedAdapter, stages: Sequence[Stage]) -> l
         for name, value in vars(of_stage.geometry).items()
         if value != getattr(geometry, name)
     ]
+
+
+def device_of(linear: nn.Module) -> torch.device:
+    """The device on which a layer computes.
+
+    Args:
+        linear: the layer. Between two calls, accelerate may keep its weight elsewhere, in memory or on disk; the weight
+            is then on the device meta.
+    """
+    device = cast(Tensor, linear.weight).device
+    hook = getattr(linear, "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]) if device.type == "meta" else ():
+        if getattr(each, "offload", False) and each.execution_device is not None:
+            return torch.device(each.execution_device)
+    return device
 
 
 def keep_gradients(model: nn.Module) -> None:
@@ -454,6 +469,24 @@ def require_all_layers(model: nn.Module) -> None:
         )
 
 
+def require_stored_weight(path: str, linear: nn.Module) -> None:
+    """Check that a layer's weight is a tensor of its own, and so can change.
+
+    Args:
+        path: what a message calls the layer.
+        linear: the layer.
+
+    Raises:
+        TensLoRAError: if the weight is computed from other tensors, as after pruning.
+    """
+    if linear.weight is not {**linear._parameters, **linear._buffers}.get("weight"):
+        raise TensLoRAError(
+            f"{path}: its weight is computed from other tensors, as after pruning or weight_norm, so a change of it "
+            f"would be lost; make it a parameter again first (prune.remove, remove_weight_norm, "
+            f"remove_parametrizations)"
+        )
+
+
 def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:
     """Check that an update can be added to a weight and be taken out again.
 
@@ -605,11 +638,12 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
     # Every layer is looked at before the first weight is changed.
     quantised = {path: _backend(path, linear, model) for path, linear in to_move.items() if not is_plain(linear)}
     for path, linear in to_move.items():
-        if path not in quantised and linear.weight is not {**linear._parameters, **linear._buffers}.get("weight"):
+        if path not in quantised:
+            require_stored_weight(path, linear)
+        if linear.weight.is_meta and device_of(linear).type != "meta":
             raise TensLoRAError(
-                f"{path}: its weight is computed from other tensors, as after pruning or weight_norm, so a change of "
-                f"it would be lost; make it a parameter again first (prune.remove, remove_weight_norm, "
-                f"remove_parametrizations)"
+                f"{path}: accelerate keeps its weight elsewhere between two calls, so a change of it would be lost; "
+                f"load the model without offloading first, or leave the adapter unmerged"
             )
     if into_weights:
         plain = {path: linear for path, linear in to_move.items() if path not in quantised}

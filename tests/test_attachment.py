@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import dispatch_model
 from accelerate.utils import compile_regions
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -618,6 +619,36 @@ def test_a_model_whose_adapter_is_in_peft_is_told_from_one_without_any(tmp_path:
                 put(each)
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("on_disk", [["blocks.0", "blocks.1"], ["blocks.1"]])
+def test_an_adapter_lies_where_layers_compute_whose_weights_accelerate_keeps_on_disk(
+    on_disk: list[str], tmp_path: Path
+) -> None:
+    x, source = torch.randn(2, 5, 24), PlainTransformer()
+
+    def offloaded(folder: str) -> nn.Module:
+        places = {name: "disk" if name in on_disk else "cpu" for name in ("blocks.0", "blocks.1", "head")}
+        return dispatch_model(copy.deepcopy(source), places, "cpu", offload_dir=tmp_path / folder, force_hooks=True)
+
+    model = offloaded("first")
+    randomised(attach(model, AdapterConfig("qkv_depth")))
+    in_memory = copy.deepcopy(source)
+    attach(in_memory, copy.deepcopy(adapter_of(model)))
+    assert torch.equal(model(x), in_memory(x))
+    torch.autograd.backward(model(x).sum())
+    assert all(parameter.grad is not None for parameter in adapter_of(model).parameters())
+    with pytest.raises(TensLoRAError, match=r"^blocks\.\d\.\S+: accelerate keeps its weight elsewhere between two"):
+        merge(model)
+    assert torch.equal(model(x), in_memory(x))
+    save_pretrained(model, tmp_path / "adapter")
+    again = offloaded("second")
+    load(again, tmp_path / "adapter")
+    torch.testing.assert_close(again(x), in_memory(x))
+    in_peft = to_tenslora(again)
+    torch.testing.assert_close(in_peft(x), in_memory(x))
+    in_peft.merge_adapter()
+    torch.testing.assert_close(in_peft(x), in_memory(x))
 
 
 def test_a_misspelt_module_to_train_gets_the_nearest_names_wherever_they_are() -> None:

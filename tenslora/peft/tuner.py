@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from tenslora.adapted_linear import LayerUpdate, add_updates
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
-from tenslora.attachment import keep_gradients, layer_updates, require_apart, require_no_other_adapter
+from tenslora.attachment import (
+    device_of,
+    keep_gradients,
+    layer_updates,
+    require_apart,
+    require_no_other_adapter,
+    require_stored_weight,
+)
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
 from tenslora.files import require_tensors
@@ -324,17 +331,30 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            self._add_to_weight(-self.get_delta_weight(self.merged_adapters.pop()))
+            self._add_to_weight(-self.get_delta_weight(self.merged_adapters[-1]))
+            self.merged_adapters.pop()
+
+    def quantised_weights(self) -> QuantisedWeights | None:
+        """How updates are added to the Linear's weight, if it is quantised; None for a plain one.
+
+        Raises:
+            TensLoRAError: if they cannot be: the weight is computed from other tensors, or cannot be quantised again.
+        """
+        linear = self.get_base_layer()
+        if not is_plain(linear):
+            return QuantisedWeights(linear, self._model[0])
+        require_stored_weight(next(iter(self.updates.values())).call.path, linear)
+        return None
 
     def _add_to_weight(self, update: Tensor, checked: str | None = None) -> None:
-        linear = self.get_base_layer()
-        plain = linear.get_parameter("weight") if is_plain(linear) else None
+        linear, quantised = self.get_base_layer(), self.quantised_weights()
+        plain = cast(Tensor, linear.weight) if quantised is None else None
         if checked is not None and not torch.isfinite(update if plain is None else plain + update.to(plain)).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {checked} seems to be broken")
         if plain is not None:
             plain.add_(update.to(plain))
-        else:
-            self.rounding.append(QuantisedWeights(linear, self._model[0]).add(linear, update))
+        elif quantised is not None:
+            self.rounding.append(quantised.add(linear, update))
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         # The copies would share the adapters' tensors, which no copy has as its own, across devices.
@@ -443,8 +463,9 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         self.peft_config[adapter_name] = config
         on_meta = any(parameter.is_meta for parameter in adapter.parameters())  # low_cpu_mem_usage; loading fills them
         for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
-            weight = targets[0].linear.get_parameter("weight")
-            of_stage.to("meta" if on_meta else weight.device, weight.dtype if weight.is_floating_point() else None)
+            weight = cast(Tensor, targets[0].linear.weight)
+            device = torch.device("meta") if on_meta else device_of(targets[0].linear)
+            of_stage.to(device, weight.dtype if weight.is_floating_point() else None)
         if any(isinstance(part, TensorUpdate) and next(part.parameters()).requires_grad for part in model.modules()):
             warnings.warn(
                 f"{type(model).__name__}: has updates of adapt_tensor, which PEFT freezes and does not save with its "
@@ -542,6 +563,13 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         """
         with self._rounding_told():
             super().merge_adapter(*args, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        # Every layer is looked at before the first weight is changed.
+        super()._check_merge_allowed()
+        for module in self.model.modules():
+            if isinstance(module, TensLoraLinear):
+                module.quantised_weights()
 
     def unmerge_adapter(self) -> None:
         """Subtract the merged updates from the weights again."""

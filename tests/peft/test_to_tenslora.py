@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from torch import nn
+from torch.nn.utils import prune as prune_weight
 
 from tenslora import AdapterConfig, RankStrategy, TensLoRAError, attach, merge
 from tenslora.peft import TensLoraConfig
@@ -179,6 +180,25 @@ def test_a_lora_that_cannot_be_taken_over_leaves_the_model_as_it_was(
         from_lora(model, tmp_path, config)
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_an_adapter_on_weights_that_are_computed_is_saved_by_peft(tmp_path: Path) -> None:
+    def backbone() -> Any:
+        model = build("hf_bert")
+        query, key = (model.get_submodule(f"bert.encoder.layer.0.attention.self.{name}") for name in ("query", "key"))
+        prune_weight.l1_unstructured(query, "weight", 0.5)  # type: ignore[no-untyped-call]
+        nn.utils.weight_norm(key)
+        return model
+
+    model = backbone()
+    attached(model, "qkv")
+    expected = logits(model, inputs("hf_bert"))
+    turned = to_tenslora(model)
+    torch.testing.assert_close(logits(turned, inputs("hf_bert")), expected)
+    turned.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(backbone(), str(tmp_path))
+    torch.testing.assert_close(logits(again, inputs("hf_bert")), expected)
 
 
 def test_a_head_of_another_size_that_was_saved_with_the_lora_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from peft import LoraConfig as PeftLora
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune as prune_weight
 
 from tenslora import AdapterConfig, TensLoRAError, adapt_tensor, attach
 from tenslora.adapter import Adapter, StagedAdapter
@@ -266,6 +267,24 @@ def test_a_safe_merge_looks_at_the_sum() -> None:
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(query.weight, torch.full_like(query.weight, 6e4))
+
+
+def test_a_merge_that_a_layer_cannot_take_changes_none() -> None:
+    backbone: Any = build("hf_bert")
+    path = "bert.encoder.layer.1.attention.self.query"
+    prune_weight.l1_unstructured(backbone.get_submodule(path), "weight", 0.5)  # type: ignore[no-untyped-call]
+    model: Any = trained(get_peft_model(backbone, TensLoraConfig()))
+    before = logits(model, inputs("hf_bert"))
+    pruned = model.base_model.model.get_submodule(path)
+    message = rf"^{path}: its weight is computed from other tensors, as after pruning"
+    for call in (model.merge_adapter, model.merge_and_unload, pruned.merge):
+        with pytest.raises(TensLoRAError, match=message):
+            call()
+        assert model.get_model_status().merged_adapters == []
+        assert torch.equal(logits(model, inputs("hf_bert")), before)
+    prune_weight.remove(pruned.base_layer, "weight")  # type: ignore[no-untyped-call]
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, inputs("hf_bert")), before)
 
 
 @pytest.mark.parametrize(
