@@ -602,10 +602,12 @@ def require_savable(model: nn.Module, modules_to_save: Sequence[str]) -> None:
         modules_to_save: their names, see `modules_named`.
 
     Raises:
-        TensLoRAError: if one is not found, or if it holds adapted layers.
+        TensLoRAError: if one is not found, if it holds adapted layers, or if it has a trained weight in common with a
+            module that is not to be saved.
     """
     modules = modules_named(model, modules_to_save, "modules_to_save")
     require_apart(modules_to_save, _adapted_linears(model))
+    _require_both_ends(model, modules)
     saved = {id(parameter) for module in modules for parameter in module.parameters()}
     left_out = [
         name
@@ -618,6 +620,22 @@ def require_savable(model: nn.Module, modules_to_save: Sequence[str]) -> None:
             f"save them; name their modules in modules_to_save",
             stacklevel=3,
         )
+
+
+def _require_both_ends(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    # PEFT copies a module that it saves, so that a weight which it shares with another one is no longer shared.
+    saved = {id(part) for module in modules for part in module.modules()}
+    holders: dict[nn.Parameter, dict[bool, str]] = {}
+    for path, module in model.named_modules():
+        for own in module.parameters(recurse=False):
+            if own.requires_grad:
+                holders.setdefault(own, {}).setdefault(id(module) in saved, path)
+    for paths in holders.values():
+        if len(paths) == 2:
+            raise TensLoRAError(
+                f"modules_to_save: {paths[True]} and {paths[False]} share a weight that is trained, and PEFT would "
+                f"save it for {paths[True]} alone; name both"
+            )
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,24 @@ def test_a_lora_that_cannot_be_taken_over_leaves_the_model_as_it_was(
         from_lora(model, tmp_path, config)
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("turn", [to_peft, to_tenslora])
+@pytest.mark.parametrize("named", ["embed_tokens", "lm_head"])
+def test_both_ends_of_a_trained_weight_are_saved_or_none(turn: Any, named: str) -> None:
+    def model(train: Sequence[str]) -> Any:
+        tied = build("llama")
+        tied.get_submodule("lm_head").weight = tied.get_submodule("model.embed_tokens").weight
+        attach(tied, AdapterConfig("qkv"), train=train)
+        return tied
+
+    ends = "lm_head and model.embed_tokens" if named == "lm_head" else "model.embed_tokens and lm_head"
+    refused = model([named])
+    with pytest.raises(TensLoRAError, match=rf"^modules_to_save: {ends} share a weight that is trained, .* name both$"):
+        turn(refused, [named])
+    assert hasattr(refused, "tenslora")
+    turn(refused, ["embed_tokens", "lm_head"])
+    turn(model([]), [named])  # which PEFT trains from here on
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
