@@ -143,12 +143,13 @@ def read_config(folder: Path) -> SavedLora:
     return lora
 
 
-def read_updates(folder: Path, stages: Sequence[Stage]) -> list[list[list[Tensor]]]:
+def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = None) -> list[list[list[Tensor]]]:
     """Read the updates that a saved LoRA makes, PEFT's scaling included.
 
     Args:
         folder: a folder that PEFT's `save_pretrained` wrote.
         stages: those of the model that the LoRA is for, from `find_projections`.
+        choice: the settings that chose the stages' matrices, for a message; None for adapt alone.
 
     Returns:
         ``updates[stage][layer][m]``, the update of the m-th of `Geometry.matrices` in that layer of the stage, with
@@ -166,7 +167,7 @@ def read_updates(folder: Path, stages: Sequence[Stage]) -> list[list[list[Tensor
     if saved and not found:
         raise TensLoRAError(f"{folder}: adapts {min(saved)} and others; this model has none of them")
     if left := saved - found.keys():
-        raise _left_out(folder, min(left), stages)
+        raise _left_out(folder, min(left), stages, choice)
     try:
         products = _products(config, matrices, {name: target for name, (_, target) in found.items()})
     except TensLoRAError as error:
@@ -183,7 +184,7 @@ def read_updates(folder: Path, stages: Sequence[Stage]) -> list[list[list[Tensor
             updates[stage][target.layer][target.group[columns.matrix]] = own.T if target.writes_to_stream else own
             columns.of(remainder).zero_()
         if remainder.any():  # the Linear holds other matrices too, which the geometry leaves out
-            raise _left_out(folder, name, stages)
+            raise _left_out(folder, name, stages, choice)
     if not any(update.any() for of_stage in updates for layer in of_stage for update in layer):
         raise TensLoRAError(f"{folder}: its updates are all zero, as before any training")
     return updates
@@ -206,9 +207,9 @@ def _places(saved: Set[str], targets: Mapping[str, _Place]) -> dict[str, _Place]
     return max(placed, key=len, default={})
 
 
-def _left_out(folder: Path, name: str, stages: Sequence[Stage]) -> TensLoRAError:
-    adapt = stages[0].geometry.adapt
-    return TensLoRAError(f"{folder}: adapts {name}, which adapt={adapt} leaves out; choose more matrices")
+def _left_out(folder: Path, name: str, stages: Sequence[Stage], choice: str | None) -> TensLoRAError:
+    choice = choice or f"adapt={stages[0].geometry.adapt}"
+    return TensLoRAError(f"{folder}: adapts {name}, which the choice of {choice} leaves out; choose it too")
 
 
 def _ends_with(path: str, end: str) -> bool:

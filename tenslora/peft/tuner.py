@@ -684,15 +684,30 @@ def _describe_adapters(tuner: nn.Module, *_: Any) -> None:
             config.ranks = [*(ranks[0] if len(ranks) == 1 else ranks)]
 
 
+def choice(config: TensLoraConfig, adapt: str) -> str:
+    """The settings that choose the matrices and layers to adapt, with their values, for a message.
+
+    Args:
+        config: the settings.
+        adapt: the matrices that they choose.
+    """
+    patterns = _patterns(config)
+    by_letters = [] if config.target_modules and not config.adapt else [f"adapt={adapt}"]
+    return ", ".join([*by_letters, *([patterns] if patterns else [])])
+
+
+def _patterns(config: TensLoraConfig) -> str:
+    settings = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_to_transform")}
+    given = {name: value for name, value in settings.items() if value or value == 0}
+    return ", ".join(f"{name}={sorted(value) if isinstance(value, set) else value}" for name, value in given.items())
+
+
 def _chosen(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     # The matrices that adapt, target_modules, exclude_modules and layers_to_transform leave, in the layers that they
     # leave. PEFT's own function matches the names.
     stages = _widest(model, config)
-    settings = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_to_transform")}
-    given = {name: value for name, value in settings.items() if value or value == 0}
-    if not given:
+    if not (shown := _patterns(config)):
         return stages
-    shown = ", ".join(f"{name}={sorted(value) if isinstance(value, set) else value}" for name, value in given.items())
     last_names = {_last_name(target) for stage in stages for target in stage.targets}
     matching = _named(config, config.target_modules or last_names)
     layers: dict[int, list[str]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_settings_that_differ_from_the_defaults_survive() -> None:
     ("config", "problem"),
     [
         (TensLoraConfig(factorization="cp", rank_strategy="isorank", r=2), "factorization=cp: must be tucker"),
-        (TensLoraConfig(adapt="qk"), "which adapt=qk leaves out"),
+        (TensLoraConfig(adapt="qk"), "which the choice of adapt=qk leaves out"),
     ],
 )
 def test_a_lora_that_cannot_be_taken_over_leaves_the_model_as_it_was(
@@ -181,6 +182,23 @@ def test_a_lora_that_cannot_be_taken_over_leaves_the_model_as_it_was(
         from_lora(model, tmp_path, config)
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out", "choice"),
+    [
+        ({"layers_to_transform": [0]}, "layer.1.attention.self.key", "adapt=qkv, layers_to_transform=[0]"),
+        ({"exclude_modules": "bert.encoder.layer.0.*"}, "layer.0.attention.self.key", "adapt=qkv, exclude_modules="),
+        ({"target_modules": ["query"]}, "layer.0.attention.self.key", "target_modules=['query'] leaves"),
+    ],
+)
+def test_the_settings_that_leave_out_what_the_lora_adapts_are_named(
+    settings: dict[str, Any], left_out: str, choice: str, tmp_path: Path
+) -> None:
+    lora(tmp_path)
+    message = f"adapts bert.encoder.{left_out}, which the choice of {choice}"
+    with pytest.raises(TensLoRAError, match=re.escape(message)):
+        from_lora(build("hf_bert"), tmp_path, TensLoraConfig(**settings))
 
 
 @pytest.mark.parametrize("turn", [to_peft, to_tenslora])
