@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ POOL_BATCHES = 50
 
 SHARED_MEMORY = "/dev/shm"
 """Where worker processes leave their batches."""
+
+LONGEST_TEMPORARY_FOLDER = 75
+"""In bytes. multiprocessing makes a socket in it whose path is 32 bytes longer, and Linux allows 107."""
 
 
 @dataclass(frozen=True)
@@ -187,11 +191,22 @@ def _loader(
     data: Encoded, batches: list[list[int]], collate: Collate, workers: int, pin_memory: bool
 ) -> DataLoader[tuple[dict[str, Tensor], Tensor]]:
     if workers and batches:
+        _require_short_addresses(workers)
         _require_shared_memory(data, batches, collate, workers)
     loader: DataLoader[Any] = DataLoader(
         data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory
     )
     return loader
+
+
+def _require_short_addresses(workers: int) -> None:
+    # A worker that cannot make its socket prints tracebacks, and torch waits for the batch without an end.
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > LONGEST_TEMPORARY_FOLDER:
+        raise TensLoRAError(
+            f"trainer.workers={workers}: the folder for temporary files, {folder}, must have at most "
+            f"{LONGEST_TEMPORARY_FOLDER} bytes in its path; set TMPDIR to a shorter one, or 0 workers, which need none"
+        )
 
 
 def _require_shared_memory(data: Encoded, batches: list[list[int]], collate: Collate, workers: int) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 from collections.abc import Iterable
 from itertools import chain
 from types import SimpleNamespace
@@ -199,6 +200,15 @@ def test_grouped_by_length_processes_partition_each_batch_and_the_test_split() -
     for share in tested:
         assert flat(share) == sorted(flat(share), reverse=True)
     assert sorted(flat(map(flat, tested))) == sorted(data.inputs)
+
+
+def test_workers_whose_sockets_would_have_too_long_a_path_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/".ljust(76, "é"))
+    with pytest.raises(
+        TensLoRAError, match=r"^trainer\.workers=2: the folder for temporary files, /tmp/é+, must have at m"
+    ):
+        next(train_batches(workers=2).epoch(1))
+    next(train_batches(workers=0).epoch(1))
 
 
 def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
