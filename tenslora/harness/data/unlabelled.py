@@ -68,7 +68,7 @@ def _image(item: Any) -> Any:
         return Path(item)
     try:
         image = item if isinstance(item, Image.Image) else Image.fromarray(_squeezed(item))
-    except (TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # an array of another library raises what it likes, such as one with a gradient
         raise TensLoRAError(
             f"an image of type {type(item).__name__}: must be a path, a PIL image, or an array of bytes of shape "
             f"(height, width) or (height, width, channels)"
@@ -82,7 +82,7 @@ def _squeezed(item: Any) -> Any:
     import numpy as np
 
     array = np.asarray(item)
-    if array.dtype != np.uint8:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):  # PIL takes a row for an image of one column
         raise TypeError
     return array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
 
