@@ -143,6 +143,10 @@ def to_rgb(image: Image, name: str) -> Image:
         # PIL would clip these pixels at 255, which makes most of them white.
         raise TensLoRAError(f"{name}: has pixels of more than 8 bits ({image.mode}); save it with 8 bits")
     try:
+        image.load()
+        if isinstance(image.info.get("transparency"), bytes):  # which RGB has not: PIL drops it with a warning
+            image = image.copy()
+            del image.info["transparency"]
         return image.convert("RGB")
     except ValueError as error:  # also for an image that has been closed
         raise TensLoRAError(f"{name}: cannot be converted to RGB ({first_line(error)})") from error

@@ -55,3 +55,15 @@ def test_an_image_that_pil_cannot_convert_is_named() -> None:
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(TensLoRAError, match=r"nowhere\.jpg: not a readable image"):
         ImageFiles([tmp_path / "nowhere.jpg"])[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_transparency_of_a_palette_is_left_out_without_a_warning(tmp_path: Path) -> None:
+    given = Image.effect_noise((8, 8), 50).convert("P")
+    given.putpalette([level for number in range(256) for level in (number, 255 - number, 7)])
+    expected = given.convert("RGB").tobytes()
+    given.info["transparency"] = bytes(range(256))
+    given.save(tmp_path / "palette.png")
+    assert ImageFiles([tmp_path / "palette.png"])[0].tobytes() == expected
+    assert to_rgb(given, "given").tobytes() == expected
+    assert given.info["transparency"] == bytes(range(256)), "the user's own image stays as it is"
