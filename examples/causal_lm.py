@@ -15,10 +15,28 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tenslora import AdapterConfig, RankStrategy, attach
 
 
+def bytes_of(path: Path) -> torch.Tensor:
+    """The bytes of a file that has more than the 64 of one example."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        sys.exit(f"error: {path}: cannot be read ({error.strerror})")
+    if len(text) <= 64:
+        sys.exit(f"error: {path}: must have more than 64 bytes, and has {len(text)}")
+    return torch.tensor(list(text))
+
+
+def path_given() -> Path:
+    """The file that the command line names."""
+    if len(sys.argv) != 2:
+        sys.exit("error: give one text file, such as README.md")
+    return Path(sys.argv[1])
+
+
 def main(path: Path, steps: int = 150) -> list[float]:
     """Train and return the loss of each step."""
     torch.manual_seed(0)
-    text = torch.tensor(list(path.read_bytes()))
+    text = bytes_of(path)
     sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 160}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=256))
     config = AdapterConfig("qkv_depth", RankStrategy("isoparameters", rank=8), adapt="all")
@@ -41,4 +59,4 @@ def main(path: Path, steps: int = 150) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(path_given())

@@ -6,7 +6,6 @@ The weights of the backbone are random, so nothing is downloaded, and its head i
 from AutoModelForCausalLM.from_pretrained, leave out modules_to_save.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from peft import get_peft_model
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
+from examples.causal_lm import bytes_of, path_given
 from tenslora.peft import TensLoraConfig
 
 
@@ -22,7 +22,7 @@ class Windows(Dataset):
     """All windows of 64 bytes of a file, each beginning 16 bytes after the last."""
 
     def __init__(self, path: Path) -> None:
-        self.windows = torch.tensor(list(path.read_bytes())).unfold(0, 64, 16)
+        self.windows = bytes_of(path).unfold(0, 64, 16)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -50,4 +50,4 @@ def main(path: Path, steps: int = 150) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(path_given())

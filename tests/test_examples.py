@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,28 @@ def test_a_model_trained_by_the_trainer_learns_and_can_be_loaded() -> None:
 def test_the_loss_of_a_decoder_falls_on_a_text_file() -> None:
     losses = import_module("examples.causal_lm").main(ROOT / "README.md", steps=30)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "peft_causal_lm"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read (No such file or directory)"), (b"", "must have more than 64 bytes, and has 0")],
+)
+def test_a_text_file_that_cannot_be_learned_is_one_line(
+    name: str, content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit) as caught:
+        import_module(f"examples.{name}").main(file)
+    assert str(caught.value) == f"error: {file}: {message}"
+
+
+def test_a_text_file_has_to_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["causal_lm"])
+    with pytest.raises(SystemExit, match=r"^error: give one text file, such as README\.md$"):
+        import_module("examples.causal_lm").path_given()
 
 
 def test_peft_trains_saves_and_loads_a_classifier() -> None:
