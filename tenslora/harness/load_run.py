@@ -311,7 +311,8 @@ def _require_finite(predictions: Predictions) -> None:
 def _place(config: DatasetConfig) -> list[Any]:
     """Where the test examples of a dataset are."""
     root = None if config.root is None else os.path.realpath(user_path(config.root))  # however it is spelt
-    return [root, *(getattr(config, name, None) for name in ("hub", "hub_config", "test_list"))]
+    of_root = None if config.source in OWN_FILES else config.name  # GLUE's tasks may all lie under one root
+    return [root, of_root, *(getattr(config, name, None) for name in ("hub", "hub_config", "test_list"))]
 
 
 def _require_held_out(config: DatasetConfig, trained: DatasetConfig) -> None:

@@ -336,3 +336,18 @@ def test_a_run_that_left_no_weights_is_refused(tmp_path: Path) -> None:
         load_run(folder.path)
     with pytest.raises(TensLoRAError, match=rf"with its result\.json, such as {folder.path}$"):
         load_run(tmp_path)
+
+
+def test_another_task_under_the_same_root_is_another_dataset(tmp_path: Path) -> None:
+    for task, count in (("RTE", 30), ("QNLI", 40)):
+        (tmp_path / task).mkdir()
+        lines = [f"{n}\ta cat {n % 3}\ta dog {n % 5}\t{'not_' * (n % 2)}entailment" for n in range(count)]
+        for split in ("train", "dev"):
+            (tmp_path / task / f"{split}.tsv").write_text("\n".join(["index\ta\tb\tlabel", *lines]))
+    run(tmp_path / "run", "dataset=rte", f"dataset.root={tmp_path}", "dataset.validation=0.2", *TINY_BERT)
+    loaded = load_run(tmp_path / "run")
+    other = replace(loaded.run.dataset, name="qnli", validation=None)
+    assert len(loaded.evaluate(other).predictions["test"].labels) == 40
+    assert len(loaded.evaluate(replace(other, validation=0.25)).predictions["validation"].labels) == 10
+    with pytest.raises(TensLoRAError, match=r"^dataset\.validation=0\.25: must be 0\.2, as in the run"):
+        loaded.evaluate(replace(loaded.run.dataset, validation=0.25))
