@@ -188,7 +188,7 @@ class LoadedRun:
         if self.run.model.library == "timm" and kinds - {torch.float32}:  # transformers casts its inputs by itself
             raise TensLoRAError(
                 f"{type(self.backbone.model).__name__}: has been made {', '.join(sorted(map(str, kinds)))} since it "
-                f"was loaded, and takes images in torch.float32; use torch.autocast instead"
+                f"was loaded, and takes images in torch.float32; load the run again"
             )
         before, threads = torch.get_num_threads(), self.run.trainer.threads
         try:
