@@ -351,3 +351,16 @@ def test_another_task_under_the_same_root_is_another_dataset(tmp_path: Path) -> 
     assert len(loaded.evaluate(replace(other, validation=0.25)).predictions["validation"].labels) == 10
     with pytest.raises(TensLoRAError, match=r"^dataset\.validation=0\.25: must be 0\.2, as in the run"):
         loaded.evaluate(replace(loaded.run.dataset, validation=0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_regression_is_scored_alike_whatever_type_is_the_default(dtype: torch.dtype, regression_run: Path) -> None:
+    loaded = load_run(regression_run)
+    try:
+        torch.set_default_dtype(dtype)
+        evaluation = loaded.evaluate()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    last = loaded.record["metrics"]["history"][-1]
+    assert evaluation.predictions["test"].labels.dtype == np.float32
+    assert {"test_loss": evaluation.loss, **evaluation.scores}.items() <= last.items()

@@ -160,7 +160,7 @@ class ImageCollate:
         pixels = torch.from_numpy(np.stack([image for image, _ in items])).permute(0, 3, 1, 2).contiguous()
         batch = F.to_dtype(pixels, torch.float32, scale=True)
         F.normalize(batch, list(self.mean), list(self.std), inplace=True)
-        return {self.input_name: batch}, torch.tensor([label for _, label in items])
+        return {self.input_name: batch}, _labels(items)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,13 @@ class TextCollate:
             padding_side=self.side,
             return_tensors="pt",
         )
-        return dict(batch), torch.tensor([label for _, label in items])
+        return dict(batch), _labels(items)
+
+
+def _labels(items: list[Item]) -> Tensor:
+    """The labels of a batch: class numbers, or in a regression values in float32, whatever torch's default type is."""
+    labels = [label for _, label in items]
+    return torch.tensor(labels, dtype=torch.float32 if isinstance(labels[0], float) else torch.int64)
 
 
 @dataclass(frozen=True)
