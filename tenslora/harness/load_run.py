@@ -116,7 +116,9 @@ class LoadedRun:
         return by_name(predictions.outputs, self.classes)
 
     @reading_anew()
-    def evaluate(self, dataset: DatasetConfig | None = None, *, device: str | None = None) -> Evaluation:
+    def evaluate(
+        self, dataset: ImageDatasetConfig | TextDatasetConfig | None = None, *, device: str | None = None
+    ) -> Evaluation:
         """Score the model as the run scored it after its last epoch.
 
         On the device and with the number of processes of the run, the result is the record's to the last digit.
@@ -130,12 +132,16 @@ class LoadedRun:
             The loss, the scores and the predictions.
 
         Raises:
-            TensLoRAError: if the dataset cannot be loaded, if it has a class that the run's dataset has not, if it has
-                another number of sentences in each example, if examples would be drawn otherwise than in the run, so
-                that the run has trained on some of them, or if the model's outputs are not finite.
+            TensLoRAError: for settings that are not valid, for a metric of another task, if the dataset cannot be
+                loaded, if it has a class that the run's dataset has not, if it has another number of sentences in each
+                example, if examples would be drawn otherwise than in the run, so that the run has trained on some of
+                them, or if the model's outputs are not finite.
         """
         require_type("dataset", dataset, ImageDatasetConfig, TextDatasetConfig, type(None))
-        config = dataset or self.run.dataset
+        config = self.run.dataset
+        if dataset:  # of a program, where nothing has checked it
+            config = validate(replace(self.run, dataset=dataset).settings()).dataset
+        TASKS[self.task].check_metrics(config.metrics or TASKS[self.task].metrics, len(self.classes) or 1)
         is_own = _place(config) == _place(self.run.dataset)
         if is_own:
             _require_held_out(config, self.run.dataset)

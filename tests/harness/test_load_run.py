@@ -338,6 +338,35 @@ def test_a_run_that_left_no_weights_is_refused(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("finished", "changes", "message"),
+    [
+        ("digits_run", {"metrics": ("f1",)}, r"dataset\.metrics=f1: must be one of accuracy, matthews for a classif"),
+        ("digits_run", {"metrics": ("pearson",)}, r"dataset\.metrics=pearson: must be one of accuracy, matthews for"),
+        ("digits_run", {"metrics": ("nope",)}, r"dataset\.metrics=\[nope\]: nope must be one of accuracy"),
+        ("digits_run", {"metrics": "accuracy"}, r"dataset\.metrics=accuracy: must be a list, written \[accuracy\]"),
+        ("digits_run", {"train_size": "many"}, r"dataset\.train_size=many: must be"),
+        ("regression_run", {"metrics": ("accuracy",)}, r"dataset\.metrics=accuracy: must be one of pearson, spearman"),
+        ("regression_run", None, r"model=minilm: takes texts, and dataset=digits holds images"),
+    ],
+)
+def test_what_a_run_cannot_be_scored_on_is_one_line(
+    finished: str, changes: dict[str, Any] | None, message: str, request: pytest.FixtureRequest
+) -> None:
+    loaded = load_run(request.getfixturevalue(finished))
+    dataset = configured().dataset if changes is None else replace(loaded.run.dataset, **changes)
+    with pytest.raises(TensLoRAError, match=f"^{message}") as caught:
+        loaded.evaluate(dataset)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_root_may_be_a_path(regression_run: Path) -> None:
+    loaded = load_run(regression_run)
+    assert loaded.run.dataset.root is not None
+    elsewhere: Any = Path(loaded.run.dataset.root)
+    assert loaded.evaluate(replace(loaded.run.dataset, root=elsewhere)).scores == loaded.evaluate().scores
+
+
 def test_another_task_under_the_same_root_is_another_dataset(tmp_path: Path) -> None:
     for task, count in (("RTE", 30), ("QNLI", 40)):
         (tmp_path / task).mkdir()

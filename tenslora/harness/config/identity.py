@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import Geometry
@@ -166,11 +167,13 @@ def _fields(settings: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    # JSON and YAML have only lists, and no dataclasses.
+    # JSON and YAML have only lists, no paths and no dataclasses.
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, Path):  # a program may give one
+        return str(value)
     return _fields(value) if is_dataclass(value) else value
 
 
