@@ -46,7 +46,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     from tenslora.harness.backbones.answer import answer_of
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
-    from tenslora.harness.run_folder import RunFolder
+    from tenslora.harness.run_folder import RunFolder, sha256_of
     from tenslora.harness.run_record import describe_run, facts_of, record_before, record_of
     from tenslora.harness.tracking import start_tracker
     from tenslora.harness.training.loop import Diverged, fit
@@ -90,6 +90,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
             folder.remove_results()
             if not failure:
                 files = adapted.save(folder, run.tensor_mode)
+                record["sha256"] = {file.name: sha256_of(file) for file in files}
                 folder.write_predictions(state.predictions)
             folder.write_record(record)
             tracker.finish(record, files)

@@ -63,6 +63,7 @@ Ranks = Annotated[Any, AfterValidator(_check_ranks)]
 
 Line = Annotated[str, AfterValidator(_check_printable)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{12}$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Form(BaseModel):
@@ -176,6 +177,7 @@ class Record(Form):
     scores: list[str] | None = None
     classes: Annotated[list[str], AfterValidator(_check_different)]
     text_columns: list[str] | None = None
+    sha256: dict[str, Sha256] = {}
     processes: Number
     device: Line
     metrics: Metrics

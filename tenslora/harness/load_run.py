@@ -267,6 +267,8 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     trained = dict(backbone.model.named_parameters()) if run.tensor_mode == "full" else backbone.head_parameters()
     if lacking := sorted((trained.keys() | running_statistics(backbone.model).keys()) - weights.keys()):
         raise TensLoRAError(f"{path}: lacks {lacking[0]}")
+    for file in (files.adapter, path) if run.adapter else (path,):
+        files.require_written(file, record)
     backbone.model.load_state_dict(weights, strict=False)
     if run.adapter:
         adapter.trained_beside = frozenset(trained)  # for save_pretrained

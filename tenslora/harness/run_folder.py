@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,6 +186,20 @@ class RunFolder:
             TensLoRAError: if the file cannot be written.
         """
         return write_safetensors(self.weights(tensor_mode), weights, {})
+
+    def require_written(self, path: Path, record: Mapping[str, Any]) -> None:
+        """Check that a file of weights is the one that the run wrote: the head of another run may fit just as well.
+
+        Args:
+            path: the file.
+            record: the run's record, which of an earlier version does not know its files.
+
+        Raises:
+            TensLoRAError: if it is another file, or if it cannot be read.
+        """
+        written = record["sha256"].get(path.name)
+        if written and written != sha256_of(path):
+            raise TensLoRAError(f"{path}: is not the file that the run wrote; its SHA-256 is not that in result.json")
 
     def write_predictions(self, splits: Mapping[str, Predictions]) -> Path:
         """Write predictions.safetensors.
@@ -483,6 +498,23 @@ class RunFolder:
             return False
         lock.release()
         return False
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, as the command sha256sum prints it.
+
+    Args:
+        path: the file.
+
+    Raises:
+        TensLoRAError: if it cannot be read.
+    """
+    require_file(path)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TensLoRAError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _remove(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from tenslora import load, save_pretrained
 from tenslora.adapter import make_adapter
 from tenslora.attachment import adapter_of
 from tenslora.errors import TensLoRAError
+from tenslora.files import read_safetensors, write_safetensors
 from tenslora.harness.backbones import EMBEDDED, load_backbone
 from tenslora.harness.data import Dataset, Examples, load_dataset
 from tenslora.harness.export import export
@@ -150,6 +152,7 @@ def test_outputs_that_are_not_finite_are_refused(digits_run: Path, tmp_path: Pat
     head = tmp_path / "run" / "head.safetensors"
     signs = 1 - 2 * (torch.arange(64) % 2)
     save_file({name: signs.sign() * 3e38 + 0 * w if w.ndim == 2 else w for name, w in load_file(head).items()}, head)
+    (tmp_path / "run" / "result.json").write_text(json.dumps({**record(digits_run), "sha256": {}}))
     loaded = load_run(tmp_path / "run")
     with pytest.raises(TensLoRAError, match=r"^the model's outputs are not finite; "):
         loaded.evaluate()
@@ -336,6 +339,21 @@ def test_a_run_that_left_no_weights_is_refused(tmp_path: Path) -> None:
         load_run(folder.path)
     with pytest.raises(TensLoRAError, match=rf"with its result\.json, such as {folder.path}$"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "head.safetensors"])
+def test_weights_that_another_run_wrote_are_refused(name: str, digits_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits_run, tmp_path / "run")
+    assert record(digits_run)["sha256"][name] == hashlib.sha256((digits_run / name).read_bytes()).hexdigest()
+    header, tensors = read_safetensors(digits_run / name)
+    write_safetensors(tmp_path / "run" / name, {key: 1.5 * tensor for key, tensor in tensors.items()}, header)
+    problem = rf"^{tmp_path}/run/{name}: is not the file that the run wrote; its SHA-256 is not that in result\.json$"
+    with pytest.raises(TensLoRAError, match=problem):
+        load_run(tmp_path / "run")
+    earlier = record(digits_run)
+    del earlier["sha256"]  # of a version that did not write it
+    (tmp_path / "run" / "result.json").write_text(json.dumps(earlier))
+    load_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
