@@ -15,7 +15,7 @@ import torch
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.backbones.head import Backbone
-from tenslora.harness.training.tasks import outputs_of
+from tenslora.harness.training.tasks import evaluation_mode, outputs_of
 
 _SENTENCE = "The Quick brown fox was late, and 12 cafés were good."
 
@@ -39,11 +39,10 @@ def answer_of(backbone: Backbone, tokenizer: Any) -> list[float] | None:
     model, images = backbone.model, backbone.image_input
     if torch.get_default_dtype() != torch.float32:  # a model of timm is made in this type, and rounded to it
         return None
-    modes, precision = {module: module.training for module in model.modules()}, torch.get_float32_matmul_precision()
-    model.eval()
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
             if images is None:
                 own = copy.deepcopy(tokenizer)  # which keeps the last length that it was asked for
                 most = min(16, backbone.max_tokens or 16)
@@ -62,8 +61,6 @@ def answer_of(backbone: Backbone, tokenizer: Any) -> list[float] | None:
         ) from error
     finally:
         torch.set_float32_matmul_precision(precision)
-        for module, mode in modes.items():
-            module.training = mode
     return answer if all(map(math.isfinite, answer)) else None
 
 

@@ -19,7 +19,7 @@ from tenslora.harness.predictions import Predictions
 from tenslora.harness.training.metrics import METRICS
 from tenslora.harness.training.precision import autocast
 from tenslora.harness.training.processes import Processes
-from tenslora.harness.training.tasks import TASKS, Task, outputs_of
+from tenslora.harness.training.tasks import TASKS, Task, evaluation_mode, outputs_of
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def evaluate(
     If a batch does not fit into memory, smaller batches are tried. The scores do not depend on the batch size.
 
     Args:
-        model: a model on the processes' device. It is left in evaluation mode.
+        model: a model on the processes' device. Its modules stay in the modes that they are in.
         data: the dataset.
         trainer: the settings that hold the batch size, the precision and the number of workers.
         processes: the processes that share the work.
@@ -94,7 +94,7 @@ def predict(
     """A model's outputs for examples, computed in batches as `evaluate` computes them.
 
     Args:
-        model: a model on the processes' device. It is left in evaluation mode.
+        model: a model on the processes' device. Its modules stay in the modes that they are in.
         examples: the examples.
         collate: makes a batch of some examples.
         task: the task, whose loss is computed.
@@ -107,11 +107,11 @@ def predict(
     Raises:
         torch.OutOfMemoryError: if not even a single example fits into memory.
     """
-    model.eval()
     batch_size = trainer.eval_batch_size or BATCH_SIZES[processes.device.type]
-    while (share := _predict_share(model, examples, collate, batch_size, task, trainer, processes)) is None:
-        batch_size //= 2
-        log.warning("evaluation does not fit into memory: going on with trainer.eval_batch_size=%d", batch_size)
+    with evaluation_mode(model):
+        while (share := _predict_share(model, examples, collate, batch_size, task, trainer, processes)) is None:
+            batch_size //= 2
+            log.warning("evaluation does not fit into memory: going on with trainer.eval_batch_size=%d", batch_size)
     in_order = np.argsort(order_of_results(examples, processes.count))
     losses, labels, outputs = (
         torch.cat(parts).numpy()[in_order] for parts in zip(*processes.gather(share), strict=True)

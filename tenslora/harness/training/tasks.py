@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -80,3 +82,31 @@ def outputs_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     outputs = getattr(output, "logits", output)
     assert isinstance(outputs, Tensor)
     return outputs
+
+
+_modes: dict[int, tuple[list[nn.Module], dict[nn.Module, bool]]] = {}
+_modes_lock = threading.Lock()
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which a model is in evaluation mode; afterwards each of its modules is in the mode that it was in.
+
+    Several threads may be in this context of one model: the last to leave puts the modes back.
+
+    Args:
+        model: the model.
+    """
+    with _modes_lock:
+        inside, modes = _modes.setdefault(id(model), ([], {module: module.training for module in model.modules()}))
+        inside.append(model)
+        model.eval()
+    try:
+        yield
+    finally:
+        with _modes_lock:
+            inside.pop()
+            if not inside:
+                del _modes[id(model)]
+                for module, mode in modes.items():
+                    module.training = mode

@@ -8,7 +8,7 @@ import torch
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.run_record import summarize_history
-from tenslora.harness.training.tasks import CLASSIFICATION, REGRESSION
+from tenslora.harness.training.tasks import CLASSIFICATION, REGRESSION, evaluation_mode
 from tests.toy import LinearModel, collate, examples, fit_toy
 
 
@@ -67,3 +67,20 @@ def test_further_test_splits_are_scored_under_names_of_their_own(tmp_path: Path)
     summary = summarize_history([last], list(last)[5:])
     assert summary["last"] == last["accuracy"]
     assert list(summary["others_last"]) == ["matthews", "accuracy_other", "matthews_other"]
+
+
+def test_the_last_thread_that_leaves_puts_the_modes_back() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Sequential(torch.nn.Dropout()))
+    model[1].eval()
+    first, second = evaluation_mode(model), evaluation_mode(model)
+
+    def modes() -> list[bool]:
+        return [module.training for module in model.modules()]
+
+    first.__enter__()
+    with second:
+        first.__exit__(None, None, None)
+        assert not any(modes())
+    with pytest.raises(OSError, match="b"), evaluation_mode(model):
+        raise OSError("b")
+    assert modes() == [True, True, False, False]
