@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         loaded = load_run(given.run, given.checkpoint)
         run = with_overrides(loaded.run, given.overrides)
-        evaluation = loaded.evaluate(run.dataset, device=given.device)
+        evaluation = loaded.evaluate(run.dataset, device=given.device, shared=True)
         if os.environ.get("RANK", "0") != "0":  # started by torchrun; the first process prints
             return
         split = next(iter(evaluation.predictions))

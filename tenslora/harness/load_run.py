@@ -38,12 +38,15 @@ from tenslora.pretrained import load, read_weights, running_statistics
 class LoadedRun:
     """A finished run, ready to use.
 
+    The modes of the model's modules stay as they are when it predicts and is scored.
+
     Args:
         run: the run's settings.
         record: the run's result.json.
-        backbone: the backbone with the trained head, and with the adapter attached if the run had one.
+        backbone: the backbone with the trained head, and with the adapter attached if the run had one. It is in
+            evaluation mode. With an adapter, only the adapter's parameters require gradients, and the head is frozen.
         tokenizer: the tokenizer of a text model; None for an image model.
-        files: the run's folder.
+        files: the run's folder, by its absolute path.
     """
 
     run: RunConfig
@@ -77,7 +80,12 @@ class LoadedRun:
 
     @reading_anew()
     def predict(
-        self, inputs: Sequence[Any], *, device: str | None = None, batch_size: int | None = None
+        self,
+        inputs: Sequence[Any],
+        *,
+        device: str | None = None,
+        batch_size: int | None = None,
+        shared: bool = False,
     ) -> list[Prediction]:
         """Predict the classes or the values of inputs, encoded as the run's test examples were.
 
@@ -86,6 +94,8 @@ class LoadedRun:
                 channels); for a text model sentences, or pairs of sentences.
             device: auto, cpu, cuda or cuda:<index>; None for the run's own.
             batch_size: the number of inputs per batch; None for that of the run's tests.
+            shared: whether the processes that torchrun has started share the work. All of them must then ask for the
+                same. Otherwise this process works alone.
 
         Returns:
             A prediction for each input, in order.
@@ -109,7 +119,7 @@ class LoadedRun:
         dataset = Dataset(examples, examples, self.classes, self.task)
         data = encode(dataset, self.run.dataset, self.backbone, self.tokenizer)
         trainer = replace(self.run.trainer, workers=0, eval_batch_size=batch_size or self.run.trainer.eval_batch_size)
-        with self._on(device) as processes:
+        with self._on(device, shared) as processes:
             model = self.backbone.model
             _, predictions = predict(model, data.scored, data.collate, TASKS[self.task], trainer, processes)
         _require_finite(predictions)
@@ -117,7 +127,11 @@ class LoadedRun:
 
     @reading_anew()
     def evaluate(
-        self, dataset: ImageDatasetConfig | TextDatasetConfig | None = None, *, device: str | None = None
+        self,
+        dataset: ImageDatasetConfig | TextDatasetConfig | None = None,
+        *,
+        device: str | None = None,
+        shared: bool = False,
     ) -> Evaluation:
         """Score the model as the run scored it after its last epoch.
 
@@ -127,6 +141,8 @@ class LoadedRun:
             dataset: the settings of the dataset to score the model on; None for the run's own. A user's own files in
                 another place need no examples for training. If they have no split to test on, all are for testing.
             device: auto, cpu, cuda or cuda:<index>; None for the run's own.
+            shared: whether the processes that torchrun has started share the work. All of them must then ask for the
+                same. Otherwise this process works alone.
 
         Returns:
             The loss, the scores and the predictions.
@@ -161,7 +177,7 @@ class LoadedRun:
         data = encode(replace(loaded, train=loaded.scored), config, self.backbone, self.tokenizer)
         # A process of a pool must not start workers.
         trainer = replace(self.run.trainer, workers=0) if current_process().daemon else self.run.trainer
-        with self._on(device) as processes:
+        with self._on(device, shared) as processes:
             evaluation = evaluate(self.backbone.model, data, trainer=trainer, processes=processes)
         for predictions in evaluation.predictions.values():
             _require_finite(predictions)
@@ -188,7 +204,7 @@ class LoadedRun:
             )
 
     @contextmanager
-    def _on(self, device: str | None) -> Iterator[Processes]:
+    def _on(self, device: str | None, shared: bool) -> Iterator[Processes]:
         """A context in which the model is on a device, with the run's number of threads or what this machine allows."""
         kinds = {weight.dtype for weight in self.backbone.head_parameters().values()}
         if self.run.model.library == "timm" and kinds - {torch.float32}:  # transformers casts its inputs by itself
@@ -198,7 +214,8 @@ class LoadedRun:
             )
         before, threads = torch.get_num_threads(), self.run.trainer.threads
         try:
-            processes = Processes(device or self.run.trainer.device, threads and min(threads, most_threads()))
+            threads = threads and min(threads, most_threads())
+            processes = Processes(device or self.run.trainer.device, threads, alone=not shared)
         except TensLoRAError as error:
             if not str(error).startswith("trainer.device="):  # the processes that the environment tells of
                 raise
@@ -272,7 +289,8 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     backbone.model.load_state_dict(weights, strict=False)
     if run.adapter:
         adapter.trained_beside = frozenset(trained)  # for save_pretrained
-    return LoadedRun(run, record, backbone, tokenizer, files)
+    backbone.model.eval()
+    return LoadedRun(run, record, backbone, tokenizer, RunFolder(files.path.absolute()))
 
 
 def _require_backbone_of(run: RunConfig, record: Mapping[str, Any], backbone: Backbone, tokenizer: Any) -> None:

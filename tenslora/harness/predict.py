@@ -250,7 +250,7 @@ def predict(given: argparse.Namespace) -> list[dict[str, Any]]:
                 raise TensLoRAError(
                     f"--file {given.file}: has a column {_PROBABILITY}{name}, which the answer would replace"
                 )
-    predictions = loaded.predict(inputs, device=given.device, batch_size=given.batch_size)
+    predictions = loaded.predict(inputs, device=given.device, batch_size=given.batch_size, shared=True)
     return [
         {**row, "prediction": each.answer, **({"probabilities": each.probabilities} if each.probabilities else {})}
         for row, each in zip(rows, predictions, strict=True)

@@ -13,6 +13,7 @@ import pandas
 import pytest
 from PIL import Image
 
+from tenslora.harness import predict
 from tenslora.harness.evaluate import main, scores_of
 from tenslora.harness.load_run import load_run
 from tenslora.harness.run_folder import RunFolder
@@ -129,3 +130,14 @@ def test_other_texts_need_no_training_examples(
             main([str(folder), f"dataset.root={tmp_path}/huge.csv"])
     else:
         assert printed["pearson"] == pytest.approx(others["label"].corr(pandas.Series(answers, others.index)), abs=1e-6)
+
+
+def test_the_processes_of_a_command_share_the_work(
+    digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "0.png")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command, words in ((main, []), (predict.main, [f"{tmp_path}/0.png"])):
+        with pytest.raises(SystemExit, match=r"^error: WORLD_SIZE=2: needs MASTER_ADDR too; "):
+            command([str(digits_run), *words])

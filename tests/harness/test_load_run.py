@@ -304,6 +304,45 @@ def test_a_smaller_machine_predicts_with_fewer_threads(digits_run: Path, monkeyp
     assert torch.get_num_threads() == before
 
 
+def test_the_modes_of_a_model_stay_as_they_were(digits_run: Path) -> None:
+    loaded, images = load_run(digits_run), [np.zeros((8, 8), np.uint8)]
+    model = loaded.backbone.model
+    assert not any(module.training for module in model.modules())  # ready to use
+    answer = loaded.predict(images)
+    model.train()
+    next(model.children()).eval()
+    modes = [module.training for module in model.modules()]
+    assert loaded.predict(images) == answer
+    loaded.evaluate()
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_loaded_run_works_in_its_own_process_alone(
+    rank: str, digits_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, images = load_run(digits_run), [np.full((8, 8), value, np.uint8) for value in (0, 90, 200)]
+    answers, loss = loaded.predict(images), loaded.evaluate().loss
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: pytest.fail("waits for another process"))
+    assert loaded.predict(images) == answers
+    assert loaded.evaluate().loss == loss
+    for ask in (lambda: loaded.predict(images, shared=True), lambda: loaded.evaluate(shared=True)):
+        with pytest.raises(pytest.fail.Exception, match="waits for another process"):
+            ask()
+
+
+def test_a_loaded_run_finds_its_folder_from_another_one(
+    digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(digits_run.parent)
+    loaded = load_run(digits_run.name)
+    monkeypatch.chdir(tmp_path)
+    assert loaded.files.path == digits_run
+    assert loaded.files.read_predictions().keys() == {"test"}
+
+
 def test_other_data_may_number_the_classes_otherwise(digits_run: Path) -> None:
     classes = ("5", "6", "7", "8", "9")
     examples = Examples([0, 0, 0], [0, 1, 1])

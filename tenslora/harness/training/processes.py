@@ -25,16 +25,17 @@ class Processes:
         device: auto (cuda if there is a GPU, otherwise cpu), cpu, cuda or cuda:<index>. If there are several processes
             on GPUs, each takes the GPU of its local rank.
         threads: the number of CPU threads; None to let torch choose.
+        alone: whether this process works by itself, whatever torchrun says.
 
     Raises:
         TensLoRAError: for a device that this machine does not have, or for far more threads than it has processors.
     """
 
-    def __init__(self, device: str, threads: int | None = None) -> None:
+    def __init__(self, device: str, threads: int | None = None, *, alone: bool = False) -> None:
         if threads is not None and threads > (most := most_threads()):
             raise TensLoRAError(f"trainer.threads={threads}: must be at most {most}, four times the processors here")
         torch.set_num_threads(threads or _THREADS)
-        self.index, self.count = _place_among_processes()
+        self.index, self.count = (0, 1) if alone else _place_among_processes()
         self._accelerator: Any = None
         self.device = _device(device)
         if self.count > 1:
