@@ -193,7 +193,7 @@ def device_of(linear: nn.Module) -> torch.device:
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Let gradients pass through bitsandbytes' 4-bit layers on every CPU.
+    """Let gradients pass through bitsandbytes' 4-bit layers on every CPU, and warn of weights that pass none on.
 
     On a CPU with the instructions AVX512-BF16, such a layer rearranges its weight when it is first called in evaluation
     mode. From then on its input gets no gradient, in training mode either, and an adapter in an earlier layer would
@@ -207,6 +207,31 @@ def keep_gradients(model: nn.Module) -> None:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.state_dict()  # undoes the arrangement
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    _warn_of_lost_gradients(model)
+
+
+def _warn_of_lost_gradients(model: nn.Module) -> None:
+    # torchao's weights that quantise their input too have no derivative. One weight of each type is tried.
+    kinds: dict[type, tuple[str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        if type(module).forward is nn.Linear.forward and type(module.weight) not in (nn.Parameter, Tensor):
+            kinds.setdefault(type(module.weight), (path, module))
+    for kind, (path, linear) in kinds.items():
+        weight = cast(Tensor, linear.weight)
+        if weight.is_meta or torch.is_inference_mode_enabled():
+            continue
+        try:
+            with torch.enable_grad():
+                x = torch.zeros(1, features(linear)[0], dtype=weight.dtype, device=weight.device, requires_grad=True)
+                passes_on = torch.nn.functional.linear(x, weight).requires_grad
+        except Exception:  # of a kind that computes in some other way
+            continue
+        if not passes_on:
+            warnings.warn(
+                f"{path}: its weight ({kind.__name__}, which quantises its input too) passes no gradient on, so that "
+                f"an adapter on this layer or an earlier one may not be trained; quantise the weights alone to train",
+                stacklevel=3,
+            )
 
 
 def layer_updates(

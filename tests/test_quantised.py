@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
 from tenslora import AdapterConfig, TensLoRAError, attach, detach, merge, save_pretrained, unmerge
 from tenslora.peft import TensLoraConfig
@@ -238,3 +239,23 @@ def test_an_update_that_a_quantised_weight_cannot_hold_is_not_merged() -> None:
     with pytest.raises(TensLoRAError, match="its weight would hold a NaN or an infinity with its update"):
         merge(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("put_on", [attached, in_peft])
+def test_weights_that_pass_no_gradient_on_are_told(put_on: Callable[[nn.Module], nn.Module]) -> None:
+    def told(config: Any) -> list[str]:
+        model = build("hf_bert").float()
+        quantize_(model, config)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapter = put_on(model)
+        trained = logits(model, inputs("hf_bert")).requires_grad
+        assert all(parameter.requires_grad for parameter in adapter.parameters())
+        ours = [str(each.message) for each in caught if "passes no gradient on" in str(each.message)]
+        assert bool(ours) is not trained
+        return ours
+
+    assert not told(Int8WeightOnlyConfig())
+    [warning] = told(Int8DynamicActivationInt8WeightConfig())
+    assert "\n" not in warning
+    assert re.match(r"bert\.encoder\.layer\.0\.attention\.self\.query: its weight \(Int8Tensor", warning)
