@@ -103,7 +103,7 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
     modules_named(model, to_save, "modules_to_save")
     stages = chosen_stages(model, config)
     adapter = config.make_adapter([stage.geometry for stage in stages])
-    approximation = approximate(adapter, read_updates(folder, stages, choice(config, stages[0].geometry.adapt)))
+    approximation = approximate(adapter, read_updates(folder, stages, choice(config)))
     _, weights = read_safetensors(folder / WEIGHTS)
     others = {name: weight for name, weight in weights.items() if ".lora_" not in name}
     own = model.state_dict()

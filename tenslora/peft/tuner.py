@@ -684,15 +684,14 @@ def _describe_adapters(tuner: nn.Module, *_: Any) -> None:
             config.ranks = [*(ranks[0] if len(ranks) == 1 else ranks)]
 
 
-def choice(config: TensLoraConfig, adapt: str) -> str:
+def choice(config: TensLoraConfig) -> str:
     """The settings that choose the matrices and layers to adapt, with their values, for a message.
 
     Args:
         config: the settings.
-        adapt: the matrices that they choose.
     """
     patterns = _patterns(config)
-    by_letters = [] if config.target_modules and not config.adapt else [f"adapt={adapt}"]
+    by_letters = [] if config.target_modules and not config.adapt else [f"adapt={config.adapt or 'qkv'}"]
     return ", ".join([*by_letters, *([patterns] if patterns else [])])
 
 

@@ -189,6 +189,7 @@ def test_a_lora_that_cannot_be_taken_over_leaves_the_model_as_it_was(
     [
         ({"layers_to_transform": [0]}, "layer.1.attention.self.key", "adapt=qkv, layers_to_transform=[0]"),
         ({"exclude_modules": "bert.encoder.layer.0.*"}, "layer.0.attention.self.key", "adapt=qkv, exclude_modules="),
+        ({"exclude_modules": ["key"]}, "layer.0.attention.self.key", "adapt=qkv, exclude_modules=['key'] leaves"),
         ({"target_modules": ["query"]}, "layer.0.attention.self.key", "target_modules=['query'] leaves"),
     ],
 )
