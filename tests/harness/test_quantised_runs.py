@@ -169,8 +169,9 @@ def test_transformers_loads_it_merged_up_to_the_rounding(kind: str, finished: di
     expected = outputs(loaded.backbone)
     assert (outputs(loaded.backbone, merged) - expected).abs().max() < 0.2 * expected.abs().max()
     checkpoint = replace(loaded.run.model, checkpoint=str(tmp_path / "merged"), quantization=None)
-    with pytest.raises(TensLoRAError, match=r"^model\.checkpoint=.*: its weights are quantised already"):
-        load_backbone(checkpoint, 2, 0)
+    for asked in (None, "int8", "nf4"):  # the checkpoint's own kind would stay, whatever is asked for
+        with pytest.raises(TensLoRAError, match=r"^model\.checkpoint=.*: its weights are quantised already"):
+            load_backbone(replace(checkpoint, quantization=asked), 2, 0)
 
 
 def test_a_timm_model_cannot_be_merged_and_says_what_can_be_done(finished: dict[str, Path], tmp_path: Path) -> None:

@@ -95,16 +95,13 @@ def _load_pretrained(
     if config.quantization is not None:
         with fetching(config):
             own = settings.get("config") or read_hub_config(source)
+        _require_floats(config, hasattr(own, "quantization_config"))
         settings |= _quantised(config, own)
     with fetching(config):
         model, info = _auto_class(config).from_pretrained(
             source, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **settings
         )
-    if config.quantization is None and getattr(model, "is_quantized", False):
-        raise TensLoRAError(
-            f"{source_setting(config)}: its weights are quantised already; must be a checkpoint of floats, which "
-            f"model.quantization quantises"
-        )
+    _require_floats(config, config.quantization is None and getattr(model, "is_quantized", False))
     if getattr(model, "_hf_peft_config_loaded", False):
         raise wrong_checkpoint(
             config, source, "it holds an adapter of PEFT too, adapter_config.json, which transformers puts on the model"
@@ -125,6 +122,14 @@ def _load_pretrained(
         if (first := re.sub(r"\.\d+\.", ".0.", name, count=1)) != name and first in own:
             raise wrong_checkpoint(config, source, f"it has {name}, and its config.json declares fewer layers")
     return model, [model.get_submodule(path) for path in sorted(new)]
+
+
+def _require_floats(config: ModelConfig, are_quantised: bool) -> None:
+    if are_quantised:
+        raise TensLoRAError(
+            f"{source_setting(config)}: its weights are quantised already; must be a checkpoint of floats, which "
+            f"model.quantization quantises"
+        )
 
 
 def _build_random(
