@@ -8,7 +8,7 @@ from dataclasses import replace
 from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig
-from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw, shortened
 from tenslora.harness.data.image_folder import load_test_images
 from tenslora.harness.data.images import load_images
 from tenslora.harness.data.text_files import load_test_texts, load_text_files
@@ -53,6 +53,9 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
     for split, examples in {"training": dataset.train, **scored}.items():
         if not len(examples):
             raise TensLoRAError(f"dataset={config.name}: it has no {split} examples")
+    if without := sorted(set(range(len(dataset.classes))).difference(dataset.train.labels)):
+        names = shortened(dataset.classes[number] for number in without)
+        log.warning("%s: no training example is of %s", config.name, names)
     log.info(
         "%s: %d of %d training examples, %d %s examples, %s",
         config.name, len(dataset.train), available, sum(map(len, scored.values())), config.scored_on,

@@ -151,7 +151,7 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
     skipped: Counter[str] = Counter()
 
     def is_image(path: str) -> bool:
-        if any(part.startswith(".") for part in Path(path).relative_to(folder).parts):
+        if any(map(_is_of_a_system, Path(path).relative_to(folder).parts)):
             return False
         suffix = Path(path).suffix.lower()
         if Path(path).is_fifo():  # it would be read for ever
@@ -238,9 +238,20 @@ def _check_same_classes(setting: str, one: tuple[str, Iterable[str]], other: tup
         raise TensLoRAError(f"{setting}: {one[0]} and {other[0]} must have the same classes; {'; '.join(differences)}")
 
 
+def _is_of_a_system(name: str) -> bool:
+    """Whether a file or folder is none of the user's: hidden, thumbnails of Synology, or the bin of a disk."""
+    return name.startswith(".") or name in (
+        "@eaDir",
+        "#recycle",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "__MACOSX",
+    )
+
+
 def _subfolders(folder: Path) -> list[str]:
     try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_of_a_system(entry.name))
         "".join(names).encode()  # the record of a run could not hold a name in another encoding
     except (OSError, UnicodeEncodeError) as error:
         raise TensLoRAError(f"dataset.root: {folder} cannot be read ({error})") from error

@@ -48,6 +48,15 @@ def test_the_validation_split_is_a_part_of_the_examples_that_train_size_chooses(
     assert sorted(reds(split.train) + reds(split.validation)) == sorted(reds(chosen))
 
 
+def test_a_class_without_a_training_example_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "own.csv").write_text("text,label\n" + "".join(f"a {label},{label}\n" for label in "xxxxyyyyz"))
+    for seed in range(4):  # the only example of z is for testing with one seed or another
+        with caplog.at_level("WARNING"):
+            dataset = load_dataset(configured("dataset=text", f"dataset.root={tmp_path / 'own.csv'}").dataset, seed)
+        assert ("own: no training example is of z" in caplog.text) == (2 not in dataset.train.labels)
+        caplog.clear()
+
+
 def test_the_test_split_need_not_exist(tmp_path: Path, shared: Path) -> None:
     (tmp_path / "train.tsv").write_text("x\t1\t\tA cat sat.\nx\t0\t*\tSat cat a.\nx\t1\t\tA dog ran.\n")
     split = load_dataset(configured("dataset=cola", f"dataset.root={tmp_path}", "dataset.validation=0.3").dataset, 0)

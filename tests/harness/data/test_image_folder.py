@@ -76,6 +76,8 @@ def test_hidden_files_and_files_of_other_kinds_are_left_out(tmp_path: Path, capl
     write_train_and_test(tmp_path)
     paint(tmp_path / "train" / ".ipynb_checkpoints" / "1.png", 9)
     paint(tmp_path / "train" / "ant" / ".cache" / "1.png", 9)
+    paint(tmp_path / "train" / "$RECYCLE.BIN" / "1.png", 9)
+    paint(tmp_path / "train" / "ant" / "@eaDir" / "1.png" / "SYNOPHOTO_THUMB_M.jpg", 9)
     (tmp_path / "train" / "ant" / "._003.png").write_bytes(b"a resource fork")
     (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
     os.mkfifo(tmp_path / "train" / "ant" / "pipe.png")
