@@ -2,7 +2,7 @@
 # Runs a command in the project's environment: sh run.sh python train.py
 # The environment is .venv, made or brought up to date first where requirements.lock says so.
 set -e
-root=$(cd "$(dirname "$0")" && pwd)
+root=$(dirname "$(readlink -f "$0")")
 if ! cmp -s "$root/requirements.lock" "$root/.venv/requirements.lock"; then
     python3 -m venv "$root/.venv"
     "$root/.venv/bin/pip" install -q -r "$root/requirements.lock"
