@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import groupby
@@ -23,7 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError, os_reason
 from tenslora.harness.cache import forget_all
-from tenslora.harness.commands import FULL_ERROR, OUT_OF_REACH, is_text, open_missing_streams, unforeseen
+from tenslora.harness.commands import (
+    CARRIAGE_RETURN,
+    FULL_ERROR,
+    OUT_OF_REACH,
+    is_text,
+    open_missing_streams,
+    unforeseen,
+)
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -69,6 +77,10 @@ def run_app(
             )
         if not is_text(word):
             sys.exit(f"error: {TensLoRAError(word)}: must be text in UTF-8")
+        if not word:
+            sys.exit("error: the command line: has an empty word, as of a shell variable that is not set; leave it out")
+        if word.endswith("\r"):
+            sys.exit(f"error: {TensLoRAError(word)}: {CARRIAGE_RETURN}")
     with contextlib.suppress(OSError):
         if "${" in (here := os.getcwd()):  # which Hydra would take for a reference to a setting
             sys.exit(f"error: {TensLoRAError(here)}: the path of the current folder must not contain ${{")
@@ -264,6 +276,11 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
         if config_name == "sweep":  # Hydra did not get as far as hydra.mode, because another word is wrong
             return _joined(_error_without(word) or error)
         return f"{word}: is several values; add -m to carry out a run for each of them, or use sweep.py"
+    for word in sys.argv[1:]:
+        odd = next((c for c in word if not c.isascii() and unicodedata.category(c)[0] not in "LMN"), None)
+        if odd and not _is_readable(word):
+            name = unicodedata.name(odd, f"U+{ord(odd):04X}")
+            return f"{TensLoRAError(word)}: is no setting that Hydra can read; it holds {odd} ({name})"
     for word in words:
         if str(error) == f"Error merging override {word}" and any("Cannot merge" in str(cause) for cause in causes):
             return f"{word}: must be {'a dictionary' if word.partition('=')[2].startswith('[') else 'a list'}"

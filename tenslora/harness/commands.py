@@ -13,11 +13,15 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tenslora.errors import TensLoRAError, first_line
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """The environment variable that asks for the traceback of an error, as in every application of Hydra: 1 for yes."""
+
+CARRIAGE_RETURN = "ends in a carriage return, as every line of a file from Windows does; take it out (dos2unix)"
+"""What is wrong with a word of the command line whose last character nobody sees."""
 
 QUIET = ("transformers", "torch.utils._pytree", "bitsandbytes")
 """Loggers whose warnings do not help a user of the commands. transformers warns of a new head, torch of its next
@@ -34,11 +38,19 @@ def command_parser(module: str, description: str | None) -> argparse.ArgumentPar
         module: the module's name, as in ``python -m <module>``.
         description: the module's docstring, which ``--help`` shows without changing its line breaks.
     """
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m {module}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        for word in sys.argv[1:] if args is None else args:
+            if word.endswith("\r"):
+                self.error(str(TensLoRAError(f"{word}: {CARRIAGE_RETURN}")))
+        return super().parse_known_args(args, namespace)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -68,6 +68,11 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["warm_start=a(1)"], """quotes, as in 'warm_start="a(1)"'"""),
         (["hydra.job.chdir=true"], "hydra.job.chdir=true: must be false, because paths are relative to the current"),
         (["seed=\udcff"], r"seed=\udcff: must be text in UTF-8"),
+        (["seed=1\r"], r"seed=1\r: ends in a carriage return, as every line of a file from Windows does"),
+        ([""], "the command line: has an empty word, as of a shell variable that is not set"),
+        (["optimizer.lr=5e\u22124"], "is no setting that Hydra can read; it holds \u2212 (MINUS SIGN)"),
+        (["\u2013m", "seed=0,1"], "\u2013m: is no setting that Hydra can read; it holds \u2013 (EN DASH)"),
+        (["seed\uff1a1"], "it holds \uff1a (FULLWIDTH COLON)"),
         # the settings'
         (["optimizer.lr=-0.001"], "optimizer.lr=-0.001: must be at least 0"),
         (["rank_strategy=explicit"], "rank_strategy.ranks=null: tensor_mode qkv_depth needs 4 integers"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tenslora.harness.commands import mistakes_in_one_line
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tests.commands import interrupt_import
 from tests.conftest import ROOT
 
@@ -61,6 +61,14 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: 
     message = r"^error: the current folder: cannot be used \(No such file or directory\); change to another$"
     with pytest.raises(SystemExit, match=message), mistakes_in_one_line():
         Path("a").resolve()
+
+
+def test_a_word_that_ends_as_a_line_of_windows_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command_parser("export", None).parse_args(["run\r"])
+    assert capsys.readouterr().err.endswith(
+        "error: run\\r: ends in a carriage return, as every line of a file from Windows does; take it out (dos2unix)\n"
+    )
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:

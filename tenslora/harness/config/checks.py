@@ -293,6 +293,8 @@ def no_such_setting(setting: str, settings: Sequence[str]) -> str:
         settings: the settings that exist, with their groups.
     """
     group, _, name = setting.rpartition(".")
+    if setting == "experiment":
+        return "experiment: is no setting but a file of settings, which must begin with the line # @package _global_"
     wanted = _NAMES_ELSEWHERE.get(name, name)
 
     def likeness(other: str) -> tuple[float, float]:
