@@ -5,8 +5,28 @@ from __future__ import annotations
 import errno
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def at_least(level: int, *loggers: str) -> Iterator[None]:
+    """A context in which loggers pass on what has at least a level; afterwards they have the levels that they had.
+
+    Args:
+        level: the level.
+        *loggers: the loggers' names.
+    """
+    before = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    for logger in before:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, own in before.items():
+            logger.setLevel(own)
 
 
 class LogFile(logging.FileHandler):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.config import ModelConfig
+from tenslora.harness.console import at_least
 from tenslora.hub import is_repository
 
 log = logging.getLogger(__name__)
@@ -66,15 +67,14 @@ def fetching(config: ModelConfig) -> Iterator[None]:
         TensLoRAError: in place of any error in the context; the message says what to do. A TypeError of timm is about
             the options, and is left to `building`.
     """
-    client_log = logging.getLogger("huggingface_hub")
-    level = client_log.level
-    client_log.setLevel(logging.ERROR)  # the client warns of each of its retries, over twenty lines in a minute
     is_local = config.checkpoint is not None and Path(config.checkpoint).exists()
     repository = config.checkpoint or config.architecture
     if not is_local:
         _announce(config.name, str(repository))
     try:
-        yield
+        # The client warns of each of its retries, over twenty lines in a minute.
+        with at_least(logging.ERROR, "huggingface_hub"):
+            yield
     except TensLoRAError:
         raise
     # The hub's clients raise OSError, ValueError, RuntimeError and the types of their HTTP libraries.
@@ -98,8 +98,6 @@ def fetching(config: ModelConfig) -> Iterator[None]:
             f"download that repository where there is a network and set model.checkpoint to the folder, or set "
             f"model.pretrained=false for random weights"
         ) from error
-    finally:
-        client_log.setLevel(level)
 
 
 @contextmanager

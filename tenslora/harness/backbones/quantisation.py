@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones.head import Backbone
 from tenslora.harness.config import ModelConfig
+from tenslora.harness.console import at_least
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -19,9 +21,9 @@ if TYPE_CHECKING:
 _PACKAGES = {"transformers": "bitsandbytes", "timm": "torchao"}
 
 
-def silence_torchao() -> None:
-    """Keep torch from warning of its own next release when torchao is imported."""
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+def silent_torchao() -> AbstractContextManager[None]:
+    """A context in which torch does not warn of its own next release when torchao is imported."""
+    return at_least(logging.ERROR, "torch.utils._pytree")
 
 
 def require_package(config: ModelConfig) -> None:
@@ -79,8 +81,8 @@ def quantise_timm(backbone: Backbone) -> None:
     Args:
         backbone: a model of timm, changed in place.
     """
-    silence_torchao()
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    with silent_torchao():
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     head = {id(module) for own in backbone.head for module in own.modules()}
     quantize_(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +25,9 @@ from tenslora.harness.backbones.image_input import (
     require_whole_patches,
     resolve_image_input,
 )
-from tenslora.harness.backbones.quantisation import bitsandbytes_config, silence_torchao
+from tenslora.harness.backbones.quantisation import bitsandbytes_config, silent_torchao
 from tenslora.harness.config import ModelConfig
+from tenslora.harness.console import at_least
 from tenslora.projections import find_projections
 
 if TYPE_CHECKING:
@@ -36,17 +39,39 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
 
     See `tenslora.harness.backbones.load_backbone`.
     """
-    silence_torchao()  # transformers imports it where it is installed
-    build = _load_pretrained if config.pretrained else _build_random
-    model, new = build(config, classes, tokenizer)
-    keep_gradients(model)
-    if tokenizer is not None:
-        # By this token a decoder finds where a text ends. A config.json may name another than the tokenizer pads with.
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    head = [*_head_of(model).values(), *new]
-    if config.modality == "image":
-        return Backbone(model, head, "pixel_values", _image_input(config, model))
-    return Backbone(model, head, "input_ids", max_tokens=_max_tokens(model), embedding_sizes=_embedding_sizes(model))
+    with _quiet(config):
+        build = _load_pretrained if config.pretrained else _build_random
+        model, new = build(config, classes, tokenizer)
+        keep_gradients(model)
+        if tokenizer is not None:
+            # By this token a decoder finds where a text ends. A config.json may name another than the tokenizer pads
+            # with.
+            model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        head = [*_head_of(model).values(), *new]
+        if config.modality == "image":
+            return Backbone(model, head, "pixel_values", _image_input(config, model))
+        return Backbone(
+            model, head, "input_ids", max_tokens=_max_tokens(model), embedding_sizes=_embedding_sizes(model)
+        )
+
+
+@contextmanager
+def _quiet(config: ModelConfig) -> Iterator[None]:
+    """A context in which transformers shows its errors and the progress of a download; then it shows what it did."""
+    with silent_torchao():  # which transformers imports where it is installed
+        import transformers
+
+        shown = transformers.utils.logging
+        downloads = config.pretrained and not (config.checkpoint and Path(config.checkpoint).is_dir())
+        hides = shown.is_progress_bar_enabled() and not (downloads and sys.stderr.isatty())
+        if hides:
+            shown.disable_progress_bar()
+        try:
+            with at_least(logging.ERROR, "transformers"):  # it would warn that the head is new
+                yield
+        finally:
+            if hides:
+                shown.enable_progress_bar()
 
 
 def _head_of(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -81,12 +106,7 @@ def _load_pretrained(
     config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, list[nn.Module]]:
     """The model with its weights, and those of its modules that the checkpoint lacks and that belong to the head."""
-    import transformers
-
     source = folder_or_repository(config)
-    if Path(source).is_dir() or not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a download should show one, reading a folder need not
-    transformers.utils.logging.set_verbosity_error()  # transformers would warn that the head is new
     settings: dict[str, Any] = {"num_labels": classes}
     if config.architecture is None:
         settings = {"config": _own_settings(config, classes, tokenizer)}
@@ -149,7 +169,6 @@ def _build_random(
             raise ValueError(f"vocab_size must be at least {len(tokenizer)}, the number of the tokenizer's tokens")
         model = _auto_class(config).from_config(settings, trust_remote_code=False)
         if config.quantization is not None:  # transformers quantises nothing but what it reads from a file
-            transformers.utils.logging.disable_progress_bar()
             with tempfile.TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 model = _auto_class(config).from_pretrained(

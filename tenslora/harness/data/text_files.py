@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
+from tenslora.harness.console import at_least
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, divided, shortened, user_path
 from tenslora.harness.data.text_columns import (
     choose_columns,
@@ -306,10 +307,21 @@ def read_tables(files: Sequence[Path]) -> Rows:
     """
     import datasets
 
-    suffix = files[0].suffix.lower()
+    shows_bars = not datasets.are_progress_bars_disabled()
+    if shows_bars:
+        datasets.disable_progress_bars()  # a download should show one, reading a file need not
+    try:
+        with at_least(logging.CRITICAL, "datasets"):  # the library would log what is raised too
+            return _read_tables(files)
+    finally:
+        if shows_bars:
+            datasets.enable_progress_bars()
 
-    datasets.disable_progress_bars()  # a download should show one, reading a file need not
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # the library would log what is raised too
+
+def _read_tables(files: Sequence[Path]) -> Rows:
+    import datasets
+
+    suffix = files[0].suffix.lower()
     if suffix not in SEPARATORS:
         read = datasets.Dataset.from_parquet if suffix == ".parquet" else datasets.Dataset.from_json
         # The library's own cache knows a file by its path and its time alone, and an edited file may keep both.

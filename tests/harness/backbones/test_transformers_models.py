@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,23 @@ def test_a_checkpoints_own_head_is_replaced_and_the_rest_stays(kind: str, tmp_pa
         assert all(torch.equal(weights[name], saved[name]) for name in saved if name not in head)
         assert all(weights[name].shape[0] != 7 or classes == 7 for name in head)
         assert not any((weights[name] == 9).any() for name in head)
+
+
+def test_what_transformers_shows_is_as_it_was_before(tmp_path: Path) -> None:
+    save_random(tmp_path)
+    shown = transformers.utils.logging
+    verbosity, bars = shown.get_verbosity(), shown.is_progress_bar_enabled()
+    try:
+        shown.set_verbosity_info()
+        shown.enable_progress_bar()
+        load_backbone(saved_model("vit", tmp_path), 3, 1)
+        assert (shown.get_verbosity(), shown.is_progress_bar_enabled()) == (logging.INFO, True)
+        shown.disable_progress_bar()
+        load_backbone(saved_model("vit", tmp_path), 2, 1)
+        assert not shown.is_progress_bar_enabled()
+    finally:
+        shown.set_verbosity(verbosity)
+        (shown.enable_progress_bar if bars else shown.disable_progress_bar)()
 
 
 def test_a_half_precision_checkpoint_loads_in_float32(tmp_path: Path) -> None:

@@ -24,10 +24,8 @@ CLASSES = ("bad", "fine", "good")
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The datasets library's cache in a folder of the test's own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    level = datasets.utils.logging.get_verbosity()
     datasets.disable_progress_bars()
     yield
-    datasets.utils.logging.set_verbosity(level)
 
 
 def config(root: Path | None, **changes: Any) -> TextDatasetConfig:
@@ -342,3 +340,14 @@ def test_the_format_of_a_saved_dataset_does_not_matter(tmp_path: Path, form: str
         other.train.labels,
         other.classes,
     )
+
+
+def test_what_the_datasets_library_shows_is_as_it_was_before(tmp_path: Path) -> None:
+    root = write(tmp_path / "root", {"train.jsonl": table(), "test.jsonl": table()})
+    datasets.enable_progress_bars()
+    level = datasets.utils.logging.get_verbosity()
+    load(root)
+    (root / "test.jsonl").write_text("{")
+    refused(root, "the split test cannot be read", train_size=9)
+    assert datasets.utils.logging.get_verbosity() == level
+    assert not datasets.are_progress_bars_disabled()
