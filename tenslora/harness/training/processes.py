@@ -48,7 +48,8 @@ class Processes:
             self.device = self._accelerator.device
             atexit.register(self._accelerator.state.destroy_process_group)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+            if self.device.index is not None:  # otherwise it is the current one, and set_device wants a number
+                torch.cuda.set_device(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
 
     @property

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.training.processes import Processes
@@ -24,6 +25,20 @@ def test_one_process_is_the_plain_case() -> None:
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(TensLoRAError, match=rf"trainer\.device={device}: "):
         Processes(device)
+
+
+def test_the_current_gpu_is_taken_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda _: None)
+    # As torch.cuda.set_device does it, which takes no device without a number.
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: chosen.append(_get_device_index(device)))
+    for name in ("auto", "cuda"):
+        assert Processes(name).device == torch.device("cuda")
+    assert not chosen
+    assert Processes("cuda:1").device == torch.device("cuda:1")
+    assert chosen == [1]
 
 
 def test_far_more_threads_than_processors_are_refused() -> None:
