@@ -185,13 +185,16 @@ class LoadedRun:
 
     def _require_drawn_as_in_the_run(self, dataset: Dataset, config: DatasetConfig) -> None:
         """Refuse data that has changed: other rows would be drawn for scoring, some of which the run has trained on."""
-        counts = [(config.scored_on, len(dataset.scored))]
+        record, counts = self.record, []
+        if config.scored_on == self.run.dataset.scored_on:
+            counts.append((config.scored_on, record[f"{config.scored_on}_examples"], len(dataset.scored)))
+            in_training = record["train_examples"]
+        else:  # on the test split, of a run that has held out a validation split
+            in_training = record["train_examples"] + record["validation_examples"]
         if config.train_size == self.run.dataset.train_size:
-            counts.append(("train", len(dataset.train)))
+            counts.append(("train", in_training, len(dataset.train)))
         changes = [
-            f"{own:,} {split} examples, and there are {count:,} now"
-            for split, count in counts
-            if count != (own := self.record[f"{split}_examples"])
+            f"{own:,} {split} examples, and there are {count:,} now" for split, own, count in counts if count != own
         ]
         with suppress(TensLoRAError):  # a damaged file of predictions, which nothing else here needs
             kept = self.files.read_predictions().get(config.scored_on)
