@@ -81,7 +81,7 @@ def by_class(summary: Summary) -> list[ByClass]:
         counts = {
             row.row: confusion
             for row in summary.rows
-            if (confusion := _confusion(row.cells[number].runs, len(names))) is not None
+            if (confusion := _confusion(row.cells[number].runs, names)) is not None
         }
         if not counts:
             continue
@@ -99,11 +99,14 @@ def _classes(runs: Iterable[Run]) -> Sequence[str]:
     return next((run.record["classes"] for run in runs if run.record and run.record.get("classes")), ())
 
 
-def _confusion(runs: Iterable[Run], classes: int) -> NDArray[Any] | None:
+def _confusion(runs: Iterable[Run], names: Sequence[str]) -> NDArray[Any] | None:
     """How often each class (row) is taken for each class (column), summed over the completed runs."""
-    total = None
+    total, classes = None, len(names)
     for run in runs:
         if run.status != "completed" or not run.folder:
+            continue
+        if run.record and run.record.get("classes", names) != names:
+            log.warning("%s: has other classes; the report is without this run's accuracy by class", run.folder)
             continue
         if pairs := _predictions(run.folder, run.scored_on or "", classes):
             labels, predicted = pairs

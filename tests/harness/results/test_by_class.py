@@ -84,6 +84,8 @@ def test_runs_without_predictions_are_left_out(runs: list[Run], tmp_path: Path) 
     assert runs[3].folder
     RunFolder(runs[3].folder).predictions.unlink()
     other = replace(runs[2], row=replace(runs[2].row, tensor_mode="qkv"), folder=None)
+    renamed = replace(runs[0], seed=9, record={**(runs[0].record or {}), "classes": ["bread", "apple", "cheese"]})
+    assert by_class(summarize(make_table([*runs[:3], renamed]))) == by_class(summarize(make_table(runs[:3])))
     (of,) = by_class(summarize(make_table([*runs, other])))
     assert [row.label for row in of.rows] == ["lora", "att isorank"]
     assert by_class(summarize(make_table([make_run("lora", epochs=[0.5]), make_run("att")]))) == []
