@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -117,6 +118,21 @@ def building(config: ModelConfig) -> Iterator[None]:
     except Exception as error:  # the libraries check some options with types of their own
         kind = config.architecture or f"model of {config.name}"
         raise TensLoRAError(f"model.options={config.options}: do not make a {kind} ({first_line(error)})") from error
+
+
+def require_readable(checkpoint: str, *files: Path) -> None:
+    """Check that this user may read a checkpoint's files. safetensors says of one that is not to be read: no such file.
+
+    Args:
+        checkpoint: the setting's value.
+        files: the files.
+
+    Raises:
+        TensLoRAError: if one may not be read.
+    """
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise TensLoRAError(f"model.checkpoint={checkpoint}: {file} cannot be read (Permission denied)")
 
 
 def wrong_checkpoint(config: ModelConfig, path: Path | str, difference: str) -> TensLoRAError:

@@ -16,7 +16,7 @@ from tenslora.errors import TensLoRAError, first_line
 from tenslora.files import read_json
 from tenslora.forms import shown
 from tenslora.harness.backbones.head import Backbone
-from tenslora.harness.backbones.hub import building, fetching, wrong_checkpoint
+from tenslora.harness.backbones.hub import building, fetching, require_readable, wrong_checkpoint
 from tenslora.harness.backbones.image_input import ImageInput, require_whole_patches, resolve_image_input
 from tenslora.harness.config import ModelConfig
 from tenslora.harness.config.schema import OPTIONS_ELSEWHERE
@@ -221,6 +221,7 @@ def weights_file(checkpoint: str) -> Path:
     path = EMBEDDED if checkpoint == "embedded" else Path(checkpoint)
     for file in (path, path / "model.safetensors", path / "pytorch_model.bin"):
         if file.is_file():
+            require_readable(checkpoint, file)
             return file
     raise TensLoRAError(f"model.checkpoint={path}: no such file, nor a folder with model.safetensors in it")
 

@@ -18,7 +18,14 @@ from torch import nn
 from tenslora.attachment import keep_gradients
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.backbones.head import Backbone
-from tenslora.harness.backbones.hub import building, fetching, folder_or_repository, source_setting, wrong_checkpoint
+from tenslora.harness.backbones.hub import (
+    building,
+    fetching,
+    folder_or_repository,
+    require_readable,
+    source_setting,
+    wrong_checkpoint,
+)
 from tenslora.harness.backbones.image_input import (
     INTERPOLATIONS,
     ImageInput,
@@ -111,6 +118,9 @@ def _load_pretrained(
     if config.architecture is None:
         settings = {"config": _own_settings(config, classes, tokenizer)}
     if Path(source).is_dir():
+        require_readable(
+            source, *(file for ending in ("safetensors", "bin", "json") for file in Path(source).glob(f"*.{ending}"))
+        )
         _require_as_large_as_its_files(config, Path(source), settings.get("config"))
     if config.quantization is not None:
         with fetching(config):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import EMBEDDED, load_backbone
+from tenslora.harness.backbones.timm_models import weights_file
 from tenslora.harness.training.tasks import outputs_of
 from tests.harness.backbones.tiny_models import (
     HEADS,
@@ -129,6 +132,14 @@ def test_arguments_that_the_shapes_do_not_tell_are_those_of_the_weights(
         rf'model\.options=.*: must have the arguments of the model whose weights these are, .*"{name}": "?{value}',
     )
     load_backbone(vit_digits(checkpoint=str(tmp_path), options={**own, **arguments}), 5, 0)
+
+
+def test_a_checkpoint_of_another_user_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(EMBEDDED.read_bytes())
+    monkeypatch.setattr(os, "access", lambda path, _: path != file)  # root may read every file
+    with pytest.raises(TensLoRAError, match=rf"^model\.checkpoint=.*: {file} cannot be read \(Permission denied\)$"):
+        weights_file(str(tmp_path))
 
 
 def test_the_embedded_checkpoint_fits_only_its_model() -> None:
