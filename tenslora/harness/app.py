@@ -275,7 +275,7 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     if word := next(several, None):  # Hydra's error for several values without -m
         if config_name == "sweep":  # Hydra did not get as far as hydra.mode, because another word is wrong
             return _joined(_error_without(word) or error)
-        return f"{word}: is several values; add -m to carry out a run for each of them, or use sweep.py"
+        return f"{word}: is several values; add -m for a run of each, or use sweep.py; a list needs brackets, as [a,b]"
     for word in sys.argv[1:]:
         odd = next((c for c in word if not c.isascii() and unicodedata.category(c)[0] not in "LMN"), None)
         if odd and not _is_readable(word):

@@ -50,7 +50,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         ),
         (["--config-dir=missing"], "Additional config directory"),
         (["--run", "--multirun"], "Only one of --run, --multirun"),
-        (["seed=0,1"], "seed=0,1: is several values; add -m"),
+        (["seed=0,1"], "seed=0,1: is several values; add -m for a run of each, or use sweep.py; a list needs"),
         (["model=swin_tiny", "model.geometry={d_in:8}"], "model.geometry={d_in:8}: must be a list"),
         (["model=vit_base", "model.geometry=[{d_in:8}]"], "model.geometry=[{d_in:8}]: must be a dictionary"),
         (["tensor_mode"], "missing EQUAL"),

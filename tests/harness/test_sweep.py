@@ -214,6 +214,9 @@ def test_a_job_that_fails_stops_no_other_and_the_same_command_runs_it_again(swee
     complete, before = table(tmp_path), files()
     shutil.rmtree(tmp_path / "outputs" / "tables")
     shutil.copy(EMBEDDED, tmp_path / late)
+    misspelt = sweep(tmp_path, *words, "collect_only=true", "hydra.sweep.dir=output")
+    assert misspelt.err == "error: hydra.sweep.dir=output: no such folder, whose runs could be collected\n"
+    assert not (tmp_path / "output").exists()
     collected = sweep(tmp_path, *words, "collect_only=true")
     assert (collected.status, collected.err) == (first.status, first.err)
     assert not any(line.startswith(("skip", "again", "go on", "[")) for line in collected.out.splitlines())

@@ -45,6 +45,13 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
         assert isinstance(config, ImageDatasetConfig)
         dataset = load_images(config, seed)
     available = len(dataset.train)
+    if config.train_size is not None and config.train_size > available:
+        log.warning(
+            "dataset.train_size=%d: %s has %d training examples; all are used",
+            config.train_size,
+            config.name,
+            available,
+        )
     if config.train_size is not None and config.train_size < available:
         dataset = replace(dataset, train=dataset.train.select(draw(available, config.train_size, seed)))
     if config.validation is not None:

@@ -66,6 +66,8 @@ def choose_columns(
         TensLoRAError: if a given column is not there, or if the choice is not clear; the message lists the columns.
     """
     listed = shortened(columns)
+    if any(re.fullmatch(r"[\d.,+-]+|(\S+\s+){3,}\S+", name) for name in columns):
+        listed += "; the first line of a table must name its columns"
     given = [("text_columns", name) for name in text_columns or ()]
     given += [("label_column", label_column)] if label_column is not None else []
     for setting, name in given:

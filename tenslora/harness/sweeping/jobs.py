@@ -235,6 +235,12 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
     spellings: dict[str, list[tuple[str, ...]]] = {}
     for digest, each in zip(digests, composed, strict=True):
         spellings.setdefault(digest, []).append(each.words)
+    for key in varied:
+        others: dict[tuple[str, ...], set[str]] = {}
+        for digest, each in zip(digests, composed, strict=True):
+            others.setdefault(tuple(w for w in each.words if w.partition("=")[0] != key), set()).add(digest)
+        if all(len(runs) == 1 for runs in others.values()):
+            log.warning("%s=%s: makes no other runs; the first value is taken", key, ",".join(values[key]))
     jobs: dict[str, Job] = {}
     for digest, each in zip(digests, composed, strict=True):
         if digest in jobs:

@@ -124,7 +124,8 @@ REFUSED = {
     "+adapter.alfa=1": "adapter.alfa: there is no such setting; did you mean adapter.alpha?",
     "+dataset.max_length=64": "dataset.max_length: there is no such setting for a dataset of images",
     "+elsewhere.x=1": "elsewhere: there is no such setting; --help lists all settings",
-    "+experiment.x=1": "experiment: is no setting but a file of settings, which must begin with the line # @package _global_",
+    "+experiment.x=1": "experiment: is no setting but a file of settings, which must begin with the line "
+    "# @package _global_",
     "~trainer.epochs": "trainer.epochs: is missing; a setting can be changed, but not taken away",
     "~trainer.evaluate": "trainer.evaluate: is missing; a setting can be changed, but not taken away",
     "~adapter": "adapter: is missing; a setting can be changed, but not taken away",

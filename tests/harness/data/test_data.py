@@ -57,6 +57,11 @@ def test_a_class_without_a_training_example_is_named(tmp_path: Path, caplog: pyt
         caplog.clear()
 
 
+def test_more_training_examples_than_there_are_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert len(load("digits", None, train_size=1000).train) == 599
+    assert "dataset.train_size=1000: digits has 599 training examples; all are used" in caplog.text
+
+
 def test_the_test_split_need_not_exist(tmp_path: Path, shared: Path) -> None:
     (tmp_path / "train.tsv").write_text("x\t1\t\tA cat sat.\nx\t0\t*\tSat cat a.\nx\t1\t\tA dog ran.\n")
     split = load_dataset(configured("dataset=cola", f"dataset.root={tmp_path}", "dataset.validation=0.3").dataset, 0)

@@ -55,6 +55,12 @@ def test_given_columns_are_taken() -> None:
         ("text label", None, "lab", r"dataset\.label_column=lab: must be one of the columns text, label$"),
         ("Text text label", None, None, r"dataset\.text_columns=null: .* there are Text, text, label$"),
         ("text\tlabel", None, None, r"dataset\.text_columns=null: "),
+        (
+            "gj04 1 * sailed",
+            None,
+            None,
+            r"there are gj04, 1, \*, sailed; the first line of a table must name its columns$",
+        ),
     ],
 )
 def test_an_unclear_choice_lists_the_columns(columns: str, texts: Any, label: Any, message: str) -> None:

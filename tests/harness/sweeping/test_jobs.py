@@ -79,6 +79,14 @@ def test_a_further_setting_that_varies_becomes_part_of_the_row(tmp_path: Path) -
     assert jobs[5].label == "digits qkv_depth isorank optimizer.lr=2e-3 seed 1"
 
 
+def test_a_setting_that_makes_no_other_runs_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert (
+        len(plan_jobs([swept(f"trainer.threads={n}", f"seed={seed}") for n in (1, 2) for seed in (0, 1)], tmp_path))
+        == 2
+    )
+    assert caplog.messages == ["trainer.threads=1,2: makes no other runs; the first value is taken"]
+
+
 def test_a_setting_that_varies_without_effect_is_in_no_row(tmp_path: Path) -> None:
     modes, alphas = ("qkv", "head_only"), ("adapter.alpha=1", "adapter.alpha=2")
     runs = [swept(f"tensor_mode={mode}", STRATEGIES[0], alpha) for mode in modes for alpha in alphas]
