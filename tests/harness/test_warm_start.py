@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tenslora.harness.export import main as export
 from tests.running import SHORT, run
 
 
-def test_a_run_may_start_from_a_lora(tmp_path: Path) -> None:
+def test_a_run_may_start_from_a_lora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path / "lora", *SHORT, "tensor_mode=lora", "optimizer.lr=0.05", "trainer.epochs=2")
     export([str(tmp_path / "lora"), "--format", "peft"])
     start = [f"warm_start={tmp_path / 'lora' / 'peft'}", "optimizer.lr=0", "optimizer.min_lr=0", "trainer.max_steps=1"]
@@ -20,3 +22,5 @@ def test_a_run_may_start_from_a_lora(tmp_path: Path) -> None:
     assert set(approximate["warm_start"]["energy"]) == {"d_in", "d_out", "projection", "depth"}
     assert cold["warm_start"] is None
     assert len({exact["digest"], approximate["digest"], cold["digest"]}) == 3
+    left_out = "peft: base_model.model.head.bias, base_model.model.head.weight was trained beside it and is not taken"
+    assert sum(left_out in message for message in caplog.messages) == 2
