@@ -233,6 +233,8 @@ def describe_run(record: dict[str, Any]) -> str:
         best = f"best {metrics['best']:.4f} (epoch {metrics['best_epoch']})"
         split = "validation " if record.get("scored_on") == "validation" else ""
         lines.append(f"{split}{metrics['name']}: last {metrics['last']:.4f}, {best}{others}")
+        if "f1" in (metrics["name"], *metrics["others_last"]) and len(record.get("classes") or ()) == 2:
+            lines.append(f"f1 is that of the class {record['classes'][1]}, the second of the two")
     return "\n".join(lines)
 
 

@@ -69,6 +69,8 @@ def test_a_run_in_a_few_lines_has_ranks_parameters_and_scores(tracked: Tracked) 
     ]
     of_validation = describe_run({**record, "scored_on": "validation"})
     assert of_validation.splitlines()[-1].startswith("validation accuracy: last ")
+    of_f1 = {**record, "classes": ["bad", "good"], "metrics": {**record["metrics"], "name": "f1"}}
+    assert describe_run(of_f1).splitlines()[-1] == "f1 is that of the class good, the second of the two"
 
 
 @pytest.mark.parametrize(("mode", "trained"), [("head_only", 325), ("full", None)])
