@@ -10,7 +10,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -87,24 +87,42 @@ def attach(
     if isinstance(adapter, AdapterConfig):
         with torch.device("cpu"):  # where the random streams are, whatever the default device is
             adapter = make_adapter(adapter, [stage.geometry for stage in stages])
-    model.requires_grad_(False)
-    for module in trained:
-        module.requires_grad_(True)
-    for parameter in of_updates:
-        parameter.requires_grad_(True)
-    keep_gradients(model)
-    for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
-        of_stage.to(device_of(targets[0].linear))
-    adapter.train(model.training)
-    forward_pass = ForwardPass(model)
-    forward_pass.watched = SUBMODULE, adapter
-    for path, update in layer_updates(adapter, stages, forward_pass).items():
-        put_on(model.get_submodule(path), update)
-    adapter.trained_beside = frozenset(name for name, own in model.named_parameters() if id(own) in ids)
-    model.add_module(SUBMODULE, adapter)
-    hook = partial(_hold_what_was_loaded, forward_pass)  # which detach finds here, whatever has become of the layers
-    model.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+    with undone_on_error(model):
+        model.requires_grad_(False)
+        for module in trained:
+            module.requires_grad_(True)
+        for parameter in of_updates:
+            parameter.requires_grad_(True)
+        keep_gradients(model)
+        for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
+            of_stage.to(device_of(targets[0].linear))
+        adapter.train(model.training)
+        forward_pass = ForwardPass(model)
+        forward_pass.watched = SUBMODULE, adapter
+        hook = partial(_hold_what_was_loaded, forward_pass)  # where _take_off finds it, whatever becomes of the layers
+        model.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+        for path, update in layer_updates(adapter, stages, forward_pass).items():
+            put_on(model.get_submodule(path), update)
+        adapter.trained_beside = frozenset(name for name, own in model.named_parameters() if id(own) in ids)
+        model.add_module(SUBMODULE, adapter)
     return adapter
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """A context in which an adapter is put on a model. After an error in it, or Ctrl-C, the model is as it was.
+
+    Args:
+        model: without an adapter. What is written into its weights is not undone.
+    """
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        _take_off(model)
+        for parameter, was_required in required:
+            parameter.requires_grad_(was_required)
+        raise
 
 
 def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedAdapter) -> list[Stage]:
@@ -279,21 +297,48 @@ def detach(model: nn.Module) -> Adapter | StagedAdapter:
         TensLoRAError: if there is no adapter, or if a layer has been given a further class since, as torch's
             parametrizations and fully_shard do.
     """
-    adapter, linears, wrapper = adapter_of(model), _adapted_linears(model), model
-    for path, linear in linears.items():
+    adapter = adapter_of(model)
+    for path, linear in _adapted_linears(model).items():
         if not has_our_class(linear):
             raise TensLoRAError(
                 f"{path}: has become a {type(linear).__name__} under the adapter; undo that before you detach"
             )
-    for linear in linears.values():
-        take_off(linear)
-    model = not_compiled(model)
-    for key, forward_pass in _forward_passes(model).items():
-        forward_pass.remove_hooks()
-        del model._load_state_dict_post_hooks[key]
-    for each in (model, wrapper):
-        each._modules.pop(SUBMODULE, None)
+    _take_off(model)
     return adapter
+
+
+@contextmanager
+def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
+    """A context in which PEFT puts its own layers in the adapter's place. After an error in it, the adapter is back.
+
+    That cannot be where PEFT has put some of its layers on already.
+
+    Args:
+        model: with an adapter, which is taken off and given to the context.
+    """
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    adapter = detach(model)
+    beside = adapter.trained_beside
+    try:
+        yield adapter
+    except BaseException:
+        with suppress(TensLoRAError):
+            attach(model, adapter)
+            adapter.trained_beside = beside
+        for parameter, was_required in required:
+            parameter.requires_grad_(was_required)
+        raise
+
+
+def _take_off(model: nn.Module) -> None:
+    for linear in _adapted_linears(model).values():
+        take_off(linear)
+    own = not_compiled(model)
+    for key, forward_pass in _forward_passes(own).items():
+        forward_pass.remove_hooks()
+        del own._load_state_dict_post_hooks[key]
+    for each in (own, model):
+        each._modules.pop(SUBMODULE, None)
 
 
 def merge(model: nn.Module) -> None:

@@ -36,6 +36,7 @@ from tenslora.attachment import (
     require_changeable,
     require_own_layers,
     stages_to_adapt,
+    undone_on_error,
 )
 from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
@@ -145,12 +146,20 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
         )
     head = read_weights(folder / HEAD_FILE, model) if os.path.lexists(folder / HEAD_FILE) else {}
     places = _places(model)
-    attach(model, adapter)
-    with torch.no_grad():
-        for name, saved in head.items():
-            places[name].copy_(saved)
-            if isinstance(places[name], nn.Parameter):
-                places[name].requires_grad_(True)
+    before = {name: places[name].detach().clone() for name in head}
+    try:
+        with undone_on_error(model):
+            attach(model, adapter)
+            with torch.no_grad():
+                for name, saved in head.items():
+                    places[name].copy_(saved)
+                    if isinstance(places[name], nn.Parameter):
+                        places[name].requires_grad_(True)
+    except BaseException:
+        with torch.no_grad():
+            for name, weight in before.items():
+                places[name].copy_(weight)
+        raise
     adapter.trained_beside = frozenset(name for name in head if isinstance(places[name], nn.Parameter))
     return adapter
 

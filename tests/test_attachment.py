@@ -36,6 +36,7 @@ from tenslora import (
     save_pretrained,
     unmerge,
 )
+from tenslora.adapted_linear import put_on
 from tenslora.attachment import adapter_of
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.peft.to_lora import lora_weights, to_peft
@@ -755,6 +756,66 @@ def test_weights_that_lie_between_each_others_entries_are_merged_into() -> None:
     unmerge(model)
     with pytest.raises(TensLoRAError, match=r"query: its weight is shared by .*query and blocks\.0\.attention\.value"):
         merge(model)
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """What an adapter changes of a model besides its outputs."""
+    return [
+        [(path, type(module)) for path, module in model.named_modules()],
+        {name: (parameter.requires_grad, parameter.sum().item()) for name, parameter in model.named_parameters()},
+        [list(hooks) for hooks in (model._forward_hooks, model._forward_pre_hooks, model._load_state_dict_post_hooks)],
+    ]
+
+
+@pytest.mark.parametrize("use", ["attach", "load"])
+def test_ctrl_c_while_an_adapter_is_put_on_leaves_the_model_as_it_was(
+    use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = build("hf_bert")
+    attach(trained, AdapterConfig("qkv_depth"), train=["classifier"])
+    trained.get_parameter("classifier.weight").data.fill_(0.5)
+    save_pretrained(trained, tmp_path)
+    uses: dict[str, Callable[[], Any]] = {
+        "attach": lambda: attach(model, AdapterConfig("qkv_depth"), train=["classifier"]),
+        "load": lambda: load(model, tmp_path),
+    }
+    model = build("hf_bert")
+    model.get_submodule("bert.embeddings").requires_grad_(False)
+    before, calls = _state(model), 0
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return put_on(*given, **named)
+
+    monkeypatch.setattr("tenslora.attachment.put_on", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        uses[use]()
+    assert _state(model) == before
+    uses[use]()
+    assert model.get_parameter("classifier.weight").requires_grad
+
+
+@pytest.mark.parametrize("convert", [to_peft, to_tenslora])
+def test_an_error_of_peft_leaves_the_adapter_on_the_model(
+    convert: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    model, batch = build("hf_bert"), inputs("hf_bert")
+    adapter = attach(model, AdapterConfig("qkv_depth"), train=["classifier"])
+    expected, before = logits(model, batch), _state(model)[:2]
+    for place in ("peft.get_peft_model", "tenslora.peft.to_tenslora.get_peft_model"):
+        monkeypatch.setattr(place, fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        convert(model, ["classifier"])
+    assert torch.equal(logits(model, batch), expected)
+    assert _state(model)[:2] == before
+    assert model.tenslora is adapter
+    assert adapter.trained_beside == {"classifier.weight", "classifier.bias"}
 
 
 def test_a_copy_of_an_adapted_block_is_not_left_out_in_silence(tmp_path: Path) -> None:

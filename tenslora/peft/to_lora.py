@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenslora.attachment import detach, require_savable, updates_of
+from tenslora.attachment import handed_over, require_savable, updates_of
 from tenslora.errors import TensLoRAError
 from tenslora.projections import is_conv1d
 
@@ -56,26 +56,26 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
         raise TensLoRAError("peft: the package is not installed (pip install peft)") from error
     weights = lora_weights(model)
     require_savable(model, modules_to_save)
-    detach(model)
-    ranks = {path: len(a) for path, (a, _) in weights.items()}
-    rank = max(ranks.values())
-    # A pattern matches every path that ends with it. One that is the end of another path is tied to the beginning.
-    paths = set(ranks)
-    ends = {path for path in paths if any(other.endswith(f".{path}") for other in paths)}
-    lower_ranks = {f"^{path}" if path in ends else path: r for path, r in ranks.items() if r != rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,  # PEFT multiplies the update by lora_alpha / r, which is 1 here
-        rank_pattern=lower_ranks,
-        alpha_pattern=lower_ranks,
-        target_modules=list(weights),
-        modules_to_save=list(modules_to_save) or None,
-        fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in weights),
-    )
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for path, (a, b) in weights.items():
-            layer = peft_model.base_model.model.get_submodule(path)
-            layer.lora_A["default"].weight.copy_(a)
-            layer.lora_B["default"].weight.copy_(b)
+    with handed_over(model):
+        ranks = {path: len(a) for path, (a, _) in weights.items()}
+        rank = max(ranks.values())
+        # A pattern matches every path that ends with it. One that is the end of another path is tied to the beginning.
+        paths = set(ranks)
+        ends = {path for path in paths if any(other.endswith(f".{path}") for other in paths)}
+        lower_ranks = {f"^{path}" if path in ends else path: r for path, r in ranks.items() if r != rank}
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,  # PEFT multiplies the update by lora_alpha / r, which is 1 here
+            rank_pattern=lower_ranks,
+            alpha_pattern=lower_ranks,
+            target_modules=list(weights),
+            modules_to_save=list(modules_to_save) or None,
+            fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in weights),
+        )
+        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+        with torch.no_grad():
+            for path, (a, b) in weights.items():
+                layer = peft_model.base_model.model.get_submodule(path)
+                layer.lora_A["default"].weight.copy_(a)
+                layer.lora_B["default"].weight.copy_(b)
     return peft_model

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from tenslora.adapter import Adapter, StagedAdapter
-from tenslora.attachment import adapter_of, detach, modules_named, require_own_layers, require_savable, updates_of
+from tenslora.attachment import adapter_of, handed_over, modules_named, require_own_layers, require_savable, updates_of
 from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError, require_path
 from tenslora.files import read_safetensors
@@ -74,10 +74,10 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
     require_own_layers(model)
     require_savable(model, modules_to_save)
     adapter_of(model).require_as_declared()
-    adapter = detach(model)
-    peft_model = get_peft_model(model, peft_config(adapter, modules_to_save))  # type: ignore[arg-type]
-    own = _adapter_of(peft_model)
-    own.to(next(adapter.parameters()).dtype).load_state_dict(adapter.state_dict())
+    with handed_over(model) as adapter:
+        peft_model = get_peft_model(model, peft_config(adapter, modules_to_save))  # type: ignore[arg-type]
+        own = _adapter_of(peft_model)
+        own.to(next(adapter.parameters()).dtype).load_state_dict(adapter.state_dict())
     return peft_model
 
 
