@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 from tenslora.errors import TensLoRAError
@@ -57,9 +58,7 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
     if config.validation is not None:
         dataset = _with_validation(dataset, config, config.validation, seed)
     scored = {config.scored_on: dataset.scored, **dataset.more_tests}
-    for split, examples in {"training": dataset.train, **scored}.items():
-        if not len(examples):
-            raise TensLoRAError(f"dataset={config.name}: it has no {split} examples")
+    _require_examples(f"dataset={config.name}", {"training": dataset.train, **scored})
     if without := sorted(set(range(len(dataset.classes))).difference(dataset.train.labels)):
         names = shortened(dataset.classes[number] for number in without)
         log.warning("%s: no training example is of %s", config.name, names)
@@ -83,14 +82,24 @@ def load_tests(config: DatasetConfig, seed: int, classes: tuple[str, ...]) -> Da
         The dataset. Of a user's own files only the examples to test on are read, or all if there is no split of them.
 
     Raises:
-        TensLoRAError: if the data is missing or damaged.
+        TensLoRAError: if the data is missing or damaged, or if there are no examples.
     """
-    if isinstance(config, TextDatasetConfig) and config.source == "text_files":
-        return load_test_texts(config, classes)
-    if isinstance(config, ImageDatasetConfig) and config.source == "image_folder":
+    if config.source not in OWN_FILES:
+        return load_dataset(config, seed)
+    if isinstance(config, TextDatasetConfig):
+        dataset = load_test_texts(config, classes)
+    else:
         test, own_classes = load_test_images(config)
-        return Dataset(NO_EXAMPLES, test, own_classes)
-    return load_dataset(config, seed)
+        dataset = Dataset(NO_EXAMPLES, test, own_classes)
+    setting = f"dataset={config.name}" if config.root is None else f"dataset.root={config.root}"
+    _require_examples(setting, {config.scored_on: dataset.scored})
+    return dataset
+
+
+def _require_examples(setting: str, splits: Mapping[str, Examples]) -> None:
+    for split, examples in splits.items():
+        if not len(examples):
+            raise TensLoRAError(f"{setting}: it has no {split} examples")
 
 
 def _with_validation(dataset: Dataset, config: DatasetConfig, fraction: float, seed: int) -> Dataset:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.data import Examples, load_dataset
+from tenslora.harness.data import Examples, load_dataset, load_tests
 from tests.harness.data.image_folders import load, paint, reds, write_eurosat
 from tests.running import SHORT, configured, run
 
@@ -115,3 +115,11 @@ def test_a_record_names_the_split_that_its_scores_are_of(tmp_path: Path) -> None
     assert "validation_loss" in epoch
     assert "test_loss" not in epoch
     assert epoch["accuracy"] * 10 == pytest.approx(round(epoch["accuracy"] * 10))
+
+
+def test_a_table_without_rows_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    config = configured("dataset=text", f"dataset.root={tmp_path}/rows.csv", "model=minilm").dataset
+    for classes in (("a", "b"), ()):
+        with pytest.raises(TensLoRAError, match=rf"^dataset\.root={tmp_path}/rows\.csv: it has no test examples$"):
+            load_tests(config, 0, classes)
