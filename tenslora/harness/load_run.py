@@ -29,6 +29,7 @@ from tenslora.harness.data.unlabelled import unlabelled
 from tenslora.harness.predictions import Prediction, Predictions, by_name
 from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.training.evaluation import Evaluation, evaluate, predict
+from tenslora.harness.training.precision import round_frozen_weights
 from tenslora.harness.training.processes import Processes, most_threads
 from tenslora.harness.training.tasks import TASKS
 from tenslora.pretrained import load, read_weights, running_statistics
@@ -292,6 +293,8 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     backbone.model.load_state_dict(weights, strict=False)
     if run.adapter:
         adapter.trained_beside = frozenset(trained)  # for save_pretrained
+    if run.trainer.precision == "bf16":
+        round_frozen_weights(backbone.model, of_quantised=True)
     backbone.model.eval()
     return LoadedRun(run, record, backbone, tokenizer, RunFolder(files.path.absolute()))
 

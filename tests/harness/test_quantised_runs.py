@@ -48,7 +48,11 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     root = tmp_path_factory.mktemp("quantised")
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=300, **_SIZES)
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(root / "bert")
+    bert = transformers.BertModel(config, add_pooling_layer=False)
+    for name, parameter in bert.named_parameters():
+        if name.endswith("bias"):  # which are zero in a new model, and no precision rounds a zero
+            nn.init.normal_(parameter, std=0.1)
+    bert.save_pretrained(root / "bert")
     trained_tokenizer().save_pretrained(root / "bert")
     lines = [f"the {('cat', 'dog', 'bird')[number % 3]} sat {number} times,{number % 2}" for number in range(60)]
     (root / "texts.csv").write_text("\n".join(["text,label", *lines]))
@@ -205,13 +209,19 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_in_half_precision_too(kind: str, words: dict[str, list[str]], tmp_path: Path) -> None:
+def test_it_trains_in_half_precision_too_and_is_scored_again_to_the_bit(
+    kind: str, words: dict[str, list[str]], tmp_path: Path
+) -> None:
     settings = [*words[kind], "adapter.dropout=0", "optimizer.lr=0.001", "trainer.max_steps=3"]
     losses = [
         run(tmp_path / precision, *settings, f"trainer.precision={precision}")["metrics"]["history"][-1]["train_loss"]
         for precision in ("bf16", "fp32")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    saved, loaded = record(tmp_path / "bf16"), load_run(tmp_path / "bf16")
+    evaluation = loaded.evaluate()
+    assert {"test_loss": evaluation.loss, **evaluation.scores} == scores_of(saved)
+    assert outputs(loaded.backbone).dtype == torch.float32  # outside of autocast too
 
 
 def test_the_setting_makes_another_run_and_its_default_none() -> None:
