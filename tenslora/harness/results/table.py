@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import CONSTRUCTIONS
+from tenslora.errors import TensLoRAError
 from tenslora.harness.config.schema import TENSOR_MODES
 from tenslora.harness.stages import Ranks, ranks_text, stages_in_file
 from tenslora.harness.training.metrics import METRICS, Metric
@@ -259,6 +260,10 @@ class Table:
     settings: tuple[tuple[str, str], ...] = ()
     by: str | None = None
     tuning: Tuning | None = None
+
+    def __post_init__(self) -> None:
+        if taken := sorted(self.groups.keys() & {run.column.dataset for run in self.runs}):
+            raise TensLoRAError(f"table.groups.{taken[0]}: is the name of a dataset of the table; choose another")
 
     @cached_property
     def rows(self) -> list[Row]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.results.csv import to_csv
 from tenslora.harness.results.figures.panels import panels_of
 from tenslora.harness.results.latex import to_latex
@@ -16,7 +17,7 @@ from tenslora.harness.results.report import to_html
 from tenslora.harness.results.summary import summarize
 from tenslora.harness.results.table import Column, Row, Table
 from tests.running import CONF
-from tests.tables import make_run, make_table
+from tests.tables import DIGITS, make_run, make_table
 
 VTAB = yaml.safe_load((CONF / "table" / "vtab.yaml").read_text())
 GROUPS = {name: tuple(datasets) for name, datasets in VTAB["table"]["groups"].items()}
@@ -66,6 +67,11 @@ def test_latex_has_a_table_for_each_group_and_one_for_their_means() -> None:
     labels = ["tab:sample", *(f"tab:sample-part{number}" for number in (2, 3, 4))]
     assert [len(shown[label]) for label in labels] == [7, 4, 8, 4]
     assert shown["tab:sample-part2"] == list(GROUPS["Specialized"])
+
+
+def test_a_group_has_not_the_name_of_a_dataset() -> None:
+    with pytest.raises(TensLoRAError, match=r"^table\.groups\.digits: is the name of a dataset of the table"):
+        make_table([make_run("att", column=DIGITS)], groups={"digits": ["digits", "other"]})
 
 
 def test_the_tables_tasks_are_those_of_its_groups() -> None:
