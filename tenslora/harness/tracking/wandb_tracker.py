@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -113,7 +115,8 @@ def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[P
         for file in files:
             if file.suffix == ".html":
                 content["report"] = wandb.Html(file.read_text(encoding="utf-8"), inject=False)
-        wandb_run.log(content)
+        with _keeping_copies():
+            wandb_run.log(content)
         if files:
             _upload(wandb_run, f"table-{table.name}", "table", files, {})
         return _offline(wandb_run)
@@ -124,7 +127,8 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
     try:
         has_key = _has_key(wandb.setup().settings.base_url)
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+            own = wandb.setup().settings.mode  # `wandb offline` and `wandb disabled` leave one
+            mode = os.environ.get("WANDB_MODE") or (own if own != "online" else "online" if has_key else "offline")
         return wandb.init(
             project=logger.project,
             entity=logger.entity,
@@ -170,9 +174,21 @@ def _offline(wandb_run: wandb.Run) -> str:
 
 def _upload(wandb_run: wandb.Run, name: str, kind: str, files: list[Path], metadata: dict[str, Any]) -> None:
     artifact = wandb.Artifact(name, type=kind, metadata=metadata)
-    for file in files:
-        artifact.add_file(str(file))
-    wandb_run.log_artifact(artifact)
+    with _keeping_copies():
+        for file in files:
+            artifact.add_file(str(file))
+        wandb_run.log_artifact(artifact)
+
+
+@contextmanager
+def _keeping_copies() -> Iterator[None]:
+    # W&B's own error names the file that was to be copied, and not the folder that has no space.
+    try:
+        yield
+    except OSError as error:
+        raise TensLoRAError(
+            f"logger: Weights & Biases cannot keep copies of files ({error.strerror}); WANDB_DATA_DIR says where"
+        ) from error
 
 
 def _result_lines(summary: Summary) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import LoggerConfig
@@ -20,6 +22,7 @@ from tenslora.harness.tracking.wandb_tracker import _has_key
 from tests.events import FACTS
 from tests.offline import OFFLINE, Tracked, hide_wandb_keys, read_offline_run
 from tests.running import configured
+from tests.tables import make_run, make_table
 
 
 @pytest.fixture
@@ -157,6 +160,25 @@ def test_a_folder_that_wandb_cannot_make_is_named(tmp_path: Path) -> None:
         TensLoRAError, match=r"^logger: Weights & Biases cannot write \S+/wandb\S* \(Not a directory\)$"
     ):
         track_table(OFFLINE, tmp_path, table, [])
+
+
+def test_a_full_disk_is_wandbs_and_not_that_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "adapter.safetensors")
+
+    monkeypatch.setattr(wandb.Artifact, "add_file", full)
+    line = r"^logger: Weights & Biases cannot keep copies of files \(No space left on device\); WANDB_DATA_DIR"
+    with pytest.raises(TensLoRAError, match=line):
+        track_table(OFFLINE, tmp_path, make_table([make_run("lora", epochs=[0.5])]), [tmp_path / "table.md"])
+
+
+@pytest.mark.usefixtures("_without_keys")
+def test_what_wandb_disabled_has_left_is_heeded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb.setup().settings, "mode", "disabled")  # as read from W&B's file of settings
+    run = replace(configured(), logger=replace(OFFLINE, mode="auto"))
+    start_tracker(run, tmp_path, FACTS).abandon()
+    assert not list(tmp_path.glob("wandb/*run-*"))
 
 
 def test_a_variable_that_wandb_does_not_take_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
