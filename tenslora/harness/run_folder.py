@@ -427,6 +427,18 @@ class RunFolder:
         for file in (self.failure, self.result, *([] if keep_checkpoint else [self.checkpoint])):
             _remove(file)
 
+    def remove_logs(self, events: bool) -> None:
+        """Remove what the loggers csv and tensorboard have written of an earlier run.
+
+        Args:
+            events: whether to remove TensorBoard's files too. Its own logger tells a reader which of them are obsolete.
+
+        Raises:
+            TensLoRAError: if a file cannot be removed.
+        """
+        for file in (self.metrics, self.steps, *(self.path.glob("events.out.tfevents.*") if events else ())):
+            _remove(file)
+
     def remove_results(self) -> None:
         """Remove what an earlier run left at its end, its record first.
 

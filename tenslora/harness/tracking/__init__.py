@@ -9,6 +9,7 @@ from typing import Any
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import LoggerConfig, RunConfig
 from tenslora.harness.results.table import Table
+from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.tracking.tracker import Tracker, Trackers
 
 
@@ -30,6 +31,8 @@ def start_tracker(run: RunConfig, folder: Path, facts: dict[str, Any], watch: bo
     started = Trackers([])
     if not watch:
         return started
+    if not (run.resume and RunFolder(folder).checkpoint.is_file()):
+        RunFolder(folder).remove_logs(events=not run.logger.tensorboard)
     try:
         if run.logger.csv:
             from tenslora.harness.tracking.csv_tracker import CsvTracker

@@ -44,6 +44,21 @@ def test_a_run_without_a_logger_needs_no_wandb(logger: LoggerConfig, watch: bool
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_is_trained_anew_leaves_nothing_of_the_earlier_runs_logs(tmp_path: Path) -> None:
+    names = {"metrics.csv", "steps.csv", "events.out.tfevents.1.host.2.0"}
+
+    def left(*words: str) -> set[str]:
+        for name in names:
+            (tmp_path / name).write_text("of an earlier run")
+        start_tracker(configured("resume=true", *words), tmp_path, FACTS).abandon()
+        return {path.name for path in tmp_path.iterdir()} & names
+
+    assert left() == set()
+    assert left("logger=tensorboard") == {"events.out.tfevents.1.host.2.0"}
+    (tmp_path / "checkpoint.safetensors").touch()
+    assert left() == names
+
+
 def test_if_one_logger_refuses_the_run_the_others_learn_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
