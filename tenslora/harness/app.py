@@ -70,6 +70,8 @@ def run_app(
             sys.exit(f"error: {TensLoRAError(word)}: must be false, because paths are relative to the current folder")
         if sweep and re.match(r"\+*hydra\.sweep\.subdir=", word):  # the results are read from the runs' own folders
             sys.exit(f"error: {TensLoRAError(word)}: must be left out; hydra.sweep.dir is the folder of all runs")
+        if (group := re.match(r"\+*([a-z_]+)=\[[^,]*,", word)) and _takes_one(group[1]):
+            sys.exit(f"error: {TensLoRAError(word)}: must be one option; several are written {group[1]}=a,b with -m")
         if (option := re.match(r"--([\w.@/-]+)=", word)) and not _is_option(option[1]):
             sys.exit(
                 f"error: {TensLoRAError(word)}: must be written {TensLoRAError(word[2:])}, without hyphens "
@@ -293,6 +295,11 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
         said = ": ".join(filter(None, (type(error).__name__, _joined(error) if str(error) else "")))
         return f"{' '.join(of_hydra) or 'the settings of hydra'}: cannot be used by Hydra ({said})"
     return _joined(error)
+
+
+def _takes_one(group: str) -> bool:
+    """Whether of a group of conf/ one option makes the settings. Of others, as of loggers, Hydra merges several."""
+    return (_CONF / group).is_dir() and group not in ("logger", "experiment", "debug")
 
 
 def _is_readable(word: str) -> bool:

@@ -246,7 +246,9 @@ def _git() -> dict[str, Any] | None:
 
     def ask(*words: str) -> str:
         here = Path(__file__).parent
-        asked = subprocess.run(["git", *words], cwd=here, env=own, capture_output=True, text=True, check=True)
+        asked = subprocess.run(
+            ["git", "-c", "safe.directory=*", *words], cwd=here, env=own, capture_output=True, text=True, check=True
+        )
         return asked.stdout.strip()
 
     try:

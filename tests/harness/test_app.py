@@ -54,6 +54,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["model=swin_tiny", "model.geometry={d_in:8}"], "model.geometry={d_in:8}: must be a list"),
         (["model=vit_base", "model.geometry=[{d_in:8}]"], "model.geometry=[{d_in:8}]: must be a dictionary"),
         (["tensor_mode"], "missing EQUAL"),
+        (["tensor_mode=[lora,att]"], "tensor_mode=[lora,att]: must be one option; several are written tensor_mode=a,b"),
         (["optimizer=null"], "optimizer=null: must be one of adamw"),
         (["trainer=nope"], "trainer=nope: "),
         (["hydra.run.dir="], "hydra.run.dir=: must be a folder"),
