@@ -89,6 +89,7 @@ def load_tests(config: DatasetConfig, seed: int, classes: tuple[str, ...]) -> Da
     if isinstance(config, TextDatasetConfig):
         dataset = load_test_texts(config, classes)
     else:
+        assert isinstance(config, ImageDatasetConfig)
         test, own_classes = load_test_images(config)
         dataset = Dataset(NO_EXAMPLES, test, own_classes)
     setting = f"dataset={config.name}" if config.root is None else f"dataset.root={config.root}"
