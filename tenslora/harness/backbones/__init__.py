@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import TYPE_CHECKING
-
-import torch
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones.head import Backbone, draw_head
 from tenslora.harness.backbones.hub import source_setting
 from tenslora.harness.backbones.quantisation import quantise_timm, require_package
+from tenslora.harness.backbones.random_weights import OwnStream
 from tenslora.harness.backbones.timm_models import EMBEDDED, load_timm
 from tenslora.harness.backbones.tokenizer import load_tokenizer
 from tenslora.harness.backbones.transformers_models import load_transformers
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["EMBEDDED", "Backbone", "load_backbone", "load_tokenizer"]
+
+_ONE_AT_A_TIME = threading.Lock()
+"""transformers replaces functions of torch.nn.init while it reads weights, in all threads."""
 
 
 def load_backbone(
@@ -56,8 +59,7 @@ def load_backbone(
 
 @cache_latest(1)
 def _load(config: ModelConfig, classes: int, seed: int, tokenizer: PreTrainedTokenizerBase | None) -> Backbone:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(stream_seed("backbone", seed))  # torch.manual_seed sets the GPUs' too
+    with _ONE_AT_A_TIME, OwnStream(stream_seed("backbone", seed)):
         if config.library == "timm":
             backbone = load_timm(config, classes)
         else:

@@ -33,6 +33,7 @@ from tenslora.harness.backbones.image_input import (
     resolve_image_input,
 )
 from tenslora.harness.backbones.quantisation import bitsandbytes_config, silent_torchao
+from tenslora.harness.backbones.random_weights import OwnStream
 from tenslora.harness.config import ModelConfig
 from tenslora.harness.console import at_least
 from tenslora.projections import find_projections
@@ -209,7 +210,7 @@ def _own_settings(config: ModelConfig, classes: int, tokenizer: PreTrainedTokeni
         with building(config):
             setattr(own, name, value)
     if config.options and config.pretrained:  # otherwise the checkpoint would be blamed for them
-        with building(config), torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with building(config), torch.device("meta"), OwnStream(seed=0):
             _auto_class(config).from_config(own, trust_remote_code=False)
     if tokenizer is not None and (own.pad_token_id is None or not config.pretrained):
         own.pad_token_id = tokenizer.pad_token_id

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch.nn import functional as F
 
+from tenslora.harness.cache import forget_all
 from tenslora.harness.training.tasks import outputs_of
+from tenslora.random_streams import stream_seed
 from tests.harness.backbones.tiny_models import (
     HEADS,
     RANDOM,
     SENTENCES,
     TEXT,
+    VIT_DIGITS,
     equal,
     load_random,
     trained_tokenizer,
@@ -35,6 +40,32 @@ def test_random_weights_follow_the_seed_and_nothing_else(kind: str) -> None:
     others = weights_of(load_random(kind, seed=8))
     matrices = [name for name, tensor in weights.items() if tensor.ndim > 1 and tensor.any()]
     assert all(not torch.equal(weights[name], others[name]) for name in matrices)
+
+
+@pytest.mark.parametrize("kind", ["timm vit", "bert"])
+def test_another_thread_that_draws_changes_no_weight(kind: str) -> None:
+    expected, over = weights_of(load_random(kind, seed=9)), threading.Event()
+
+    def draw() -> None:
+        while not over.is_set():
+            torch.rand(10)
+
+    other = threading.Thread(target=draw)
+    other.start()
+    try:
+        forget_all()
+        assert equal(expected, weights_of(load_random(kind, seed=9)))
+    finally:
+        over.set()
+        other.join()
+
+
+def test_random_weights_are_those_of_torchs_own_generator() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed("backbone", 7))
+        expected = timm.create_model("vit_tiny_patch16_224", num_classes=3, **VIT_DIGITS).state_dict()
+    weights = weights_of(load_random("timm vit", seed=7))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in expected.items() if "head" not in name)
 
 
 @pytest.mark.parametrize("kind", RANDOM)
