@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tenslora.harness.sweeping.jobs import Composed, Job, Look
 
 
-def run_job(composed: DictConfig) -> str | None:
+def run_job(composed: DictConfig) -> str:
     """Carry out one run of the table, in the process that the launcher starts for it.
 
     Args:

@@ -322,13 +322,17 @@ def launch_jobs(jobs: Sequence[Job], launch: Callable[[Sequence[Sequence[str]]],
                     job.folder.write_failure(outcome._return_value)
             elif outcome.return_value == ELSEWHERE:
                 elsewhere.append(job)
+            elif outcome.return_value != job.digest:  # a job composes its settings anew
+                job.folder.write_failure(
+                    TensLoRAError("carried out another run: files in conf/ have been edited since the sweep began")
+                )
         # Another sweep carries out these jobs. If that sweep stops, this sweep takes them over.
         while any(job.look().state is State.RUNNING for job in elsewhere):
             time.sleep(1)
         todo = [job for job in elsewhere if job.look().state is not State.DONE]
 
 
-def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[RunConfig, Path], Any]) -> str | None:
+def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[RunConfig, Path], Any]) -> str:
     """Carry out one job, unless it is done or another process is carrying it out.
 
     The job goes on from its checkpoint if there is one, and starts from the beginning if it cannot go on from there. An
@@ -341,14 +345,14 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
         train: a function that carries out a run in a folder.
 
     Returns:
-        `ELSEWHERE` if another process is carrying out the job, otherwise None.
+        `ELSEWHERE` if another process is carrying out the job, otherwise the digest of the run.
     """
     with folder.claim() as ours:
         if not ours:
             return ELSEWHERE
         with contextlib.suppress(TensLoRAError):  # what is no record of this run was said when the sweep was planned
             if folder.finished_record(run.digest()):
-                return None
+                return run.digest()
         folder.begin_anew()
         try:
             _train_as_far_as_possible(_as_job(run, table), folder, train)
@@ -356,7 +360,7 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
             if not folder.result.is_file():  # a run that diverged has left a record, which says so
                 folder.write_failure(error)
             raise
-    return None
+    return run.digest()
 
 
 def _train_as_far_as_possible(run: RunConfig, folder: RunFolder, train: Callable[[RunConfig, Path], Any]) -> None:

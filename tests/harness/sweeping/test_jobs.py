@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RunConfig
 from tenslora.harness.results.table import Column, Row, Run
-from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, carry_out, overwrite, plan_jobs
+from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, carry_out, launch_jobs, overwrite, plan_jobs
 from tests.sweeps import claimed, complete, diverge, planned, swept
 
 STRATEGIES = ("rank_strategy=isoparameters", "rank_strategy=isorank")
@@ -25,7 +26,7 @@ def job(tmp_path: Path) -> Job:
     return planned(tmp_path, "tensor_mode=qkv", "rank_strategy=isorank")
 
 
-def carry(job: Job, train: Any, table: str = "digits") -> str | None:
+def carry(job: Job, train: Any, table: str = "digits") -> str:
     return carry_out(job.run, job.folder, table, train)
 
 
@@ -197,7 +198,7 @@ def test_sizes_are_counted_from_the_declared_geometry_before_there_is_a_record(t
 def test_a_finished_job_is_not_carried_out_again(job: Job) -> None:
     complete(job)
     before = job.folder.result.read_bytes()
-    assert carry(job, never) is None
+    assert carry(job, never) == job.digest
     assert job.folder.result.read_bytes() == before
 
 
@@ -208,9 +209,24 @@ def test_a_claimed_job_is_left_alone(job: Job) -> None:
     assert job.look().problem == "theirs"
 
 
+def test_a_job_that_carries_out_another_run_has_failed(job: Job, tmp_path: Path) -> None:
+    other = planned(tmp_path, "tensor_mode=lora")
+
+    def launch(overrides: Any) -> list[JobReturn]:
+        complete(other)  # as where conf/ was edited since the sweep was planned
+        ends = [JobReturn(status=JobStatus.COMPLETED) for _ in overrides]
+        for end in ends:
+            end.return_value = other.digest
+        return ends
+
+    launch_jobs([job, other], launch)
+    assert (job.look().state, other.look().state) == (State.FAILED, State.DONE)
+    assert job.look().problem == "carried out another run: files in conf/ have been edited since the sweep began"
+
+
 def test_a_job_that_is_carried_out_twice_at_once_is_trained_once(job: Job) -> None:
     trained: list[State] = []
-    said: list[str | None] = []
+    said: list[str] = []
 
     def train(*_: Any) -> None:
         trained.append(job.look().state)
@@ -224,7 +240,7 @@ def test_a_job_that_is_carried_out_twice_at_once_is_trained_once(job: Job) -> No
     for thread in threads:
         thread.join()
     assert trained == [State.RUNNING]
-    assert said == [ELSEWHERE, None]
+    assert said == [ELSEWHERE, job.digest]
 
 
 def test_overwritten_jobs_are_new_but_those_of_another_process_are_left_alone(tmp_path: Path) -> None:
@@ -252,7 +268,7 @@ def test_a_new_attempt_begins_with_nothing_but_the_checkpoint(job: Job) -> None:
         assert {file.name for file in path.iterdir()} == {".lock", "checkpoint.safetensors"}
         complete(job)
 
-    assert carry(job, train) is None
+    assert carry(job, train) == job.digest
     assert job.look().state is State.DONE
 
 
