@@ -55,7 +55,7 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
             # By this token a decoder finds where a text ends. A config.json may name another than the tokenizer pads
             # with.
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-        head = [*_head_of(model).values(), *new]
+        head = [*_head_of(config, model).values(), *new]
         if config.modality == "image":
             return Backbone(model, head, "pixel_values", _image_input(config, model))
         return Backbone(
@@ -82,14 +82,20 @@ def _quiet(config: ModelConfig) -> Iterator[None]:
                 shown.enable_progress_bar()
 
 
-def _head_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+def _head_of(config: ModelConfig, model: PreTrainedModel) -> dict[str, nn.Module]:
     # The Transformer is one child of the model; the other children are the head.
     children = dict(model.named_children())
     transformer = {model.base_model_prefix}
     if not transformer & children.keys():  # the image half of CLIP, for one
         stages = find_projections(model)
         transformer = {target.path.partition(".")[0] for stage in stages for target in stage.targets}
-    return {name: child for name, child in children.items() if name not in transformer}
+    head = {name: child for name, child in children.items() if name not in transformer}
+    if not any(True for child in head.values() for _ in child.parameters()):
+        raise TensLoRAError(
+            f"{source_setting(config)}: its head is inside its Transformer ({type(model).__name__}), and would stay "
+            f"untrained"
+        )
+    return head
 
 
 def _max_tokens(model: nn.Module) -> int | None:
@@ -122,7 +128,7 @@ def _load_pretrained(
         require_readable(
             source, *(file for ending in ("safetensors", "bin", "json") for file in Path(source).glob(f"*.{ending}"))
         )
-        _require_as_large_as_its_files(config, Path(source), settings.get("config"))
+        _require_config_of_its_files(config, Path(source), settings.get("config"))
     if config.quantization is not None:
         with fetching(config):
             own = settings.get("config") or read_hub_config(source)
@@ -137,6 +143,7 @@ def _load_pretrained(
         raise wrong_checkpoint(
             config, source, "it holds an adapter of PEFT too, adapter_config.json, which transformers puts on the model"
         )
+    _head_of(config, model)  # before its weights are taken for those of the Transformer
     # transformers 5 gives (name, shape in the checkpoint, shape in the model) for a mismatch, transformers 4 the name.
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]
     new = set()
@@ -196,7 +203,7 @@ def _quantised(config: ModelConfig, own: PretrainedConfig) -> dict[str, Any]:
     with torch.device("meta"):
         model = _auto_class(config).from_config(own, trust_remote_code=False)
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    skipped = [*_head_of(model), *(name for name in linears if ".pooler." in name)]
+    skipped = [*_head_of(config, model), *(name for name in linears if ".pooler." in name)]
     return {"quantization_config": bitsandbytes_config(config, skipped), "device_map": "cpu", "dtype": torch.float32}
 
 
@@ -204,6 +211,11 @@ def _own_settings(config: ModelConfig, classes: int, tokenizer: PreTrainedTokeni
     """The settings in the config.json of a generic model, with `config.options` in place of its own."""
     with fetching(config):
         own = read_hub_config(folder_or_repository(config), num_labels=classes)
+    if own.model_type == "timm_wrapper":
+        raise TensLoRAError(
+            f"{source_setting(config)}: is a model of timm, whose head transformers does not tell from the rest; use "
+            f"model=timm model.architecture={own.architecture}"
+        )
     for name, value in config.options.items():
         if not hasattr(own, name):
             raise TensLoRAError(f"model.options.{name}: the model's config.json ({own.model_type}) has no such setting")
@@ -274,10 +286,19 @@ def _numbers(settings: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, settings
 
 
-def _require_as_large_as_its_files(config: ModelConfig, folder: Path, settings: PretrainedConfig | None) -> None:
-    """Refuse a config.json whose model is far larger than the weights beside it, before memory is taken for it."""
+def _require_config_of_its_files(config: ModelConfig, folder: Path, settings: PretrainedConfig | None) -> None:
+    """Refuse a config.json of another type than the named model's.
+
+    Refuse one whose model is far larger than the weights beside it, too, before memory is taken for it.
+    """
     with fetching(config):
         own = settings or read_hub_config(str(folder))
+        declares = config.options.get("model_type", own.model_type)
+        if config.architecture is not None and own.model_type != declares:
+            generic = {"text": "hf_text", "image": "hf_image"}[config.modality]
+            raise wrong_checkpoint(
+                config, folder, f"it is of type {own.model_type}, not {declares}; use model={generic} for it"
+            )
         with torch.device("meta"):  # allocates nothing
             model = _auto_class(config).from_config(own, trust_remote_code=False)
     declared = sum(parameter.numel() for parameter in model.parameters())

@@ -3,13 +3,17 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import load_backbone
+from tenslora.harness.backbones.transformers_models import _head_of
 from tenslora.harness.config import ModelConfig
 from tenslora.harness.training.tasks import outputs_of
 from tests.harness.backbones.tiny_models import (
@@ -89,6 +93,30 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_an_image_checkpoint_is_not_a_text_models(tmp_path: Path) -> None:
     save_random(tmp_path)
     assert_refused(saved_model("bert", tmp_path), r"model\.checkpoint=.*is not a checkpoint of tiny")
+
+
+def test_a_named_models_checkpoint_is_of_its_type(tmp_path: Path) -> None:
+    save_random(tmp_path, "roberta")
+    trained_tokenizer().save_pretrained(tmp_path)
+    line = r"^model\.checkpoint=\S+: is not a checkpoint of tiny .*: it is of type roberta, not bert; use model=hf_text"
+    assert_refused(saved_model("bert", tmp_path), line)
+    load_backbone(saved_model("roberta", tmp_path), 3, 0)
+
+
+@pytest.mark.parametrize("arguments", [None, {"depth": 2}])
+def test_a_model_of_timm_is_to_be_loaded_by_timm(arguments: dict[str, Any] | None, tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=5, **(arguments or {}))
+    timm.models.save_for_hf(model, str(tmp_path), model_args=arguments, safe_serialization=True)
+    config = transformers_vit(architecture=None, options={}, checkpoint=str(tmp_path), pretrained=True)
+    assert_refused(
+        config, r"^model\.checkpoint=\S+: is a model of timm, .* use model=timm model\.architecture=test_vit$"
+    )
+
+
+def test_a_head_inside_the_transformer_is_refused() -> None:
+    wrapper = transformers.TimmWrapperForImageClassification(transformers.TimmWrapperConfig(architecture="test_vit"))
+    with pytest.raises(TensLoRAError, match=r"^model=tiny: its head is inside its Transformer \(TimmWrapperFor"):
+        _head_of(transformers_vit(), wrapper)
 
 
 def test_images_of_a_size_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None:
