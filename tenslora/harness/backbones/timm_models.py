@@ -71,7 +71,7 @@ def create_arguments(config: ModelConfig, backbone: Backbone) -> dict[str, Any]:
 
 
 def _require_arguments_of(file: Path, model: nn.Module, config: ModelConfig, options: Mapping[str, Any]) -> None:
-    """Refuse weights of a model that was made with other arguments, such as num_heads, where the shapes do not tell.
+    """Refuse weights of a model of another architecture or with other arguments, where the shapes do not tell.
 
     Args:
         file: timm's config.json beside the weights, which may be missing.
@@ -80,18 +80,32 @@ def _require_arguments_of(file: Path, model: nn.Module, config: ModelConfig, opt
         options: the arguments with which it was made.
     """
     saved = read_json(file) if file.is_file() else {}
-    arguments = saved.get("model_args") if isinstance(saved, dict) else None
-    if not isinstance(arguments, dict):
-        return
+    saved = saved if isinstance(saved, dict) else {}
+    arguments = saved.get("model_args")
     known = {"in_chans", "img_size", *OPTIONS_ELSEWHERE, *options}
-    left = {name: value for name, value in arguments.items() if name not in known and "drop" not in name}
-    if not left:
+    left = {
+        name: value
+        for name, value in (arguments.items() if isinstance(arguments, dict) else ())
+        if name not in known and "drop" not in name
+    }
+    own, architecture = (str(name).partition(".")[0] for name in (config.architecture, saved.get("architecture")))
+    is_other = saved.get("architecture") is not None and architecture != own
+    if not (left or is_other):
         return
+    made = f"its architecture {shown(architecture)}" if is_other else f"its model_args {shown(left)}"
+    timm = import_timm()
     try:
-        other = import_timm().create_model(config.architecture, **options, **left)
+        if is_other and not timm.is_model(architecture):  # create_model would download a repository of such a name
+            raise ValueError(f"timm {timm.__version__} has no such model")
+        other = timm.create_model(architecture if is_other else config.architecture, **options, **left)
     except Exception as error:  # what is in the file is anybody's
-        raise wrong_checkpoint(config, file, f"its model_args {shown(left)} do not make one") from error
+        raise wrong_checkpoint(config, file, f"{made} do{'es' * is_other} not make one") from error
     if _plain_attributes(other) != _plain_attributes(model):
+        if is_other:
+            raise TensLoRAError(
+                f"model.architecture={config.architecture}: must be {architecture}, the architecture of these "
+                f"weights ({file})"
+            )
         raise TensLoRAError(
             f"model.options={shown(config.options)}: must have the arguments of the model whose weights these are, "
             f"{shown(left)} ({file})"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,6 +134,20 @@ def test_arguments_that_the_shapes_do_not_tell_are_those_of_the_weights(
         rf'model\.options=.*: must have the arguments of the model whose weights these are, .*"{name}": "?{value}',
     )
     load_backbone(vit_digits(checkpoint=str(tmp_path), options={**own, **arguments}), 5, 0)
+
+
+def test_an_architecture_that_the_shapes_do_not_tell_is_that_of_the_weights(tmp_path: Path) -> None:
+    quick, plain = "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_clip_224.openai"
+    model = timm.create_model(quick, **VIT_DIGITS)
+    timm.models.save_for_hf(model, str(tmp_path), model_args=VIT_DIGITS, safe_serialization=True)
+    config = vit_digits(checkpoint=str(tmp_path))
+    line = rf"^model\.architecture=vit_base_patch16_clip_224\.openai: must be {quick}, the architecture of these"
+    assert_refused(replace(config, architecture=plain), line)
+    for own in (quick, f"{quick}.openai"):
+        load_backbone(replace(config, architecture=own), 5, 0)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "architecture": "vit_of_tomorrow"}))
+    assert_refused(replace(config, architecture=quick), r'its architecture "?vit_of_tomorrow"? does not make one')
 
 
 def test_a_checkpoint_of_another_user_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
