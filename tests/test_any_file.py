@@ -55,7 +55,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
     files = [Adapter(config, geometry).save(folder / f"{number}.safetensors") for number, config in enumerate(configs)]
     stages = make_adapter(configs[0], [geometry, Geometry(d_in=16, heads=2, d_head=8, layers=1)])
-    return [*files, stages.save(folder / "stages.safetensors")]
+    return [*files, stages.save(folder / "stages.safetensors", beside=["head.bias", "head.weight"])]
 
 
 @given(data=st.data())
