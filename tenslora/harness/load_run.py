@@ -103,7 +103,7 @@ class LoadedRun:
 
         Raises:
             TensLoRAError: for inputs that the model does not take, for an image that cannot be read, and if the model's
-                outputs are not finite.
+                outputs are not finite or no longer as many as the run has classes.
         """
         examples = unlabelled(inputs, self.run.model.modality)
         if not len(examples):
@@ -121,8 +121,8 @@ class LoadedRun:
         data = encode(dataset, self.run.dataset, self.backbone, self.tokenizer)
         trainer = replace(self.run.trainer, workers=0, eval_batch_size=batch_size or self.run.trainer.eval_batch_size)
         with self._on(device, shared) as processes:
-            model = self.backbone.model
-            _, predictions = predict(model, data.scored, data.collate, TASKS[self.task], trainer, processes)
+            model, count = self.backbone.model, len(self.classes) or 1
+            _, predictions = predict(model, data.scored, data.collate, TASKS[self.task], trainer, processes, count)
         _require_finite(predictions)
         return by_name(predictions.outputs, self.classes)
 
@@ -152,7 +152,7 @@ class LoadedRun:
             TensLoRAError: for settings that are not valid, for a metric of another task, if the dataset cannot be
                 loaded, if it has a class that the run's dataset has not, if it has another number of sentences in each
                 example, if examples would be drawn otherwise than in the run, so that the run has trained on some of
-                them, or if the model's outputs are not finite.
+                them, or if the model's outputs are not finite or no longer as many as the run has classes.
         """
         require_type("dataset", dataset, ImageDatasetConfig, TextDatasetConfig, type(None))
         config = self.run.dataset
@@ -179,7 +179,8 @@ class LoadedRun:
         # A process of a pool must not start workers.
         trainer = replace(self.run.trainer, workers=0) if current_process().daemon else self.run.trainer
         with self._on(device, shared) as processes:
-            evaluation = evaluate(self.backbone.model, data, trainer=trainer, processes=processes)
+            count = len(self.classes) or 1
+            evaluation = evaluate(self.backbone.model, data, trainer=trainer, processes=processes, count=count)
         for predictions in evaluation.predictions.values():
             _require_finite(predictions)
         return evaluation

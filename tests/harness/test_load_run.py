@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from tenslora import load, save_pretrained
@@ -145,6 +146,25 @@ def test_what_a_loaded_run_cannot_take_is_one_line(digits_run: Path) -> None:
     loaded.backbone.model.half()
     with pytest.raises(TensLoRAError, match=r"^VisionTransformer: has been .* loaded, and .*; load the run again$"):
         loaded.predict([image])
+
+
+@pytest.mark.parametrize(
+    ("finished", "outputs", "problem"),
+    [
+        ("sentences_run", 3, "must have 2 outputs for an example, as in the run, and has 3"),
+        ("sentences_run", 1, "must have 2 outputs for an example, as in the run, and has 1"),
+        ("regression_run", 2, "must have 1 output for an example, as in the run, and has 2"),
+    ],
+)
+def test_a_model_with_another_number_of_outputs_is_refused(
+    finished: str, outputs: int, problem: str, request: pytest.FixtureRequest
+) -> None:
+    loaded = load_run(request.getfixturevalue(finished))
+    loaded.backbone.model.classifier = nn.Linear(24, outputs)
+    text = "a cat" if finished == "sentences_run" else ("a cat", "a dog")
+    for ask in (loaded.evaluate, lambda: loaded.predict([text])):
+        with pytest.raises(TensLoRAError, match=f"^BertForSequenceClassification: {problem}; load the run again$"):
+            ask()
 
 
 def test_outputs_that_are_not_finite_are_refused(digits_run: Path, tmp_path: Path) -> None:

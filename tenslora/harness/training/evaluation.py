@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.config import TrainerConfig
 from tenslora.harness.data.batches import order_of_results, test_batches
 from tenslora.harness.data.encoding import Collate, Encoded, EncodedDataset
@@ -51,6 +52,7 @@ def evaluate(
     *,
     trainer: TrainerConfig,
     processes: Processes,
+    count: int | None = None,
 ) -> Evaluation:
     """Score a model on all of a dataset's examples for that, each process taking its share of the examples.
 
@@ -61,18 +63,20 @@ def evaluate(
         data: the dataset.
         trainer: the settings that hold the batch size, the precision and the number of workers.
         processes: the processes that share the work.
+        count: the number of outputs that the model must have for an example; None for any.
 
     Returns:
         The loss, the scores and the predictions.
 
     Raises:
+        TensLoRAError: for a model with another number of outputs.
         torch.OutOfMemoryError: if not even a single example fits into memory.
     """
     task, tests = TASKS[data.task], {data.scored_on: data.scored, **data.more_tests}
     losses: dict[str, NDArray[Any]] = {}
     predictions: dict[str, Predictions] = {}
     for split, examples in tests.items():
-        losses[split], predictions[split] = predict(model, examples, data.collate, task, trainer, processes)
+        losses[split], predictions[split] = predict(model, examples, data.collate, task, trainer, processes, count)
     scores = {
         metric if split == data.scored_on else f"{metric}_{split}": METRICS[metric].function(
             of_split.labels, of_split.outputs
@@ -90,6 +94,7 @@ def predict(
     task: Task,
     trainer: TrainerConfig,
     processes: Processes,
+    count: int | None = None,
 ) -> tuple[NDArray[Any], Predictions]:
     """A model's outputs for examples, computed in batches as `evaluate` computes them.
 
@@ -100,16 +105,18 @@ def predict(
         task: the task, whose loss is computed.
         trainer: the settings that hold the batch size, the precision and the number of workers.
         processes: the processes that share the work.
+        count: the number of outputs that the model must have for an example; None for any.
 
     Returns:
         (the loss of each example, the predictions), in the order of the examples and the same on every process.
 
     Raises:
+        TensLoRAError: for a model with another number of outputs.
         torch.OutOfMemoryError: if not even a single example fits into memory.
     """
     batch_size = trainer.eval_batch_size or BATCH_SIZES[processes.device.type]
     with evaluation_mode(model):
-        while (share := _predict_share(model, examples, collate, batch_size, task, trainer, processes)) is None:
+        while (share := _predict_share(model, examples, collate, batch_size, task, trainer, processes, count)) is None:
             batch_size //= 2
             log.warning("evaluation does not fit into memory: going on with trainer.eval_batch_size=%d", batch_size)
     in_order = np.argsort(order_of_results(examples, processes.count))
@@ -127,6 +134,7 @@ def _predict_share(
     task: Task,
     trainer: TrainerConfig,
     processes: Processes,
+    count: int | None,
 ) -> list[_BatchResults] | None:
     """(losses, labels, outputs) of each batch of this process's share, on the CPU; None if memory did not suffice."""
     batches = test_batches(
@@ -145,6 +153,12 @@ def _predict_share(
                 inputs = {name: tensor.to(processes.device, non_blocking=True) for name, tensor in inputs.items()}
                 with autocast(trainer.precision, processes.device):
                     outputs = outputs_of(model, inputs)
+                if count is not None and outputs.shape[1:] != (count,):
+                    found = " x ".join(map(str, outputs.shape[1:]))
+                    raise TensLoRAError(
+                        f"{type(model).__name__}: must have {count} output{'s' * (count > 1)} for an example, as in "
+                        f"the run, and has {found or 'no axis for them'}; load the run again"
+                    )
                 outputs = outputs.float()
                 losses = task.loss(outputs, labels.to(processes.device), "none")
                 # The labels are copied, because a tensor from a worker process keeps a file open while it lives.
