@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +35,9 @@ from tenslora.harness.training.processes import Processes, most_threads
 from tenslora.harness.training.tasks import TASKS
 from tenslora.pretrained import load, read_weights, running_statistics
 
+_MOVING = threading.Lock()
+"""Held while a model is moved, so that threads that share it do not move it at once."""
+
 
 @dataclass(frozen=True)
 class LoadedRun:
@@ -46,8 +50,9 @@ class LoadedRun:
         record: the run's result.json.
         backbone: the backbone with the trained head, and with the adapter attached if the run had one. It is in
             evaluation mode. With an adapter, only the adapter's parameters require gradients, and the head is frozen.
+            Without one, those that the run trained do.
         tokenizer: the tokenizer of a text model; None for an image model.
-        files: the run's folder, by its absolute path.
+        files: the run's folder, by its absolute path without links.
     """
 
     run: RunConfig
@@ -227,7 +232,11 @@ class LoadedRun:
             if device is None:
                 raise TensLoRAError(f"{error}; give another device (--device)") from error
             raise TensLoRAError(str(error).replace("trainer.device", "--device", 1)) from error
-        self.backbone.model.to(processes.device)
+        wanted = torch.empty(0, device=processes.device).device  # as tensors name it: cuda:0 for cuda
+        with _MOVING:
+            tensors = (*self.backbone.model.parameters(), *self.backbone.model.buffers())
+            if any(tensor.device != wanted for tensor in tensors):
+                self.backbone.model.to(processes.device)
         try:
             yield processes
         except torch.OutOfMemoryError as error:
@@ -254,6 +263,7 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     require_type("checkpoint", checkpoint, str, Path, type(None))
     files = RunFolder(require_path("folder", folder))
     record = _finished(files)
+    own_folder = files.path.resolve()  # a link, such as one to the latest run, may lead to another run later
     try:
         run = validate(record["config"])
     except TensLoRAError as error:  # of settings that a later version has, or that somebody has written
@@ -261,7 +271,7 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     if run.digest() != record["digest"]:
         raise TensLoRAError(f"{files.result}: not a readable record (config: is of a run with other settings)")
     if checkpoint is not None:
-        if run.adapter and Path(checkpoint).resolve().is_relative_to(files.path.resolve()):
+        if run.adapter and Path(checkpoint).resolve().is_relative_to(own_folder):
             raise TensLoRAError(
                 f"--checkpoint {checkpoint}: must be the weights that the run started from; those in the run's folder "
                 f"have the run's update already, which would be added twice"
@@ -294,10 +304,14 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     backbone.model.load_state_dict(weights, strict=False)
     if run.adapter:
         adapter.trained_beside = frozenset(trained)  # for save_pretrained
+    else:
+        for name, parameter in backbone.model.named_parameters():
+            if name not in trained:
+                parameter.requires_grad_(False)
     if run.trainer.precision == "bf16":
         round_frozen_weights(backbone.model, of_quantised=True)
     backbone.model.eval()
-    return LoadedRun(run, record, backbone, tokenizer, RunFolder(files.path.absolute()))
+    return LoadedRun(run, record, backbone, tokenizer, RunFolder(own_folder))
 
 
 def _require_backbone_of(run: RunConfig, record: Mapping[str, Any], backbone: Backbone, tokenizer: Any) -> None:

@@ -167,6 +167,18 @@ def test_a_model_with_another_number_of_outputs_is_refused(
             ask()
 
 
+def test_a_model_that_is_on_its_device_is_not_moved(digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_run(digits_run)
+    monkeypatch.setattr(loaded.backbone.model, "to", None)  # torch takes a weight out of its module to move it
+    assert len(loaded.predict([np.zeros((8, 8), dtype=np.uint8)])) == 1
+
+
+def test_a_run_without_an_adapter_is_as_frozen_as_it_was(tmp_path: Path) -> None:
+    run(tmp_path, *SHORT, "tensor_mode=head_only", "trainer.epochs=1")
+    model = load_run(tmp_path).backbone.model
+    assert {name for name, weight in model.named_parameters() if weight.requires_grad} == {"head.weight", "head.bias"}
+
+
 def test_outputs_that_are_not_finite_are_refused(digits_run: Path, tmp_path: Path) -> None:
     shutil.copytree(digits_run, tmp_path / "run")
     head = tmp_path / "run" / "head.safetensors"
@@ -360,7 +372,17 @@ def test_a_loaded_run_finds_its_folder_from_another_one(
     monkeypatch.chdir(digits_run.parent)
     loaded = load_run(digits_run.name)
     monkeypatch.chdir(tmp_path)
-    assert loaded.files.path == digits_run
+    assert loaded.files.path == digits_run.resolve()
+    assert loaded.files.read_predictions().keys() == {"test"}
+
+
+def test_a_loaded_run_knows_the_folder_that_a_link_led_to(digits_run: Path, tmp_path: Path) -> None:
+    latest = tmp_path / "latest"
+    latest.symlink_to(digits_run)
+    loaded = load_run(latest)
+    latest.unlink()
+    latest.symlink_to(tmp_path)
+    assert loaded.files.path == digits_run.resolve()
     assert loaded.files.read_predictions().keys() == {"test"}
 
 
