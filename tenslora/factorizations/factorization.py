@@ -64,6 +64,11 @@ class Factorization(ABC):
     structure_dim: ClassVar[int] = 0
     """The dimension of a structure axis's parameter that runs over the axis's positions."""
 
+    @property
+    def name(self) -> str:
+        """The name in `FACTORIZATIONS`, which is that of the class's file."""
+        return type(self).__module__.rpartition(".")[2]
+
     @abstractmethod
     def rank_limits(self, modes: Modes) -> dict[str, int]:
         """The names of a tensor's ranks, and how large each rank can usefully be.
@@ -195,9 +200,7 @@ class Factorization(ABC):
         Raises:
             TensLoRAError: if the factorization has no direct method, which is the default.
         """
-        raise TensLoRAError(
-            f"factorization={type(self).__name__.lower()}: must be tucker or tensor_train to be computed from updates"
-        )
+        raise TensLoRAError(f"factorization={self.name}: must be tucker or tensor_train to be computed from updates")
 
     def bases(self, parameters: Mapping[str, Tensor], modes: Modes) -> dict[str, Basis]:
         """For each rank, the basis in which the tensor is cut to a lower rank with the least loss.
@@ -212,7 +215,7 @@ class Factorization(ABC):
         Raises:
             TensLoRAError: if the factorization has no such bases, which is the default.
         """
-        raise TensLoRAError(f"factorization={type(self).__name__.lower()}: must be tucker or tensor_train to be pruned")
+        raise TensLoRAError(f"factorization={self.name}: must be tucker or tensor_train to be pruned")
 
     def rank_dims(self, modes: Modes) -> dict[str, list[tuple[int, str, bool]]]:
         """The dimensions of each parameter that are ranks; for a factorization that has `bases`.
@@ -239,9 +242,7 @@ class Factorization(ABC):
         Raises:
             TensLoRAError: if the factorization is for the matrices of a Transformer alone, which is the default.
         """
-        raise TensLoRAError(
-            f"factorization={type(self).__name__.lower()}: must be tucker, cp or tensor_train on any weight"
-        )
+        raise TensLoRAError(f"factorization={self.name}: must be tucker, cp or tensor_train on any weight")
 
     def count(self, modes: Modes, ranks: Sequence[float]) -> float:
         """The number of a tensor's parameters.

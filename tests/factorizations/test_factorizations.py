@@ -211,6 +211,12 @@ def test_tensor_guide_builds_nothing_as_large_as_an_update(name: str) -> None:
     assert 0 < max(sizes) <= 3 * 128 * 4 * 3 < 96 * 128
 
 
+def test_a_factorization_knows_its_name_and_a_refusal_says_it() -> None:
+    assert {name: one.name for name, one in FACTORIZATIONS.items()} == {name: name for name in FACTORIZATIONS}
+    with pytest.raises(TensLoRAError, match=r"^factorization=tensor_guide: must be tucker or tensor_train to be comp"):
+        FACTORIZATIONS["tensor_guide"].decompose(torch.zeros(2, 2), {"d_in": 2, "d_out": 2}, [1, 1])
+
+
 def test_an_unknown_factorization_is_refused() -> None:
     with pytest.raises(TensLoRAError, match=f"factorization=hosvd: must be one of {', '.join(FACTORIZATIONS)}"):
         factorization_of("depth", "hosvd")

@@ -7,6 +7,7 @@ from itertools import permutations
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from tenslora.harness.config import ImageDatasetConfig, TextDatasetConfig
 from tests.running import CONF, composed, configured
@@ -30,6 +31,12 @@ def test_a_dataset_picks_its_model(dataset: str, model: str, kind: type) -> None
 def test_a_model_on_the_command_line_wins_in_either_order(dataset: str, model: str) -> None:
     for words in permutations([f"dataset={dataset}", f"model={model}"]):
         assert configured(*words).model.name == model
+
+
+@pytest.mark.parametrize("file", ["run", "sweep"])
+def test_a_run_that_quantises_nothing_hears_nothing_of_bitsandbytes(file: str) -> None:
+    logging_of = OmegaConf.load(CONF / "hydra" / "job_logging" / f"{file}.yaml")
+    assert logging_of.loggers.bitsandbytes.level == "ERROR"
 
 
 def test_the_papers_protocol_is_the_default() -> None:
