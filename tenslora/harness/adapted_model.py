@@ -101,6 +101,10 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
                     "warm start from %s: %s was trained beside it and is not taken", run.warm_start, listed(others)
                 )
     else:
+        if run.warm_start is not None:  # a sweep over tensor_mode may have one for all its runs
+            log.warning(
+                "warm_start=%s: has no effect, because tensor_mode=%s has no adapter", run.warm_start, run.tensor_mode
+            )
         model.requires_grad_(run.tensor_mode == "full")
     head = backbone.head_parameters()
     for parameter in head.values():

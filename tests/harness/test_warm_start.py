@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from tenslora.harness.adapted_model import adapted_model
+from tenslora.harness.backbones import load_backbone
 from tenslora.harness.export import main as export
-from tests.running import SHORT, run
+from tests.running import SHORT, configured, run
 
 
 def test_a_run_may_start_from_a_lora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -24,3 +27,9 @@ def test_a_run_may_start_from_a_lora(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len({exact["digest"], approximate["digest"], cold["digest"]}) == 3
     left_out = "peft: base_model.model.head.bias, base_model.model.head.weight was trained beside it and is not taken"
     assert sum(left_out in message for message in caplog.messages) == 2
+
+
+def test_without_an_adapter_it_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    settings = configured("tensor_mode=head_only", "warm_start=lora")
+    adapted_model(settings, load_backbone(settings.model, 10, 0), torch.device("cpu"))
+    assert caplog.messages == ["warm_start=lora: has no effect, because tensor_mode=head_only has no adapter"]

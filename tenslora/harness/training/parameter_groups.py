@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 from tenslora.adapter import Adapter
 from tenslora.attachment import SUBMODULE
 from tenslora.harness.config import OptimizerConfig
+
+log = logging.getLogger(__name__)
 
 RATE_RATIO = "rate_ratio"
 """The key under which a group holds the ratio of its learning rate to the schedule's."""
@@ -32,6 +35,16 @@ def parameter_groups(
     Returns:
         One group for each pair of learning rate and weight decay, with the parameters in their order.
     """
+    if adapter is not None:
+        own = {name.rpartition(".")[2] for name in parameters if name.startswith(f"{SUBMODULE}.")}
+        for factor, own_decay in optimizer.factor_weight_decay.items():
+            if own_decay is not None and factor not in own:  # a sweep over tensor_mode may have one for all its runs
+                log.warning(
+                    "optimizer.factor_weight_decay.%s=%g: has no effect, because the adapter has only %s",
+                    factor,
+                    own_decay,
+                    ", ".join(sorted(own)),
+                )
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         ratio, decay = 1.0, optimizer.weight_decay

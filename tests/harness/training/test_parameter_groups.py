@@ -57,6 +57,13 @@ def test_each_factor_may_have_its_own_weight_decay() -> None:
     assert {decay for name, decay in decays.items() if name.endswith(".d_in")} == {0.01}
 
 
+def test_a_weight_decay_without_its_factor_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    words = [f"optimizer.factor_weight_decay.{factor}=0.5" for factor in ("site", "core")]
+    groups("tensor_mode=qkv_depth", *words)
+    effect = "has no effect, because the adapter has only core, d_in, d_out, depth, projection"
+    assert caplog.messages == [f"optimizer.factor_weight_decay.site=0.5: {effect}"]
+
+
 def test_with_a_ratio_of_zero_the_core_stays_at_zero(tmp_path: Path) -> None:
     run(tmp_path, *SHORT, "trainer.epochs=1", "tensor_mode=qkv_depth", "optimizer.core_lr_ratio=0")
     weights = load_file(tmp_path / "adapter.safetensors")
