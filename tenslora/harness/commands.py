@@ -87,6 +87,8 @@ def is_text(word: str) -> bool:
 def unforeseen(error: BaseException) -> str:
     """The line for an error that is no mistake that the harness knows: its type, its message, and where it arose.
 
+    Without a folder for temporary files, which torch wants when it is imported, the line names TMPDIR instead.
+
     Where is the last place outside of Python's own modules and the installed packages, in this project or in code of
     the user's.
 
@@ -94,6 +96,8 @@ def unforeseen(error: BaseException) -> str:
         error: the error, as it was caught.
     """
     message = first_line(error)
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in message:  # of Python's tempfile
+        return "TMPDIR: must be a folder that can be written; there is no other for temporary files"
     kind = type(error).__name__
     installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     ours = [

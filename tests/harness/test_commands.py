@@ -63,6 +63,19 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: 
         Path("a").resolve()
 
 
+def test_no_folder_for_temporary_files_is_one_line() -> None:
+    program = (
+        "import os, tempfile\n"
+        "from tenslora.harness.commands import mistakes_in_one_line\n"
+        "tempfile._candidate_tempdir_list = lambda: ['/dev/null/none']\n"
+        "with mistakes_in_one_line():\n"
+        "    import torch\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    message = "error: TMPDIR: must be a folder that can be written; there is no other for temporary files\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
 def test_a_word_that_ends_as_a_line_of_windows_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command_parser("export", None).parse_args(["run\r"])
