@@ -142,6 +142,7 @@ def to_rgb(image: Image, name: str) -> Image:
     if image.mode.startswith(("I", "F")):
         # PIL would clip these pixels at 255, which makes most of them white.
         raise TensLoRAError(f"{name}: has pixels of more than 8 bits ({image.mode}); save it with 8 bits")
+    has_no_file = getattr(image, "fp", image) is None  # as behind `with Image.open(path) as image`
     try:
         image.load()
         if isinstance(image.info.get("transparency"), bytes):  # which RGB has not: PIL drops it with a warning
@@ -151,6 +152,8 @@ def to_rgb(image: Image, name: str) -> Image:
     except ValueError as error:  # also for an image that has been closed
         raise TensLoRAError(f"{name}: cannot be converted to RGB ({first_line(error)})") from error
     except Exception as error:  # PIL reads an image's file only now, and its readers raise what they come upon
+        if has_no_file:
+            raise TensLoRAError(f"{name}: has been closed before it was read; call its load() before") from error
         raise TensLoRAError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
 
 

@@ -52,6 +52,18 @@ def test_an_image_that_pil_cannot_convert_is_named() -> None:
             to_rgb(image, "image 3")
 
 
+@pytest.mark.parametrize("form", ["png", "jpeg", "gif", "tiff", "bmp"])
+def test_an_image_that_was_closed_before_it_was_read_is_named(form: str, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "image", form)
+    with Image.open(tmp_path / "image") as image:
+        pass
+    with pytest.raises(TensLoRAError, match=r"^image 3: has been closed before it was read; call its load\(\) before$"):
+        to_rgb(image, "image 3")
+    with Image.open(tmp_path / "image") as image:
+        image.load()
+    assert to_rgb(image, "image 3").size == (4, 4)
+
+
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(TensLoRAError, match=r"nowhere\.jpg: not a readable image"):
         ImageFiles([tmp_path / "nowhere.jpg"])[0]
