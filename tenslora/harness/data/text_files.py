@@ -83,15 +83,11 @@ def load_text_files(config: TextDatasetConfig, seed: int) -> Dataset:
     dataset, has_test = _read(config)
     if has_test:
         return dataset
-    train, classes = dataset.train, dataset.classes
+    train = dataset.train
     fraction = config.train_fraction or TRAIN_FRACTION
     log.info("%s: no split to test on: %g of the %d rows are for training", config.name, fraction, len(train))
     chosen, others = divided(train, fraction, seed)
-    dataset = replace(dataset, train=chosen, test=others, is_drawn=True)
-    if unseen := set(range(len(classes))).difference(dataset.train.labels):
-        names = shortened(classes[number] for number in sorted(unseen))
-        log.warning("%s: with this seed, no training example is of the class %s", config.name, names)
-    return dataset
+    return replace(dataset, train=chosen, test=others, is_drawn=True)
 
 
 @cache_latest(1)
