@@ -126,7 +126,7 @@ def test_other_texts_need_no_training_examples(
     if isinstance(labels[0], str):
         assert printed["accuracy"] == (others["label"] == answers).mean()
         others.assign(label="huge").to_csv(tmp_path / "huge.csv", index=False)
-        with pytest.raises(SystemExit, match="has labels that the training split does not have: huge"):
+        with pytest.raises(SystemExit, match="has labels that the run does not have: huge; the run has"):
             main([str(folder), f"dataset.root={tmp_path}/huge.csv"])
     else:
         assert printed["pearson"] == pytest.approx(others["label"].corr(pandas.Series(answers, others.index)), abs=1e-6)

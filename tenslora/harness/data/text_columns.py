@@ -236,16 +236,19 @@ def class_name(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def numbers_of(values: Sequence[Any], classes: Sequence[str], where: str) -> list[float]:
+def numbers_of(
+    values: Sequence[Any], classes: Sequence[str], where: str, known: str = "the training split"
+) -> list[float]:
     """The numbers that a model is trained on: those of the classes, or the values of a regression.
 
     Args:
         values: the labels, as `labels_of` gives them.
         classes: the names of the classes; () for a regression.
         where: the split and where it comes from, for messages.
+        known: what has `classes`, for messages.
 
     Raises:
-        TensLoRAError: for labels that the training split does not have, and for values beyond `LARGEST`.
+        TensLoRAError: for labels that are not in `classes`, and for values beyond `LARGEST`.
     """
     if not classes:
         # A table that was CSV before it was JSON may hold its numbers as strings.
@@ -260,8 +263,8 @@ def numbers_of(values: Sequence[Any], classes: Sequence[str], where: str) -> lis
     names = list(map(class_name, values))
     if unseen := set(names).difference(number):
         raise TensLoRAError(
-            f"{where}: has labels that the training split does not have: {shortened(sorted(unseen))}; the training "
-            f"split has {shortened(classes)}"
+            f"{where}: has labels that {known} does not have: {shortened(sorted(unseen))}; {known} has "
+            f"{shortened(classes)}"
         )
     return [number[name] for name in names]
 

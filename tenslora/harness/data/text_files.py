@@ -147,7 +147,7 @@ def load_test_texts(config: TextDatasetConfig, classes: tuple[str, ...]) -> Data
     for split, table in tables.items():
         of_split, values = _texts_and_labels(source, split, table, texts, label)
         sentences += of_split
-        numbers += numbers_of(values, classes, f"{source.setting}: the split {split}")
+        numbers += numbers_of(values, classes, f"{source.setting}: the split {split}", known="the run")
     task = "classification" if classes else "regression"
     return Dataset(NO_EXAMPLES, Examples(sentences, numbers), classes, task, text_columns=texts)
 
