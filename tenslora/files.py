@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import stat
-import threading
 from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     if not path.name:
         raise TensLoRAError(f"{path}: cannot be written (is not the name of a file)")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -52,6 +52,20 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise TensLoRAError(
             f"{path}: cannot be written ({reason}); a file that existed before stays as it was"
         ) from error
+
+
+def temporary_path(path: Path) -> Path:
+    """A path beside a file, hidden and with a name that nobody else takes.
+
+    A process may write one file twice at once: in threads, or because a signal comes while it writes.
+
+    Args:
+        path: the file's path.
+
+    Returns:
+        A path at which nothing is yet. It ends in .tmp.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,6 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
@@ -39,7 +38,14 @@ from tenslora.attachment import (
     undone_on_error,
 )
 from tenslora.errors import TensLoRAError, require_path, require_type
-from tenslora.files import ADAPTER_FILE, HEAD_FILE, read_safetensors, require_finite, write_safetensors
+from tenslora.files import (
+    ADAPTER_FILE,
+    HEAD_FILE,
+    read_safetensors,
+    require_finite,
+    temporary_path,
+    write_safetensors,
+)
 from tenslora.forward_pass import listed
 from tenslora.hub import download, is_repository, upload
 from tenslora.projections import require_sizes
@@ -86,7 +92,8 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
 @contextlib.contextmanager
 def _head_stays_with_its_adapter(folder: Path) -> Iterator[None]:
     # If the new adapter cannot be written, the older one gets its head back.
-    head, kept = folder / HEAD_FILE, folder / f".{HEAD_FILE}.{os.getpid()}-{threading.get_ident()}.kept.tmp"
+    head = folder / HEAD_FILE
+    kept = temporary_path(head)
     existed = os.path.isfile(head)
     if existed:
         try:

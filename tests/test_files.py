@@ -62,6 +62,21 @@ def test_threads_that_write_one_file_leave_it_complete(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_write_in_the_midst_of_a_write_leaves_both_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def interrupted(file: int) -> None:  # as by a signal, whose handler writes the same file
+        fsync(file)
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_bytes(tmp_path / "file", b"handler")
+        assert (tmp_path / "file").read_bytes() == b"handler"
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    write_bytes(tmp_path / "file", b"loop")
+    assert (tmp_path / "file").read_bytes() == b"loop"
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_file_that_is_open_elsewhere_keeps_its_contents(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old content")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -602,6 +603,25 @@ def test_threads_may_save_into_one_folder(tmp_path: Path) -> None:
         for saved in [threads.submit(save_pretrained, model, tmp_path) for _ in range(40)]:
             saved.result()
     assert {file.name for file in tmp_path.iterdir()} == {"adapter.safetensors", "head.safetensors"}
+
+
+def test_a_signal_handler_may_save_while_a_save_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, fsync, moments = PlainTransformer(), os.fsync, []
+    attach(model, AdapterConfig("qkv"), train=["head"])
+    save_pretrained(model, tmp_path)
+    saved = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def interrupted(file: int) -> None:
+        fsync(file)
+        moments.append(file)
+        monkeypatch.setattr(os, "fsync", fsync)
+        save_pretrained(model, tmp_path)
+        monkeypatch.setattr(os, "fsync", interrupted)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    save_pretrained(model, tmp_path)
+    assert len(moments) == 2  # once in the midst of each file
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == saved
 
 
 def test_trained_weights_that_share_memory_are_saved(tmp_path: Path) -> None:
