@@ -536,8 +536,11 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             vars(new_module).pop("has_tenslora_adapter", None)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # A PeftModel of another method around this one passes the call on for its own adapters, too.
+        if not autocast_adapter_dtype or adapter_name not in self.tenslora_adapters:
+            return
         adapter = self.tenslora_adapters[adapter_name]
-        if autocast_adapter_dtype and next(adapter.parameters()).dtype in (torch.float16, torch.bfloat16):
+        if next(adapter.parameters()).dtype in (torch.float16, torch.bfloat16):
             adapter.float()
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -23,6 +23,8 @@ from peft import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
     PeftType,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -705,6 +707,22 @@ def test_an_adapter_of_another_method_keeps_its_settings(order: int, tmp_path: P
     for folder, config in ((tmp_path / "default", first), (tmp_path / "two", second)):
         folder = folder if folder.exists() else tmp_path
         assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == config.peft_type
+
+
+@pytest.mark.parametrize("around", [PromptTuningConfig, PromptEncoderConfig])
+def test_a_method_that_trains_a_prompt_goes_around_it_as_around_lora(around: Any, tmp_path: Path) -> None:
+    x = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    trained_of, shapes = [], []
+    for inner in (TensLoraConfig(), PeftLora(target_modules=["query", "key", "value"])):
+        config = around(num_virtual_tokens=3, task_type="SEQ_CLS")
+        model: Any = get_peft_model(get_peft_model(build("hf_bert"), inner, adapter_name="one"), config, "two")
+        model(**x).logits.sum().backward()
+        trained_of.append({name for name, each in model.named_parameters() if each.grad is not None})
+        model.save_pretrained(tmp_path / inner.peft_type)
+        model.load_adapter(str(tmp_path / inner.peft_type / "two"), adapter_name="three")
+        shapes.append(model.eval()(**x).logits.shape)
+    assert trained_of[0] == trained_of[1] and any("prompt_encoder" in name for name in trained_of[0])
+    assert shapes[0] == shapes[1]
 
 
 def test_names_that_would_keep_tensors_from_being_saved_are_refused(tmp_path: Path) -> None:
