@@ -55,6 +55,12 @@ def with_overrides(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
         if not isinstance(place, dict):
             raise TensLoRAError(f"{word}: there is no such setting")
         place[names[-1]] = override.value()
+    dataset, given = settings["dataset"], {word.partition("=")[0] for word in overrides}
+    if "dataset.test_list" in given and dataset.get("train_list") is None:  # of a run on folders
+        dataset["train_list"] = dataset["test_list"]  # which is not read, and which the settings need beside the other
+        for name in ("train_fraction", "train_splits", "test_split"):
+            if f"dataset.{name}" not in given:
+                dataset[name] = None
     return validate(settings)
 
 

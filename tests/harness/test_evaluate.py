@@ -93,6 +93,10 @@ def test_other_images_need_no_training_examples(tmp_path: Path, capsys: pytest.C
     right = [each.answer == image.parent.name for each, image in zip(predictions, images, strict=True)]
     assert on_others["accuracy"] == sum(right) / len(right)
     assert any(right)
+    lines = [f"{path.relative_to(tmp_path / 'others')} {path.parent.name}" for path in images]
+    (tmp_path / "others" / "new.txt").write_text("\n".join(lines))
+    listed = [f"dataset.root={tmp_path}/others", "dataset.test_list=new.txt"]
+    assert scores(capsys, str(folder), *listed) == on_others  # though the run has no list to train on
     shutil.copytree(tmp_path / "others" / "c", tmp_path / "unknown" / "d")
     with pytest.raises(SystemExit, match="error: dataset=images: the run has no class d; its classes are a, b, c"):
         main([str(folder), f"dataset.root={tmp_path}/unknown"])
