@@ -45,7 +45,11 @@ _WHOLE_NUMBER = re.compile(r"\s*[+-]?\d+\s*")
 
 
 def choose_columns(
-    columns: Sequence[str], text_columns: Sequence[str] | None, label_column: str | None
+    columns: Sequence[str],
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+    *,
+    has_first_line: bool = True,
 ) -> tuple[tuple[str, ...], str]:
     """Choose the columns that are not given, by their names. Upper and lower case count as equal there.
 
@@ -58,6 +62,7 @@ def choose_columns(
         columns: the columns' names.
         text_columns: the one or two columns with the texts; None to choose them.
         label_column: the column with the labels; None to choose it.
+        has_first_line: whether the first line of a file has named the columns, for the message.
 
     Returns:
         (the columns with the texts, the column with the labels).
@@ -66,7 +71,7 @@ def choose_columns(
         TensLoRAError: if a given column is not there, or if the choice is not clear; the message lists the columns.
     """
     listed = shortened(columns)
-    if any(re.fullmatch(r"[\d.,+-]+|(\S+\s+){3,}\S+", name) for name in columns):
+    if has_first_line and any(re.fullmatch(r"[\d.,+-]+|(\S+\s+){3,}\S+", name) for name in columns):
         listed += "; the first line of a table must name its columns"
     given = [("text_columns", name) for name in text_columns or ()]
     given += [("label_column", label_column)] if label_column is not None else []

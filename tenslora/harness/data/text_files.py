@@ -97,7 +97,9 @@ def _read(config: TextDatasetConfig) -> tuple[Dataset, bool]:
     train_splits, test_split = _choose_splits(config, source)
     rows = {split: _rows(source, split) for split in train_splits}
     first = rows[train_splits[0]]
-    texts, label = choose_columns(first.column_names, config.text_columns, config.label_column)
+    texts, label = choose_columns(
+        first.column_names, config.text_columns, config.label_column, has_first_line=source.are_strings
+    )
     log.info("%s: the texts are in %s, the labels in %s", config.name, " and ".join(texts), label)
 
     parts = [_texts_and_labels(source, split, table, texts, label) for split, table in rows.items()]
@@ -141,7 +143,7 @@ def load_test_texts(config: TextDatasetConfig, classes: tuple[str, ...]) -> Data
     splits = [config.test_split] if config.test_split else found[:1] or source.splits
     tables = {split: _rows(source, split) for split in splits}
     columns = next(iter(tables.values())).column_names
-    texts, label = choose_columns(columns, config.text_columns, config.label_column)
+    texts, label = choose_columns(columns, config.text_columns, config.label_column, has_first_line=source.are_strings)
     sentences: list[tuple[str, ...]] = []
     numbers: list[float] = []
     for split, table in tables.items():
@@ -393,6 +395,11 @@ def _require_separator(file: Path, separator: str) -> None:
     """Refuse a file whose first line separates the columns otherwise, as spreadsheets do where 1,5 is a number."""
     with file.open(encoding="utf-8-sig") as lines:
         header = lines.readline()
+    if re.fullmatch(r"sep=.?\s*", header, re.IGNORECASE):
+        raise ValueError(
+            f"its first line, {header.strip()}, is for spreadsheets alone, and the names of the columns come after it; "
+            f"remove it"
+        )
     if separator not in header and (others := [other for other in _SEPARATOR_NAMES if other in header]):
         raise ValueError(
             f"its columns are separated by {_SEPARATOR_NAMES[others[0]]}; must be separated by "
