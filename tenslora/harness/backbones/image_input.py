@@ -121,11 +121,17 @@ def resolve_image_input(config: ModelConfig, own: ImageInput) -> ImageInput:
     }
     resolved = replace(own, **{name: value for name, value in given.items() if value is not None})
     for name, values in (("mean", resolved.mean), ("std", resolved.std)):
-        if len(values) != resolved.channels:
+        if len(values) == resolved.channels:
+            continue
+        if getattr(config, name) is not None:
             raise TensLoRAError(
-                f"model.{name}=null: {config.name} has a {name} of {len(values)} channels, and the images have "
-                f"{resolved.channels}; set model.mean and model.std"
+                f"model.{name}={shown(list(values))}: must have one number for each channel, and the images of "
+                f"{config.name} have {resolved.channels}"
             )
+        raise TensLoRAError(
+            f"model.{name}=null: {config.name} has a {name} of {len(values)} channels, and the images have "
+            f"{resolved.channels}; set model.channels={len(values)}, or model.mean and model.std"
+        )
     _require_usable(config, resolved)
     return resolved
 

@@ -246,7 +246,7 @@ def _name_of_model(checkpoint: Any, architecture: Any) -> str:
     """
     source = str(checkpoint or architecture or "")
     if checkpoint is None or not os.path.exists(source):
-        return source.strip("./").replace("/", "--") or "model"
+        return re.sub(r"[^\w.-]+", "-", source.strip("./").replace("/", "--"), flags=re.ASCII) or "model"
     # A file that is named as all files of weights are says less than its folder.
     parent, name = os.path.split(source)
     return _name_after(parent if name in ("model.safetensors", "pytorch_model.bin") else source)

@@ -96,7 +96,7 @@ class ModelConfig:
     pretrained: bool
     geometry: Annotated[tuple[Geometry, ...] | None, BeforeValidator(_of_each_stage)]
     image_size: Annotated[int | None, within(0, 4096, or_null=True)] = 0
-    channels: Annotated[int | None, within(0, 3, or_null=True)] = 0
+    channels: Annotated[int | None, within(0, or_null=True)] = 0
     mean: tuple[Annotated[float, within(-1e3, 1e3)], ...] | None = ()
     std: tuple[Annotated[float, within(1e-3, 1e3)], ...] | None = ()
     quantization: Annotated[str | None, one_of(QUANTIZATIONS)] = None
@@ -115,6 +115,8 @@ class ModelConfig:
                 raise TensLoRAError(
                     f"options.{name}={shown(self.options[name])}: must be left out; {decides} decides it"
                 )
+        if self.channels not in ((None, 1, 3) if self.modality == "image" else (0, None, 1, 3)):
+            raise TensLoRAError(f"channels={self.channels}: must be 1 (grey) or 3 (red, green and blue)")
         if self.modality == "text":
             return
         if self.image_size is not None:
@@ -123,8 +125,6 @@ class ModelConfig:
             patch = self._patch_size
             if patch is not None and self.image_size % patch:
                 raise TensLoRAError(f"image_size={self.image_size}: must be a multiple of {patch}, the patches' size")
-        if self.channels not in (None, 1, 3):
-            raise TensLoRAError(f"channels={self.channels}: must be 1 (grey) or 3 (red, green and blue)")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and self.channels is not None and len(values) != self.channels:
                 raise TensLoRAError(

@@ -169,6 +169,10 @@ def test_a_folder_without_a_tokenizer_gets_one_only_with_random_weights(tmp_path
             r"no such weights; it has vit_tiny_patch16_224\.",
         ),
         ("model=timm model.architecture=vit_tiny_patch16_224 rank_strategy.rank=500", r"rank_strategy\.rank=500: must"),
+        (
+            "model=timm model.architecture=hf_hub:timm/vit_tiny_patch16_224",
+            r"^model\.architecture=hf_hub:timm/vit_",
+        ),
         ("model=timm", r"model\.architecture: is missing"),
         ("model=hf_image", r"model\.checkpoint: is missing"),
         ("model=hf_image model.checkpoint=null", r"model\.checkpoint=null: must be a folder, or a repository"),

@@ -129,6 +129,24 @@ def test_images_that_do_not_fit_the_model_are_refused() -> None:
     assert_refused(generic(*words, "model.channels=1"), r"model\.mean=null: .* 3 channels, and the images have 1; set")
 
 
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        (
+            "model.mean=[0.3]",
+            r"model\.mean=\[0\.3\]: must have one number for each channel, .* have 3$",
+        ),
+        (
+            "model.channels=1",
+            r"model\.mean=null: .* of 3 channels, .* have 1; set model\.channels=3, or ",
+        ),
+    ],
+)
+def test_a_mean_of_another_number_of_channels_is_refused(word: str, line: str) -> None:
+    words = ["model=timm", "model.architecture=vit_tiny_patch16_224", "model.pretrained=false", "model.image_size=32"]
+    assert_refused(generic(*words, word), line)
+
+
 def test_patches_that_overlap_take_images_of_any_size() -> None:
     words = ["model=timm", "model.architecture=pvt_v2_b0", "model.pretrained=false", "model.image_size=32"]
     image_input = load_random_of(generic(*words))  # patches of 7 pixels, one every 4

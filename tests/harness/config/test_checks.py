@@ -41,6 +41,7 @@ REFUSED = {
     "model.image_size=15": "model.image_size=15: must be a multiple of 2, the patches' size",
     "dataset=dtd model.image_size=200": "model.image_size=200: must be a multiple of 16, the patches' size",
     "model.channels=2": "model.channels=2: must be 1 (grey) or 3 (red, green and blue)",
+    "model.channels=4": "model.channels=4: must be 1 (grey) or 3 (red, green and blue)",
     "model.channels=0": "model.channels=0: must be 1 (grey) or 3 (red, green and blue)",
     "model.std=[0]": "model.std=0: must be at least 0.001 and at most 1000.0",
     "model.std=[nan]": "model.std=nan: must be a finite number, at least 0.001 and at most 1000.0",
