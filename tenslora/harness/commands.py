@@ -84,10 +84,19 @@ def is_text(word: str) -> bool:
     return True
 
 
+def line_without_temporary_folder(error: BaseException) -> str | None:
+    """The line for Python's error where no folder for temporary files can be written; None for any other error.
+
+    Args:
+        error: the error. It arises when torch is imported.
+    """
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
+        return "TMPDIR: must be a folder that can be written; there is no other for temporary files"
+    return None
+
+
 def unforeseen(error: BaseException) -> str:
     """The line for an error that is no mistake that the harness knows: its type, its message, and where it arose.
-
-    Without a folder for temporary files, which torch wants when it is imported, the line names TMPDIR instead.
 
     Where is the last place outside of Python's own modules and the installed packages, in this project or in code of
     the user's.
@@ -96,8 +105,8 @@ def unforeseen(error: BaseException) -> str:
         error: the error, as it was caught.
     """
     message = first_line(error)
-    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in message:  # of Python's tempfile
-        return "TMPDIR: must be a folder that can be written; there is no other for temporary files"
+    if line := line_without_temporary_folder(error):
+        return line
     kind = type(error).__name__
     installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     ours = [

@@ -1,5 +1,7 @@
 """Ctrl-C while a command still imports its libraries: one line and status 130, as later. To be imported first.
 
+Without a folder for temporary files torch cannot be imported, which is one line too.
+
 What is imported here takes time in which Ctrl-C would print a traceback, so it is only what Python itself has loaded.
 """
 
@@ -10,6 +12,12 @@ import sys
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    if isinstance(error, FileNotFoundError) and os.environ.get("HYDRA_FULL_ERROR") != "1":
+        from tenslora.harness.commands import line_without_temporary_folder
+
+        if line := line_without_temporary_folder(error):
+            print(f"error: {line}", file=sys.stderr)
+            return
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)  # type: ignore[arg-type]
         return

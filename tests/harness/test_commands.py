@@ -63,13 +63,13 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: 
         Path("a").resolve()
 
 
-def test_no_folder_for_temporary_files_is_one_line() -> None:
+@pytest.mark.parametrize("command", ["evaluate", "export"])  # the latter imports torch before it reads its arguments
+def test_no_folder_for_temporary_files_is_one_line(command: str) -> None:
     program = (
-        "import os, tempfile\n"
-        "from tenslora.harness.commands import mistakes_in_one_line\n"
+        "import runpy, sys, tempfile\n"
         "tempfile._candidate_tempdir_list = lambda: ['/dev/null/none']\n"
-        "with mistakes_in_one_line():\n"
-        "    import torch\n"
+        f"sys.argv = ['{command}', 'run']\n"
+        f"runpy.run_module('tenslora.harness.{command}', run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     message = "error: TMPDIR: must be a folder that can be written; there is no other for temporary files\n"
