@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import zipfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -249,6 +250,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path) and not any(
+            name.endswith("/data.pkl") for name in zipfile.ZipFile(path).namelist()
+        ):  # torch would ask for a report to its authors
+            raise ValueError("a zip file that torch has not written, such as numpy's .npz")
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise TensLoRAError(f"model.checkpoint={path}: damaged, or not a checkpoint ({first_line(error)})") from error

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -79,6 +80,12 @@ def test_a_checkpoint_may_be_a_pickled_dictionary(tmp_path: Path) -> None:
     torch.save({"state_dict": saved}, tmp_path / "pytorch_model.bin")
     weights = weights_of(load_backbone(vit_digits(checkpoint=str(tmp_path)), 5, 0))
     assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_file_of_numpy_is_no_checkpoint(tmp_path: Path) -> None:
+    np.savez(tmp_path / "Ti_16.npz", cls=np.zeros(3))
+    line = r"^model\.checkpoint=\S+npz: damaged, or not a checkpoint \(a zip file that torch has not written"
+    assert_refused(vit_digits(checkpoint=str(tmp_path / "Ti_16.npz")), line)
 
 
 def test_a_checkpoint_may_bring_a_head_of_another_size(tmp_path: Path) -> None:
