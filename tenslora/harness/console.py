@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ def at_least(level: int, *loggers: str) -> Iterator[None]:
     finally:
         for logger, own in before.items():
             logger.setLevel(own)
+
+
+@contextmanager
+def streams_that_are_open() -> Iterator[None]:
+    """A context in which standard output and error are streams that drop everything, where a program has closed them.
+
+    So is what is None, as in a program without a console.
+    """
+    with ExitStack() as stack:
+        for name, redirected in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
+            stream = getattr(sys, name)
+            if stream is None or getattr(stream, "closed", False):
+                stack.enter_context(redirected(io.StringIO()))
+        yield
 
 
 class LogFile(logging.FileHandler):

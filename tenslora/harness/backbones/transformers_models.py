@@ -35,7 +35,7 @@ from tenslora.harness.backbones.image_input import (
 from tenslora.harness.backbones.quantisation import bitsandbytes_config, silent_torchao
 from tenslora.harness.backbones.random_weights import OwnStream
 from tenslora.harness.config import ModelConfig
-from tenslora.harness.console import at_least
+from tenslora.harness.console import at_least, streams_that_are_open
 from tenslora.projections import find_projections
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
 @contextmanager
 def _quiet(config: ModelConfig) -> Iterator[None]:
     """A context in which transformers shows its errors and the progress of a download; then it shows what it did."""
-    with silent_torchao():  # which transformers imports where it is installed
+    # transformers imports torchao where it is installed, and asks whether its output is a terminal.
+    with silent_torchao(), streams_that_are_open():
         import transformers
 
         shown = transformers.utils.logging

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,17 @@ def test_what_transformers_shows_is_as_it_was_before(tmp_path: Path) -> None:
     finally:
         shown.set_verbosity(verbosity)
         (shown.enable_progress_bar if bars else shown.disable_progress_bar)()
+
+
+def test_a_program_may_have_closed_its_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_random(tmp_path)
+    closed = io.StringIO()
+    closed.close()
+    for classes, stream in ((2, closed), (4, None)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        load_backbone(saved_model("vit", tmp_path), classes, 0)
+        assert (sys.stdout, sys.stderr) == (stream, stream)
 
 
 def test_a_half_precision_checkpoint_loads_in_float32(tmp_path: Path) -> None:
