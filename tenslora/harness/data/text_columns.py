@@ -128,7 +128,7 @@ def sentences_of(rows: Dataset, columns: Sequence[str], where: str) -> list[tupl
     Raises:
         TensLoRAError: for a row without a text.
     """
-    texts = [list(rows[column]) for column in columns]
+    texts = [rows[column][:] for column in columns]  # at once; iterated over, each row would be converted alone
     for column, values in zip(columns, texts, strict=True):
         for number, value in enumerate(values, start=1):
             if value is not None and not isinstance(value, str):
@@ -155,7 +155,7 @@ def labels_of(rows: Dataset, column: str, where: str, *, are_strings: bool) -> l
     Raises:
         TensLoRAError: for a row without a label, and for labels that are neither numbers nor names.
     """
-    values = list(rows[column])
+    values: list[Any] = rows[column][:]
     if names := class_names(rows, column):
         values = [names[value] if value is not None and 0 <= value < len(names) else None for value in values]
     missing = []

@@ -158,3 +158,10 @@ def test_labels_become_numbers() -> None:
         numbers_of(["a", "d", "c"], ["a", "b"], "here")
     with pytest.raises(TensLoRAError, match=r"^here: must have numbers as labels, as for training, but has 'high'"):
         numbers_of([1.0, "high"], [], "here")
+
+
+def test_columns_are_read_at_once_and_not_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [2, 1, 2]}).select([2, 1])
+    monkeypatch.setattr(datasets.Dataset, "__iter__", None)  # cannot be iterated over
+    assert sentences_of(rows, ["text"], "here") == [("c",), ("b",)]
+    assert labels_of(rows, "label", "here", are_strings=False) == [2, 1]
