@@ -285,7 +285,8 @@ def layer_updates(
 def detach(model: nn.Module) -> Adapter | StagedAdapter:
     """Take the adapter off, so that the model has its own modules again.
 
-    A merged update stays in the weights. Frozen parameters stay frozen, and trainable ones stay trainable.
+    A merged update stays in the weights. Modules that were trained beside the adapter, such as a head, keep what they
+    have learned. Frozen parameters stay frozen, and trainable ones stay trainable.
 
     Args:
         model: with an adapter; it is changed in place.
