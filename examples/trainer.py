@@ -43,9 +43,10 @@ def trainer_of(model: torch.nn.Module, folder: str, steps: int = 1) -> Trainer:
         return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
     arguments = TrainingArguments(
-        folder, max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=32, per_device_eval_batch_size=256,
+        folder, max_steps=steps, learning_rate=1e-3, per_device_train_batch_size=32, per_device_eval_batch_size=256,
         logging_steps=100, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
         label_names=["labels"],
+        average_tokens_across_devices=False,  # BERT's loss is a mean, which several processes would each multiply
     )  # fmt: skip
     return Trainer(model, arguments, train_dataset=Majority(2000, 1), compute_metrics=accuracy)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 
@@ -22,6 +24,15 @@ def test_a_model_trained_by_the_trainer_learns_and_can_be_loaded() -> None:
     trained, loaded = import_module("examples.trainer").main(steps=100)
     assert trained > 0.9
     assert loaded == trained
+
+
+def test_the_trainer_takes_the_models_loss_in_several_processes_too(tmp_path: Path) -> None:
+    example = import_module("examples.trainer")
+    model = example.backbone().eval()
+    trainer = example.trainer_of(model, str(tmp_path))
+    trainer.accelerator = SimpleNamespace(num_processes=2, parallelism_config=None)
+    batch = {name: each[None] for name, each in example.Majority(1, 0)[0].items()}
+    assert trainer.compute_loss(model, dict(batch), num_items_in_batch=torch.tensor(2)) == model(**batch).loss
 
 
 def test_the_loss_of_a_decoder_falls_on_a_text_file() -> None:
