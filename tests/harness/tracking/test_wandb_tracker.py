@@ -162,6 +162,18 @@ def test_a_folder_that_wandb_cannot_make_is_named(tmp_path: Path) -> None:
         track_table(OFFLINE, tmp_path, table, [])
 
 
+def test_wandbs_own_variables_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PROJECT", "ENTITY", "RUN_GROUP"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    plain = configured("logger=wandb").logger
+    assert (plain.project, plain.entity, plain.group) == ("tenslora", None, None)
+    for name in ("PROJECT", "ENTITY", "RUN_GROUP"):
+        monkeypatch.setenv(f"WANDB_{name}", name.lower())
+    ours = configured("logger=wandb", "logger.group=given").logger
+    assert (ours.project, ours.entity, ours.group) == ("project", "entity", "given")
+    assert configured("logger=wandb").digest() == configured().digest()
+
+
 def test_a_full_disk_is_wandbs_and_not_that_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "adapter.safetensors")
