@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
-from tenslora.harness.config.checks import as_typed, in_one_line, require_plain_values, settings_with_numbers
+from tenslora.harness.config.checks import as_typed, in_one_line, require_plain_values, settings_with_numbers, shown
 from tenslora.harness.config.schema import (
     IMAGE_SETTINGS,
     REFERENCES,
@@ -227,6 +227,8 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
     logger = plain.get("logger")
     if isinstance(logger, dict) and "name" in logger:  # from a record of a version with one logger at a time
         name = logger["name"]
+        if not isinstance(name, str):
+            raise TensLoRAError(f"logger.name={shown(name)}: must be text")
         chosen = {} if name == "none" else {name: True}
         arranged["logger"] = {**chosen, **{key: value for key, value in logger.items() if key != "name"}}
     return {**arranged, "tensor_mode": tensor_mode, "preset": name_of("preset", "none"), "adapter": adapter}

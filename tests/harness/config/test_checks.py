@@ -64,6 +64,7 @@ REFUSED = {
     "logger=wandb logger.project=a/b": (
         "logger.project=a/b: must be a name of at most 128 characters, without / \\ # ? % and :"
     ),
+    "+logger.name=[]": "logger.name=[]: must be text",
     "dataset.root=''": "dataset.root=: must not be an empty text",
     "tensor_mode.name=tucker": (
         "tensor_mode=tucker: must be one of lora, att, qkv, depth, att_qkv, att_depth, qkv_depth, att_qkv_depth, site, "
