@@ -38,7 +38,8 @@ class _AnyAdapter(nn.Module):
 
     config: AdapterConfig
     trained_beside: frozenset[str] = frozenset()
-    """The names of the weights that `attach` or `load` has found to be trained beside the adapter."""
+    """The names of the weights that `attach` or `load` has found to be trained beside the adapter; of one that was only
+    read from a file, the names of what was saved beside it."""
 
     @property
     def stages(self) -> tuple[Adapter, ...]:
@@ -563,4 +564,5 @@ def load_adapter(path: Path | str) -> Adapter | StagedAdapter:
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: not a readable adapter: {error}") from error
     adapter.load_state_dict(tensors)
+    adapter.trained_beside = frozenset(header.beside)
     return adapter

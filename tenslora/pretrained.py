@@ -145,10 +145,10 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
         raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
     adapter = load_adapter(folder / ADAPTER_FILE)
     stages_to_adapt(model, adapter)  # the head's weights would not say so plainly that they are of another model
-    beside = read_safetensors(folder / ADAPTER_FILE)[0].get("beside")
-    if beside and not os.path.lexists(folder / HEAD_FILE):
+    if adapter.trained_beside and not os.path.lexists(folder / HEAD_FILE):
         raise TensLoRAError(
-            f"{folder / HEAD_FILE}: is missing; it was saved beside the adapter with {listed(beside)}; "
+            f"{folder / HEAD_FILE}: is missing; it was saved beside the adapter with "
+            f"{listed(sorted(adapter.trained_beside))}; "
             f"load(model, {str(folder / ADAPTER_FILE)!r}) loads the adapter alone"
         )
     head = read_weights(folder / HEAD_FILE, model) if os.path.lexists(folder / HEAD_FILE) else {}

@@ -15,7 +15,6 @@ from tenslora.attachment import attach
 from tenslora.constructions import Geometry
 from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError
-from tenslora.files import read_safetensors
 from tenslora.forward_pass import listed
 from tenslora.harness.backbones import Backbone
 from tenslora.harness.backbones.hub import source_setting
@@ -92,11 +91,11 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
     if run.adapter:
         adapter = attach(model, make_adapter(run.adapter, geometries, [run.start_ranks(each) for each in geometries]))
         if run.warm_start is not None:
-            from tenslora.peft.saved_lora import WEIGHTS, read_updates  # imports PEFT, which takes seconds
+            from tenslora.peft.saved_lora import read_others, read_updates  # imports PEFT, which takes seconds
 
             warm_start = approximate(adapter, read_updates(Path(run.warm_start), stages))
             log.info("warm start from %s: relative error %.4f", run.warm_start, warm_start.error)
-            if others := [name for name in read_safetensors(Path(run.warm_start) / WEIGHTS)[1] if ".lora_" not in name]:
+            if others := sorted(read_others(Path(run.warm_start))):
                 log.warning(
                     "warm start from %s: %s was trained beside it and is not taken", run.warm_start, listed(others)
                 )

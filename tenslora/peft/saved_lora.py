@@ -190,6 +190,18 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
     return updates
 
 
+def read_others(folder: Path) -> dict[str, Tensor]:
+    """Read what was trained and saved beside a LoRA, such as a head.
+
+    Args:
+        folder: a folder that PEFT's `save_pretrained` wrote.
+
+    Returns:
+        The weights by their names in the file.
+    """
+    return {name: weight for name, weight in read_safetensors(folder / WEIGHTS)[1].items() if ".lora_" not in name}
+
+
 def _places(saved: Set[str], targets: Mapping[str, _Place]) -> dict[str, _Place]:
     # The places of the saved modules. A model with a head has a prefix in front of the backbone's paths, and either
     # model may have a head: the LoRA's own, or the one that is adapted. The prefix is the same for all paths, and the

@@ -15,8 +15,7 @@ from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.attachment import adapter_of, handed_over, modules_named, require_own_layers, require_savable, updates_of
 from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError, require_path
-from tenslora.files import read_safetensors
-from tenslora.peft.saved_lora import PREFIX, WEIGHTS, read_updates
+from tenslora.peft.saved_lora import PREFIX, WEIGHTS, read_others, read_updates
 from tenslora.peft.tuner import TensLoraConfig, choice, chosen_stages
 from tenslora.ranks import RankStrategy
 
@@ -104,8 +103,7 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
     stages = chosen_stages(model, config)
     adapter = config.make_adapter([stage.geometry for stage in stages])
     approximation = approximate(adapter, read_updates(folder, stages, choice(config)))
-    _, weights = read_safetensors(folder / WEIGHTS)
-    others = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    others = read_others(folder)
     own = model.state_dict()
     for name, weight in others.items():
         place = own.get(name.removeprefix(PREFIX))
