@@ -46,7 +46,7 @@ def trainer_of(model: torch.nn.Module, folder: str, steps: int = 1) -> Trainer:
         folder, max_steps=steps, learning_rate=1e-3, per_device_train_batch_size=32, per_device_eval_batch_size=256,
         logging_steps=100, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
         label_names=["labels"],
-        average_tokens_across_devices=False,  # BERT's loss is a mean, which several processes would each multiply
+        average_tokens_across_devices=False,  # the Trainer would multiply BERT's mean loss by the processes
     )  # fmt: skip
     return Trainer(model, arguments, train_dataset=Majority(2000, 1), compute_metrics=accuracy)
 

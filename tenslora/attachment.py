@@ -312,7 +312,7 @@ def detach(model: nn.Module) -> Adapter | StagedAdapter:
 def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
     """A context in which PEFT puts its own layers in the adapter's place. After an error in it, the adapter is back.
 
-    That cannot be where PEFT has put some of its layers on already.
+    The adapter stays off where PEFT has already put some of its own layers on.
 
     Args:
         model: with an adapter, which is taken off and given to the context.

@@ -298,7 +298,7 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
 
 
 def _takes_one(group: str) -> bool:
-    """Whether of a group of conf/ one option makes the settings. Of others, as of loggers, Hydra merges several."""
+    """Whether a group of conf/ takes a single option. Of the other groups, such as logger, Hydra merges several."""
     return (_CONF / group).is_dir() and group not in ("logger", "experiment", "debug")
 
 

@@ -65,7 +65,7 @@ def answer_of(backbone: Backbone, tokenizer: Any) -> list[float] | None:
 
 
 def is_same(answer: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two answers are of one backbone, up to rounding.
+    """Whether two answers, or other lists of numbers, are equal up to rounding.
 
     Args:
         answer: an answer.

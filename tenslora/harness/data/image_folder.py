@@ -239,7 +239,7 @@ def _check_same_classes(setting: str, one: tuple[str, Iterable[str]], other: tup
 
 
 def _is_of_a_system(name: str) -> bool:
-    """Whether a file or folder is none of the user's: hidden, thumbnails of Synology, or the bin of a disk."""
+    """Whether a file or folder is hidden, or made by a system, as Synology's thumbnails and the bin of a disk are."""
     return name.startswith(".") or name in (
         "@eaDir",
         "#recycle",
