@@ -165,7 +165,7 @@ class Adapter(_AnyAdapter):
                 modes(config.tensor_mode, geometry, index // self.grid[1]),
                 self.ranks,
                 geometry.layers,
-                torch.Generator().manual_seed(stream_seed("adapter", config.seed, *stream)),
+                stream_seed("adapter", config.seed, *stream),
                 # PEFT draws lora_A by kaiming_uniform_ with a = sqrt(5), whose bound is 1 / sqrt(d_in).
                 "kaiming_uniform" if config.tensor_mode == "lora" else config.init,
                 config.head_layout,

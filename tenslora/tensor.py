@@ -26,7 +26,7 @@ class FactorizedTensor(nn.Module):
         modes: the name and the size of each mode, as `constructions.modes` gives them.
         ranks: the ranks, in the order of `Factorization.rank_limits`.
         layers: the number of layers L of the backbone.
-        generator: the random stream that the parameters are drawn from.
+        seed: of the random stream that the parameters are drawn from.
         init: "orthogonal" (orthonormal columns, or orthonormal rows where a factor has more columns than rows),
             "normal" (standard deviation 1 / sqrt(n), so that a column has length 1 on average) or "kaiming_uniform"
             (uniform within 1 / sqrt(n), as LoRA starts). The columns run over a parameter's last dimension; n is the
@@ -40,25 +40,46 @@ class FactorizedTensor(nn.Module):
         modes: Mapping[str, int],
         ranks: Sequence[int],
         layers: int,
-        generator: torch.Generator,
+        seed: int,
         init: str = "orthogonal",
         head_layout: str = "aligned",
     ) -> None:
         super().__init__()
         self.factorization, self.layers, self.head_layout = factorization, layers, head_layout
+        self._seed, self._init = seed, init
         self.names = tuple(factorization.shapes(modes, ranks))
         self.modes = dict(modes)
         self.zero_parameter = factorization.zero_parameter(modes)
         # Where the default is a type of 16 bits, as while a large model is loaded, it would hold the parameters too
         # roughly to train them, and torch could not draw orthogonal ones.
-        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self._drawn_in = dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         for name, shape in factorization.shapes(modes, ranks).items():
-            parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
-            self.register_parameter(name, parameter)
-            if name != self.zero_parameter:
-                _draw(parameter, init, generator)
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype)))
         for name, shape in factorization.noise(modes).items():
-            self.register_buffer(name, torch.randn(shape, generator=generator, dtype=dtype))
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the parameters and the noise as at the start, with the same numbers.
+
+        By this name torch's own layers get numbers after `Module.to_empty`, which takes them off the device meta.
+        """
+        generator = torch.Generator().manual_seed(self._seed)
+        for name, parameter in self.named_parameters():
+            if name == self.zero_parameter:
+                parameter.zero_()
+            elif not parameter.is_meta:
+                drawn = _drawn(parameter.shape, self._drawn_in, self._init, generator)
+                if hasattr(parameter, "device_mesh"):  # every process holds a part of it
+                    from torch.distributed.tensor import distribute_tensor  # which takes a second to import
+
+                    placed: Any = parameter
+                    drawn = distribute_tensor(drawn.to(placed.device), placed.device_mesh, placed.placements)
+                parameter.copy_(drawn)
+        for _, noise in self.named_buffers():
+            if not noise.is_meta:
+                noise.copy_(torch.randn(noise.shape, generator=generator, dtype=self._drawn_in, device="cpu"))
 
     def slices(self, layer: int) -> tuple[Tensor, Tensor]:
         """The thin slices of one layer.
@@ -139,9 +160,9 @@ def thin_slices(
     return torch.vmap(one_layer, in_dims=(batch_dims,))(batch)
 
 
-@torch.no_grad()
-def _draw(parameter: Tensor, init: str, generator: torch.Generator) -> None:
-    columns = parameter.flatten(0, -2)
+def _drawn(shape: Sequence[int], dtype: torch.dtype, init: str, generator: torch.Generator) -> Tensor:
+    drawn = torch.empty(shape, dtype=dtype, device="cpu")  # where the random stream is
+    columns = drawn.flatten(0, -2)
     scale = 1 / math.sqrt(columns.shape[0])
     if init == "orthogonal":
         nn.init.orthogonal_(columns, generator=generator)
@@ -149,3 +170,4 @@ def _draw(parameter: Tensor, init: str, generator: torch.Generator) -> None:
         nn.init.normal_(columns, std=scale, generator=generator)
     else:
         nn.init.uniform_(columns, -scale, scale, generator=generator)
+    return drawn

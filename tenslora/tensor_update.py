@@ -93,8 +93,7 @@ class TensorUpdate(nn.Module):
         super().__init__()
         modes, factorization = weight_modes(shape), FACTORIZATIONS[config.factorization]
         self.config = dataclasses.replace(config, ranks=weight_ranks(shape, config.ranks, config.factorization))
-        generator = torch.Generator().manual_seed(stream_seed("tensor", config.seed))
-        self.tensor = FactorizedTensor(factorization, modes, self.config.ranks, 1, generator)
+        self.tensor = FactorizedTensor(factorization, modes, self.config.ranks, 1, stream_seed("tensor", config.seed))
         squared = factorization.squared_first_step(modes, self.config.ranks)
         self.scale, unscaled_first_step = config.alpha, math.sqrt(squared or 0.0)
         if config.scaling == "first_step":

@@ -125,9 +125,15 @@ def test_weights_that_are_divided_among_processes_are_saved_whole(tmp_path: Path
     expected = logits(model, batch)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        save_pretrained(fully_shard(model, mesh=init_device_mesh("cpu", (1,))), tmp_path)
+        sharded = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        save_pretrained(sharded, tmp_path)
+        for tensor in sharded.tenslora.tensors:
+            tensor.reset_parameters()
+        start = {name: own.full_tensor() for name, own in sharded.tenslora.named_parameters()}
     finally:
         dist.destroy_process_group()
+    fresh = attach(build("separate"), model.tenslora.config).state_dict()
+    assert all(torch.equal(own, fresh[name]) for name, own in start.items())
     again = build("separate")
     load(again, tmp_path).double()
     torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-6)

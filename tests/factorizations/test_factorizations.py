@@ -41,8 +41,7 @@ def build(factorization: str, name: str, ranks: str = "wide_output", head_layout
     """A tensor of float64 numbers, all of them random."""
     sizes, formulas = modes(name, GEOMETRY), factorization_of(name, factorization)
     chosen = [RANKS[ranks](i, n) for i, n in enumerate(formulas.rank_limits(sizes).values())]
-    generator = torch.Generator().manual_seed(1)
-    tensor = FactorizedTensor(formulas, sizes, chosen, GEOMETRY.layers, generator, head_layout=head_layout).double()
+    tensor = FactorizedTensor(formulas, sizes, chosen, GEOMETRY.layers, seed=1, head_layout=head_layout).double()
     with torch.no_grad():
         tensor.get_parameter(tensor.zero_parameter).normal_(generator=torch.Generator().manual_seed(2))
     return tensor
@@ -52,7 +51,7 @@ def fresh(factorization: str, name: str, rank: int) -> FactorizedTensor:
     """A tensor as it starts, with the same number for all ranks."""
     sizes, formulas = modes(name, GEOMETRY), factorization_of(name, factorization)
     ranks = [rank] * len(formulas.rank_limits(sizes))
-    return FactorizedTensor(formulas, sizes, ranks, GEOMETRY.layers, torch.Generator().manual_seed(0))
+    return FactorizedTensor(formulas, sizes, ranks, GEOMETRY.layers, seed=0)
 
 
 def guided_updates(tensor: FactorizedTensor, layer: int) -> Tensor:
@@ -198,7 +197,7 @@ def test_the_noise_of_tensor_guide_is_drawn_from_the_seed_and_never_trained() ->
 def test_tensor_guide_builds_nothing_as_large_as_an_update(name: str) -> None:
     geometry = Geometry(d_in=96, heads=4, d_head=32, layers=2)
     formulas = factorization_of(name, "tensor_guide")
-    tensor = FactorizedTensor(formulas, modes(name, geometry), [2, 3], geometry.layers, torch.Generator())
+    tensor = FactorizedTensor(formulas, modes(name, geometry), [2, 3], geometry.layers, seed=0)
     sizes: list[int] = []
 
     def kept(x: Tensor) -> Tensor:

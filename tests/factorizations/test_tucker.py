@@ -18,7 +18,7 @@ def test_the_grouping_is_the_one_with_fewer_multiplications_per_token(name: str,
         r_out = max(1, r_out // 3) * 3
     ranks = {"d_in": r_in, "d_out": r_out, "d_head": r_out // 3, "head": 3}
     chosen = [ranks.get(mode, 1) for mode in sizes]
-    tensor = FactorizedTensor(Tucker(), sizes, chosen, GEOMETRY.layers, torch.Generator().manual_seed(1))
+    tensor = FactorizedTensor(Tucker(), sizes, chosen, GEOMETRY.layers, seed=1)
     left, right = tensor.slices(0)
     projections = 3 if {"projection", "site"} & set(sizes) else 1
     shared_left = r_in * (GEOMETRY.d_in + projections * GEOMETRY.d_out)
