@@ -40,7 +40,7 @@ from tenslora.forms import from_json, typed
 from tenslora.forward_pass import ForwardPass
 from tenslora.peft.patterns import first_matches
 from tenslora.peft.quantised import QuantisedWeights, warn_of_rounding
-from tenslora.projections import Stage, TargetLinear, find_projections, is_plain
+from tenslora.projections import Stage, TargetLinear, features, find_projections, is_conv1d, is_plain
 from tenslora.ranks import RankStrategy, explicit
 from tenslora.tensor_update import TensorUpdate
 
@@ -304,9 +304,20 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             adapter: the adapter's name.
 
         Returns:
-            (outputs, inputs), or (inputs, outputs) for a Conv1D.
+            (outputs, inputs), or (inputs, outputs) for a Conv1D; zeros if the adapter is on other layers alone.
+
+        Raises:
+            TensLoRAError: if the model has no adapter of that name.
         """
-        return self.updates[adapter].dense()
+        if adapter in self.updates:
+            return self.updates[adapter].dense()
+        if adapter not in self.tenslora_adapters:
+            names = ", ".join(self.tenslora_adapters) or "none"
+            raise TensLoRAError(f"adapter_name={adapter}: is no adapter of this model, which has {names}")
+        linear = self.get_base_layer()
+        inputs, outputs = features(linear)
+        shape = (inputs, outputs) if is_conv1d(linear) else (outputs, inputs)
+        return next(self.tenslora_adapters[adapter].parameters()).new_zeros(shape)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -571,7 +582,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         # Every layer is looked at before the first weight is changed.
         super()._check_merge_allowed()
         for module in self.model.modules():
-            if isinstance(module, TensLoraLinear):
+            if isinstance(module, TensLoraLinear) and module.updates:  # their adapters may have been deleted
                 module.quantised_weights()
 
     def unmerge_adapter(self) -> None:

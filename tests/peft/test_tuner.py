@@ -25,6 +25,7 @@ from peft import (
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
+    convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -287,6 +288,29 @@ def test_a_merge_that_a_layer_cannot_take_changes_none() -> None:
     prune_weight.remove(pruned.base_layer, "weight")  # type: ignore[no-untyped-call]
     model.merge_adapter()
     torch.testing.assert_close(logits(model, inputs("hf_bert")), before)
+
+
+def test_layers_whose_adapter_was_deleted_are_merged_as_with_lora() -> None:
+    batch = inputs("gpt2")
+    model: Any = get_peft_model(build("gpt2"), TensLoraConfig(layers_to_transform=[0]))
+    model.add_adapter("other", TensLoraConfig(layers_to_transform=[1]))
+    model.set_adapter("other")
+    trained(model, name="other")
+    expected = logits(model, batch)
+    model.delete_adapter("default")
+    lora_config, state = convert_to_lora(model, rank=24, adapter_name="other")
+    again = get_peft_model(build("gpt2"), lora_config)  # type: ignore[arg-type]
+    set_peft_model_state_dict(again, state)
+    torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-4)
+    with pytest.raises(TensLoRAError, match=r"^adapter_name=default: is no adapter of this model, which has other$"):
+        convert_to_lora(model, rank=1)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch), expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload(), batch), expected)
+    model.delete_adapter("other")
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model.merge_and_unload(), batch), logits(build("gpt2"), batch))
 
 
 @pytest.mark.parametrize(
