@@ -31,8 +31,8 @@ from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError, first_line, require_type
 from tenslora.forward_pass import ForwardPass, listed
-from tenslora.projections import Stage, features, find_projections, is_plain, path_of_tuner_layer
-from tenslora.thin_products import MatrixGroup
+from tenslora.projections import Stage, features, find_projections, is_conv1d, is_plain, path_of_tuner_layer
+from tenslora.thin_products import MatrixGroup, without_autocast
 
 if TYPE_CHECKING:
     from tenslora.peft.quantised import QuantisedWeights
@@ -93,6 +93,9 @@ def attach(
             module.requires_grad_(True)
         for parameter in of_updates:
             parameter.requires_grad_(True)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.grad = None  # by which an optimizer of all parameters would move it
         keep_gradients(model)
         for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
             of_stage.to(device_of(targets[0].linear))
@@ -115,13 +118,14 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     Args:
         model: without an adapter. What is written into its weights is not undone.
     """
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
         _take_off(model)
-        for parameter, was_required in required:
+        for parameter, was_required, gradient in before:
             parameter.requires_grad_(was_required)
+            parameter.grad = gradient
         raise
 
 
@@ -142,7 +146,9 @@ def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedA
             )
         raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
     if held := next(iter(_adapted_linears(model)), None):
-        raise TensLoRAError(f"{held}: has an adapter already; detach it first from the model that holds it")
+        holder = next((path for path, module in model.named_modules() if SUBMODULE in module._modules), "")
+        of = f" ({holder})" if holder else ""
+        raise TensLoRAError(f"{held}: has an adapter already; detach it first from the model that holds it{of}")
     stages = find_projections(model, adapter.adapt if isinstance(adapter, AdapterConfig) else adapter.config.adapt)
     require_no_other_adapter(stages)
     for target in (target for stage in stages for target in stage.targets):
@@ -317,7 +323,7 @@ def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
     Args:
         model: with an adapter, which is taken off and given to the context.
     """
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     adapter = detach(model)
     beside = adapter.trained_beside
     try:
@@ -326,8 +332,9 @@ def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
         with suppress(TensLoRAError):
             attach(model, adapter)
             adapter.trained_beside = beside
-        for parameter, was_required in required:
+        for parameter, was_required, gradient in before:
             parameter.requires_grad_(was_required)
+            parameter.grad = gradient
         raise
 
 
@@ -381,8 +388,8 @@ def unmerge(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[None]:
     """A context in which the model computes what the backbone alone computes, like PEFT's `disable_adapter`.
 
-    The context holds in all threads. Where several such contexts overlap, the adapter is back when the last of them has
-    been left.
+    Updates of `adapt_tensor` stay on. The context holds in all threads. Where several such contexts overlap, the
+    adapter is back when the last of them has been left.
 
     Args:
         model: with an adapter.
@@ -434,7 +441,9 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
             f"{type(model).__name__}: has its adapter in PEFT ({path}), where the methods of the PeftModel are used, "
             f"such as merge_adapter, save_pretrained, disable_adapter and unload"
         )
-    raise TensLoRAError(f"{type(model).__name__}: has no adapter")
+    parts = [path for path, module in model.named_modules() if SUBMODULE in module._modules]
+    hint = f"; call this on a part that has one: {listed(parts)}" if parts else ""
+    raise TensLoRAError(f"{type(model).__name__}: has no adapter{hint}")
 
 
 def updates_of(model: nn.Module) -> dict[str, LayerUpdate]:
@@ -467,15 +476,19 @@ def require_own_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None
         TensLoRAError: if two modules of the model share one of the weights, as an embedding and a head may do.
     """
     held = [(path, own) for path, module in model.named_modules() for own in module.parameters(recurse=False)]
-    memory = [(path, own, _memory(own)) for path, own in held]
+    starts, stops = torch.tensor([_memory(own) for _, own in held], dtype=torch.int64, device="cpu").T
+    same: dict[int, list[int]] = {}
+    for index, (_, own) in enumerate(held):
+        same.setdefault(id(own), []).append(index)
     for path, weight in weights.items():
         first, last = _memory(weight)
-        sharing = [
-            holder
-            for holder, own, (start, stop) in memory
-            if own is weight
-            or (start < last and first < stop and own.device == weight.device and _have_common_entries(own, weight))
+        near = [(index, held[index][1]) for index in ((starts < last) & (stops > first)).nonzero().flatten().tolist()]
+        overlapping = [
+            index
+            for index, own in near
+            if own is not weight and own.device == weight.device and _have_common_entries(own, weight)
         ]
+        sharing = [held[index][0] for index in sorted(same.get(id(weight), []) + overlapping)]
         if len(sharing) > 1:
             raise TensLoRAError(
                 f"{path}: its weight is shared by {' and '.join(sharing)}, and a merge would change each of them; "
@@ -541,14 +554,15 @@ def require_all_layers(model: nn.Module) -> None:
 
 
 def require_stored_weight(path: str, linear: nn.Module) -> None:
-    """Check that a layer's weight is a tensor of its own, and so can change.
+    """Check that a layer's weight is a tensor of its own, in which an update would do what it does beside it.
 
     Args:
         path: what a message calls the layer.
         linear: the layer.
 
     Raises:
-        TensLoRAError: if the weight is computed from other tensors, as after pruning.
+        TensLoRAError: if the weight is computed from other tensors, as after pruning, or if the layer's class computes
+            with something else than its weight, such as a rounded or scaled one.
     """
     if linear.weight is not {**linear._parameters, **linear._buffers}.get("weight"):
         raise TensLoRAError(
@@ -556,6 +570,48 @@ def require_stored_weight(path: str, linear: nn.Module) -> None:
             f"would be lost; make it a parameter again first (prune.remove, remove_weight_norm, "
             f"remove_parametrizations)"
         )
+    if not _adds_its_weight(linear):
+        raise TensLoRAError(
+            f"{path}: a {getattr(linear, 'plain_class', type(linear)).__name__} does not multiply its input by its "
+            f"weight alone, so an update in the weight would be another one; leave the adapter unmerged"
+        )
+
+
+def _adds_its_weight(linear: nn.Module) -> bool:
+    # Whether a change D of the weight changes the output by x D^T, which a random D shows. Classes that round or scale
+    # their weight in forward, as for 1-bit models, have plain weights all the same.
+    kind: type[nn.Module] = getattr(linear, "plain_class", type(linear))
+    if kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D":
+        return True
+    weight, generator = cast(Tensor, linear.weight), torch.Generator().manual_seed(0)
+    if weight.is_meta:
+        return True
+    x = torch.randn(4, features(linear)[0], generator=generator).to(weight.device)
+    size = float(weight.float().abs().mean()) or 1.0
+    change = torch.randn(weight.shape, generator=generator).mul(size).to(weight.device)
+    try:
+        with without_autocast(weight.device):
+            before = kind.forward(_plain_copy(linear, kind, 0), x)
+            moved = kind.forward(_plain_copy(linear, kind, change), x) - before
+    except Exception:  # it takes more than an input, or another one
+        return True
+    wanted = x @ (change if is_conv1d(linear) else change.T)
+    return moved.shape == wanted.shape and bool((moved - wanted).abs().max() <= 1e-3 * wanted.abs().max())
+
+
+def _plain_copy(linear: nn.Module, kind: type[nn.Module], change: Tensor | int) -> nn.Module:
+    # In float32 and evaluation mode, with tensors of its own.
+    copied = kind.__new__(kind)
+    vars(copied).update(vars(linear))
+    own = {name: each.detach().float().clone() for name, each in linear.named_parameters(recurse=False)}
+    vars(copied)["_parameters"] = {
+        name: nn.Parameter(each + change if name == "weight" else each, requires_grad=False)
+        for name, each in own.items()
+    }
+    vars(copied)["_parameters"] |= {name: None for name, each in linear._parameters.items() if each is None}
+    vars(copied)["_buffers"] = copy.deepcopy(linear._buffers)
+    vars(copied)["_modules"] = copy.deepcopy(linear._modules)
+    return copied.eval()
 
 
 def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:

@@ -111,6 +111,11 @@ def write_safetensors(
     seen: set[int] = set()
     for name, tensor in tensors.items():
         own = getattr(tensor.detach(), "full_tensor", tensor.detach)().cpu().contiguous()
+        if type(own).__name__ != "Tensor":  # without torch at the top of this module
+            raise TensLoRAError(
+                f"{path}: cannot be written ({name} is a {type(own).__name__}, as after quantisation, and safetensors "
+                f"holds plain tensors)"
+            )
         if name in finite:
             require_finite(f"{path}: cannot be written: {name}", own)
         if (memory := own.untyped_storage().data_ptr()) in seen:  # safetensors refuses tensors that share memory

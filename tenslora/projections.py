@@ -82,7 +82,7 @@ FEED_FORWARD = (
 """Paths of the other matrices' Linear layers. A path without a leading dot starts at the attention block, a path with
 one dot at the module that contains the block, and a path with two dots at the layer."""
 
-_HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
+_HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads")
 _KEY_HEAD_COUNTS = (
     "num_key_value_heads", "num_kv_heads", "kv_heads", "n_kv_heads", "n_kv_head", "num_query_groups", "n_query_groups",
 )  # fmt: skip
@@ -473,6 +473,8 @@ def _head_count(path: str, block: nn.Module, model: nn.Module) -> int:
             count = getattr(owner, name, None)
             if _is_count(count):
                 return int(count)
+            if isinstance(count, (float, str, torch.Tensor)):
+                raise TensLoRAError(f"{path}: {name}={count} must be a whole number, and at least 1")
     raise TensLoRAError(f"{path}: the number of heads is not known; expected an attribute {', '.join(_HEAD_COUNTS)}")
 
 

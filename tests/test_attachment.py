@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from tenslora import (
@@ -706,6 +707,73 @@ def test_a_weight_that_another_layer_uses_is_not_merged() -> None:
     with pytest.raises(TensLoRAError, match=rf"its weight is shared by {first} and {second}, and a merge"):
         merge(model)
     assert torch.equal(logits(model, inputs("separate")), before)
+
+
+class Scaled(nn.Linear):
+    """As in a network with an equalised learning rate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 0.5, self.bias)
+
+
+class Ternary(nn.Linear):
+    """As in a model of 1-bit weights, which keeps exact ones for training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.abs().mean()
+        return F.linear(x, (self.weight / scale).round().clamp(-1, 1) * scale, self.bias)
+
+
+class Rectified(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class AfterDropout(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.5, self.training))
+
+
+@pytest.mark.parametrize("kind", [Scaled, Ternary, Rectified, AfterDropout])
+def test_a_layer_that_computes_with_something_else_than_its_weight_is_not_merged(kind: type[nn.Linear]) -> None:
+    model = PlainTransformer().bfloat16()
+    for block in model.blocks:
+        block.get_submodule("attention.value").__class__ = kind
+    attached(model, "qkv")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    if kind is AfterDropout:
+        merge(model.train())
+        return
+    with pytest.raises(TensLoRAError, match=rf"value: a {kind.__name__} does not multiply its input by its weight"):
+        merge(model)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    peft_model = get_peft_model(detached(model), TensLoraConfig())  # type: ignore[arg-type]
+    with pytest.raises(TensLoRAError, match=rf"value: a {kind.__name__} does not multiply its input by its weight"):
+        peft_model.merge_adapter()
+
+
+def detached(model: nn.Module) -> nn.Module:
+    detach(model)
+    return model
+
+
+def test_gradients_from_before_do_not_move_what_is_frozen() -> None:
+    model = PlainTransformer()
+    model(torch.randn(2, 5, 24)).sum().backward()
+    attach(model, AdapterConfig("qkv"), train=["head"])
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved == {"head.weight", "head.bias"}
+
+
+def test_of_a_model_whose_parts_have_adapters_the_message_names_them() -> None:
+    model = nn.ModuleDict({"question": PlainTransformer(), "passage": PlainTransformer()})
+    attach(model["passage"], AdapterConfig("qkv"))
+    with pytest.raises(TensLoRAError, match=r"^ModuleDict: has no adapter; call this on a part that has one: passage$"):
+        merge(model)
+    with pytest.raises(TensLoRAError, match=r"detach it first from the model that holds it \(passage\)$"):
+        attach(model, AdapterConfig("qkv"))
 
 
 def test_a_deep_copy_has_an_adapter_of_its_own() -> None:

@@ -132,7 +132,7 @@ def test_weights_that_are_divided_among_processes_are_saved_whole(tmp_path: Path
         start = {name: own.full_tensor() for name, own in sharded.tenslora.named_parameters()}
     finally:
         dist.destroy_process_group()
-    fresh = attach(build("separate"), model.tenslora.config).state_dict()
+    fresh = attach(build("separate"), adapter_of(model).config).state_dict()
     assert all(torch.equal(own, fresh[name]) for name, own in start.items())
     again = build("separate")
     load(again, tmp_path).double()

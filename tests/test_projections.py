@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -81,6 +82,18 @@ class _Fused(nn.Module):
 def test_attention_of_odd_sizes_is_refused(blocks: list[tuple[int, int, int | None]], message: str) -> None:
     with pytest.raises(TensLoRAError, match=message):
         find_projections(nn.Sequential(*(_Fused(*block) for block in blocks)))
+
+
+def test_a_number_of_heads_that_is_no_whole_number_is_not_passed_over() -> None:
+    block = _Fused(8, 24, heads=None)
+    model = nn.Sequential(block)
+    model.config = SimpleNamespace(num_attention_heads=2)  # type: ignore[assignment]
+    block.num_heads = 4.0  # type: ignore[assignment]
+    with pytest.raises(TensLoRAError, match=r"^0: num_heads=4\.0 must be a whole number, and at least 1$"):
+        find_projections(model)
+    del block.num_heads
+    block.heads = 4  # type: ignore[assignment]  # as in Diffusers
+    assert find_projections(model)[0].geometry.heads == 4
 
 
 def test_multi_query_attention_in_one_linear_is_refused() -> None:

@@ -65,6 +65,17 @@ def quantised(kind: str, name: str = "llama") -> nn.Module:
     return KINDS[kind](build(name).float()).eval()
 
 
+def test_a_head_that_was_quantised_after_its_training_is_not_saved(tmp_path: Path) -> None:
+    model = build("separate").float()
+    attach(model, AdapterConfig(), train=["head"])
+    save_pretrained(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    torchao_int8(model.get_submodule("head"))
+    with pytest.raises(TensLoRAError, match=r"cannot be written \(head\.weight is a Int8Tensor, as after quantisation"):
+        save_pretrained(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def attached(model: nn.Module) -> nn.Module:
     return attach(model, AdapterConfig())
 

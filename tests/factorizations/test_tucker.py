@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tenslora.constructions import CONSTRUCTIONS, Geometry, modes
 from tenslora.factorizations.tucker import Tucker
