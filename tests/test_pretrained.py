@@ -44,6 +44,7 @@ from tenslora import (
     save_tensors,
     unmerge,
 )
+from tenslora.attachment import adapter_of
 from tests.hub_server import serving
 from tests.models import build, inputs, logits
 from tests.plain_transformer import PlainTransformer
