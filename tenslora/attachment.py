@@ -338,6 +338,47 @@ def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
         raise
 
 
+@contextmanager
+def not_compiled_anywhere(model: nn.Module) -> Iterator[nn.Module]:
+    """A context in which PEFT gets a model without torch.compile's wrappers, whose names it would save.
+
+    After an error in it, the parts of the model are wrapped as before. Otherwise a warning tells of the wrappers.
+
+    Args:
+        model: compiled as a whole, in parts or not at all. It is changed in place.
+
+    Returns:
+        The model itself.
+    """
+    require_type("model", model, nn.Module)
+    own = _innermost(model)
+    wrapped = [
+        (path, part)
+        for path, part in own.named_modules(remove_duplicate=False)
+        if _innermost(part) is not part and path.rpartition(".")[2] != "_orig_mod"
+    ]
+    try:
+        for path, part in reversed(wrapped):  # a part of a part first
+            own.set_submodule(path, _innermost(part))
+        yield own
+    except BaseException:
+        for path, part in wrapped:
+            own.set_submodule(path, part)
+        raise
+    if wrapped or own is not model:
+        warnings.warn(
+            f"{type(own).__name__}: was compiled, as a whole or in parts, and is no longer, because PEFT would save "
+            f"the names of torch.compile's wrappers; compile the PEFT model instead",
+            stacklevel=4,
+        )
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    while (inner := not_compiled(model)) is not model:
+        model = inner
+    return model
+
+
 def _take_off(model: nn.Module) -> None:
     for linear in _adapted_linears(model).values():
         take_off(linear)
@@ -864,6 +905,15 @@ def not_compiled(model: nn.Module) -> nn.Module:
         The wrapped model, with the weights' own names; any other model as it is.
     """
     return model._modules.get("_orig_mod") or vars(model).get("_orig_mod") or model
+
+
+def uncompiled(name: str) -> str:
+    """The name that a module or a weight has without the wrappers that torch.compile puts around parts of a model.
+
+    Args:
+        name: a path in the model.
+    """
+    return name.replace("_orig_mod.", "")
 
 
 def _adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:

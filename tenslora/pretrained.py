@@ -35,6 +35,7 @@ from tenslora.attachment import (
     require_changeable,
     require_own_layers,
     stages_to_adapt,
+    uncompiled,
     undone_on_error,
 )
 from tenslora.errors import TensLoRAError, require_path, require_type
@@ -74,7 +75,7 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
     head = _trained_weights(model)
     require_own_layers(model)
     for path, module in model.named_modules():
-        if isinstance(module, AdaptedLinear) and module.layer_update.merged and _uncompiled(f"{path}.weight") in head:
+        if isinstance(module, AdaptedLinear) and module.layer_update.merged and uncompiled(f"{path}.weight") in head:
             raise TensLoRAError(f"{path}: its weight is trained and has the adapter's update in it; unmerge first")
     with _head_stays_with_its_adapter(folder):
         if head:
@@ -186,7 +187,7 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
             there, if one holds a NaN or an infinity, if two differ that are one in the model, or if a running variance
             or a count of batches is negative.
     """
-    weights = {_uncompiled(name): weight for name, weight in read_safetensors(path)[1].items()}
+    weights = {uncompiled(name): weight for name, weight in read_safetensors(path)[1].items()}
     require_sizes(model)
     places = _places(model)
     names: dict[int, str] = {}
@@ -229,7 +230,7 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
         elif place.dtype != saved.dtype:
             raise TensLoRAError(f"{path}: {name} has the type {saved.dtype}, and in the model {place.dtype}")
     try:
-        statistics = map(_uncompiled, running_statistics(model))
+        statistics = map(uncompiled, running_statistics(model))
         require_statistics({name: weights[name] for name in statistics if name in weights})
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: {error}") from error
@@ -344,11 +345,11 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
     # are trained, such as a parametrization's. Running statistics move without any.
     of_adapter = f"{SUBMODULE}."
     others = {name: each for name, each in model.named_parameters() if not name.startswith(of_adapter)}
-    beside = {_uncompiled(name) for name in adapter_of(model).trained_beside}
+    beside = {uncompiled(name) for name in adapter_of(model).trained_beside}
     trained: dict[str, Tensor] = {
-        name: each for name, each in others.items() if each.requires_grad or _uncompiled(name) in beside
+        name: each for name, each in others.items() if each.requires_grad or uncompiled(name) in beside
     }
-    _require_no_other_head(model, beside, {_uncompiled(name) for name in trained})
+    _require_no_other_head(model, beside, {uncompiled(name) for name in trained})
     with_frozen = {path for name in others.keys() - trained.keys() for path in _holders(name)}
     owners = {_owner(name) for name in trained}
     whole = {path for name in trained for path in _holders(name)} - with_frozen
@@ -360,16 +361,16 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
         if name in buffers and (_owner(name) in owners or not whole.isdisjoint(_holders(name)))
     }
     weights = trained | of_trained | running_statistics(model)
-    return {_uncompiled(name): weight for name, weight in weights.items()}
+    return {uncompiled(name): weight for name, weight in weights.items()}
 
 
 def _require_no_other_head(model: nn.Module, beside: Set[str], trained: Set[str]) -> None:
     """Refuse to leave out frozen weights that have taken the place of trained ones, such as those of a new head."""
-    modules = {_uncompiled(path): module for path, module in model.named_modules() if path}
-    weights = {_uncompiled(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    modules = {uncompiled(path): module for path, module in model.named_modules() if path}
+    weights = {uncompiled(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for gone in sorted(beside - weights):
         path = next(filter(modules.get, _holders(gone)), None)
-        new = [f"{path}.{_uncompiled(name)}" for name, _ in modules[path].named_parameters()] if path else []
+        new = [f"{path}.{uncompiled(name)}" for name, _ in modules[path].named_parameters()] if path else []
         if left_out := [name for name in new if name not in trained]:
             raise TensLoRAError(
                 f"{gone}: was trained beside the adapter, and {listed(left_out)} in its place would not be saved; let "
@@ -380,12 +381,7 @@ def _require_no_other_head(model: nn.Module, beside: Set[str], trained: Set[str]
 def _places(model: nn.Module) -> dict[str, Tensor]:
     # Tied parameters have several names, and a file may use any of them.
     places = dict(model.named_buffers()) | dict(model.named_parameters(remove_duplicate=False))
-    return {_uncompiled(name): place for name, place in places.items()}
-
-
-def _uncompiled(name: str) -> str:
-    # torch.compile puts a wrapper around a module, whose name is then a part of the names below.
-    return name.replace("_orig_mod.", "")
+    return {uncompiled(name): place for name, place in places.items()}
 
 
 def _owner(name: str) -> str:

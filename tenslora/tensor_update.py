@@ -20,7 +20,14 @@ from torch.nn.utils import parametrize
 
 from tenslora.adapted_linear import AdaptedLinear
 from tenslora.adapter_config import LARGEST_SCALE
-from tenslora.attachment import is_finite, not_compiled, require_changeable, require_finite_sum, require_own_weights
+from tenslora.attachment import (
+    is_finite,
+    not_compiled,
+    require_changeable,
+    require_finite_sum,
+    require_own_weights,
+    uncompiled,
+)
 from tenslora.constructions import SCALINGS, weight_modes
 from tenslora.errors import TensLoRAError, require_numbers, require_one_of, require_path, require_type
 from tenslora.factorizations import FACTORIZATIONS
@@ -336,15 +343,11 @@ def _without_wrapper(model: nn.Module) -> nn.Module:
 
 
 def _holder(model: nn.Module, place: str) -> tuple[nn.Module, str]:
-    path, _, name = _uncompiled(place).rpartition(".")
+    path, _, name = uncompiled(place).rpartition(".")
     try:
         return not_compiled(_without_wrapper(model).get_submodule(path)), name
     except AttributeError as error:
         raise TensLoRAError(f"{place}: there is no such weight") from error
-
-
-def _uncompiled(place: str) -> str:
-    return place.replace("_orig_mod.", "")  # torch.compile's wrapper around a part of a model
 
 
 def _weight(module: nn.Module, name: str) -> nn.Parameter:
@@ -423,7 +426,7 @@ def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, str, TensorUpdate]]
             for name in cast(nn.ModuleDict, module._modules.get("parametrizations", ())):
                 for update in _parametrizations(module, name):
                     if isinstance(update, TensorUpdate):
-                        yield _uncompiled(f"{path}.{name}").removeprefix("."), (module, name, update)
+                        yield uncompiled(f"{path}.{name}").removeprefix("."), (module, name, update)
 
     require_type("model", model, nn.Module)
     model = _without_wrapper(model)

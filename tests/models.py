@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import timm
 import torch
 import transformers as hf
+from accelerate.utils import compile_regions
 from torch import Tensor, nn
 
 from tenslora import AdapterConfig, attach
@@ -240,6 +241,17 @@ def randomised(adapter: AnyAdapter) -> AnyAdapter:
         for parameter in adapter.double().parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return adapter
+
+
+def compiled(model: nn.Module, part: str) -> nn.Module:
+    """A model that is compiled: as a whole for "", by accelerate for "regions", otherwise the part at that path."""
+    if part == "regions":
+        regions: nn.Module = compile_regions(model, backend="eager")
+        return regions
+    wrapper: Any = torch.compile(model.get_submodule(part), backend="eager")
+    if part:
+        model.set_submodule(part, wrapper)
+    return model if part else wrapper
 
 
 def linear_at(model: nn.Module, path: str) -> AdaptedLinear:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tenslora.attachment import uncompiled
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_json, read_safetensors, require_finite, require_tensors
 from tenslora.forms import from_json, shown
@@ -163,7 +164,8 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
     matrices = {key: tensor for key, tensor in read_safetensors(path)[1].items() if ".lora_" in key}
     saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(PREFIX)) for key in matrices}
     targets = {target.path: (index, target) for index, (_, of_stage) in enumerate(stages) for target in of_stage}
-    found = _places(saved, targets)
+    by_own_name = {uncompiled(name): name for name in saved}
+    found = {by_own_name[name]: place for name, place in _places(by_own_name.keys(), targets).items()}
     if saved and not found:
         raise TensLoRAError(f"{folder}: adapts {min(saved)} and others; this model has none of them")
     if left := saved - found.keys():
@@ -197,9 +199,10 @@ def read_others(folder: Path) -> dict[str, Tensor]:
         folder: a folder that PEFT's `save_pretrained` wrote.
 
     Returns:
-        The weights by their names in the file.
+        The weights by their names in the file, without those of torch.compile's wrappers.
     """
-    return {name: weight for name, weight in read_safetensors(folder / WEIGHTS)[1].items() if ".lora_" not in name}
+    weights = read_safetensors(folder / WEIGHTS)[1]
+    return {uncompiled(name): weight for name, weight in weights.items() if ".lora_" not in name}
 
 
 def _places(saved: Set[str], targets: Mapping[str, _Place]) -> dict[str, _Place]:

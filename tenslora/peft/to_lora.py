@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenslora.attachment import handed_over, require_savable, updates_of
+from tenslora.attachment import handed_over, not_compiled_anywhere, require_savable, updates_of
 from tenslora.errors import TensLoRAError
 from tenslora.projections import is_conv1d
 
@@ -39,7 +39,8 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
     """Turn an adapted model into a PEFT model with an equal LoRA on the same Linear layers.
 
     Args:
-        model: with an adapter. It is changed in place: the adapter is taken off, and PEFT puts its own layers on.
+        model: with an adapter. It is changed in place: the adapter and torch.compile's wrappers are taken off, and PEFT
+            puts its own layers on.
         modules_to_save: paths of modules that were trained without an adapter, such as a classification head. PEFT
             saves them together with the LoRA.
 
@@ -54,28 +55,29 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise TensLoRAError("peft: the package is not installed (pip install peft)") from error
-    weights = lora_weights(model)
-    require_savable(model, modules_to_save)
-    with handed_over(model):
-        ranks = {path: len(a) for path, (a, _) in weights.items()}
-        rank = max(ranks.values())
-        # A pattern matches every path that ends with it. One that is the end of another path is tied to the beginning.
-        paths = set(ranks)
-        ends = {path for path in paths if any(other.endswith(f".{path}") for other in paths)}
-        lower_ranks = {f"^{path}" if path in ends else path: r for path, r in ranks.items() if r != rank}
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=rank,  # PEFT multiplies the update by lora_alpha / r, which is 1 here
-            rank_pattern=lower_ranks,
-            alpha_pattern=lower_ranks,
-            target_modules=list(weights),
-            modules_to_save=list(modules_to_save) or None,
-            fan_in_fan_out=any(is_conv1d(model.get_submodule(path)) for path in weights),
-        )
-        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
-        with torch.no_grad():
-            for path, (a, b) in weights.items():
-                layer = peft_model.base_model.model.get_submodule(path)
-                layer.lora_A["default"].weight.copy_(a)
-                layer.lora_B["default"].weight.copy_(b)
+    with not_compiled_anywhere(model) as own:
+        weights = lora_weights(own)
+        require_savable(own, modules_to_save)
+        with handed_over(own):
+            ranks = {path: len(a) for path, (a, _) in weights.items()}
+            rank = max(ranks.values())
+            # A pattern matches every path that ends with it. One that is the end of another is tied to the beginning.
+            paths = set(ranks)
+            ends = {path for path in paths if any(other.endswith(f".{path}") for other in paths)}
+            lower_ranks = {f"^{path}" if path in ends else path: r for path, r in ranks.items() if r != rank}
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=rank,  # PEFT multiplies the update by lora_alpha / r, which is 1 here
+                rank_pattern=lower_ranks,
+                alpha_pattern=lower_ranks,
+                target_modules=list(weights),
+                modules_to_save=list(modules_to_save) or None,
+                fan_in_fan_out=any(is_conv1d(own.get_submodule(path)) for path in weights),
+            )
+            peft_model = get_peft_model(own, config)  # type: ignore[arg-type]
+            with torch.no_grad():
+                for path, (a, b) in weights.items():
+                    layer = peft_model.base_model.model.get_submodule(path)
+                    layer.lora_A["default"].weight.copy_(a)
+                    layer.lora_B["default"].weight.copy_(b)
     return peft_model

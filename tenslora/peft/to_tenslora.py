@@ -12,7 +12,15 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from tenslora.adapter import Adapter, StagedAdapter
-from tenslora.attachment import adapter_of, handed_over, modules_named, require_own_layers, require_savable, updates_of
+from tenslora.attachment import (
+    adapter_of,
+    handed_over,
+    modules_named,
+    not_compiled_anywhere,
+    require_own_layers,
+    require_savable,
+    updates_of,
+)
 from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError, require_path
 from tenslora.peft.saved_lora import PREFIX, WEIGHTS, read_others, read_updates
@@ -58,7 +66,8 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
     PEFT saves the adapter's own tensors, which are smaller than the LoRA that `to_lora.to_peft` makes of them.
 
     Args:
-        model: with an adapter. It is changed in place: the adapter is taken off, and PEFT puts its own layers on.
+        model: with an adapter. It is changed in place: the adapter and torch.compile's wrappers are taken off, and PEFT
+            puts its own layers on.
         modules_to_save: paths of modules that were trained without an adapter, such as a classification head. PEFT
             saves them together with the adapter.
 
@@ -69,14 +78,15 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
         TensLoRAError: if there is no adapter, if the adapter is merged, if its scale, config or ranks were changed by
             hand, or if a module to save is not found or holds adapted layers. The model is then as it was.
     """
-    updates_of(model)  # raises if the adapter is merged
-    require_own_layers(model)
-    require_savable(model, modules_to_save)
-    adapter_of(model).require_as_declared()
-    with handed_over(model) as adapter:
-        peft_model = get_peft_model(model, peft_config(adapter, modules_to_save))  # type: ignore[arg-type]
-        own = _adapter_of(peft_model)
-        own.to(next(adapter.parameters()).dtype).load_state_dict(adapter.state_dict())
+    with not_compiled_anywhere(model) as own:
+        updates_of(own)  # raises if the adapter is merged
+        require_own_layers(own)
+        require_savable(own, modules_to_save)
+        adapter_of(own).require_as_declared()
+        with handed_over(own) as adapter:
+            peft_model = get_peft_model(own, peft_config(adapter, modules_to_save))  # type: ignore[arg-type]
+            new = _adapter_of(peft_model)
+            new.to(next(adapter.parameters()).dtype).load_state_dict(adapter.state_dict())
     return peft_model
 
 
@@ -84,7 +94,8 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
     """Put a new TensLoRA adapter on a model and start it from a LoRA, as closely as its ranks allow.
 
     Args:
-        model: the model that the LoRA is for, without the LoRA. It is changed in place.
+        model: the model that the LoRA is for, without the LoRA. It is changed in place, and torch.compile's wrappers
+            are taken off.
         folder: a folder that PEFT's `save_pretrained` wrote. The modules that were saved with the LoRA, such as a head,
             are loaded too if modules_to_save names them. A module that was not saved starts as the model has it.
         config: the settings of the new adapter.
@@ -96,7 +107,11 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
         TensLoRAError: if the LoRA adapts other matrices than the new adapter, if a module that was saved with it has
             another size, or if the factorization is CP, for which there is no such method. The model is then as it was.
     """
-    folder = require_path("folder", folder)
+    with not_compiled_anywhere(model) as own:
+        return _from_lora(own, require_path("folder", folder), config)
+
+
+def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[PeftModel, Approximation]:
     # All that can fail comes before the model is changed.
     to_save = config.modules_to_save or ()
     modules_named(model, to_save, "modules_to_save")

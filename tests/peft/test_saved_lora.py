@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tenslora import TensLoRAError
-from tenslora.peft.saved_lora import read_config, read_updates
+from tenslora.peft.saved_lora import read_config, read_others, read_updates
 from tenslora.projections import find_projections
-from tests.models import build
+from tests.models import build, compiled
 
 
 def save_random_lora(model: nn.Module, folder: Path, **settings: Any) -> nn.Module:
@@ -36,6 +36,24 @@ def save_random_lora(model: nn.Module, folder: Path, **settings: Any) -> nn.Modu
 def with_lora(model: nn.Module, **settings: Any) -> Any:
     """PEFT's model around a copy of `model`."""
     return get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
+
+
+def test_a_lora_of_a_compiled_model_is_read_under_the_models_own_names(tmp_path: Path) -> None:
+    stages, plain = find_projections(build("hf_bert")), build("hf_bert")
+    of_part, whole = compiled(build("hf_bert"), "bert.encoder.layer.1"), compiled(build("hf_bert"), "")
+    read = []
+    for model, layer in ((plain, "layer.1"), (of_part, "layer.1._orig_mod"), (whole, "layer.1")):
+        ranks = {rf".*{layer}\..*": 3}
+        config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], rank_pattern=ranks)
+        of_peft: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+        for name, parameter in of_peft.named_parameters():
+            if "lora_" in name:
+                nn.init.constant_(parameter, 0.1)
+        of_peft.save_pretrained(str(tmp_path))
+        updates = [update for layers in read_updates(tmp_path, stages)[0] for update in layers]
+        read.append((torch.stack(updates), sorted(read_others(tmp_path))))
+    for updates_of_all, names in read[1:]:
+        assert torch.equal(updates_of_all, read[0][0]) and names == read[0][1]
 
 
 @pytest.mark.parametrize(

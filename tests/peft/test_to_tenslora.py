@@ -20,7 +20,7 @@ from tenslora.peft import TensLoraConfig
 from tenslora.peft.to_lora import to_peft
 from tenslora.peft.to_tenslora import from_lora, to_tenslora
 from tenslora.rank_pruning import prune
-from tests.models import attached, build, inputs, logits, randomised, two_towers
+from tests.models import attached, build, compiled, inputs, logits, randomised, two_towers
 
 
 @pytest.mark.parametrize(
@@ -265,6 +265,37 @@ def test_a_module_to_save_that_holds_adapted_layers_leaves_the_adapter_on_the_mo
     with pytest.raises(TensLoRAError, match=r"^modules_to_save=blocks: holds blocks\.0\.attn\.qkv, .* other modules$"):
         turn(model, ["head", "blocks"])
     assert model.get_submodule("tenslora") is adapter
+
+
+@pytest.mark.parametrize("turn", [to_peft, to_tenslora])
+@pytest.mark.parametrize("part", ["", "regions", "bert.encoder", "bert.encoder.layer.1", "classifier"])
+def test_what_is_compiled_is_saved_under_the_models_own_names(turn: Any, part: str, tmp_path: Path) -> None:
+    model, batch = build("hf_bert"), inputs("hf_bert")
+    attach(model, AdapterConfig("qkv"), train=["classifier"])
+    randomised(model.get_submodule("tenslora"))  # type: ignore[type-var]
+    nn.init.ones_(model.get_submodule("classifier").weight)  # type: ignore[arg-type]
+    expected, wrapper = logits(model, batch), compiled(model, part)
+    before = [name for name, _ in wrapper.named_modules()]
+    with pytest.raises(TensLoRAError, match=r"^modules_to_save=nope"):
+        turn(wrapper, ["nope"])
+    assert [name for name, _ in wrapper.named_modules()] == before
+    with pytest.warns(UserWarning, match=r"^BertForSequenceClassification: was compiled, as a whole or in parts"):
+        turned = turn(wrapper, ["classifier"])
+    torch.testing.assert_close(logits(turned, batch), expected, rtol=0, atol=1e-11)
+    turned.save_pretrained(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # such as PEFT's of weights that it does not find
+        again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["", "bert.encoder", "bert.encoder.layer.1", "classifier"])
+def test_a_lora_starts_an_adapter_on_a_compiled_model(part: str, tmp_path: Path) -> None:
+    expected = logits(lora(tmp_path), inputs("hf_bert"))
+    config = TensLoraConfig(ranks=[12, 12, 3, 2], modules_to_save=["classifier"])
+    with pytest.warns(UserWarning, match=r"^BertForSequenceClassification: was compiled, as a whole or in parts"):
+        model, _ = from_lora(compiled(build("hf_bert"), part), tmp_path, config)
+    torch.testing.assert_close(logits(model, inputs("hf_bert")), expected, rtol=0, atol=1e-5)
 
 
 TOLD = "are trained beside the adapter, and PEFT will freeze and not save them; name their modules in modules_to_save"
