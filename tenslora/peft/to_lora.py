@@ -5,6 +5,7 @@ Nothing is lost: every update is a product of two thin matrices, and so is a LoR
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,10 @@ def lora_weights(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
     """Turn an adapted model into a PEFT model with an equal LoRA on the same Linear layers.
 
+    The adapter's dropout becomes that of the LoRA, which draws a mask for each Linear, also where several have the same
+    input. A LoRA has no rank_dropout; a warning tells of one that is not taken along. The LoRA is in the mode of the
+    adapter, training or evaluation.
+
     Args:
         model: with an adapter. It is changed in place: the adapter and torch.compile's wrappers are taken off, and PEFT
             puts its own layers on.
@@ -58,7 +63,7 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
     with not_compiled_anywhere(model) as own:
         weights = lora_weights(own)
         require_savable(own, modules_to_save)
-        with handed_over(own):
+        with handed_over(own) as adapter:
             ranks = {path: len(a) for path, (a, _) in weights.items()}
             rank = max(ranks.values())
             # A pattern matches every path that ends with it. One that is the end of another is tied to the beginning.
@@ -68,6 +73,7 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
             config = LoraConfig(
                 r=rank,
                 lora_alpha=rank,  # PEFT multiplies the update by lora_alpha / r, which is 1 here
+                lora_dropout=adapter.config.dropout,
                 rank_pattern=lower_ranks,
                 alpha_pattern=lower_ranks,
                 target_modules=list(weights),
@@ -75,9 +81,17 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
                 fan_in_fan_out=any(is_conv1d(own.get_submodule(path)) for path in weights),
             )
             peft_model = get_peft_model(own, config)  # type: ignore[arg-type]
+            peft_model.training = peft_model.base_model.training = own.training
             with torch.no_grad():
                 for path, (a, b) in weights.items():
                     layer = peft_model.base_model.model.get_submodule(path)
+                    layer.training = adapter.training
+                    layer.lora_dropout.train(adapter.training)
                     layer.lora_A["default"].weight.copy_(a)
                     layer.lora_B["default"].weight.copy_(b)
+    if adapter.config.rank_dropout:
+        warnings.warn(
+            f"rank_dropout={adapter.config.rank_dropout:g}: is not taken along, because PEFT's LoRA has none",
+            stacklevel=2,
+        )
     return peft_model

@@ -63,7 +63,8 @@ def peft_config(adapter: Adapter | StagedAdapter, modules_to_save: Sequence[str]
 def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftModel:
     """Turn an adapted model into a PEFT model with the same adapter.
 
-    PEFT saves the adapter's own tensors, which are smaller than the LoRA that `to_lora.to_peft` makes of them.
+    PEFT saves the adapter's own tensors, which are smaller than the LoRA that `to_lora.to_peft` makes of them. It stays in
+    its mode, training or evaluation.
 
     Args:
         model: with an adapter. It is changed in place: the adapter and torch.compile's wrappers are taken off, and PEFT
@@ -85,13 +86,15 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
         adapter_of(own).require_as_declared()
         with handed_over(own) as adapter:
             peft_model = get_peft_model(own, peft_config(adapter, modules_to_save))  # type: ignore[arg-type]
-            new = _adapter_of(peft_model)
+            new = _in_modes(peft_model, own.training, adapter.training)
             new.to(next(adapter.parameters()).dtype).load_state_dict(adapter.state_dict())
     return peft_model
 
 
 def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> tuple[PeftModel, Approximation]:
     """Put a new TensLoRA adapter on a model and start it from a LoRA, as closely as its ranks allow.
+
+    The adapter is in the mode of the model, training or evaluation.
 
     Args:
         model: the model that the LoRA is for, without the LoRA. It is changed in place, and torch.compile's wrappers
@@ -131,13 +134,15 @@ def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[
     # PEFT wants all weights of a module to save, or none.
     others = {PREFIX + name: weight.clone() for name, weight in own.items() if name.startswith(paths)} | others
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
-    _adapter_of(peft_model).load_state_dict(adapter.state_dict())
+    _in_modes(peft_model, model.training, model.training).load_state_dict(adapter.state_dict())
     with torch.no_grad():
         set_peft_model_state_dict(peft_model, others)
     return peft_model, approximation
 
 
-def _adapter_of(peft_model: PeftModel) -> Adapter | StagedAdapter:
+def _in_modes(peft_model: PeftModel, training: bool, adapter_training: bool) -> Adapter | StagedAdapter:
+    # PEFT leaves what it puts on a model in training mode, whatever mode the model is in.
+    peft_model.training = peft_model.base_model.training = training
     adapter = peft_model.base_model.tenslora_adapters["default"]
     assert isinstance(adapter, (Adapter, StagedAdapter))
-    return adapter
+    return adapter.train(adapter_training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def test_modules_that_were_trained_without_an_adapter_are_saved_with_the_lora() 
     assert {name.split(".modules_to_save.")[0] for name in saved if "lora_" not in name} == {
         "base_model.model.classifier"
     }
+
+
+def test_a_rank_dropout_that_a_lora_does_not_have_is_told(tmp_path: Path) -> None:
+    model = build("hf_bert")
+    attached(model, "qkv", dropout=0.25, rank_dropout=0.5)
+    with pytest.warns(UserWarning, match=r"^rank_dropout=0\.5: is not taken along, because PEFT's LoRA has none$"):
+        peft_model = to_peft(model)
+    peft_model.save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,31 @@ def test_a_lora_starts_an_adapter_on_a_compiled_model(part: str, tmp_path: Path)
     torch.testing.assert_close(logits(model, inputs("hf_bert")), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("turn", [to_peft, to_tenslora])
+def test_dropout_and_the_mode_are_taken_along(turn: Any, training: bool) -> None:
+    model, batch = build("hf_bert").train(training), inputs("hf_bert")
+    attached(model, "depth", adapt="q", dropout=0.5)  # one matrix in each layer, so that LoRA draws no further masks
+    model.get_submodule("bert.pooler").train(not training)  # a mode of the user's own
+    modes = {name: part.training for name, part in model.named_modules()}
+    torch.manual_seed(3)
+    expected = logits(model, batch)
+    turned = turn(model)
+    torch.manual_seed(3)
+    torch.testing.assert_close(logits(turned, batch), expected, rtol=0, atol=1e-11)
+    assert (turned.training, turned.base_model.training) == (training, training)
+    now = {name: part.training for name, part in model.named_modules()}
+    assert {name: now[name] for name in modes if name in now} == {name: modes[name] for name in modes if name in now}
+
+
+def test_an_adapter_that_starts_from_a_lora_is_in_the_mode_of_the_model(tmp_path: Path) -> None:
+    lora(tmp_path)
+    for training in (True, False):
+        model, _ = from_lora(build("hf_bert").train(training), tmp_path, TensLoraConfig(dropout=0.5))
+        adapter = model.base_model.tenslora_adapters["default"]
+        assert {model.training, model.base_model.training, *(part.training for part in adapter.modules())} == {training}
+
+
 TOLD = "are trained beside the adapter, and PEFT will freeze and not save them; name their modules in modules_to_save"
 
 
