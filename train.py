@@ -41,12 +41,13 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     Raises:
         TensLoRAError: for a mistake that the user can put right, or once a diverged run has written its record.
     """
-    from tenslora.harness.adapted_model import adapted_model  # imported here: wrong settings are reported sooner
+    from tenslora.files import sha256_of  # imported here: wrong settings are reported sooner
+    from tenslora.harness.adapted_model import adapted_model
     from tenslora.harness.backbones import load_backbone, load_tokenizer
     from tenslora.harness.backbones.answer import answer_of
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
-    from tenslora.harness.run_folder import RunFolder, sha256_of
+    from tenslora.harness.run_folder import RunFolder
     from tenslora.harness.run_record import describe_run, facts_of, record_before, record_of
     from tenslora.harness.tracking import start_tracker
     from tenslora.harness.training.loop import Diverged, fit

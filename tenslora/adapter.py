@@ -40,6 +40,8 @@ class _AnyAdapter(nn.Module):
     trained_beside: frozenset[str] = frozenset()
     """The names of the weights that `attach` or `load` has found to be trained beside the adapter; of one that was only
     read from a file, the names of what was saved beside it."""
+    beside_sha256: str | None = None
+    """Of an adapter that was read from a file, the SHA-256 of the head.safetensors that was saved beside it."""
 
     @property
     def stages(self) -> tuple[Adapter, ...]:
@@ -69,7 +71,7 @@ class _AnyAdapter(nn.Module):
         for stage in self.stages:
             stage._require_as_declared(self.config)
 
-    def save(self, path: Path | str, beside: Sequence[str] = ()) -> Path:
+    def save(self, path: Path | str, beside: Sequence[str] = (), beside_sha256: str | None = None) -> Path:
         """Write the adapter to one safetensors file, atomically.
 
         The header holds the config, and the geometry and ranks of the stage or of each of several.
@@ -78,6 +80,7 @@ class _AnyAdapter(nn.Module):
             path: the file's path.
             beside: the names of the weights that are saved in a head.safetensors beside it, without which `load` then
                 refuses the folder.
+            beside_sha256: the SHA-256 of that file, with another of which `load` refuses the folder, too.
 
         Returns:
             The path.
@@ -100,6 +103,7 @@ class _AnyAdapter(nn.Module):
         header: dict[str, Any] = {"format": FORMAT, "config": dataclasses.asdict(self.config)}
         header |= of_stages[0] if isinstance(self, Adapter) else {"stages": of_stages}
         header |= {"beside": list(beside)} if beside else {}
+        header |= {"beside_sha256": beside_sha256} if beside_sha256 else {}
         tensors = dict(self.state_dict())
         return write_safetensors(path, tensors, header, finite=tensors)
 
@@ -494,6 +498,7 @@ class _Header(_Stage):
     format: str
     config: AdapterConfig
     beside: tuple[str, ...] = ()
+    beside_sha256: str | None = None
 
     @property
     def stages(self) -> tuple[_Stage, ...]:
@@ -507,6 +512,7 @@ class _StagedHeader:
     config: AdapterConfig
     stages: tuple[_Stage, ...]
     beside: tuple[str, ...] = ()
+    beside_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.stages) < 2:
@@ -564,5 +570,5 @@ def load_adapter(path: Path | str) -> Adapter | StagedAdapter:
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: not a readable adapter: {error}") from error
     adapter.load_state_dict(tensors)
-    adapter.trained_beside = frozenset(header.beside)
+    adapter.trained_beside, adapter.beside_sha256 = frozenset(header.beside), header.beside_sha256
     return adapter

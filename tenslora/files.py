@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -164,6 +165,23 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise TensLoRAError(f"{path}: not a readable JSON file ({first_line(error)})") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, as the command sha256sum prints it.
+
+    Args:
+        path: the file.
+
+    Raises:
+        TensLoRAError: if it cannot be read.
+    """
+    require_file(path)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise TensLoRAError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from tenslora.files import (
     HEAD_FILE,
     read_safetensors,
     require_finite,
+    sha256_of,
     temporary_path,
     write_safetensors,
 )
@@ -78,15 +79,16 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
         if isinstance(module, AdaptedLinear) and module.layer_update.merged and uncompiled(f"{path}.weight") in head:
             raise TensLoRAError(f"{path}: its weight is trained and has the adapter's update in it; unmerge first")
     with _head_stays_with_its_adapter(folder):
+        digest = None
         if head:
             parameters = [name for name, weight in head.items() if isinstance(weight, nn.Parameter)]
-            write_safetensors(folder / HEAD_FILE, head, {}, finite=parameters)
+            digest = sha256_of(write_safetensors(folder / HEAD_FILE, head, {}, finite=parameters))
         elif os.path.lexists(folder / HEAD_FILE):  # of an earlier adapter, which the new one must not be loaded with
             try:
                 (folder / HEAD_FILE).unlink()
             except OSError as error:
                 raise TensLoRAError(f"{folder / HEAD_FILE}: cannot be removed ({error.strerror})") from error
-        adapter.save(folder / ADAPTER_FILE, beside=sorted(head))
+        adapter.save(folder / ADAPTER_FILE, beside=sorted(head), beside_sha256=digest)
     return folder
 
 
@@ -153,6 +155,11 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
             f"load(model, {str(folder / ADAPTER_FILE)!r}) loads the adapter alone"
         )
     head = read_weights(folder / HEAD_FILE, model) if os.path.lexists(folder / HEAD_FILE) else {}
+    if adapter.beside_sha256 and adapter.beside_sha256 != sha256_of(folder / HEAD_FILE):
+        raise TensLoRAError(
+            f"{folder / HEAD_FILE}: is not the one that was saved with {ADAPTER_FILE}; if the folder is being written "
+            f"to, try again"
+        )
     places = _places(model)
     before = {name: places[name].detach().clone() for name in head}
     try:

@@ -454,6 +454,19 @@ def test_an_adapter_that_has_lost_its_head_is_not_loaded_without_it(tmp_path: Pa
     assert all(map(torch.equal, loaded.parameters(), cast(nn.Module, model.tenslora).float().parameters()))
 
 
+def test_a_head_that_was_saved_with_another_adapter_is_not_loaded(tmp_path: Path) -> None:
+    model, other = trained(), build("hf_bert")
+    save_pretrained(model, tmp_path / "earlier")
+    with torch.no_grad():
+        model.get_parameter("classifier.bias").add_(1)
+    save_pretrained(model, tmp_path / "later")
+    # As while the folder is written, or after it was killed between the two.
+    shutil.copy(tmp_path / "later" / "head.safetensors", tmp_path / "earlier")
+    with pytest.raises(TensLoRAError, match=r"head\.safetensors: is not the one that was saved with adapter"):
+        load(other, tmp_path / "earlier")
+    assert not hasattr(other, "tenslora")
+
+
 @pytest.mark.parametrize("name", ["classifier.bias", "tenslora.tensors.0.core"])
 def test_what_load_would_refuse_is_not_saved(name: str, tmp_path: Path) -> None:
     model = trained()

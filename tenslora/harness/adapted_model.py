@@ -15,6 +15,7 @@ from tenslora.attachment import attach
 from tenslora.constructions import Geometry
 from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError
+from tenslora.files import sha256_of
 from tenslora.forward_pass import listed
 from tenslora.harness.backbones import Backbone
 from tenslora.harness.backbones.hub import source_setting
@@ -60,8 +61,10 @@ class AdaptedModel:
         """
         kept = dict(self.model.named_parameters()) if tensor_mode == "full" else self.head
         weights = {**kept, **running_statistics(self.model)}
-        files = [self.adapter.save(folder.adapter, beside=sorted(weights))] if self.adapter else []
-        return [*files, folder.write_weights(tensor_mode, weights)]
+        file = folder.write_weights(tensor_mode, weights)
+        if self.adapter is None:
+            return [file]
+        return [self.adapter.save(folder.adapter, beside=sorted(weights), beside_sha256=sha256_of(file)), file]
 
 
 def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> AdaptedModel:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import hashlib
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +41,7 @@ from tenslora.files import (
     HEAD_FILE,
     read_header,
     require_file,
+    sha256_of,
     write_bytes,
     write_json,
     write_safetensors,
@@ -510,23 +510,6 @@ class RunFolder:
             return False
         lock.release()
         return False
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, as the command sha256sum prints it.
-
-    Args:
-        path: the file.
-
-    Raises:
-        TensLoRAError: if it cannot be read.
-    """
-    require_file(path)
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise TensLoRAError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _remove(file: Path) -> None:
