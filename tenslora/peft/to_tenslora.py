@@ -63,8 +63,8 @@ def peft_config(adapter: Adapter | StagedAdapter, modules_to_save: Sequence[str]
 def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftModel:
     """Turn an adapted model into a PEFT model with the same adapter.
 
-    PEFT saves the adapter's own tensors, which are smaller than the LoRA that `to_lora.to_peft` makes of them. It stays in
-    its mode, training or evaluation.
+    PEFT saves the adapter's own tensors, which are smaller than the LoRA that `to_lora.to_peft` makes of them. The
+    adapter stays in its mode, training or evaluation.
 
     Args:
         model: with an adapter. It is changed in place: the adapter and torch.compile's wrappers are taken off, and PEFT
