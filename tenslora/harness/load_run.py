@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tenslora.errors import TensLoRAError, require_path, require_type
+from tenslora.errors import TensLoRAError, first_line, require_path, require_type
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.answer import answer_of, is_same
 from tenslora.harness.backbones.hub import source_setting
@@ -53,6 +53,9 @@ class LoadedRun:
             Without one, those that the run trained do.
         tokenizer: the tokenizer of a text model; None for an image model.
         files: the run's folder, by its absolute path without links.
+
+    Raises:
+        TensLoRAError: for settings that are not valid, which `dataclasses.replace` may bring in.
     """
 
     run: RunConfig
@@ -60,6 +63,9 @@ class LoadedRun:
     backbone: Backbone
     tokenizer: Any
     files: RunFolder
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", _checked(self.run))
 
     @property
     def task(self) -> str:
@@ -162,7 +168,7 @@ class LoadedRun:
         require_type("dataset", dataset, ImageDatasetConfig, TextDatasetConfig, type(None))
         config = self.run.dataset
         if dataset:  # of a program, where nothing has checked it
-            config = validate(replace(self.run, dataset=dataset).settings()).dataset
+            config = _checked(replace(self.run, dataset=dataset)).dataset
         TASKS[self.task].check_metrics(config.metrics or TASKS[self.task].metrics, len(self.classes) or 1)
         is_own = _place(config) == _place(self.run.dataset)
         if is_own:
@@ -331,6 +337,16 @@ def _require_backbone_of(run: RunConfig, record: Mapping[str, Any], backbone: Ba
                     f"{source_setting(run.model)}: its images have {name}={shown(value)}, and had {shown(own[name])} "
                     f"when the run was trained on them"
                 )
+
+
+def _checked(run: RunConfig) -> RunConfig:
+    """Settings that a program may have replaced by others, checked as those of a run are before it trains."""
+    require_type("run", run, RunConfig)
+    try:
+        settings = run.settings()
+    except (AttributeError, KeyError, TypeError) as error:  # a group of settings that is something else
+        raise TensLoRAError(f"run: must hold the settings of a run ({first_line(error)})") from error
+    return validate(settings)
 
 
 def _finished(files: RunFolder) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tenslora.files import read_safetensors, write_safetensors
 from tenslora.harness.backbones import EMBEDDED, load_backbone
 from tenslora.harness.data import Dataset, Examples, load_dataset
 from tenslora.harness.export import export
-from tenslora.harness.load_run import _renumbered, load_run
+from tenslora.harness.load_run import LoadedRun, _renumbered, load_run
 from tenslora.harness.run_folder import RunFolder
 from tests import records
 from tests.harness.conftest import TINY_BERT
@@ -330,7 +330,7 @@ def test_images_that_the_backbone_takes_otherwise_now_are_refused(digits_run: Pa
 
 def test_a_smaller_machine_predicts_with_fewer_threads(digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_run(digits_run)
-    loaded = replace(loaded, run=replace(loaded.run, trainer=replace(loaded.run.trainer, threads=100_000)))
+    loaded = replace(loaded, run=replace(loaded.run, trainer=replace(loaded.run.trainer, threads=4096)))
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     before = torch.get_num_threads()
     assert len(loaded.predict([np.zeros((8, 8), np.uint8)])) == 1
@@ -480,6 +480,44 @@ def test_another_task_under_the_same_root_is_another_dataset(tmp_path: Path) -> 
     assert len(loaded.evaluate(replace(other, validation=0.25)).predictions["validation"].labels) == 10
     with pytest.raises(TensLoRAError, match=r"^dataset\.validation=0\.25: must be 0\.2, as in the run"):
         loaded.evaluate(replace(loaded.run.dataset, validation=0.25))
+
+
+def _with(loaded: LoadedRun, group: str, **changes: Any) -> LoadedRun:
+    """A loaded run some of whose settings a program has replaced."""
+    run: Any = loaded.run
+    return replace(loaded, run=replace(run, **{group: replace(getattr(run, group), **changes)}))
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "message"),
+    [
+        ("trainer", {"precision": "fp16"}, r"trainer\.precision=fp16: must be one of fp32, bf16$"),
+        ("trainer", {"eval_batch_size": -1}, r"trainer\.eval_batch_size=-1: must be at least 1, or null$"),
+        ("trainer", {"threads": "two"}, r"trainer\.threads=two: must be a whole number$"),
+        ("trainer", {"workers": None}, r"trainer\.workers=null: must be a whole number$"),
+        ("trainer", {"device": torch.device("cpu")}, r"trainer\.device=cpu: must be a number, a text, "),
+        ("dataset", {"transform": None}, r"dataset\.transform=null: must be a group of settings"),
+        ("dataset", {"train_size": 0}, r"dataset\.train_size=0: must be at least 1, or null$"),
+        ("model", {"geometry": 3}, r"run: must hold the settings of a run \("),
+    ],
+)
+def test_settings_that_a_program_has_replaced_are_checked(
+    group: str, changes: dict[str, Any], message: str, digits_run: Path
+) -> None:
+    loaded = load_run(digits_run)
+    with pytest.raises(TensLoRAError, match=f"^{message}"):
+        _with(loaded, group, **changes)
+    with pytest.raises(TensLoRAError, match=r"^run: must be of type RunConfig, and is None$"):
+        replace(loaded, run=None)  # type: ignore[arg-type]
+
+
+def test_settings_that_a_program_has_replaced_are_used(digits_run: Path) -> None:
+    loaded = load_run(digits_run)
+    images = [np.full((8, 8), value, np.uint8) for value in (0, 90, 200)]
+    assert replace(loaded).run == loaded.run
+    assert _with(loaded, "trainer", eval_batch_size=2.0).run.trainer.eval_batch_size == 2  # as on the command line
+    rounded = _with(loaded, "trainer", precision="bf16").predict(images)
+    assert rounded != loaded.predict(images)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -431,8 +431,8 @@ class RunConfig:
             raise TensLoRAError(
                 f"model={model.name}: takes {model.modality}s, and dataset={dataset.name} holds {dataset.modality}s"
             )
-        normalize = dataset.transform.normalize if isinstance(dataset, ImageDatasetConfig) else False
-        if normalize == "imagenet" and model.channels not in (None, 3):
+        transform = getattr(dataset, "transform", None)  # in a program it may be no group of settings
+        if getattr(transform, "normalize", None) == "imagenet" and model.channels not in (None, 3):
             raise TensLoRAError(
                 f"dataset.transform.normalize=imagenet: must be true or false, because model={model.name} takes images "
                 f"of another number of channels than 3"
