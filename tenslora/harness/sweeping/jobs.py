@@ -29,8 +29,15 @@ log = logging.getLogger(__name__)
 ELSEWHERE = "carried out elsewhere"
 """What `carry_out` returns for a job that another process is carrying out."""
 
-_COLUMNS_AND_SEED = ("dataset", "model", "seed")
-_ROW = ("tensor_mode", "rank_strategy")
+_SHOWN: dict[str, Callable[[RunConfig], str]] = {
+    "dataset": lambda run: run.dataset.name,
+    "model": lambda run: run.model.name,
+    "model.architecture": lambda run: run.model.name,
+    "model.checkpoint": lambda run: run.model.name,
+    "tensor_mode": lambda run: run.tensor_mode,
+    "rank_strategy": lambda run: run.row_strategy,
+}
+"""The name under which a table shows the value of a setting."""
 
 
 class State(Enum):
@@ -196,7 +203,7 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
 
     Overrides that give the same run, such as those of LoRA under both strategies, are one job. Dataset and model are
     the column; construction and strategy are the row. Any other setting that varies becomes part of the row, unless it
-    does not change the run.
+    does not change the run. So does an option whose name another one has too.
 
     Args:
         composed: what each job's overrides make.
@@ -229,7 +236,11 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
                 f"{headlines[column]} and {headline}, because a column of the table shows one"
             )
 
-    in_column = {*_COLUMNS_AND_SEED, *_named_after(composed, varied)}
+    shown_by: dict[tuple[str, str], set[str]] = {}
+    for each in composed:
+        for word in each.words:
+            if (name := _name_shown(word, each.run)) is not None:
+                shown_by.setdefault(name, set()).add(word)
 
     digests = [each.run.digest() for each in composed]
     spellings: dict[str, list[tuple[str, ...]]] = {}
@@ -250,7 +261,8 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
             word
             for word in words
             if (key := word.partition("=")[0]) in varied
-            and key not in (*in_column, *_ROW)
+            and key != "seed"
+            and ((name := _name_shown(word, run)) is None or len(shown_by[name]) > 1)
             and all(word in same for same in spellings[digest])
         )
         jobs[digest] = Job(
@@ -265,17 +277,13 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
     return list(jobs.values())
 
 
-def _named_after(composed: Sequence[Composed], varied: Sequence[str]) -> list[str]:
-    """The varied settings that need not stand in a row, because the name of a generic model shows their values."""
-    keys = []
-    for key in {"model.architecture", "model.checkpoint"}.intersection(varied):
-        names: dict[str, set[str]] = {}
-        for each in composed:
-            given = {word for word in each.words if word.startswith(f"{key}=")}
-            names.setdefault(each.run.model.name, set()).update(given)
-        if all(len(values) <= 1 for values in names.values()):
-            keys.append(key)
-    return keys
+def _name_shown(word: str, run: RunConfig) -> tuple[str, str] | None:
+    """The setting of an override, and the name under which a table shows its value; None if it shows no name.
+
+    The name alone does not always tell values apart: two files of options can have one.
+    """
+    key = word.partition("=")[0]
+    return (key, _SHOWN[key](run)) if key in _SHOWN else None
 
 
 def overwrite(jobs: Sequence[Job], collect_only: bool) -> None:

@@ -15,7 +15,17 @@ from hydra.core.utils import JobReturn, JobStatus
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RunConfig
 from tenslora.harness.results.table import Column, Row, Run
-from tenslora.harness.sweeping.jobs import ELSEWHERE, Job, Look, State, carry_out, launch_jobs, overwrite, plan_jobs
+from tenslora.harness.sweeping.jobs import (
+    ELSEWHERE,
+    Composed,
+    Job,
+    Look,
+    State,
+    carry_out,
+    launch_jobs,
+    overwrite,
+    plan_jobs,
+)
 from tests.sweeps import claimed, complete, diverge, planned, swept
 
 STRATEGIES = ("rank_strategy=isoparameters", "rank_strategy=isorank")
@@ -78,6 +88,29 @@ def test_a_further_setting_that_varies_becomes_part_of_the_row(tmp_path: Path) -
     assert [job.run.seed for job in jobs] == [0, 1] * 4
     assert [job.run.optimizer.lr for job in jobs] == [1e-3] * 4 + [2e-3] * 4
     assert jobs[5].label == "digits qkv_depth isorank optimizer.lr=2e-3 seed 1"
+
+
+def test_options_of_one_name_are_rows_of_their_own(tmp_path: Path) -> None:
+    def options(group: str, **values: str) -> list[Composed]:  # two of one name, as files of one's own can be, and more
+        given = [(mode, *item) for mode in ("lora", "att") for item in values.items()]
+        each = [swept(f"tensor_mode={mode}", "rank_strategy=isoparameters", value) for mode, _, value in given]
+        chosen = [(f"tensor_mode={mode}", f"{group}={name}") for mode, name, _ in given]
+        return [replace(job, words=words) for job, words in zip(each, chosen, strict=True)]
+
+    ranks = options("rank_strategy", small="rank_strategy.rank=2", half="rank_strategy.scale=0.5")
+    jobs = plan_jobs([*ranks, swept("tensor_mode=att", "rank_strategy=isorank")], tmp_path)
+    assert [job.row.label for job in jobs] == [
+        "lora rank_strategy=small", "lora rank_strategy=half",
+        "att isoparameters rank_strategy=small", "att isoparameters rank_strategy=half", "att isorank",
+    ]  # fmt: skip
+    for group, first, second in (
+        ("dataset", "dataset.train_size=8", "dataset.train_size=16"),
+        ("model", "model.mean=[0.4]", "model.mean=[0.6]"),
+    ):
+        jobs = plan_jobs(options(group, one=first, two=second, cola="dataset=cola"), tmp_path)
+        cells = {(job.row, job.column, job.run.seed) for job in jobs}
+        assert len(cells) == len(jobs) == 6
+        assert [str(job.row.variant) for job in jobs[:3]] == [f"('{group}=one',)", f"('{group}=two',)", "()"]
 
 
 def test_a_setting_that_makes_no_other_runs_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
