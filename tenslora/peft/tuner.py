@@ -53,6 +53,10 @@ _ADAPTERS = f"{METHOD}_adapters"
 # find them in the tuner's.
 _HEAD_NAMED_LATER = ("TOKEN_CLS", "QUESTION_ANS")
 
+# Of an adapter's settings, what may differ from those that it was made with: its ranks may have been pruned, and PEFT
+# adds the names of a head.
+_MAY_CHANGE = ("ranks", "modules_to_save")
+
 
 def register() -> None:
     """Make PEFT know the method.
@@ -441,6 +445,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         self.tenslora_adapters = nn.ModuleDict()
         self._forward_passes: dict[str, ForwardPass] = {}
         self._planned: dict[str, LayerUpdate] = {}
+        self._declared: dict[str, TensLoraConfig] = {}  # the settings that each adapter was made with
         self.register_state_dict_pre_hook(_describe_adapters)  # type: ignore[no-untyped-call]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -493,6 +498,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         try:
             self.tenslora_adapters[adapter_name] = adapter
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._declared[adapter_name] = copy.deepcopy(config)
         except BaseException:
             self._forget(adapter_name)
             raise
@@ -565,6 +571,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
 
     def _forget(self, adapter_name: str) -> None:
         self._forward_passes.pop(adapter_name).remove_hooks()
+        self._declared.pop(adapter_name, None)
         if adapter_name in self.tenslora_adapters:
             del self.tenslora_adapters[adapter_name]
 
@@ -683,7 +690,8 @@ def _require_names_apart(adapters: Mapping[str, nn.Module], names: Iterable[str]
 
 
 def _describe_adapters(tuner: nn.Module, *_: Any) -> None:
-    # PEFT saves the settings after the tensors. Ranks may have been pruned; what else differs cannot be saved.
+    # PEFT saves the settings after the tensors, and asks for the state dict before. Ranks may have been pruned; what else
+    # differs cannot be saved.
     for path, layer in tuner.named_modules():
         if isinstance(layer, TensLoraLinear) and layer.tenslora_adapters is not tuner.tenslora_adapters:
             raise TensLoRAError(
@@ -694,8 +702,21 @@ def _describe_adapters(tuner: nn.Module, *_: Any) -> None:
         adapter = cast(Adapter | StagedAdapter, adapter)
         config = cast(dict[str, TensLoraConfig], tuner.peft_config)[name]
         adapter.require_as_declared()
+        if made := cast(dict[str, TensLoraConfig], tuner._declared).get(name):  # None while it is put on
+            _require_settings(config, made)
         if (ranks := [list(stage.ranks) for stage in adapter.stages]) != config.ranks_of(adapter):
             config.ranks = [*(ranks[0] if len(ranks) == 1 else ranks)]
+
+
+def _require_settings(config: TensLoraConfig, made: TensLoraConfig) -> None:
+    now = copy.copy(config)
+    TensLoraConfig.__post_init__(now)  # which checks each value, and lets a list stand for a set
+    for name in vars(TensLoraConfig)["__annotations__"]:
+        if name not in _MAY_CHANGE and (value := getattr(now, name)) != (before := getattr(made, name)):
+            raise TensLoRAError(
+                f"{name}={_shown(value)}: was set after the adapter had been made with {name}={_shown(before)}, and "
+                f"has no effect on it; set it back, or make an adapter with it"
+            )
 
 
 def choice(config: TensLoraConfig) -> str:
@@ -712,7 +733,11 @@ def choice(config: TensLoraConfig) -> str:
 def _patterns(config: TensLoraConfig) -> str:
     settings = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_to_transform")}
     given = {name: value for name, value in settings.items() if value or value == 0}
-    return ", ".join(f"{name}={sorted(value) if isinstance(value, set) else value}" for name, value in given.items())
+    return ", ".join(f"{name}={_shown(value)}" for name, value in given.items())
+
+
+def _shown(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
 
 
 def _chosen(model: nn.Module, config: TensLoraConfig) -> list[Stage]:

@@ -855,3 +855,34 @@ def test_what_peft_would_save_wrongly_is_refused(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
     del blocks[2]
     copy.deepcopy(model).save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("alpha", 16.0),
+        ("dropout", 0.5),
+        ("tensor_mode", "att"),
+        ("target_modules", {"query"}),
+        ("layers_to_transform", [0]),
+        ("rank_options", {"cap": True}),
+    ],
+)
+def test_settings_that_were_changed_after_the_adapter_was_made_are_not_saved(
+    setting: str, value: Any, tmp_path: Path
+) -> None:
+    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig(scaling="first_step")))  # type: ignore[arg-type]
+    model.add_adapter("other", TensLoraConfig())
+    config = model.peft_config["default"]
+    before = copy.copy(getattr(config, setting))
+    setattr(config, setting, value)
+    with pytest.raises(TensLoRAError, match=rf"^{setting}=.*: was set after the adapter had been made with {setting}="):
+        model.save_pretrained(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix != ".md"]  # the card is PEFT's first step
+    if isinstance(before, set):
+        before = sorted(before)
+    setattr(config, setting, before)
+    copy.deepcopy(model).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("hf_bert"), tmp_path)  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(again, inputs("hf_bert")), logits(model, inputs("hf_bert")), rtol=0, atol=1e-6)
+    model.delete_adapter("other")
