@@ -690,8 +690,8 @@ def _require_names_apart(adapters: Mapping[str, nn.Module], names: Iterable[str]
 
 
 def _describe_adapters(tuner: nn.Module, *_: Any) -> None:
-    # PEFT saves the settings after the tensors, and asks for the state dict before. Ranks may have been pruned; what else
-    # differs cannot be saved.
+    # PEFT asks for the state dict before it saves tensors and settings. Ranks may have been pruned; what else differs
+    # cannot be saved.
     for path, layer in tuner.named_modules():
         if isinstance(layer, TensLoraLinear) and layer.tenslora_adapters is not tuner.tenslora_adapters:
             raise TensLoRAError(
