@@ -147,7 +147,8 @@ class LoadedRun:
     ) -> Evaluation:
         """Score the model as the run scored it after its last epoch.
 
-        On the device and with the number of processes of the run, the result is the record's to the last digit.
+        On the device and with the number of processes of the run, the result is the record's to the last digit. In
+        another thread than the main one the run's `trainer.workers` are not started, and the thread reads by itself.
 
         Args:
             dataset: the settings of the dataset to score the model on; None for the run's own. A user's own files in
@@ -187,8 +188,9 @@ class LoadedRun:
             self._require_drawn_as_in_the_run(loaded, config)
         # The training examples are not used, and need not be tokenized.
         data = encode(replace(loaded, train=loaded.scored), config, self.backbone, self.tokenizer)
-        # A process of a pool must not start workers.
-        trainer = replace(self.run.trainer, workers=0) if current_process().daemon else self.run.trainer
+        # A process of a pool must not start workers, and one that a thread of a pool has forked cannot end.
+        is_alone = threading.current_thread() is threading.main_thread() and not current_process().daemon
+        trainer = self.run.trainer if is_alone else replace(self.run.trainer, workers=0)
         with self._on(device, shared) as processes:
             count = len(self.classes) or 1
             evaluation = evaluate(self.backbone.model, data, trainer=trainer, processes=processes, count=count)

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +337,16 @@ def test_a_smaller_machine_predicts_with_fewer_threads(digits_run: Path, monkeyp
     before = torch.get_num_threads()
     assert len(loaded.predict([np.zeros((8, 8), np.uint8)])) == 1
     assert torch.get_num_threads() == before
+
+
+def test_a_thread_scores_without_worker_processes(digits_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = _with(load_run(digits_run), "trainer", workers=1)
+    loss = load_run(digits_run).evaluate().loss
+    monkeypatch.setattr(BaseProcess, "start", lambda _: pytest.fail("starts a worker"))
+    with pytest.raises(pytest.fail.Exception, match="starts a worker"):
+        loaded.evaluate()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(loaded.evaluate).result().loss == loss
 
 
 def test_the_modes_of_a_model_stay_as_they_were(digits_run: Path) -> None:
