@@ -268,7 +268,7 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             return f"{cause.filename or _output_folder()}: cannot be {failed} ({os_reason(cause)})"
     if config_name is None:
         return None
-    from tenslora.harness.config.spelling import misspelt
+    from tenslora.harness.config.spelling import misspelt, parsed, unreadable
 
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     if line := misspelt(words, _CONF, config_name):
@@ -280,16 +280,14 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
         return f"{word}: is several values; add -m for a run of each, or use sweep.py; a list needs brackets, as [a,b]"
     for word in sys.argv[1:]:
         odd = next((c for c in word if not c.isascii() and unicodedata.category(c)[0] not in "LMN"), None)
-        if odd and not _is_readable(word):
+        if odd and not parsed(word):
             name = unicodedata.name(odd, f"U+{ord(odd):04X}")
             return f"{TensLoRAError(word)}: is no setting that Hydra can read; it holds {odd} ({name})"
     for word in words:
         if str(error) == f"Error merging override {word}" and any("Cannot merge" in str(cause) for cause in causes):
             return f"{word}: must be {'a dictionary' if word.partition('=')[2].startswith('[') else 'a list'}"
-    if word := next((word for word in words if "=" in word and not _is_readable(word)), None):
-        key, _, value = word.partition("=")
-        quotes = "" if set(value) & {*"\"'\\"} else f""", as in '{key}="{value}"'"""
-        return f"{TensLoRAError(word)}: is not a value that Hydra can read; other characters need quotes{quotes}"
+    if word := next((word for word in words if "=" in word and not parsed(word)), None):
+        return unreadable(word)
     if isinstance(error, (KeyError, AssertionError)):  # of Hydra's code, with no word on the setting
         of_hydra = [word for word in words if re.match(r"\+*hydra\.(?!(run|sweep)\.)", word)]
         said = ": ".join(filter(None, (type(error).__name__, _joined(error) if str(error) else "")))
@@ -300,17 +298,6 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
 def _takes_one(group: str) -> bool:
     """Whether a group of conf/ takes a single option. Of the other groups, such as logger, Hydra merges several."""
     return (_CONF / group).is_dir() and group not in ("logger", "experiment", "debug")
-
-
-def _is_readable(word: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        return False
-    return True
 
 
 def _error_without(several: str) -> Exception | None:

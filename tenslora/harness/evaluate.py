@@ -16,12 +16,16 @@ if __name__ == "__main__":
 import copy
 import json
 import os
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line
 from tenslora.harness.config import RunConfig, validate
+
+_FORM = "dataset.<setting>=<value>"
 
 
 def with_overrides(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -37,18 +41,24 @@ def with_overrides(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
     Raises:
         TensLoRAError: for an override that is not of a setting of the dataset, and for an invalid value.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from tenslora.harness.config.spelling import in_quotes, parsed, unreadable
 
     settings = copy.deepcopy(run.settings())
     for word in overrides:
-        try:
-            override = OverridesParser.create().parse_override(word)
-        except HydraException as error:
-            raise TensLoRAError(f"{word}: must be written as dataset.<setting>=<value>") from error
+        override = parsed(word)
+        if override is None:
+            is_setting = re.match(r"\+*dataset(\.\w+)+=", word)
+            raise TensLoRAError(unreadable(word) if is_setting else f"{word}: must be written as {_FORM}")
         group, *names = override.key_or_group.split(".")
-        if group != "dataset" or not names or override.is_delete() or override.is_sweep_override():
-            raise TensLoRAError(f"{word}: must be written as dataset.<setting>=<value>; the rest is the run's own")
+        if group != "dataset" or not names or override.is_delete():
+            raise TensLoRAError(f"{word}: must be written as {_FORM}; the rest is the run's own")
+        if override.is_sweep_override():
+            key, _, value = word.partition("=")
+            typed = in_quotes(word)
+            raise TensLoRAError(
+                f"{word}: is several values; a list needs brackets, as in {shlex.quote(f'{key}=[{value}]')}"
+                + f", and one text needs quotes, as in {typed}" * bool(typed)
+            )
         place: Any = settings["dataset"]
         for name in names[:-1]:
             place = place.setdefault(name, {}) if isinstance(place, dict) else {}

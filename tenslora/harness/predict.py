@@ -20,6 +20,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -137,6 +138,10 @@ def _shortened(cell: Any, most: int = 60) -> str:
 
 def _given_rows(given: argparse.Namespace, modality: str) -> list[dict[str, Any]]:
     """The inputs on the command line as rows, with the columns "image" or "text" and "text_pair"."""
+    if given.images and modality == "text" and (given.text or given.file):
+        option, kind, before = ("--text", "text", given.text) if given.text else ("--file", "path", [str(given.file)])
+        typed = f", as in {option} {shlex.quote(' '.join([*before, *given.images]))}" if len(before) == 1 else ""
+        raise TensLoRAError(f"{given.images[0]}: is one word too many; a {kind} with blanks needs quotes{typed}")
     if sum(map(bool, (given.images, given.text, given.file))) != 1:
         raise TensLoRAError("give images, --text or --file, and one of them only")
     if given.columns is not None and not given.file:
@@ -165,7 +170,11 @@ def _inputs(given: argparse.Namespace, rows: Sequence[Row], known: Sequence[Sequ
     if given.file is None:
         return [tuple(row.values()) for row in rows]
     present = list(rows[0])
-    choices = known if given.columns is None else [given.columns.split(",")]
+    if given.columns is None:
+        choices = known
+    else:  # a blank after the comma means nothing, unless a name has one
+        names = given.columns.split(",")
+        choices = [names] if set(names).issubset(present) else [[name.strip() for name in names]]
     columns = next((names for names in choices if set(names).issubset(present)), None)
     if columns is None:
         missing = f"--file {given.file}" if given.columns is None else f"--columns {given.columns}"

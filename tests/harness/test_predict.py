@@ -123,7 +123,10 @@ def test_a_path_that_is_too_long_is_one_line(digits_run: Path) -> None:
     [
         (["a.png"], "a.png: the run's model takes sentences; give them with --text or --file"),
         ([], "give images, --text or --file, and one of them only"),
-        (["a.png", "--text", "a"], "give images, --text or --file, and one of them only"),
+        (["--text", "The", "cat"], "cat: is one word too many; a text with blanks needs quotes, as in --text 'T"),
+        (["--text", "The", "cat", "--text", "A", "dog"], "cat: is one word too many; a text with blanks needs quotes$"),
+        (["--file", "my", "in.csv"], "in.csv: is one word too many; a path with blanks needs quotes, as in --file 'my"),
+        (["--text", "a", "--file", "in.csv"], "give images, --text or --file, and one of them only"),
         (["--text", "a", "--text", "b", "--text_pair", "c"], "--text_pair: must be given as often as --text, which is"),
         (["--text", "a", "--text_pair", "b"], r"2 sentences for each input: must be 1, as in .* \(sentence\)"),
         (["--text", "a", "--out", "out.txt"], "--out out.txt: must end in one of .csv, .tsv, .jsonl"),
@@ -156,6 +159,17 @@ def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Pa
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         main([str(sentences_run), *(word.format(file) for word in words)])
     assert "\n" not in str(caught.value)
+
+
+def test_blanks_between_the_names_of_columns_mean_nothing(
+    regression_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.csv").write_text("a,b, b\nx,y,z\n")
+    answers = []
+    for columns in ("a,b", " a , b", "a, b"):  # the last one is there as it is
+        main([str(regression_run), "--file", f"{tmp_path}/in.csv", "--columns", columns, "--format", "jsonl"])
+        answers.append(json.loads(capsys.readouterr().out)["prediction"])
+    assert answers[0] == answers[1] != answers[2]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

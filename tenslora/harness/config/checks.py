@@ -301,7 +301,10 @@ def no_such_setting(setting: str, settings: Sequence[str]) -> str:
         # The last part decides, because the group is what users leave out.
         return _ratio(wanted, other.rpartition(".")[2]), _ratio(f"{group}.{wanted}", other)
 
-    nearest = max(settings, key=likeness)
+    # Where the group exists, another group's setting is meant only if it has the very name.
+    own = [other for other in settings if group and other.startswith(f"{group}.")]
+    own += [other for other in settings if own and other.rpartition(".")[2] == wanted]
+    nearest = max(own or settings, key=likeness)
     if likeness(nearest)[0] >= LIKENESS:
         return f"{setting}: there is no such setting; did you mean {nearest}?"
     if group and (members := _members(group, settings)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.config.checks import did_you_mean, no_such_setting, shown
 
 
@@ -54,6 +56,46 @@ def misspelt(words: Sequence[str], conf: Path, config_name: str) -> str | None:
         of_hydra = key.partition(".")[0] == "hydra"
         return no_such_setting(key, [other for other in settings if (other.partition(".")[0] == "hydra") == of_hydra])
     return None
+
+
+def parsed(word: str) -> Override | None:
+    """A setting on the command line as Hydra reads it; None if it cannot be read.
+
+    Args:
+        word: the setting with its value.
+    """
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+
+
+def in_quotes(word: str) -> str | None:
+    """A setting whose value is one text, as it has to be typed in a shell; None if the value has quotes of its own.
+
+    >>> print(in_quotes("dataset.root=reviews (copy).csv"))
+    'dataset.root="reviews (copy).csv"'
+
+    Args:
+        word: the setting with its value, which may be one that Hydra cannot read, or takes for several.
+    """
+    key, _, value = word.partition("=")
+    for quote in "\"'" if value[:1] not in ("'", '"') else ():
+        typed = f"{key}={quote}{value.replace(quote, chr(92) + quote)}{quote}"
+        if (override := parsed(typed)) and override.value() == value:
+            return shlex.quote(typed)
+    return None
+
+
+def unreadable(word: str) -> str:
+    """The line for a setting whose value Hydra cannot read, with the words to type in its place.
+
+    Args:
+        word: the setting with its value.
+    """
+    typed = in_quotes(word)
+    line = f"{word}: is not a value that Hydra can read; other characters need quotes{f', as in {typed}' * bool(typed)}"
+    return str(TensLoRAError(line))
 
 
 def options_of(loader: ConfigLoader, group: str) -> list[str]:

@@ -122,6 +122,9 @@ REFUSED = {
     "adapter=null": "adapter=null: tensor_mode=qkv_depth needs the settings of an adapter",
     # settings that do not exist, or are not there
     "+trainer.epoch=3": "trainer.epoch: there is no such setting; did you mean trainer.epochs?",
+    "+trainer.lr=3": "trainer.lr: there is no such setting; did you mean optimizer.lr?",
+    "+dataset.transform.crop=0.9": "dataset.transform.crop: there is no such setting; dataset.transform has "
+    "crop_ratio, squash, interpolation, color_jitter, flip, normalize",
     "+epochs=3": "epochs: there is no such setting; did you mean trainer.epochs?",
     "+adapter.alfa=1": "adapter.alfa: there is no such setting; did you mean adapter.alpha?",
     "+dataset.max_length=64": "dataset.max_length: there is no such setting for a dataset of images",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import shlex
 
-from tenslora.harness.config.spelling import misspelt
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from tenslora.harness.config.spelling import in_quotes, misspelt
 from tests.running import CONF
 
 
@@ -54,3 +57,16 @@ def test_what_does_not_exist_is_answered_with_the_nearest(words: str, line: str)
 )
 def test_words_that_name_what_exists_are_not_at_fault(words: str) -> None:
     assert misspelt(words.split(), CONF, "sweep") is None
+
+
+@pytest.mark.parametrize(
+    "value", ["a (1).csv", "a,b", "it's (1).csv", 'a"b', "back\\slash#1", "[new].csv", "a=1", "range(1,3)"]
+)
+def test_a_value_in_quotes_is_read_as_it_was(value: str) -> None:
+    (typed,) = shlex.split(in_quotes(f"dataset.root={value}") or "")
+    override = OverridesParser.create().parse_override(typed)
+    assert (override.key_or_group, override.value()) == ("dataset.root", value)
+
+
+def test_a_value_with_quotes_of_its_own_gets_no_others() -> None:
+    assert in_quotes('dataset.root="a') is None
