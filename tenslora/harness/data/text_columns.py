@@ -102,9 +102,12 @@ def choose_columns(
             f"[{(left or columns)[0]}]; there are {listed}"
         )
     if label_column is None:
+        there = shortened(left) or "no columns"
+        if not left and (answers := [name for name in columns if ANSWERS.fullmatch(name) and name not in text_columns]):
+            there = f"only a model's answers; dataset.label_column={answers[0]} takes them for labels"
         raise TensLoRAError(
             f"dataset.label_column=null: must be the column that holds the labels; besides the texts "
-            f"({', '.join(text_columns)}) there are {shortened(left) or 'no columns'}"
+            f"({', '.join(text_columns)}) there are {there}"
         )
     return tuple(text_columns), label_column
 

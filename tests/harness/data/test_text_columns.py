@@ -50,6 +50,12 @@ def test_given_columns_are_taken() -> None:
             r"dataset\.label_column=null: .*besides the texts \(text\) there are label, sc",
         ),
         ("text a b", None, None, r"dataset\.label_column=null: .*there are a, b$"),
+        (
+            "text id prediction probability_a",
+            None,
+            None,
+            r"besides the texts \(text\) there are only a model's answers; dataset\.label_column=prediction takes them",
+        ),
         ("text id", None, None, r"dataset\.label_column=null: .*there are no columns$"),
         ("text label", ["txt"], None, r"dataset\.text_columns=txt: must be one of the columns text, label$"),
         ("text label", None, "lab", r"dataset\.label_column=lab: must be one of the columns text, label$"),
