@@ -11,7 +11,6 @@ from __future__ import annotations
 import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
 
 # isort: split
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -92,11 +91,6 @@ def sweep(
     from tenslora.harness.sweeping.tuning import Known, Stages, name_of, tune_of
     from tenslora.harness.tracking import check_for_sweep, track_table
 
-    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":  # each process would wait for what the others carry out
-        raise TensLoRAError(
-            f"WORLD_SIZE={count}: must be 1 for a sweep; torchrun and accelerate launch share a single run of train.py "
-            f"among processes, and hydra/launcher carries out several runs of a sweep at once"
-        )
     settings, tune = sweep_config(config), tune_of(config)
     outputs, name, title = Path(config.hydra.sweep.dir), name_of(config), settings.table.title
     title = f"{title}, tuned over {tune.setting}" if tune else title

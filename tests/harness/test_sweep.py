@@ -149,7 +149,7 @@ def test_a_sweep_that_torchrun_starts_is_refused(commands: Commands, tmp_path: P
     environment = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     ended = commands.run(Command("sweep.py", words, tmp_path, environment=environment))
     assert (ended.status, len(ended.err.splitlines())) == (1, 1)
-    assert ended.err.startswith("error: WORLD_SIZE=2: must be 1 for a sweep; torchrun")
+    assert ended.err.startswith("error: WORLD_SIZE=2: must be 1 for sweep.py, and for any hydra/launcher but basic; ")
 
 
 def test_results_that_could_not_be_written_end_the_sweep_in_one_line_before_the_first(
