@@ -26,7 +26,7 @@ from tenslora.decomposition import Updates, spectra
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.files import write_json
 from tenslora.harness.backbones.transformers_models import read_hub_config
-from tenslora.harness.commands import command_parser, mistakes_in_one_line
+from tenslora.harness.commands import command_parser, mistakes_in_one_line, path_argument
 from tenslora.harness.config.schema import REFERENCES
 from tenslora.harness.results.figures.style import COLOURS, GREY, HEIGHT, INK, WIDTH, styled, write_figure
 from tenslora.harness.run_folder import RunFolder
@@ -132,10 +132,12 @@ def energy_by_rank(shares: Mapping[str, Sequence[float]]) -> Figure:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends the process with status 1 and one line."""
     parser = command_parser("tenslora.harness.analyse", __doc__)
-    parser.add_argument("folder", type=Path, help="the folder of a finished run, or of a LoRA that PEFT saved")
+    parser.add_argument("folder", type=path_argument, help="the folder of a finished run, or of a LoRA that PEFT saved")
     parser.add_argument("--model", help="a LoRA's backbone, a folder or a name on the hub; default: as in the LoRA")
     parser.add_argument("--adapt", help="which of a LoRA's matrices: letters of qkvo, mlp, or all; default: qkv")
-    parser.add_argument("--out", type=Path, help="the folder to write to; default: the folder that is analysed")
+    parser.add_argument(
+        "--out", type=path_argument, help="the folder to write to; default: the folder that is analysed"
+    )
     given = parser.parse_args(arguments)
     out = given.out or given.folder
     with mistakes_in_one_line():

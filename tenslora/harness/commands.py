@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tenslora.errors import TensLoRAError, first_line
+from tenslora.errors import TensLoRAError, first_line, require_path
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """The environment variable that asks for the traceback of an error, as in every application of Hydra: 1 for yes."""
@@ -59,9 +59,24 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: the command's parser.
     """
-    parser.add_argument("run", type=Path, help="the folder of a finished run, with its result.json")
+    parser.add_argument("run", type=path_argument, help="the folder of a finished run, with its result.json")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:<index>; default: the run's own")
     parser.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved since the run")
+
+
+def path_argument(word: str) -> Path:
+    """A path on a command line, for argparse. A shell puts the home in place of ~ only where the word begins with it.
+
+    Args:
+        word: the word, as it was typed.
+
+    Raises:
+        ArgumentTypeError: for an address such as s3://bucket, which would become a folder of that name.
+    """
+    try:
+        return require_path("", os.path.expanduser(word))
+    except TensLoRAError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("=")) from error
 
 
 def open_missing_streams() -> None:

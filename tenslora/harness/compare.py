@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.commands import command_parser, mistakes_in_one_line
+from tenslora.harness.commands import command_parser, mistakes_in_one_line, path_argument
 from tenslora.harness.results import write_results
 from tenslora.harness.results.protocols import side_by_side
 
@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends the process with status 1 and one line."""
     parser = command_parser(_MODULE, __doc__)
     parser.add_argument("tables", nargs="+", metavar="protocol=folder", help="a protocol and the folder of a table")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write to; its name names the table")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="the folder to write to; its name names the table"
+    )
     given = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", _MODULE, *(sys.argv[1:] if arguments is None else arguments)])
     with mistakes_in_one_line():

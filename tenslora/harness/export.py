@@ -13,9 +13,11 @@ if __name__ == "__main__":
     import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
 
 import copy
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from tenslora.attachment import detach, merge
 from tenslora.errors import TensLoRAError
 from tenslora.files import write_bytes, write_json
 from tenslora.harness.backbones.timm_models import create_arguments
-from tenslora.harness.commands import command_parser, is_text, mistakes_in_one_line
+from tenslora.harness.commands import command_parser, is_text, mistakes_in_one_line, path_argument
 from tenslora.harness.config import TextDatasetConfig
 from tenslora.harness.data.encoding import longest_text
 from tenslora.harness.load_run import LoadedRun, load_run
@@ -147,9 +149,12 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
         raise TensLoRAError(f"--out {out}: exists already")
     temporary = out.with_name(f".{out.name}.tmp")
     lock = FileLock(temporary / ".lock")
+    missing = [folder for folder in temporary.parents if not os.path.exists(folder)]
     try:
         if temporary.is_symlink():  # what it leads to is not ours to remove
             raise TensLoRAError(f"--out {out}: cannot be written ({temporary.name} beside it is a link)")
+        if temporary.is_dir() and os.listdir(temporary) and not os.path.exists(lock.lock_file):
+            raise TensLoRAError(f"--out {out}: cannot be written ({temporary.name} beside it is of no export)")
         temporary.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
@@ -169,6 +174,10 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TensLoRAError(f"--out {out}: cannot be written ({reason})") from error
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()  # unless the export is in it
 
 
 def _empty(folder: Path) -> None:
@@ -182,9 +191,11 @@ def _empty(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. A user's mistake ends the process with status 1 and one line."""
     parser = command_parser("tenslora.harness.export", __doc__)
-    parser.add_argument("run", type=Path, help="the folder of a finished run, with its result.json")
+    parser.add_argument("run", type=path_argument, help="the folder of a finished run, with its result.json")
     parser.add_argument("--format", choices=FORMATS, required=True)
-    parser.add_argument("--out", type=Path, help="the folder to write, which must not exist; default: <run>/<format>")
+    parser.add_argument(
+        "--out", type=path_argument, help="the folder to write, which must not exist; default: <run>/<format>"
+    )
     parser.add_argument("--checkpoint", help="where the backbone's weights are now, if they have moved since the run")
     given = parser.parse_args(arguments)
     out = given.out or given.run / given.format

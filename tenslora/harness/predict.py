@@ -28,7 +28,7 @@ from typing import Any, TextIO
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.files import write_bytes
-from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line
+from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line, path_argument
 
 Row = Mapping[str, Any]
 """A row of a table, by the names of the columns."""
@@ -203,10 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--text_pair", action="append", help="the second sentence of a pair, once for each --text")
     parser.add_argument(
-        "--file", type=Path, help="a .csv, .tsv, .jsonl, .json or .parquet file with a row for each input"
+        "--file", type=path_argument, help="a .csv, .tsv, .jsonl, .json or .parquet file with a row for each input"
     )
     parser.add_argument("--columns", help="the columns of --file with the input: one, or two with a comma between them")
-    parser.add_argument("--out", type=Path, help="a .csv, .tsv or .jsonl file to write; default: print")
+    parser.add_argument("--out", type=path_argument, help="a .csv, .tsv or .jsonl file to write; default: print")
     parser.add_argument("--format", choices=FORMATS, help="how to print; default: table")
     parser.add_argument("--batch_size", type=int, help="inputs per batch; default: as the run's tests")
     given = parser.parse_intermixed_args(arguments)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tenslora.harness.commands import command_parser, mistakes_in_one_line
+from tenslora.harness.commands import command_parser, mistakes_in_one_line, path_argument
 from tests.commands import interrupt_import
 from tests.conftest import ROOT
 
@@ -82,6 +82,19 @@ def test_a_word_that_ends_as_a_line_of_windows_is_named(capsys: pytest.CaptureFi
     assert capsys.readouterr().err.endswith(
         "error: run\\r: ends in a carriage return, as every line of a file from Windows does; take it out (dos2unix)\n"
     )
+
+
+def test_a_path_is_on_disk_and_may_begin_with_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = command_parser("export", None)
+    parser.add_argument("--out", type=path_argument)
+    assert parser.parse_args(["--out=~/a"]).out == tmp_path / "a"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--out", "s3://bucket/a"])
+    message = "error: argument --out: s3://bucket/a: must be a path on disk, not an address\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_others_may_read_an_export_if_the_umask_says_so(digits_run: Path, tmp_pa
 
 def test_an_impossible_export_is_one_line(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"error: .*: must be the folder of a finished run, with its result\.json"):
-        main([str(tmp_path), "--format", "peft", "--out", str(tmp_path / "new")])
+        main([str(tmp_path), "--format", "peft", "--out", str(tmp_path / "new" / "deep" / "a")])
     with pytest.raises(SystemExit, match=rf"error: --out {tmp_path}: exists already"):
         main([str(digits_run), "--format", "peft", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"no such file"):
@@ -219,6 +219,16 @@ def test_two_exports_to_one_folder_do_not_mix(digits_run: Path, tmp_path: Path) 
     main([str(digits_run), "--format", "merged", "--out", str(tmp_path / "new")])
     assert not {"half", ".lock"} & {file.name for file in (tmp_path / "new").iterdir()}
     assert not other.exists()
+
+
+def test_a_folder_that_no_export_has_made_is_not_emptied(digits_run: Path, tmp_path: Path) -> None:
+    (tmp_path / ".new.tmp").mkdir()
+    (tmp_path / ".new.tmp" / "mine").touch()
+    with pytest.raises(
+        SystemExit, match=r"^error: --out \S+/new: cannot be written \(\.new\.tmp beside it is of no ex"
+    ):
+        main([str(digits_run), "--format", "merged", "--out", str(tmp_path / "new")])
+    assert (tmp_path / ".new.tmp" / "mine").exists()
 
 
 def test_what_a_link_leads_to_is_not_removed(digits_run: Path, tmp_path: Path) -> None:
