@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from tenslora.errors import TensLoRAError, first_line, require_path, require_type
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
@@ -242,9 +243,7 @@ class LoadedRun:
             raise TensLoRAError(str(error).replace("trainer.device", "--device", 1)) from error
         wanted = torch.empty(0, device=processes.device).device  # as tensors name it: cuda:0 for cuda
         with _MOVING:
-            tensors = (*self.backbone.model.parameters(), *self.backbone.model.buffers())
-            if any(tensor.device != wanted for tensor in tensors):
-                self.backbone.model.to(processes.device)
+            _move(self.backbone.model, wanted)
         try:
             yield processes
         except torch.OutOfMemoryError as error:
@@ -339,6 +338,21 @@ def _require_backbone_of(run: RunConfig, record: Mapping[str, Any], backbone: Ba
                     f"{source_setting(run.model)}: its images have {name}={shown(value)}, and had {shown(own[name])} "
                     f"when the run was trained on them"
                 )
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Move a model to a device unless it is there, or accelerate's hooks bring its weights to where it computes."""
+    if all(tensor.device == device for tensor in (*model.parameters(), *model.buffers())):
+        return
+    hooks = [hook for module in model.modules() if (hook := getattr(module, "_hf_hook", None))]
+    if any(hasattr(each, "execution_device") for hook in hooks for each in getattr(hook, "hooks", [hook])):
+        return
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise TensLoRAError(
+                f"{type(model).__name__}: {name} is on the device meta, which has no numbers; load the run again"
+            )
+    model.to(device)
 
 
 def _checked(run: RunConfig) -> RunConfig:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -173,6 +174,29 @@ def test_a_model_that_is_on_its_device_is_not_moved(digits_run: Path, monkeypatc
     loaded = load_run(digits_run)
     monkeypatch.setattr(loaded.backbone.model, "to", None)  # torch takes a weight out of its module to move it
     assert len(loaded.predict([np.zeros((8, 8), dtype=np.uint8)])) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The following device_map keys")  # accelerate wants cls_token and pos_embed there
+def test_a_model_whose_weights_accelerate_keeps_elsewhere_stays_there(digits_run: Path, tmp_path: Path) -> None:
+    loaded, images = load_run(digits_run), [np.full((8, 8), value, np.uint8) for value in (0, 90, 200)]
+    expected, loss = loaded.predict(images), loaded.evaluate().loss
+    model = loaded.backbone.model
+    blocks = {f"blocks.{number}": "disk" if number == 1 else "cpu" for number in range(4)}
+    others = {name: "cpu" for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))}
+    del others["blocks"]
+    dispatch_model(model, {**others, **blocks}, "cpu", offload_dir=tmp_path / "weights")
+    assert any(weight.is_meta for weight in model.parameters())
+    assert loaded.predict(images) == expected
+    assert loaded.evaluate().loss == loss
+
+
+def test_a_model_without_numbers_is_refused(digits_run: Path) -> None:
+    loaded = load_run(digits_run)
+    loaded.backbone.model.head.to("meta")
+    problem = r"^VisionTransformer: head\.weight is on the device meta, which has no numbers; load the run again$"
+    for ask in (loaded.evaluate, lambda: loaded.predict([np.zeros((8, 8), np.uint8)])):
+        with pytest.raises(TensLoRAError, match=problem):
+            ask()
 
 
 def test_a_run_without_an_adapter_is_as_frozen_as_it_was(tmp_path: Path) -> None:
