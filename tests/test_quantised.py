@@ -201,6 +201,14 @@ def test_a_weight_that_cannot_be_quantised_again_is_left_alone() -> None:
     assert torch.equal(logits(model, inputs("llama")), adapted)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_a_layer_that_was_quantised_under_an_adapter_is_named_as_it_is_not_merged_into() -> None:
+    model: Any = get_peft_model(build("llama").float(), TensLoraConfig())  # type: ignore[arg-type]
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})  # type: ignore[no-untyped-call]
+    with pytest.raises(TensLoRAError, match=r"^model\.layers\.0\.self_attn\.q_proj: Linear: an update cannot be added"):
+        model.merge_and_unload()
+
+
 def test_what_transformers_quantised_with_torchao_is_merged(tmp_path: Path) -> None:
     backbone: Any = build("llama").float()
     backbone.save_pretrained(tmp_path)

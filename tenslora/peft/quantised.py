@@ -47,7 +47,8 @@ class QuantisedWeights:
     def __init__(self, linear: nn.Module, model: nn.Module) -> None:
         weight = getattr(linear, "weight", None)
         own = getattr(linear, "plain_class", type(linear))
-        kind = own.__name__ if type(weight) in (nn.Parameter, type(None)) else type(weight).__name__
+        has_own_type = isinstance(weight, Tensor) and type(weight) not in (nn.Parameter, Tensor)
+        kind = type(weight).__name__ if has_own_type else own.__name__
         try:
             self._backend = resolve_quantization_backend(linear, **get_quantization_kwargs(model))
         except ValueError as error:

@@ -355,11 +355,14 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Raises:
             TensLoRAError: if they cannot be: the weight is computed from other tensors, or cannot be quantised again.
         """
-        linear = self.get_base_layer()
-        if not is_plain(linear):
+        linear, path = self.get_base_layer(), next(iter(self.updates.values())).call.path
+        if is_plain(linear):
+            require_stored_weight(path, linear)
+            return None
+        try:
             return QuantisedWeights(linear, self._model[0])
-        require_stored_weight(next(iter(self.updates.values())).call.path, linear)
-        return None
+        except TensLoRAError as error:
+            raise TensLoRAError(f"{path}: {error}") from error
 
     def _add_to_weight(self, update: Tensor, checked: str | None = None) -> None:
         linear, quantised = self.get_base_layer(), self.quantised_weights()
