@@ -58,8 +58,9 @@ def by_name(outputs: NDArray[Any], classes: Sequence[str]) -> list[Prediction]:
     """
     if not classes:
         return [Prediction(float(value), {}) for value in outputs[:, 0]]
-    powers = np.exp(outputs.astype(np.float64) - outputs.max(-1, keepdims=True))
-    probabilities = powers / powers.sum(-1, keepdims=True)
+    with np.errstate(all="ignore"):  # a program may have made numpy's underflows errors
+        powers = np.exp(outputs.astype(np.float64) - outputs.max(-1, keepdims=True))
+        probabilities = powers / powers.sum(-1, keepdims=True)
     return [
         Prediction(classes[likeliest], dict(zip(classes, row, strict=True)))
         for likeliest, row in zip(outputs.argmax(-1), probabilities.tolist(), strict=True)
@@ -77,14 +78,15 @@ def to_arrays(splits: Mapping[str, Predictions]) -> dict[str, NDArray[Any]]:
         splits: the predictions for each split.
     """
     arrays: dict[str, NDArray[Any]] = {}
-    for split, of_split in splits.items():
-        if of_split.is_regression:
-            arrays[f"{split}/labels"] = of_split.labels.astype(np.float32)
-            arrays[f"{split}/values"] = of_split.outputs.astype(np.float32)
-        else:
-            logits = of_split.outputs - of_split.outputs.max(-1, keepdims=True)
-            arrays[f"{split}/labels"] = of_split.labels.astype(np.int32)
-            arrays[f"{split}/logits"] = logits.clip(min=np.finfo(np.float16).min).astype(np.float16)
+    with np.errstate(all="ignore"):
+        for split, of_split in splits.items():
+            if of_split.is_regression:
+                arrays[f"{split}/labels"] = of_split.labels.astype(np.float32)
+                arrays[f"{split}/values"] = of_split.outputs.astype(np.float32)
+            else:
+                logits = of_split.outputs - of_split.outputs.max(-1, keepdims=True)
+                arrays[f"{split}/labels"] = of_split.labels.astype(np.int32)
+                arrays[f"{split}/logits"] = logits.clip(min=np.finfo(np.float16).min).astype(np.float16)
     return arrays
 
 

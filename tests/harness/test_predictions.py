@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.predictions import Predictions
+from tenslora.harness.predictions import Predictions, by_name
 from tenslora.harness.run_folder import RunFolder
 
 
@@ -32,6 +32,21 @@ def test_classes_and_probabilities_survive_the_rounding(size: float, tmp_path: P
     np.testing.assert_allclose(softmax(read.outputs), softmax(logits), atol=1e-3)
     assert np.isfinite(read.outputs).all()
     assert folder.predictions.stat().st_size < 500 * (4 + 7 * 2) + 500
+
+
+def test_it_does_not_matter_what_numpy_makes_of_underflows(tmp_path: Path) -> None:
+    logits = np.array([[800.0, 0.0, 800.0 - 1e-3], [3e38, -3e38, 0.0]], np.float32)
+    predictions = {
+        "test": Predictions(np.array([0, 1]), logits),
+        "more": Predictions(np.array([1e-60]), logits[:1, :1]),
+    }
+    expected = by_name(logits, ["a", "b", "c"])
+    RunFolder(tmp_path / "plain").write_predictions(predictions)
+    with np.errstate(all="raise"):
+        assert by_name(logits, ["a", "b", "c"]) == expected
+        RunFolder(tmp_path / "strict").write_predictions(predictions)
+    plain, strict = (RunFolder(tmp_path / name).predictions.read_bytes() for name in ("plain", "strict"))
+    assert plain == strict
 
 
 def test_values_and_further_splits_are_kept_too(tmp_path: Path) -> None:

@@ -77,13 +77,14 @@ def evaluate(
     predictions: dict[str, Predictions] = {}
     for split, examples in tests.items():
         losses[split], predictions[split] = predict(model, examples, data.collate, task, trainer, processes, count)
-    scores = {
-        metric if split == data.scored_on else f"{metric}_{split}": METRICS[metric].function(
-            of_split.labels, of_split.outputs
-        )
-        for split, of_split in predictions.items()
-        for metric in data.metrics
-    }
+    with np.errstate(all="ignore"):  # whatever the program that calls this has set
+        scores = {
+            metric if split == data.scored_on else f"{metric}_{split}": METRICS[metric].function(
+                of_split.labels, of_split.outputs
+            )
+            for split, of_split in predictions.items()
+            for metric in data.metrics
+        }
     return Evaluation(math.fsum(losses[data.scored_on].tolist()) / len(data.scored), scores, predictions)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.data import batches
-from tenslora.harness.data.encoding import EncodedDataset
+from tenslora.harness.data.encoding import Encoded, EncodedDataset
 from tenslora.harness.training.evaluation import Evaluation, evaluate
 from tenslora.harness.training.processes import Processes
 from tests.running import SHORT, configured
@@ -66,6 +66,22 @@ def test_neither_batches_nor_workers_nor_the_order_change_the_scores(overrides: 
         # Some processors add the products of a row in another order if the batch has another size.
         ours, theirs = other.predictions["test"].outputs, plain.predictions["test"].outputs
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+class Copies(torch.nn.Module):
+    """A model whose outputs are its inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_it_does_not_matter_what_numpy_makes_of_underflows() -> None:
+    values = [1.0, -1.0, 1e-30]  # the square of the last is none that a float32 can hold
+    split = Encoded(torch.tensor(values)[:, None], values)
+    data = EncodedDataset(split, split, {}, collate, "regression", ("pearson", "spearman"))
+    with np.errstate(all="raise"):
+        evaluation = evaluate(Copies(), data, trainer=configured(*SHORT).trainer, processes=Processes("cpu", 1))
+    assert evaluation.scores == pytest.approx({"pearson": 1.0, "spearman": 1.0})
 
 
 def test_further_splits_are_scored_under_their_names() -> None:
