@@ -19,13 +19,17 @@ the medians.
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+if __name__ == "__main__":
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
+import copy
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -34,14 +38,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from tenslora import AdapterConfig, Geometry, RankStrategy
 from tenslora.adapted_linear import LayerUpdate, SharedInput, put_on
 from tenslora.adapter import Adapter
 from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.factorizations.tucker import Tucker
+from tenslora.files import write_json
 from tenslora.forward_pass import ForwardPass
+from tenslora.harness.commands import command_parser, file_to_write, mistakes_in_one_line, whole_number
 from tenslora.projections import Columns
 from tenslora.thin_products import MatrixGroup
 
@@ -173,17 +177,17 @@ def measure(name: str, tokens: int, separate: bool, repeats: int) -> dict[str, f
     return {"alone": alone, **{form: time / alone for form, time in fastest_fifth.items()}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main(given: Sequence[str] | None = None) -> None:
+    parser = command_parser("benchmarks/layer_time.py", __doc__)
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, metavar="ADAPTER", default=list(ADAPTERS))
-    parser.add_argument("--tokens", type=int, default=1576, help="tokens per step, a multiple of 8")
+    parser.add_argument("--tokens", type=whole_number, default=1576, help="tokens per step, a multiple of 8")
     parser.add_argument("--separate", action="store_true", help="three Linear layers instead of a fused one")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/layer_time.json"))
-    arguments = parser.parse_args()
+    parser.add_argument("--threads", type=whole_number, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=whole_number, default=40)
+    parser.add_argument("--out", type=file_to_write, default="outputs/benchmarks/layer_time.json")
+    arguments = parser.parse_args(given)
+    if arguments.tokens % 8:
+        parser.error(f"argument --tokens: {arguments.tokens}: must be a multiple of 8")
     torch.set_num_threads(arguments.threads)
     print(f"{'':<26} {'alone, ms':>9}" + "".join(f"{form:>8}" for form in FORMS))
     rows = {}
@@ -191,10 +195,10 @@ def main() -> None:
         row = rows[name] = measure(name, arguments.tokens, arguments.separate, arguments.repeats)
         ratios = "".join(f"{row[form]:>8.3f}" for form in FORMS)
         print(f"{name:<26} {1000 * row['alone']:>9.2f}{ratios}", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({**vars(arguments), "out": str(arguments.out), "rows": rows}, indent=1) + "\n")
+    write_json(arguments.out, {**vars(arguments), "out": str(arguments.out), "rows": rows})
     print(f"\n{arguments.out}")
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

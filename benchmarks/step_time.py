@@ -22,25 +22,32 @@ script builds the model and takes the steps. The ratio of the two times is print
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+if __name__ == "__main__":
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
+import contextlib
 import importlib.util
-import json
 import multiprocessing
 import os
+import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from tenslora.constructions import PAPER_CONSTRUCTIONS
+from tenslora.errors import TensLoRAError
+from tenslora.files import write_json
+from tenslora.harness.commands import command_parser, file_to_write, mistakes_in_one_line, whole_number
 
 STRATEGIES = ("isorank", "isoparameters")
 TENSORS = tuple(mode for mode in PAPER_CONSTRUCTIONS if mode != "lora")
@@ -188,7 +195,7 @@ def _quantise(model: Any, head: Any) -> None:
     import torch
 
     bnb: Any = importlib.import_module("bitsandbytes.nn")  # its types are not declared
-    kept = {*map(id, head.modules()), *map(id, [model.get_output_embeddings()])}
+    kept = {*map(id, head.modules()), id(getattr(model, "get_output_embeddings", lambda: None)())}
     for path, linear in list(model.named_modules()):
         if type(linear) is torch.nn.Linear and id(linear) not in kept:
             sizes = linear.in_features, linear.out_features, linear.bias is not None
@@ -322,26 +329,27 @@ def worker(setting: Setting, variant: str, connection: Connection) -> None:
         variant: one of `VARIANTS`.
         connection: the connection to the process that compares the variants.
     """
-    import torch
+    with mistakes_in_one_line(), contextlib.suppress(EOFError):  # if the process that compares has ended
+        import torch
 
-    torch.set_num_threads(setting.threads)
-    model, parameters = build(setting, variant)
-    step = stepper(setting, model, parameters)
-    before = _memory(setting)
-    step()  # the first step creates the optimizer's state
-    # Hooks would make torch.compile compile the model again, and would not see the tensors that it saves.
-    saved, count = (0, 0) if setting.compiled else (saved_bytes(model, step), operations(step))
-    facts = {"trained": sum(p.numel() for p in parameters), "weight_bytes": weight_bytes(model)}
-    connection.send({**facts, "saved_bytes": saved, "operations": count})
-    _reset_peak(setting)
-    while count := connection.recv():
-        seconds = []
-        for _ in range(count):
-            started = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - started)
-        connection.send((seconds, _peak(setting) - before))
-    connection.close()
+        torch.set_num_threads(setting.threads)
+        model, parameters = build(setting, variant)
+        step = stepper(setting, model, parameters)
+        before = _memory(setting)
+        step()  # the first step creates the optimizer's state
+        # Hooks would make torch.compile compile the model again, and would not see the tensors that it saves.
+        saved, count = (0, 0) if setting.compiled else (saved_bytes(model, step), operations(step))
+        facts = {"trained": sum(p.numel() for p in parameters), "weight_bytes": weight_bytes(model)}
+        connection.send({**facts, "saved_bytes": saved, "operations": count})
+        _reset_peak(setting)
+        while count := connection.recv():
+            seconds = []
+            for _ in range(count):
+                started = time.perf_counter()
+                step()
+                seconds.append(time.perf_counter() - started)
+            connection.send((seconds, _peak(setting) - before))
+        connection.close()
 
 
 def worker_of(checkout: str, setting: dict[str, Any], variant: str, connection: Connection) -> None:
@@ -426,12 +434,15 @@ class Process:
             else (worker_of, (str(checkout), vars(setting), variant, theirs))
         )
         self.process = context.Process(target=target, args=arguments, daemon=True)
+        # A process that starts while Ctrl-C is ignored goes on ignoring it. This one does not, and ends all others.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.process.start()
+        signal.signal(signal.SIGINT, before)
         theirs.close()
 
     def wait(self) -> None:
         """Wait until the variant is ready and has taken a step."""
-        self.facts = self.connection.recv()
+        self.facts = self._answer()
         self.run(1)
 
     def run(self, steps: int) -> Turn:
@@ -444,10 +455,17 @@ class Process:
             The times of the turn.
         """
         stolen_before, started = _stolen(), time.perf_counter()
-        self.connection.send(steps)
-        seconds, self.peak = self.connection.recv()
+        seconds, self.peak = self._answer(steps)
         available = (time.perf_counter() - started) * (os.cpu_count() or 1)
         return Turn(statistics.fmean(seconds), (_stolen() - stolen_before) / available)
+
+    def _answer(self, steps: int | None = None) -> Any:
+        try:
+            if steps is not None:
+                self.connection.send(steps)
+            return self.connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise TensLoRAError(f"{self.name}: cannot be measured; the reason is above") from error
 
     def end(self) -> None:
         """End the process."""
@@ -606,29 +624,32 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     import torch
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = command_parser("benchmarks/step_time.py", __doc__)
     parser.add_argument("--backbones", nargs="+", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--variants", nargs="+", metavar="VARIANT", default=list(VARIANTS), help=", ".join(VARIANTS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--batch", type=int, help="examples per step; the default is docs/performance.md's")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, help="per turn; the default is 1 on a CPU, 10 on a GPU")
-    parser.add_argument("--at-once", type=int, default=6, help="variants in memory at once, beside the floor")
+    parser.add_argument("--batch", type=whole_number, help="examples per step; the default is docs/performance.md's")
+    parser.add_argument("--threads", type=whole_number, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=whole_number, default=7)
+    parser.add_argument("--steps", type=whole_number, help="per turn; the default is 1 on a CPU, 10 on a GPU")
+    parser.add_argument("--at-once", type=whole_number, default=6, help="variants in memory at once, beside the floor")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, to measure beside")
     parser.add_argument("--compile", action="store_true", help="run the models through torch.compile")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/step_time.json"))
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=file_to_write, default="outputs/benchmarks/step_time.json")
+    arguments = parser.parse_args(given)
     for variant in arguments.variants:
         prefix, _, adapter = variant.partition("/")
         if variant not in VARIANTS and not (prefix in PREFIXES and adapter in ADAPTERS):
             parser.error(f"--variants {variant}: must be one of {', '.join(VARIANTS)}")
+
+    if set(arguments.variants) == {"floor"}:
+        parser.error("argument --variants: must name another variant than floor, which is always measured")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: cuda: torch finds no GPU here")
 
     against = arguments.against and arguments.against.resolve()
     if against and not (against / "benchmarks" / "step_time.py").is_file():
@@ -649,11 +670,11 @@ def main() -> None:
             for title, by_name in comparisons.items():
                 lines = [f"{name:<40} {_quartiles(ratios)}" for name, ratios in by_name.items()]
                 print("\n".join(["", f"{title}, median and quartiles", *lines]) if lines else "", flush=True)
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"machine": machine(arguments.device), "results": results}, indent=1)
-            arguments.out.write_text(text + "\n")  # after every setting, as the next one may take an hour
+            # After every setting, as the next one may take an hour.
+            write_json(arguments.out, {"machine": machine(arguments.device), "results": results})
     print(f"\n{arguments.out}")
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

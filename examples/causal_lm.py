@@ -6,6 +6,14 @@ The weights of the backbone are random, so nothing is downloaded. For a real one
 AutoModelForCausalLM.from_pretrained and its tokenizer.
 """
 
+if __name__ == "__main__":  # as a module, or as a file
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 import sys
 from pathlib import Path
 
@@ -13,6 +21,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tenslora import AdapterConfig, RankStrategy, attach
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 
 
 def bytes_of(path: Path) -> torch.Tensor:
@@ -24,13 +33,6 @@ def bytes_of(path: Path) -> torch.Tensor:
     if len(text) <= 64:
         sys.exit(f"error: {path}: must have more than 64 bytes, and has {len(text)}")
     return torch.tensor(list(text))
-
-
-def path_given() -> Path:
-    """The file that the command line names."""
-    if len(sys.argv) != 2:
-        sys.exit("error: give one text file, such as README.md")
-    return Path(sys.argv[1])
 
 
 def main(path: Path, steps: int = 150) -> list[float]:
@@ -59,4 +61,7 @@ def main(path: Path, steps: int = 150) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(path_given())
+    with mistakes_in_one_line():
+        parser = command_parser("examples.causal_lm", __doc__)
+        parser.add_argument("file", type=Path, help="a text file of more than 64 bytes, such as README.md")
+        main(parser.parse_args().file)

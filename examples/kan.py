@@ -8,6 +8,14 @@ arXiv 2502.06153) freezes this tensor and trains a Tucker update of its shape, w
 learning rates. The program trains the network on one f, adapts it to another in several ways, and prints the errors.
 """
 
+if __name__ == "__main__":  # as a module, or as a file
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 import copy
 import math
 
@@ -15,6 +23,7 @@ import torch
 from torch import nn
 
 from tenslora import adapt_tensor
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 
 WIDTHS, SPLINES = (2, 12, 12, 1), 8
 
@@ -127,4 +136,6 @@ def main(steps: int = 200, lr: float = 2e-2, seeds: int = 3) -> dict[str, tuple[
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        command_parser("examples.kan", __doc__).parse_args()
+        main()

@@ -6,6 +6,14 @@ The weights of the backbone are random, so nothing is downloaded, and its head i
 from AutoModelForCausalLM.from_pretrained, leave out modules_to_save.
 """
 
+if __name__ == "__main__":  # as a module, or as a file
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 import tempfile
 from pathlib import Path
 
@@ -14,7 +22,8 @@ from peft import get_peft_model
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from examples.causal_lm import bytes_of, path_given
+from examples.causal_lm import bytes_of
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.peft import TensLoraConfig
 
 
@@ -50,4 +59,7 @@ def main(path: Path, steps: int = 150) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(path_given())
+    with mistakes_in_one_line():
+        parser = command_parser("examples.peft_causal_lm", __doc__)
+        parser.add_argument("file", type=Path, help="a text file of more than 64 bytes, such as README.md")
+        main(parser.parse_args().file)

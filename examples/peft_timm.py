@@ -6,10 +6,19 @@ timm keeps query, key and value in one Linear. PEFT's LoRA adapts all of that Li
 adapts two of its three matrices. Data, backbone and loop are those of examples.plain_loop.
 """
 
+if __name__ == "__main__":  # as a module, or as a file
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 import torch
 from peft import get_peft_model
 
 from examples.plain_loop import accuracy, backbone, train
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.peft import TensLoraConfig
 
 
@@ -30,4 +39,6 @@ def main(epochs: int = 10) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        command_parser("examples.peft_timm", __doc__).parse_args()
+        main()

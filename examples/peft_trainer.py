@@ -3,11 +3,20 @@
 python -m examples.peft_trainer
 """
 
+if __name__ == "__main__":  # as a module, or as a file
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 import tempfile
 
 from peft import PeftModel, get_peft_model
 
 from examples.trainer import Majority, backbone, trainer_of
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 from tenslora.peft import TensLoraConfig
 
 
@@ -29,4 +38,6 @@ def main(steps: int = 300) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        command_parser("examples.peft_trainer", __doc__).parse_args()
+        main()

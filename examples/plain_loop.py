@@ -6,6 +6,14 @@ The backbone is the small ViT that comes with this repository. For a real one, u
 timm.create_model(..., pretrained=True).
 """
 
+if __name__ == "__main__":  # as a module, or as a file
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+    import tenslora.harness.early  # catches Ctrl-C from here on
+
 from pathlib import Path
 
 import timm
@@ -16,6 +24,7 @@ from torch.nn import functional as F
 
 import tenslora
 from tenslora import AdapterConfig, attach, detach, merge
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 
 # The embedded checkpoint; its architecture is that of conf/model/vit_digits.yaml.
 WEIGHTS = Path(tenslora.__file__).parent / "harness" / "backbones" / "vit_digits.safetensors"
@@ -70,4 +79,6 @@ def main(epochs: int = 10) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        command_parser("examples.plain_loop", __doc__).parse_args()
+        main()

@@ -5,6 +5,14 @@
 The weights of the backbone are random, so nothing is downloaded. For a real one, use from_pretrained.
 """
 
+if __name__ == "__main__":  # as a module, or as a file
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
 import tempfile
 
 import torch
@@ -12,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 from tenslora import AdapterConfig, attach, load, save_pretrained
+from tenslora.harness.commands import command_parser, mistakes_in_one_line
 
 
 class Majority(Dataset):
@@ -69,4 +78,6 @@ def main(steps: int = 300) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        command_parser("examples.trainer", __doc__).parse_args()
+        main()

@@ -1,6 +1,6 @@
 """Pretrains `vit_digits`, a small ViT, on the digits 0 to 4 of scikit-learn's UCI digits.
 
-    python -m scripts.pretrain_vit_digits [path]
+    python -m scripts.pretrain_vit_digits
 
 The script trains all weights, which takes 80 seconds on one core, and writes a file of 407,696 bytes. The model never
 sees the digits 5 to 9, to which `dataset=digits` adapts it.
@@ -10,6 +10,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if __name__ == "__main__":
+    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+
+from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 
 import torch
@@ -17,6 +24,7 @@ from hydra import compose, initialize_config_dir
 
 from tenslora.files import write_safetensors
 from tenslora.harness.backbones import EMBEDDED, load_backbone
+from tenslora.harness.commands import command_parser, file_to_write, mistakes_in_one_line
 from tenslora.harness.config import register_resolvers, validate
 from tenslora.harness.data.digits import load_digits
 from tenslora.harness.data.encoding import encode
@@ -64,7 +72,16 @@ def pretrain(path: Path) -> float:
     return float(state.history[-1]["accuracy"])
 
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else EMBEDDED
+def main(given: Sequence[str] | None = None) -> None:
+    parser = command_parser("scripts.pretrain_vit_digits", __doc__)
+    parser.add_argument(
+        "path", type=file_to_write, nargs="?", default=str(EMBEDDED), help="the file to write; default: the package's"
+    )
+    target = parser.parse_args(given).path
     torch.set_num_threads(1)  # sums are then rounded alike on all machines of a kind
     print(f"{target}: accuracy {pretrain(target):.4f} on the held-out digits 0 to 4")
+
+
+if __name__ == "__main__":
+    with mistakes_in_one_line():
+        main()

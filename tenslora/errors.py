@@ -44,6 +44,8 @@ def os_reason(error: OSError) -> str:
     for link in (place, *place.parents) if error.errno in (errno.EEXIST, errno.ENOENT) else ():
         if link.is_symlink() and not link.exists():  # the system says only that it exists
             return f"{link} is a link to {link.readlink()}, which does not exist"
+    if error.errno == errno.EEXIST and place.is_file():
+        return "is a file; must be a folder"
     return str(error.strerror)
 
 

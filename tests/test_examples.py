@@ -56,12 +56,6 @@ def test_a_text_file_that_cannot_be_learned_is_one_line(
     assert str(caught.value) == f"error: {file}: {message}"
 
 
-def test_a_text_file_has_to_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["causal_lm"])
-    with pytest.raises(SystemExit, match=r"^error: give one text file, such as README\.md$"):
-        import_module("examples.causal_lm").path_given()
-
-
 def test_peft_trains_saves_and_loads_a_classifier() -> None:
     trained, loaded = import_module("examples.peft_trainer").main(steps=100)
     assert trained > 0.9

@@ -1,4 +1,4 @@
-"""The code that the commands ``python -m tenslora.harness.<name>`` share."""
+"""The code that the commands ``python -m tenslora.harness.<name>`` share with the benchmarks, scripts and examples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -35,11 +36,11 @@ def command_parser(module: str, description: str | None) -> argparse.ArgumentPar
     """A parser for the command line of a module.
 
     Args:
-        module: the module's name, as in ``python -m <module>``.
+        module: the module's name, as in ``python -m <module>``, or its file, as in ``python <file>``.
         description: the module's docstring, which ``--help`` shows without changing its line breaks.
     """
     return _Parser(
-        prog=f"python -m {module}",
+        prog=f"python {module}" if module.endswith(".py") else f"python -m {module}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -51,6 +52,41 @@ class _Parser(argparse.ArgumentParser):
             if word.endswith("\r"):
                 self.error(str(TensLoRAError(f"{word}: {CARRIAGE_RETURN}")))
         return super().parse_known_args(args, namespace)
+
+
+def whole_number(text: str) -> int:
+    """The value of an option that counts something, for argparse.
+
+    Args:
+        text: the value, as the command line has it.
+
+    Raises:
+        ArgumentTypeError: if it is not a whole number of at least 1.
+    """
+    if not re.fullmatch("0*[1-9][0-9]{0,14}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{TensLoRAError(text)}: must be a whole number of at least 1")
+    return int(text)
+
+
+def file_to_write(text: str) -> Path:
+    """The value of an option that names a file to write at the end of a long computation, for argparse.
+
+    Args:
+        text: the value, as the command line has it. The folder that the file is to lie in is made.
+
+    Raises:
+        ArgumentTypeError: if such a file cannot be written.
+    """
+    from tenslora.harness.run_folder import check_writable
+
+    path = Path(text)
+    try:
+        if not path.name or os.path.isdir(path):
+            raise TensLoRAError(f"{text}: cannot be written (is a folder; must be the name of a file)")
+        check_writable(path.parent)
+    except TensLoRAError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return path
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
