@@ -7,13 +7,13 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 
 _THREADS = torch.get_num_threads()  # read before anything changes it
 
@@ -28,7 +28,8 @@ class Processes:
         alone: whether this process works by itself, whatever torchrun says.
 
     Raises:
-        TensLoRAError: for a device that this machine does not have, or for far more threads than it has processors.
+        TensLoRAError: for a device that this machine does not have, for far more threads than it has processors, or if
+            the program has destroyed torch's process group.
     """
 
     def __init__(self, device: str, threads: int | None = None, *, alone: bool = False) -> None:
@@ -45,6 +46,11 @@ class Processes:
                 raise TensLoRAError(f"trainer.device={device}: there are more processes than CUDA devices")
             # Accelerate would take a precision from the environment; the training loop applies autocast itself.
             self._accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision="no")
+            if not torch.distributed.is_initialized():  # which accelerate does once in a process
+                raise TensLoRAError(
+                    f"WORLD_SIZE={self.count}: the program has destroyed the process group, so that its processes "
+                    f"cannot share work any more"
+                )
             self.device = self._accelerator.device
             atexit.register(self._accelerator.state.destroy_process_group)
         if self.device.type == "cuda":
@@ -103,7 +109,8 @@ class Processes:
         """The mean of a tensor over the processes, on every process."""
         if self._accelerator is None:
             return value
-        reduced: Tensor = self._accelerator.reduce(value, reduction="mean")
+        with _answered():
+            reduced: Tensor = self._accelerator.reduce(value, reduction="mean")
         return reduced
 
     def gather(self, items: Sequence[Any]) -> list[Any]:
@@ -112,7 +119,19 @@ class Processes:
             return list(items)
         from accelerate.utils import gather_object
 
-        return list(gather_object(list(items)))
+        with _answered():
+            return list(gather_object(list(items)))
+
+
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """A context in which this process waits for the others. If one of them has ended, a line says so."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo's and NCCL's
+        raise TensLoRAError(f"another process has ended, or does not answer ({first_line(error)})") from error
 
 
 def most_threads() -> int:

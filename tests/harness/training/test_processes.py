@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +47,27 @@ def test_far_more_threads_than_processors_are_refused() -> None:
     most = 4 * (os.cpu_count() or 1)
     with pytest.raises(TensLoRAError, match=rf"^trainer\.threads={most + 1}: must be at most {most}, "):
         Processes("cpu", most + 1)
+
+
+def test_processes_without_a_group_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    of_an_earlier_group = SimpleNamespace(device=torch.device("cpu"), state=SimpleNamespace(destroy_process_group=None))
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: of_an_earlier_group)
+    with pytest.raises(TensLoRAError, match=r"^WORLD_SIZE=2: the program has destroyed the process group, so that its"):
+        Processes("cpu")
+
+
+def test_a_process_that_waits_for_one_that_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reset(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:1\nmore")
+
+    processes = Processes("cpu")
+    processes._accelerator = SimpleNamespace(reduce=reset)
+    monkeypatch.setattr("accelerate.utils.gather_object", reset)
+    for wait in (lambda: processes.gather([1]), lambda: processes.mean(torch.ones(()))):
+        with pytest.raises(TensLoRAError, match=r"^another process has ended, or does not answer \(.*by peer.*:1\)$"):
+            wait()
 
 
 @pytest.mark.parametrize(
