@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -147,7 +148,8 @@ def test_batches(
     """The batches of this process's share of the test examples.
 
     The examples come in the order of `data`. If they have lengths, the longest examples come first: there is then
-    little padding, and a batch size that does not fit into memory fails at once.
+    little padding, and a batch size that does not fit into memory fails at once. Nothing is drawn from torch's random
+    numbers.
 
     Args:
         data: the test examples.
@@ -162,7 +164,9 @@ def test_batches(
         (inputs, labels) of each batch.
     """
     share = _test_order(data)[process::processes]
-    return _loader(data, _cut(share, batch_size), collate, workers, pin_memory)
+    # torch draws a number for its workers, which must not be one of the program's.
+    own = torch.Generator(torch.get_default_device())
+    return _loader(data, _cut(share, batch_size), collate, workers, pin_memory, own)
 
 
 def order_of_results(data: Encoded, processes: int) -> list[int]:
@@ -188,13 +192,23 @@ def _cut(items: list[int], size: int) -> list[list[int]]:
 
 
 def _loader(
-    data: Encoded, batches: list[list[int]], collate: Collate, workers: int, pin_memory: bool
+    data: Encoded,
+    batches: list[list[int]],
+    collate: Collate,
+    workers: int,
+    pin_memory: bool,
+    generator: torch.Generator | None = None,
 ) -> DataLoader[tuple[dict[str, Tensor], Tensor]]:
     if workers and batches:
         _require_short_addresses(workers)
         _require_shared_memory(data, batches, collate, workers)
     loader: DataLoader[Any] = DataLoader(
-        data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory
+        data,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=generator,
     )
     return loader
 

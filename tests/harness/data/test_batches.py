@@ -84,6 +84,13 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert flat(labels(source, 2)) == expected
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_test_batches_leave_the_random_numbers_of_the_program_alone(workers: int) -> None:
+    before = torch.get_rng_state()
+    assert sum(len(part) for _, part in batches.test_batches(data(), collate, batch_size=4, workers=workers)) == COUNT
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("batch_size", [5, 6, 7])
 def test_processes_partition_each_batch(processes: int, batch_size: int) -> None:
