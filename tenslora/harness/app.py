@@ -268,15 +268,20 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             return f"{cause.filename or _output_folder()}: cannot be {failed} ({os_reason(cause)})"
     if config_name is None:
         return None
-    from tenslora.harness.config.spelling import misspelt, parsed, unreadable
+    from hydra._internal.utils import get_args
 
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    if line := misspelt(words, _CONF, config_name):
+    from tenslora.harness.config.spelling import misspelt, parsed, unreadable, wrong_file
+
+    given = get_args(sys.argv[1:])
+    words: list[str] = given.overrides
+    own = given.config_dir if given.config_dir and os.path.isdir(given.config_dir) else None
+    if line := misspelt(words, _CONF, config_name, own) or wrong_file(error):
         return line
     several = (word for word in words if "--multirun" in str(error) and word in str(error))
     if word := next(several, None):  # Hydra's error for several values without -m
         if config_name == "sweep":  # Hydra did not get as far as hydra.mode, because another word is wrong
-            return _joined(_error_without(word) or error)
+            other = _error_without(word, words, own) or error
+            return wrong_file(other) or _joined(other)
         return f"{word}: is several values; add -m for a run of each, or use sweep.py; a list needs brackets, as [a,b]"
     for word in sys.argv[1:]:
         odd = next((c for c in word if not c.isascii() and unicodedata.category(c)[0] not in "LMN"), None)
@@ -300,15 +305,16 @@ def _takes_one(group: str) -> bool:
     return (_CONF / group).is_dir() and group not in ("logger", "experiment", "debug")
 
 
-def _error_without(several: str) -> Exception | None:
+def _error_without(several: str, words: Sequence[str], own: str | None) -> Exception | None:
     """What Hydra says of the words of a sweep's command line besides those of several values."""
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    words = [word for word in sys.argv[1:] if not word.startswith("-") and word != several]
-    parsed = OverridesParser.create().parse_overrides(words)
+    from tenslora.harness.config.spelling import reading
+
+    parsed = OverridesParser.create().parse_overrides([word for word in words if word != several])
     try:
-        with initialize_config_dir(str(_CONF), version_base="1.3"):
+        with reading(_CONF, own):
             compose("sweep", [str(each.input_line) for each in parsed if not each.is_sweep_override()])
     except Exception as error:
         return error

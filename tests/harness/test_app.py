@@ -139,6 +139,24 @@ def test_a_file_of_configs_that_would_not_be_read_is_refused(monkeypatch: pytest
     )
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_file_without_its_first_line_is_one_line(
+    joined: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = tmp_path / "mine" / "preset" / "own.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("defaults:\n  - override /tensor_mode: att\n")
+    folder = str(tmp_path / "mine")
+    words = [f"--config-dir={folder}"] if joined else ["--config-dir", folder]
+    for given in (["preset=own"], ["preset=own", "hydra.mode=MULTIRUN", "seed=0"]):
+        line = refused(monkeypatch, tmp_path / "run", *words, *given)
+        assert line.startswith("preset/own.yaml: must begin with the line # @package _global_")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *words, "preset=own", "seed=0,1", f"hydra.sweep.dir={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"^error: preset/own\.yaml: must begin with the line # @package _global_"):
+        run_app(train.main, "sweep")
+
+
 def test_a_second_command_of_a_process_has_no_traceback_either(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path}", "seed=x"])
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)

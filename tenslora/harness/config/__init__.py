@@ -16,7 +16,14 @@ from pydantic import TypeAdapter, ValidationError
 from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import Geometry
 from tenslora.errors import TensLoRAError
-from tenslora.harness.config.checks import as_typed, in_one_line, require_plain_values, settings_with_numbers, shown
+from tenslora.harness.config.checks import (
+    as_typed,
+    in_one_line,
+    needs_global,
+    require_plain_values,
+    settings_with_numbers,
+    shown,
+)
 from tenslora.harness.config.schema import (
     IMAGE_SETTINGS,
     REFERENCES,
@@ -76,6 +83,13 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
     except OmegaConfBaseException as error:
         reason = "is missing" if isinstance(error, MissingMandatoryValue) else str(error).splitlines()[0]
         reason = reason.removeprefix("TensLoRAError raised while resolving interpolation: ")  # of ${run_folder:}
+        group = str(error.full_key).partition(".")[0]
+        if (
+            isinstance(composed, DictConfig)
+            and isinstance(own := composed._get_node(group), DictConfig)
+            and group in own
+        ):
+            raise TensLoRAError(f"{group}.{group}: there is no such setting; {needs_global(group)}") from error
         named = not error.full_key or reason.startswith(f"{error.full_key}: ")
         raise TensLoRAError(reason if named else f"{error.full_key}: {reason}") from error
     if isinstance(composed, DictConfig):
@@ -197,6 +211,8 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
 
     def name_of(group: str, otherwise: str) -> Any:
         chosen = plain.get(group, {"name": otherwise})
+        if isinstance(chosen, dict) and (others := [f"{group}.{key}" for key in chosen if key != "name"]):
+            raise TensLoRAError(f"{others[0]}: there is no such setting; {needs_global(group)}")
         return chosen.get("name") if isinstance(chosen, dict) else chosen
 
     arranged = {key: value for key, value in plain.items() if key not in ("tensor_mode", "factorization", "preset")}

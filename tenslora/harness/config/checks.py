@@ -234,6 +234,11 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
     Returns:
         The error to raise.
     """
+    groups = {name.partition(".")[0] for name, _ in _settings_of(schema) if "." in name}
+    for each in error.errors():  # a group within a group is also why settings are missing there
+        path = [str(part) for part in each["loc"] if part not in ("image", "text")]
+        if each["type"] == "unexpected_keyword_argument" and isinstance(each["input"], dict) and groups & {*path[1:2]}:
+            return TensLoRAError(f"{path[0]}.{path[1]}: there is no such setting; {needs_global(path[0])}")
     first = error.errors()[0]
     kind, value, details = str(first["type"]), first["input"], first.get("ctx", {})
     path = [str(part) for part in first["loc"]]
@@ -293,8 +298,8 @@ def no_such_setting(setting: str, settings: Sequence[str]) -> str:
         settings: the settings that exist, with their groups.
     """
     group, _, name = setting.rpartition(".")
-    if setting == "experiment":
-        return "experiment: is no setting but a file of settings, which must begin with the line # @package _global_"
+    if setting in ("experiment", "debug"):
+        return f"{setting}: is no setting; {needs_global(setting)}"
     wanted = _NAMES_ELSEWHERE.get(name, name)
 
     def likeness(other: str) -> tuple[float, float]:
@@ -310,6 +315,15 @@ def no_such_setting(setting: str, settings: Sequence[str]) -> str:
     if group and (members := _members(group, settings)):
         return f"{setting}: there is no such setting; {group} has {members}"
     return f"{setting}: there is no such setting; --help lists all settings"
+
+
+def needs_global(group: str) -> str:
+    """The end of a line on settings that lie in a group to which they do not belong, because Hydra puts them there.
+
+    Args:
+        group: the group.
+    """
+    return f"a file in {group}/ with groups of settings must begin with the line # @package _global_"
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:

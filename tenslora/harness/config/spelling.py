@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,7 +23,27 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.config.checks import did_you_mean, no_such_setting, shown
 
 
-def misspelt(words: Sequence[str], conf: Path, config_name: str) -> str | None:
+@contextlib.contextmanager
+def reading(conf: Path, own: str | None = None) -> Iterator[ConfigLoader]:
+    """A context in which Hydra composes configs from a folder, and from a user's own one behind it.
+
+    Args:
+        conf: the folder of the config files.
+        own: the folder that --config-dir names; None if there is none.
+
+    Returns:
+        Hydra's loader of the config files.
+    """
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        loader: Any = GlobalHydra.instance().config_loader()
+        if own is not None:
+            path = loader.get_search_path()
+            path.prepend("command-line", f"file://{Path(own).absolute()}", anchor="schema")  # which has to be the last
+            loader.repository = ConfigRepository(path)
+        yield loader
+
+
+def misspelt(words: Sequence[str], conf: Path, config_name: str, own: str | None = None) -> str | None:
     """Answer the first word of a command line that Hydra could not use.
 
     Hydra's own answers do not say what the word should have been. Where a word at fault stands beside a sweep over
@@ -30,13 +53,13 @@ def misspelt(words: Sequence[str], conf: Path, config_name: str) -> str | None:
         words: the overrides of the command line.
         conf: the folder of the config files.
         config_name: the name of the main config file.
+        own: the folder of a user's own config files; None if there is none.
 
     Returns:
         The line for the user; None if every word names something that exists, or if the words cannot be parsed.
     """
     try:
-        with initialize_config_dir(str(conf), version_base="1.3"):
-            loader = GlobalHydra.instance().config_loader()
+        with reading(conf, own) as loader:
             overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(words))
             groups = [override for override in overrides if options_of(loader, override.key_or_group)]
             choices = []
@@ -56,6 +79,28 @@ def misspelt(words: Sequence[str], conf: Path, config_name: str) -> str | None:
         of_hydra = key.partition(".")[0] == "hydra"
         return no_such_setting(key, [other for other in settings if (other.partition(".")[0] == "hydra") == of_hydra])
     return None
+
+
+def wrong_file(error: BaseException) -> str | None:
+    """The line for a file of options that chooses an option of another group, which Hydra does not do.
+
+    Args:
+        error: what Hydra says.
+
+    Returns:
+        The line; None for any other error.
+    """
+    found = re.match(r"In '([\w.-]+)/(.+)': Could not override '([^'@]+)(@?).*'\.\nDid you mean to over", str(error))
+    if found is None:
+        return None
+    group, option, other, is_relative = found.groups()
+    if is_relative:  # the option of the other group would be a part of this group
+        return (
+            f"{group}/{option}.yaml: must begin with the line # @package _global_, with nothing before it, to choose "
+            f"an option of {other}"
+        )
+    elsewhere = "" if group == "experiment" else "; a file in experiment/ can"
+    return f"{group}/{option}.yaml: cannot choose an option of {other}, which is chosen after {group}{elsewhere}"
 
 
 def parsed(word: str) -> Override | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tenslora.errors import TensLoRAError
@@ -129,8 +131,20 @@ REFUSED = {
     "+adapter.alfa=1": "adapter.alfa: there is no such setting; did you mean adapter.alpha?",
     "+dataset.max_length=64": "dataset.max_length: there is no such setting for a dataset of images",
     "+elsewhere.x=1": "elsewhere: there is no such setting; --help lists all settings",
-    "+experiment.x=1": "experiment: is no setting but a file of settings, which must begin with the line "
-    "# @package _global_",
+    "+experiment.x=1": "experiment: is no setting; a file in experiment/ with groups of settings must begin with the "
+    "line # @package _global_",
+    **{
+        word: f"{begin}; a file in {re.split('[.:]', begin)[0]}/ with groups of settings must begin with the line "
+        f"# @package _global_"
+        for word, begin in {
+            "+debug.x=1": "debug: is no setting",
+            "+preset.tensor_mode=att": "preset.tensor_mode: there is no such setting",
+            "+tensor_mode.adapter={alpha:1}": "tensor_mode.adapter: there is no such setting",
+            "+factorization.adapter={alpha:1}": "factorization.adapter: there is no such setting",
+            "+optimizer.trainer={epochs:1}": "optimizer.trainer: there is no such setting",
+            "dataset.name=??? +dataset.dataset={name:food}": "dataset.dataset: there is no such setting",
+        }.items()
+    },
     "~trainer.epochs": "trainer.epochs: is missing; a setting can be changed, but not taken away",
     "~trainer.evaluate": "trainer.evaluate: is missing; a setting can be changed, but not taken away",
     "~adapter": "adapter: is missing; a setting can be changed, but not taken away",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
-from tenslora.harness.config.spelling import in_quotes, misspelt
+from tenslora.harness.config.spelling import in_quotes, misspelt, reading, wrong_file
 from tests.running import CONF
 
 
@@ -57,6 +60,35 @@ def test_what_does_not_exist_is_answered_with_the_nearest(words: str, line: str)
 )
 def test_words_that_name_what_exists_are_not_at_fault(words: str) -> None:
     assert misspelt(words.split(), CONF, "sweep") is None
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "line"),
+    [
+        ("preset/own", "tensor_mode: att", "must begin with the line # @package _global_, with nothing before it"),
+        ("experiment/a/own", "dataset: dtd", "must begin with the line # @package _global_, with nothing before it"),
+        ("dataset/own", "model: vit_base", "must begin with the line # @package _global_, with nothing before it"),
+        (
+            "preset/own",
+            "dataset: dtd",
+            "cannot choose an option of dataset, which is chosen after preset; a file in exp",
+        ),
+        ("experiment/own", "debug: fast", "cannot choose an option of debug, which is chosen after experiment"),
+    ],
+)
+def test_a_file_that_chooses_what_it_cannot_is_named(option: str, text: str, line: str, tmp_path: Path) -> None:
+    file = tmp_path / f"{option}.yaml"
+    file.parent.mkdir(parents=True)
+    first = "\n# @package _global_\n" * ("begin" not in line)
+    file.write_text(f"{first.strip()}\ndefaults:\n  - override /{text}\n")
+    group, _, name = option.partition("/")
+    word = f"{group}={name}"
+    assert misspelt([word], CONF, "config", str(tmp_path)) is None
+    assert f"{name}, " in str(misspelt([f"{group}=nope"], CONF, "config", str(tmp_path)))
+    with pytest.raises(HydraException) as raised, reading(CONF, str(tmp_path)):
+        compose("config", [word])
+    assert str(wrong_file(raised.value)).startswith(f"{option}.yaml: {line}")
+    assert wrong_file(HydraException("Could not override 'x'")) is None
 
 
 @pytest.mark.parametrize(
