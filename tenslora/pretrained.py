@@ -356,7 +356,6 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
     trained: dict[str, Tensor] = {
         name: each for name, each in others.items() if each.requires_grad or uncompiled(name) in beside
     }
-    _require_no_other_head(model, beside, {uncompiled(name) for name in trained})
     with_frozen = {path for name in others.keys() - trained.keys() for path in _holders(name)}
     owners = {_owner(name) for name in trained}
     whole = {path for name in trained for path in _holders(name)} - with_frozen
@@ -367,21 +366,32 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
         for name in kept
         if name in buffers and (_owner(name) in owners or not whole.isdisjoint(_holders(name)))
     }
-    weights = trained | of_trained | running_statistics(model)
-    return {uncompiled(name): weight for name, weight in weights.items()}
+    saved = {uncompiled(name): weight for name, weight in (trained | of_trained | running_statistics(model)).items()}
+    _require_no_other_head(model, beside, saved.keys())
+    return saved
 
 
-def _require_no_other_head(model: nn.Module, beside: Set[str], trained: Set[str]) -> None:
-    """Refuse to leave out frozen weights that have taken the place of trained ones, such as those of a new head."""
+def _require_no_other_head(model: nn.Module, beside: Set[str], saved: Set[str]) -> None:
+    """Refuse to leave out weights that have taken the place of trained ones, such as those of a new head."""
     modules = {uncompiled(path): module for path, module in model.named_modules() if path}
     weights = {uncompiled(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for gone in sorted(beside - weights):
         path = next(filter(modules.get, _holders(gone)), None)
-        new = [f"{path}.{uncompiled(name)}" for name, _ in modules[path].named_parameters()] if path else []
-        if left_out := [name for name in new if name not in trained]:
+        if path is None:
+            continue
+        place = modules[path]
+        new = [f"{path}.{uncompiled(name)}" for name, _ in place.named_parameters()]
+        if left_out := [name for name in new if name not in saved]:
             raise TensLoRAError(
                 f"{gone}: was trained beside the adapter, and {listed(left_out)} in its place would not be saved; let "
                 f"what is to be saved require gradients"
+            )
+        # torch.ao's quantised layers have no parameters; their weights are in their state dict alone.
+        kept = [] if new else [f"{path}.{uncompiled(name)}" for name in place.state_dict()]
+        if left_out := [name for name in kept if name not in saved]:
+            raise TensLoRAError(
+                f"{gone}: was trained beside the adapter, and {listed(left_out)} in its place would not be saved; save "
+                f"before {path} becomes a {place._get_name()}, which has no parameters"
             )
 
 

@@ -207,6 +207,8 @@ def test_a_frozen_head_in_the_place_of_a_trained_one_is_not_left_out(tmp_path: P
         save_pretrained(model, tmp_path / "frozen")
     model.classifier = nn.Identity()
     save_pretrained(model, tmp_path / "without")
+    model.classifier = nn.BatchNorm1d(24, affine=False)  # its statistics are saved
+    save_pretrained(model, tmp_path / "without")
 
 
 def test_updates_of_other_weights_are_trained_and_loaded_beside_the_adapter(tmp_path: Path) -> None:

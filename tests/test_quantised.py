@@ -76,6 +76,21 @@ def test_a_head_that_was_quantised_after_its_training_is_not_saved(tmp_path: Pat
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
+def test_a_head_whose_weights_are_no_parameters_any_more_is_not_left_out(tmp_path: Path) -> None:
+    model = build("separate").float()
+    attach(model, AdapterConfig(), train=["head"])
+    quantised_head = nn.Sequential(model.get_submodule("head"))
+    torch.ao.quantization.quantize_dynamic(quantised_head, inplace=True)  # type: ignore[no-untyped-call]
+    model.head = quantised_head[0]
+    problem = r"^head\.bias: was trained beside the adapter, and head\.scale, .* in its place would not be saved; save "
+    with pytest.raises(
+        TensLoRAError, match=problem + r"before head becomes a DynamicQuantizedLinear, which has no parameters$"
+    ):
+        save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def attached(model: nn.Module) -> nn.Module:
     return attach(model, AdapterConfig())
 
