@@ -164,10 +164,12 @@ class _Task:
                 raise
         except BaseException as error:
             if in_multirun and isinstance(error, Exception):
-                log.error("error: %s", unforeseen(error))
+                log.error("error: %s", _line(error) or unforeseen(error))
             if not in_multirun or isinstance(error, Exception):
                 _log_to_file("interrupted" if self.interrupted else "the run failed", error)
-            raise
+            if in_multirun or self.interrupted or self.wants_traceback or not isinstance(error, Exception):
+                raise
+            line = _line(error) or unforeseen(error)  # for Hydra would print a line of its own before it
         # The error is raised anew outside of the except block, without the frames that hold the model: Hydra keeps
         # each job's error until the last job of a multirun is over, and launchers pickle it.
         if not in_multirun:
@@ -264,7 +266,8 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     for cause in causes:
         # Hydra's own OSErrors, which are about conf/, have no number.
         if isinstance(cause, OSError) and cause.errno and (cause.errno in OUT_OF_REACH or config_name):
-            failed = "used" if cause.errno == errno.ENAMETOOLONG else "written"
+            is_read = config_name is None and cause.errno in (errno.EACCES, errno.EPERM)  # or perhaps written
+            failed = "used" if is_read or cause.errno == errno.ENAMETOOLONG else "written"
             return f"{cause.filename or _output_folder()}: cannot be {failed} ({os_reason(cause)})"
     if config_name is None:
         return None

@@ -250,9 +250,15 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
     return {**arranged, "tensor_mode": tensor_mode, "preset": name_of("preset", "none"), "adapter": adapter}
 
 
-def _name_after(path: str) -> str:
+def _name_after(path: str, setting: str) -> str:
     """The last part of a path as a name for folders, records and tables: "my/Pet photos" gives "Pet-photos"."""
-    return re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(path)), flags=re.ASCII).strip("-.")
+    name = re.sub(r"[^\w.-]+", "-", os.path.basename(os.path.abspath(path)), flags=re.ASCII).strip("-.")
+    if not name:  # as of "/", which a shell makes of $DATA/ without such a variable
+        raise TensLoRAError(
+            f"{setting}={path}: its last part has no letter or digit of ASCII to make a name of; correct the path, or "
+            f"set {setting.partition('.')[0]}.name"
+        )
+    return name
 
 
 def _name_of_model(checkpoint: Any, architecture: Any) -> str:
@@ -267,7 +273,7 @@ def _name_of_model(checkpoint: Any, architecture: Any) -> str:
         return re.sub(r"[^\w.-]+", "-", source.strip("./").replace("/", "--"), flags=re.ASCII) or "model"
     # A file that is named as all files of weights are says less than its folder.
     parent, name = os.path.split(source)
-    return _name_after(parent if name in ("model.safetensors", "pytorch_model.bin") else source)
+    return _name_after(parent if name in ("model.safetensors", "pytorch_model.bin") else source, "model.checkpoint")
 
 
 def _name_of_dataset(dataset: dict[str, Any]) -> str:
@@ -275,5 +281,5 @@ def _name_of_dataset(dataset: dict[str, Any]) -> str:
     root, hub = dataset.get("root"), dataset.get("hub")
     if root is None and hub is not None:
         return str(hub).replace("/", "--")
-    name = _name_after(str(root or dataset["source"]))
+    name = _name_after(str(root or dataset["source"]), "dataset.root")
     return re.sub(r"(?i)\.(csv|tsv|jsonl|json|ndjson|parquet)$", "", name)

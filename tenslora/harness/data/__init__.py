@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig
-from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw, shortened
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw, shortened, user_path
 from tenslora.harness.data.image_folder import load_test_images
 from tenslora.harness.data.images import load_images
 from tenslora.harness.data.text_files import load_test_texts, load_text_files
@@ -21,6 +23,20 @@ OWN_FILES = ("image_folder", "text_files")
 """The sources of datasets that are a user's own files."""
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _permitted(config: DatasetConfig) -> Iterator[None]:
+    """A context in which a file or folder of the data that the user may not read is named."""
+    try:
+        yield
+    except PermissionError as error:
+        root = config.root and os.path.abspath(user_path(config.root))
+        if not root or not os.path.abspath(error.filename or "").startswith(root):
+            raise
+        raise TensLoRAError(
+            f"dataset.root={config.root}: {error.filename} cannot be read ({error.strerror})"
+        ) from error
 
 
 @cache_latest(1)
@@ -40,11 +56,12 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
         TensLoRAError: if the data is missing or damaged, or if it cannot be downloaded; the message says where the data
             was looked for. Also if there are too few training examples to hold some out.
     """
-    if isinstance(config, TextDatasetConfig):
-        dataset = load_text_files(config, seed) if config.source == "text_files" else load_texts(config)
-    else:
-        assert isinstance(config, ImageDatasetConfig)
-        dataset = load_images(config, seed)
+    with _permitted(config):
+        if isinstance(config, TextDatasetConfig):
+            dataset = load_text_files(config, seed) if config.source == "text_files" else load_texts(config)
+        else:
+            assert isinstance(config, ImageDatasetConfig)
+            dataset = load_images(config, seed)
     available = len(dataset.train)
     if config.train_size is not None and config.train_size > available:
         log.warning(
@@ -86,12 +103,13 @@ def load_tests(config: DatasetConfig, seed: int, classes: tuple[str, ...]) -> Da
     """
     if config.source not in OWN_FILES:
         return load_dataset(config, seed)
-    if isinstance(config, TextDatasetConfig):
-        dataset = load_test_texts(config, classes)
-    else:
-        assert isinstance(config, ImageDatasetConfig)
-        test, own_classes = load_test_images(config)
-        dataset = Dataset(NO_EXAMPLES, test, own_classes)
+    with _permitted(config):
+        if isinstance(config, TextDatasetConfig):
+            dataset = load_test_texts(config, classes)
+        else:
+            assert isinstance(config, ImageDatasetConfig)
+            test, own_classes = load_test_images(config)
+            dataset = Dataset(NO_EXAMPLES, test, own_classes)
     setting = f"dataset={config.name}" if config.root is None else f"dataset.root={config.root}"
     _require_examples(setting, {config.scored_on: dataset.scored})
     return dataset

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -55,6 +55,21 @@ def test_a_class_without_a_training_example_is_named(tmp_path: Path, caplog: pyt
             dataset = load_dataset(configured("dataset=text", f"dataset.root={tmp_path / 'own.csv'}").dataset, seed)
         assert ("own: no training example is of z" in caplog.text) == (2 not in dataset.train.labels)
         caplog.clear()
+
+
+def test_data_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tmp_path / "images"  # as root, to whom nothing is forbidden, the tests can only pretend
+
+    def refuse(path: Path, **_: Any) -> NoReturn:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    config = configured("dataset=image_folder", f"dataset.root={images}").dataset
+    monkeypatch.setattr(Path, "stat", refuse)
+    message = f"^dataset.root={images}: {images} cannot be read .Permission denied.$"
+    with pytest.raises(TensLoRAError, match=message):
+        load_dataset(config, 0)
+    with pytest.raises(TensLoRAError, match=message):
+        load_tests(config, 0, ("a", "b"))
 
 
 def test_more_training_examples_than_there_are_is_said(caplog: pytest.LogCaptureFixture) -> None:
