@@ -11,6 +11,7 @@ from __future__ import annotations
 import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
 
 # isort: split
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +145,9 @@ def sweep(
     offline = track_table(stages.jobs[0].run.logger, folder, table, files)
     print("\n".join(["", *(str(file) for file in files)]))
     if offline:
-        print(f"\n{offline}; to upload: find {outputs} -name 'offline-run-*' -prune -exec wandb sync {{}} +")
+        print(
+            f"\n{offline}; to upload: find {shlex.quote(str(outputs))} -name 'offline-run-*' -prune -exec wandb sync {{}} +"
+        )
     if failed := known.failed:
         print("\n".join(["", "failed:", *(f"  {job.label}: {problem}" for job, problem in failed.items())]))
         raise TensLoRAError(f"{len(failed)} of {len(known.looks)} jobs failed; the same command runs them again")

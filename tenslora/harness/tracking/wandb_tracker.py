@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,7 +59,7 @@ class WandbTracker(Tracker):
             config={**facts, **run.settings(), "row": row, "percent_of_lora": percent, "relative_first_step": step},
         )
         if how := _offline(self._wandb_run):
-            log.info("%s; to upload the run: wandb sync %s", how, Path(self._wandb_run.dir).parent)
+            log.info("%s; to upload the run: wandb sync %s", how, shlex.quote(str(Path(self._wandb_run.dir).parent)))
         self._wandb_run.define_metric("step")
         self._wandb_run.define_metric("*", step_metric="step")
 

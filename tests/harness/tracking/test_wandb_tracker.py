@@ -207,11 +207,13 @@ def test_without_a_key_one_line_says_so_and_how_to_upload(
 ) -> None:
     caplog.set_level(logging.INFO)
     run = replace(configured(), logger=replace(OFFLINE, mode=mode))
-    start_tracker(run, tmp_path, FACTS).abandon()
-    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    place = tmp_path / "my run"
+    place.mkdir()
+    start_tracker(run, place, FACTS).abandon()
+    (folder,) = place.glob("wandb/offline-run-*")
     assert [entry.getMessage() for entry in caplog.records if entry.name.startswith("tenslora")] == [
         "Weights & Biases is offline, because there is no API key (`wandb login` stores one); "
-        f"to upload the run: wandb sync {folder}"
+        f"to upload the run: wandb sync '{folder}'"
     ]
 
 
