@@ -49,19 +49,26 @@ class Ended:
     err: str
 
 
-def interrupt_import(library: str, start: str) -> subprocess.CompletedProcess[str]:
-    """Start a program that gets Ctrl-C when it begins to import a library.
+def interrupt_import(
+    library: str, start: str, number: str = "SIGINT", then: str = "raise"
+) -> subprocess.CompletedProcess[str]:
+    """Start a program that gets a signal when it begins to import a library.
 
     Args:
         library: the library's name.
         start: the Python statement that starts the program.
+        number: the signal's name; SIGINT is Ctrl-C.
+        then: what the library makes of KeyboardInterrupt, a Python statement.
     """
     program = (
         "import runpy, signal, sys\n"
         "class Interrupts:\n"
         "    def find_spec(self, name, path, target=None):\n"
         f"        if name == '{library}':\n"
-        "            signal.raise_signal(signal.SIGINT)\n"
+        "            try:\n"
+        f"                signal.raise_signal(signal.{number})\n"
+        "            except KeyboardInterrupt:\n"
+        f"                {then}\n"
         "sys.meta_path.insert(0, Interrupts())\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"{start}\n"

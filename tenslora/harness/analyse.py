@@ -10,7 +10,9 @@ in a figure, one for each stage of the backbone.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+    import tenslora.harness.early  # catches Ctrl-C from here on
+
+    tenslora.harness.early.stop_on_signals()
 
 import os
 from collections.abc import Mapping, Sequence
@@ -169,4 +171,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tenslora.harness.early.undone():
+        main()

@@ -32,6 +32,7 @@ from tenslora.harness.commands import (
     open_missing_streams,
     unforeseen,
 )
+from tenslora.harness.stop import Stop
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -88,17 +89,15 @@ def run_app(
             sys.exit(f"error: {TensLoRAError(here)}: the path of the current folder must not contain ${{")
     sys.argv[1:] = _settings_together(sys.argv[1:])
     full_error = os.environ.get(FULL_ERROR)
-    guarded = _Task(task, sweep, wants_traceback=full_error == "1")
+    signals = contextlib.ExitStack()
+    stop = signals.enter_context(Stop())
+    guarded = _Task(task, sweep, stop, wants_traceback=full_error == "1")
     # With this setting Hydra raises its own errors instead of printing them over several lines.
     os.environ[FULL_ERROR] = "1"
     # A launcher starts jobs in other processes, perhaps on other machines, which have to find this package.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
     if not sys.stderr.isatty():  # the datasets library would fill a log with its progress bars
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # SIGTERM becomes KeyboardInterrupt, so that the code below can stop its own processes.
-    signal.signal(signal.SIGTERM, guarded.interrupt)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores SIGINT
-        signal.signal(signal.SIGINT, guarded.interrupt)
     logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, would print tracebacks
     try:
         import hydra
@@ -112,7 +111,7 @@ def run_app(
             complete_options_in_folders()
         hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name)(guarded)()
     except (KeyboardInterrupt, Exception) as error:
-        if guarded.interrupted or isinstance(error, KeyboardInterrupt):
+        if stop.asked or isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
             sys.exit(130)
         if guarded.wants_traceback:
@@ -121,6 +120,7 @@ def run_app(
         line = _line(error, None if guarded.started else config_name) or unforeseen(error)
         sys.exit(f"error: {line}")
     finally:  # for a notebook, whose next command is in the same process
+        signals.close()
         if full_error is None:
             os.environ.pop(FULL_ERROR, None)
 
@@ -129,15 +129,10 @@ class _Task:
     """The function that Hydra calls for each job, in this process or a launcher's. `TableSweeper` calls its `sweep`."""
 
     def __init__(
-        self, task: Callable[[DictConfig], Any], sweep: Callable[..., None] | None, wants_traceback: bool
+        self, task: Callable[[DictConfig], Any], sweep: Callable[..., None] | None, stop: Stop, wants_traceback: bool
     ) -> None:
-        self.task, self._sweep, self.wants_traceback = task, sweep, wants_traceback
-        self.started = self.interrupted = False
-
-    def interrupt(self, *_: object) -> None:
-        # Some libraries catch KeyboardInterrupt while they are imported, and fail later in another way.
-        self.interrupted = True
-        raise KeyboardInterrupt
+        self.task, self._sweep, self._stop, self.wants_traceback = task, sweep, stop, wants_traceback
+        self.started = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A launcher unpickles the task in a process that has not called `run_app`.
@@ -166,8 +161,8 @@ class _Task:
             if in_multirun and isinstance(error, Exception):
                 log.error("error: %s", _line(error) or unforeseen(error))
             if not in_multirun or isinstance(error, Exception):
-                _log_to_file("interrupted" if self.interrupted else "the run failed", error)
-            if in_multirun or self.interrupted or self.wants_traceback or not isinstance(error, Exception):
+                _log_to_file("interrupted" if self._stop.asked else "the run failed", error)
+            if in_multirun or self._stop.asked or self.wants_traceback or not isinstance(error, Exception):
                 raise
             line = _line(error) or unforeseen(error)  # for Hydra would print a line of its own before it
         # The error is raised anew outside of the except block, without the frames that hold the model: Hydra keeps

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tenslora.errors import TensLoRAError, first_line, require_path
+from tenslora.harness.stop import Stop
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """The environment variable that asks for the traceback of an error, as in every application of Hydra: 1 for yes."""
@@ -172,7 +173,7 @@ def unforeseen(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """A context in which an error ends the process with status 1, and Ctrl-C with 130, with one line each.
+    """A context in which an error ends the process with status 1, and Ctrl-C or SIGTERM with 130, with one line each.
 
     HYDRA_FULL_ERROR=1 in the environment adds the traceback of an error.
 
@@ -184,28 +185,31 @@ def mistakes_in_one_line() -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")
     for chatty in QUIET:
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    try:
-        _require_current_folder()
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _drop_output()
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if os.environ.get(FULL_ERROR) == "1":
-            raise
-        if isinstance(error, TensLoRAError):
-            line = str(error)
-        elif isinstance(error, OSError) and error.errno in OUT_OF_REACH:
-            if error.filename is None:
-                _drop_output()
-            line = str(TensLoRAError(f"{error.filename or 'the output'}: cannot be used ({error.strerror})"))
-        else:
-            line = unforeseen(error)
-        sys.exit(f"error: {line}")
+    with Stop() as stop:
+        try:
+            _require_current_folder()
+            yield
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _drop_output()
+            sys.exit(1)
+        except (KeyboardInterrupt, Exception) as error:
+            if stop.asked or isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+                sys.exit(130)
+            if os.environ.get(FULL_ERROR) == "1":
+                raise
+            sys.exit(f"error: {_line(error)}")
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, TensLoRAError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in OUT_OF_REACH:
+        if error.filename is None:
+            _drop_output()
+        return str(TensLoRAError(f"{error.filename or 'the output'}: cannot be used ({error.strerror})"))
+    return unforeseen(error)
 
 
 def _require_current_folder() -> None:

@@ -10,7 +10,9 @@ sweep writes: table.md, table.tex, table.csv, against_lora.csv, claims.csv, repo
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+    import tenslora.harness.early  # catches Ctrl-C from here on
+
+    tenslora.harness.early.stop_on_signals()
 
 import re
 import shlex
@@ -72,4 +74,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tenslora.harness.early.undone():
+        main()

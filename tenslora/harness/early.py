@@ -1,8 +1,9 @@
-"""Ctrl-C while a command still imports its libraries: one line and status 130, as later. To be imported first.
+"""Ctrl-C or SIGTERM while a command still imports its libraries: one line and status 130, as later. Imported first.
 
 Without a folder for temporary files torch cannot be imported, which is one line too.
 
-What is imported here takes time in which Ctrl-C would print a traceback, so it is only what Python itself has loaded.
+What is imported before the hook is set takes time in which Ctrl-C would print a traceback, so it is only what Python
+itself has loaded.
 """
 
 from __future__ import annotations
@@ -18,11 +19,49 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
         if line := line_without_temporary_folder(error):
             print(f"error: {line}", file=sys.stderr)
             return
-    if not issubclass(kind, KeyboardInterrupt):
+    if not issubclass(kind, KeyboardInterrupt) and not (_stop and _stop.asked):
         sys.__excepthook__(kind, error, trace)  # type: ignore[arg-type]
         return
     print("interrupted", file=sys.stderr, flush=True)
     os._exit(130)  # Python would end with the signal's own status
 
 
+_stop: Stop | None = None
+_hook = sys.excepthook
 sys.excepthook = _end
+
+import contextlib  # noqa: E402  now that Ctrl-C is caught
+from collections.abc import Iterator  # noqa: E402
+
+from tenslora.harness.stop import Stop  # noqa: E402
+
+
+def stop_on_signals() -> None:
+    """Let SIGTERM do what Ctrl-C does from here on. Only for a module that is run: a launcher ends its workers so."""
+    global _stop
+    _stop = Stop().__enter__()
+
+
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """A context after which all is as before the import, for a program that has run the command as a module (runpy).
+
+    A signal that a library has swallowed while it was imported ends the command here.
+    """
+    if _stop and _stop.asked:
+        raise KeyboardInterrupt
+    try:
+        yield
+    except KeyboardInterrupt:  # which is still to end the process
+        raise
+    except BaseException:
+        _undo()
+        raise
+    _undo()
+
+
+def _undo() -> None:
+    if _stop:
+        _stop.__exit__()
+    if sys.excepthook is _end:
+        sys.excepthook = _hook

@@ -11,7 +11,9 @@ have others. Other images or texts of your own need no training examples; withou
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+    import tenslora.harness.early  # catches Ctrl-C from here on
+
+    tenslora.harness.early.stop_on_signals()
 
 import copy
 import json
@@ -115,4 +117,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tenslora.harness.early.undone():
+        main()

@@ -10,7 +10,9 @@ None of them loses anything: every update is a product of two thin matrices, and
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+    import tenslora.harness.early  # catches Ctrl-C from here on
+
+    tenslora.harness.early.stop_on_signals()
 
 import copy
 import os
@@ -205,4 +207,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with tenslora.harness.early.undone():
+        main()

@@ -12,7 +12,9 @@ sentences, or a column of images' paths, which are relative to the file's folder
 from __future__ import annotations
 
 if __name__ == "__main__":
-    import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
+    import tenslora.harness.early  # catches Ctrl-C from here on
+
+    tenslora.harness.early.stop_on_signals()
 
 import argparse
 import codecs
@@ -267,4 +269,5 @@ def predict(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    with tenslora.harness.early.undone():
+        main()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -107,16 +110,65 @@ def test_an_error_that_nobody_foresaw_is_one_line_that_says_where(monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("command", "library"),
+    ("command", "library", "number", "then"),
     [
-        ("analyse", "matplotlib"),
-        ("compare", "tenslora.harness.results"),
-        ("evaluate", "tenslora.harness.config"),
-        ("export", "safetensors"),
-        ("predict", "tenslora.harness.commands"),
+        ("analyse", "matplotlib", "SIGINT", "raise"),
+        ("compare", "tenslora.harness.results", "SIGINT", "raise"),
+        ("evaluate", "tenslora.harness.config", "SIGINT", "raise"),
+        ("export", "safetensors", "SIGINT", "raise"),
+        ("predict", "tenslora.harness.commands", "SIGINT", "raise"),
+        ("predict", "tenslora.harness.commands", "SIGTERM", "raise ImportError"),
+        ("predict", "tenslora.harness.commands", "SIGTERM", "pass"),
     ],
 )
-def test_ctrl_c_while_a_command_imports_its_libraries_is_one_line(command: str, library: str) -> None:
+def test_a_signal_while_a_command_imports_its_libraries_is_one_line(
+    command: str, library: str, number: str, then: str
+) -> None:
     start = f"runpy.run_module('tenslora.harness.{command}', run_name='__main__', alter_sys=True)"
-    done = interrupt_import(library, start)
+    done = interrupt_import(library, start, number, then)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("caught", [False, True])
+def test_sigterm_is_one_line_and_its_handler_is_put_back(caught: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, mistakes_in_one_line():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            if not caught:
+                raise
+        raise ImportError("of a library that has caught KeyboardInterrupt")
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_command_in_a_thread_needs_no_handler() -> None:
+    ended = []
+
+    def work() -> None:
+        with mistakes_in_one_line():
+            ended.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert ended
+
+
+@pytest.mark.parametrize("end", ["--help", "--nosuch"])
+def test_a_program_that_runs_a_command_as_a_module_keeps_its_hooks(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(*_: object) -> None:
+        pass
+
+    for module in ("tenslora.harness.early", "tenslora.harness.predict"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "excepthook", own)
+    monkeypatch.setattr(sys, "argv", ["predict", end])
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        with pytest.raises(SystemExit):
+            runpy.run_module("tenslora.harness.predict", run_name="__main__")
+        assert (sys.excepthook, signal.getsignal(signal.SIGTERM)) == (own, own)
+    finally:
+        signal.signal(signal.SIGTERM, before)

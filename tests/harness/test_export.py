@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -264,4 +265,16 @@ def test_an_export_for_which_there_is_no_room_leaves_nothing(
     monkeypatch.setattr(module, "FORMATS", {"peft": full})
     with pytest.raises(TensLoRAError, match=r"--out .*peft: cannot be written \(.*No space left"):
         export(digits_run, "peft", tmp_path / "peft")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_leaves_nothing(digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(_: LoadedRun, folder: Path) -> None:
+        (folder / "half").touch()
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(module, "FORMATS", {"peft": stopped})
+    with pytest.raises(SystemExit) as ended:
+        main([str(digits_run), "--format", "peft", "--out", str(tmp_path / "new" / "peft")])
+    assert ended.value.code == 130
     assert list(tmp_path.iterdir()) == []
