@@ -145,9 +145,8 @@ def sweep(
     offline = track_table(stages.jobs[0].run.logger, folder, table, files)
     print("\n".join(["", *(str(file) for file in files)]))
     if offline:
-        print(
-            f"\n{offline}; to upload: find {shlex.quote(str(outputs))} -name 'offline-run-*' -prune -exec wandb sync {{}} +"
-        )
+        place = shlex.quote(str(outputs))
+        print(f"\n{offline}; to upload: find {place} -name 'offline-run-*' -prune -exec wandb sync {{}} +")
     if failed := known.failed:
         print("\n".join(["", "failed:", *(f"  {job.label}: {problem}" for job, problem in failed.items())]))
         raise TensLoRAError(f"{len(failed)} of {len(known.looks)} jobs failed; the same command runs them again")

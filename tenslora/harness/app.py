@@ -103,8 +103,10 @@ def run_app(
         import hydra
 
         from tenslora.harness.config import register_resolvers
+        from tenslora.harness.config.yaml_files import name_files_at_fault
 
         register_resolvers()
+        name_files_at_fault()
         if {"-sc", "--shell-completion"}.intersection(sys.argv):
             from tenslora.harness.completion import complete_options_in_folders
 

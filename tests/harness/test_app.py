@@ -266,6 +266,27 @@ def test_the_process_itself_ends_with_status_1_and_the_line(tmp_path: Path) -> N
     assert (done.returncode, done.stderr) == (1, "error: optimizer.lr=-1: must be at least 0\n")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xef\xbb\xbf# @package _global_\nseed: 1\n", "begins with a byte order mark; save it as UTF-8 without one"),
+        (b"---\n# @package _global_\nseed: 1\n", "# @package _global_: must be the first line, before ---"),
+        (
+            b"# @package _global_\n# caf\xe9\n",
+            "must be text in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position",
+        ),
+        (b"# @package _global_\nseed: !!set {a, b}\n", "Value 'set' is not a supported primitive type"),
+    ],
+)
+def test_a_config_file_of_ones_own_that_hydra_would_read_wrongly_is_named(
+    content: bytes, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_bytes(content)
+    line = refused(monkeypatch, tmp_path / "run", "--config-dir", str(tmp_path), "+experiment=own")
+    assert line.startswith(f"{tmp_path}/experiment/own.yaml: {message}")
+
+
 def test_a_traceback_is_printed_on_request(commands: Commands, tmp_path: Path) -> None:
     words = ["optimizer.lr=-1", f"hydra.run.dir={tmp_path}"]
     ended = commands.run(Command("train.py", words, tmp_path, environment={"HYDRA_FULL_ERROR": "1"}))

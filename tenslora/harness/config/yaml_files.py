@@ -1,0 +1,48 @@
+"""Config files of a user's own that Hydra would read wrongly, or refuse without their name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+
+import yaml
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+
+from tenslora.errors import TensLoRAError, first_line
+
+
+def name_files_at_fault() -> None:
+    """Let Hydra's loader of files name the file, and what is wrong with it."""
+    Plugins.instance()  # imports the module of the loader anew
+    source = SourcesRegistry.instance().resolve("file")
+    if source.load_config is not _load:
+        _OF_HYDRA[:] = [source.load_config]
+        source.load_config = _load  # type: ignore[method-assign, assignment]
+
+
+_OF_HYDRA: list[Callable[[ConfigSource, str], ConfigResult]] = []
+
+
+def _load(source: ConfigSource, config_path: str) -> ConfigResult:
+    file = os.path.join(source.path, config_path)
+    file += "" if file.endswith((".yaml", ".yml")) else ".yaml"
+    if source.is_config(config_path):
+        try:
+            with open(file, encoding="utf-8") as opened:
+                text = opened.read()
+        except UnicodeDecodeError as error:
+            raise TensLoRAError(f"{file}: must be text in UTF-8 ({first_line(error)})") from error
+        if text.startswith("\ufeff"):  # behind which Hydra does not see the line @package
+            raise TensLoRAError(f"{file}: begins with a byte order mark; save it as UTF-8 without one")
+        if late := re.match(r"\s*---.*\n(?:\s*\n)*#\s*@package\b.*", text):
+            raise TensLoRAError(f"{file}: {late[0].splitlines()[-1]}: must be the first line, before ---")
+    try:
+        return _OF_HYDRA[0](source, config_path)
+    except (HydraException, yaml.YAMLError):  # whose messages name the file
+        raise
+    except Exception as error:
+        raise TensLoRAError(f"{file}: {first_line(error)}") from error
