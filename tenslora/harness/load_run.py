@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tenslora.errors import TensLoRAError, first_line, require_path, require_type
+from tenslora.files import read_header
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.answer import answer_of, is_same
 from tenslora.harness.backbones.hub import source_setting
@@ -31,6 +32,7 @@ from tenslora.harness.data.unlabelled import unlabelled
 from tenslora.harness.predictions import Prediction, Predictions, by_name
 from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.training.evaluation import Evaluation, evaluate, predict
+from tenslora.harness.training.loop import digest_of
 from tenslora.harness.training.precision import round_frozen_weights
 from tenslora.harness.training.processes import Processes, most_threads
 from tenslora.harness.training.tasks import TASKS
@@ -216,6 +218,14 @@ class LoadedRun:
             kept = self.files.read_predictions().get(config.scored_on)
             if kept and kept.labels.tolist() != np.asarray(dataset.scored.labels, kept.labels.dtype).tolist():
                 changes.append("other labels")
+        if not changes:
+            with suppress(TensLoRAError):  # a checkpoint that is no longer there, or is of another version
+                header = read_header(self.files.checkpoint)
+                if header.get("digest") == record["digest"] and header.get("start"):
+                    own = self.run.dataset
+                    data = encode(load_dataset(own, self.run.seed), own, self.backbone, self.tokenizer)
+                    if digest_of(data) != header["start"]["data"]:
+                        changes.append("other examples, or the same in another order")
         if changes:
             raise TensLoRAError(
                 f"dataset={config.name}: has changed since the run, which had {changes[0]}; what is drawn from it now "

@@ -123,6 +123,11 @@ def test_other_texts_need_no_training_examples(
     assert scores(capsys, str(folder), respelt) == scores_of(record(folder)), "the run has trained on the other rows"
     with pytest.raises(SystemExit, match=r"^error: dataset\.validation=0\.3: must be 0\.2, as in the run"):
         main([str(folder), respelt, "dataset.validation=0.3"])
+    moved = table.assign(text=[*table["text"][3:], *table["text"][:3]])  # within the same labels
+    moved.to_csv(tmp_path / "mine.csv", index=False)
+    with pytest.raises(SystemExit, match=r"the run, which had other examples, or the same in another order; what is"):
+        main([str(folder)])
+    table.to_csv(tmp_path / "mine.csv", index=False)
     others = table[table["label"] != labels[1]].sample(frac=1, random_state=0)
     others.to_json(tmp_path / "others.jsonl", orient="records", lines=True)
     main([str(folder), f"dataset.root={tmp_path}/others.jsonl", "--format", "jsonl"])

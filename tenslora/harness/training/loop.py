@@ -118,7 +118,7 @@ def fit(
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
     scores = tuple(score_names(data.metrics, data.more_tests))
     norms = [float(parameter.detach().norm()) for parameter in optimization.parameters.values()]
-    start = Start(_digest_of(data), norms, None if backbone_answer is None else list(backbone_answer))
+    start = Start(digest_of(data), norms, None if backbone_answer is None else list(backbone_answer))
     course = Course(batches.steps_per_epoch, steps, run.trainer.evaluate_every, scores, data.scored_on, start)
     pruning = _pruning(model, run, processes, last_epoch=math.ceil(steps / batches.steps_per_epoch))
     state = TrainingState(ranks=None if pruning is None else [], start=start)
@@ -189,8 +189,12 @@ def fit(
     return state
 
 
-def _digest_of(data: EncodedDataset) -> str:
-    """A digest of the classes, of all labels and of the tokens of texts. That of images would take reading them all."""
+def digest_of(data: EncodedDataset) -> str:
+    """A digest of the classes, of all labels and of the tokens of texts. That of images would take reading them all.
+
+    Args:
+        data: what a run trains on and is scored on.
+    """
     digest = hashlib.sha256(repr(data.classes).encode())
     for examples in (data.train, data.scored, *data.more_tests.values()):
         digest.update(np.asarray(list(examples.labels), dtype=np.float64).tobytes())

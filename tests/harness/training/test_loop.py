@@ -199,7 +199,7 @@ def test_a_run_is_not_resumed_from_weights_that_were_replaced(tmp_path: Path) ->
 def test_a_run_is_not_resumed_on_texts_that_were_edited() -> None:
     def digest(*texts: list[int]) -> str:
         of_texts = Encoded(range(2), [0, 1], TokensOf({"input_ids": list(texts)}))
-        return loop._digest_of(replace(toy_data(CLASSIFICATION, ("accuracy",), ()), train=of_texts))
+        return loop.digest_of(replace(toy_data(CLASSIFICATION, ("accuracy",), ()), train=of_texts))
 
     digests = {digest([2, 5], [7]), digest([2], [5, 7]), digest([2, 5], [8]), digest([7], [2, 5])}
     assert len(digests) == 4
