@@ -79,7 +79,7 @@ def evaluate(
         losses[split], predictions[split] = predict(model, examples, data.collate, task, trainer, processes, count)
     with np.errstate(all="ignore"):  # whatever the program that calls this has set
         scores = {
-            metric if split == data.scored_on else f"{metric}_{split}": METRICS[metric].function(
+            metric if split == data.scored_on else f"{metric}_{split}": METRICS[metric].score(
                 of_split.labels, of_split.outputs
             )
             for split, of_split in predictions.items()

@@ -5,10 +5,14 @@ Nothing here needs torch; scikit-learn or SciPy is imported to compute a score.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from tenslora.errors import TensLoRAError
+from tenslora.forms import shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,6 +54,30 @@ class Metric:
     def factor(self) -> int:
         """What tables multiply a score by."""
         return 100 if self.unit else 1
+
+    def score(self, labels: NDArray[Any], outputs: NDArray[Any]) -> float:
+        """The score of a whole test split, which is checked because `function` may be anybody's own.
+
+        Args:
+            labels: as `function` takes them.
+            outputs: as `function` takes them.
+
+        Raises:
+            TensLoRAError: if it is no finite number from `lowest` to `highest`.
+        """
+        import numpy as np
+
+        value: Any = self.function(labels, outputs)
+        if not np.isfinite(outputs).all():  # the run has diverged, which the training loop says
+            return float(value)
+        with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            score = math.nan if isinstance(value, str) else float(value)
+            if math.isfinite(score) and self.lowest <= score <= self.highest:
+                return score
+        raise TensLoRAError(
+            f"dataset.metrics={self.name}: the metric must return a finite number from {self.lowest:g} to "
+            f"{self.highest:g}, not {shown(value)}"
+        )
 
 
 def _accuracy(labels: NDArray[Any], logits: NDArray[Any]) -> float:

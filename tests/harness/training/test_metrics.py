@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.training.metrics import METRICS, Metric
 from tests.conftest import ROOT
 
@@ -78,3 +79,22 @@ def test_the_registry_is_read_without_torch_or_scikit_learn() -> None:
     program = "import sys, tenslora.harness.training.metrics; print({'torch', 'sklearn', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_a_metric_of_ones_own_returns_a_number_in_its_range() -> None:
+    def score(value: object, outputs: float = 0.0, highest: float = 1.0) -> float:
+        metric = Metric("own", lambda *_: value, highest=highest)  # type: ignore[arg-type, return-value]
+        return metric.score(np.zeros(1), np.full((1, 2), outputs))
+
+    for number in (np.float32(0.5), np.float64(0.5), np.array(0.5)):
+        assert (type(score(number)), score(number)) == (float, 0.5)
+    assert score(1) == 1.0
+    assert score(95.0, highest=math.inf) == 95.0
+    for wrong in (math.nan, None, np.array([0.5, 0.6]), 95.0, -0.1, "0.5"):
+        with pytest.raises(
+            TensLoRAError, match=r"^dataset\.metrics=own: the metric must return a finite number from 0 "
+        ):
+            score(wrong)
+    with pytest.raises(TensLoRAError):
+        score(math.inf, highest=math.inf)
+    assert math.isnan(score(math.nan, outputs=math.nan)), "of a run that has diverged"
