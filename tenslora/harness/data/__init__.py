@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral, Real
 
 from tenslora.errors import TensLoRAError
+from tenslora.forms import shown
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw, shortened, user_path
@@ -62,6 +66,7 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
         else:
             assert isinstance(config, ImageDatasetConfig)
             dataset = load_images(config, seed)
+    _check(f"dataset={config.name}", dataset)
     available = len(dataset.train)
     if config.train_size is not None and config.train_size > available:
         log.warning(
@@ -113,6 +118,29 @@ def load_tests(config: DatasetConfig, seed: int, classes: tuple[str, ...]) -> Da
     setting = f"dataset={config.name}" if config.root is None else f"dataset.root={config.root}"
     _require_examples(setting, {config.scored_on: dataset.scored})
     return dataset
+
+
+def _check(setting: str, dataset: Dataset) -> None:
+    """Check what a function that loads a dataset has handed over, which may be anybody's own."""
+    if twice := [name for name, count in Counter(dataset.classes).items() if count > 1]:
+        raise TensLoRAError(f"{setting}: the name of a class must be given once, and {twice[0]} is given twice")
+    count = len(dataset.classes)
+    for split, examples in {"training": dataset.train, "test": dataset.test, **dataset.more_tests}.items():
+        if len(examples.inputs) != len(examples.labels):
+            raise TensLoRAError(
+                f"{setting}: the {split} split has {len(examples.inputs)} inputs and {len(examples.labels)} labels"
+            )
+        for number, label in enumerate(examples.labels):
+            if dataset.task == "regression":
+                is_valid, must = isinstance(label, Real) and math.isfinite(label), "finite numbers"
+            else:
+                is_valid = isinstance(label, Integral) and 0 <= int(label) < count
+                must = f"whole numbers from 0 to {count - 1}, one for each class"
+            if not is_valid:
+                raise TensLoRAError(
+                    f"{setting}: the labels must be {must}, and that of input {number} of the {split} split is "
+                    f"{shown(label)}"
+                )
 
 
 def _require_examples(setting: str, splits: Mapping[str, Examples]) -> None:

@@ -109,4 +109,9 @@ def read_split(name: str, root: str | None, split: str | None) -> tuple[Examples
             f"({first_line(error)})"
         ) from error
     warn_of_another_size(name, split or "only", len(labels), source.sizes[split])
-    return Examples(images, list(labels)), tuple(map(str, classes))
+    if len(images) != len(labels):
+        raise TensLoRAError(
+            f"dataset={name}: the {split or 'only'} split has {len(images)} images, {len(labels)} labels"
+        )
+    numbers = labels.tolist() if hasattr(labels, "tolist") else list(labels)  # a tensor has no whole numbers
+    return Examples(images, numbers), tuple(map(str, classes))

@@ -3,13 +3,17 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torchvision.datasets.cifar
 from PIL import Image
 
 from tenslora.errors import TensLoRAError
+from tenslora.harness.data.examples import ImageArrays
+from tenslora.harness.data.torchvision_sources import SOURCES, Source
 from tests.harness.data.image_folders import TINY_DTD, load, paint, reds, write_dtd
 
 
@@ -95,3 +99,41 @@ def test_a_label_that_is_no_variant_is_refused(tmp_path: Path) -> None:
         (folder / f"images_variant_{split}.txt").write_text("000 A380\n")
     with pytest.raises(TensLoRAError, match=r"dataset\.root=.*A380"):
         load("fgvc_aircraft", tmp_path, train_splits=("trainval",))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "line"),
+    [
+        ([0, 1], "ab", "the train split has 3 images, 2 labels"),
+        (
+            [1, 2, 3],
+            "abc",
+            "the labels must be whole numbers from 0 to 2, one for each class, and that of input 2 of the ",
+        ),
+        (
+            [0, -1, 1],
+            "ab",
+            "the labels must be whole numbers from 0 to 1, one for each class, and that of input 1 of the ",
+        ),
+        ([0.0, 1.0, 0.0], "ab", "split is 0.0"),
+        (["a", "b", "a"], "ab", 'split is "a"'),
+        ([0, 1, 2], "abb", "the name of a class must be given once, and b is given twice"),
+    ],
+)
+def test_what_a_source_of_ones_own_hands_over_is_checked(
+    labels: list[Any], classes: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    source = Source(lambda *_: (ImageArrays(pixels), labels, [*classes]), "", {"train": 3, "test": 3})
+    monkeypatch.setitem(SOURCES, "dtd", source)
+    with pytest.raises(TensLoRAError, match=r"^dataset=dtd: ") as raised:
+        load("dtd", tmp_path, train_splits=("train",))
+    assert line in str(raised.value)
+
+
+def test_labels_may_be_a_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    numbers: Any = torch.tensor([0, 1, 0])
+    source = Source(lambda *_: (ImageArrays(pixels), numbers, "ab"), "", {"train": 3, "test": 3})
+    monkeypatch.setitem(SOURCES, "dtd", source)
+    assert list(load("dtd", tmp_path, train_splits=("train",)).train.labels) == [0, 1, 0]
