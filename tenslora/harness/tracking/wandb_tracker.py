@@ -141,7 +141,7 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
             dir=str(folder),
             mode=cast(Any, mode),  # one of W&B's own names
             settings=wandb.Settings(silent=True),
-            reinit="finish_previous",
+            reinit="create_new",  # a program may have a run of its own open
         )
     except ValidationError as error:  # such as a tag that is too long, or a mode that does not exist
         first = error.errors()[0]

@@ -84,6 +84,20 @@ def test_lora_has_no_strategy_in_its_name_and_a_run_that_breaks_off_has_failed(t
     assert tracked.exit_code == 1
 
 
+@pytest.mark.usefixtures("_without_keys")
+def test_a_programs_own_run_stays_open(tmp_path: Path) -> None:
+    facts = {"adapter_parameters": 1, "lora_parameters": 1, "scores": ["accuracy"]}
+    with wandb.init(mode="offline", dir=str(tmp_path), settings=wandb.Settings(silent=True)) as own:
+        own.log({"a": 1})
+        with start_tracker(replace(configured(), logger=OFFLINE), tmp_path / "run", facts) as tracker:
+            tracker.epoch({"epoch": 1, "step": 5, "accuracy": 0.75})
+            tracker.abandon()
+        assert wandb.run is own
+        own.log({"a": 2})
+    assert [row["a"] for row in read_offline_run(tmp_path).history] == [1, 2]
+    assert [row["score"] for row in read_offline_run(tmp_path / "run").history] == [0.75]
+
+
 def test_a_table_is_a_run_in_the_group_of_its_runs(tracked: Tracked) -> None:
     started = tracked.table.started
     assert (started["project"], started["run_group"], started["job_type"]) == ("p", "isorank", "table")
