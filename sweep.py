@@ -100,7 +100,8 @@ def sweep(
     known = stages.look()
     check_for_sweep(stages.jobs[0].run.logger)
     if settings.collect_only and not outputs.is_dir():
-        raise TensLoRAError(f"hydra.sweep.dir={outputs}: no such folder, whose runs could be collected")
+        what = "is a file; must be a folder" if outputs.exists() else "no such folder"
+        raise TensLoRAError(f"hydra.sweep.dir={outputs}: {what}, whose runs could be collected")
     if not settings.dry_run:
         check_writable(folder)
         check_places(folder)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 import re
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor
 from typing import Any, cast
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -87,9 +89,13 @@ class TableSweeper(BasicSweeper):
             # A job's own error is in what the launcher returns. This one is the launcher's: when one worker process is
             # killed, joblib ends the whole pool, and it checks its settings only now.
             except Exception as error:
-                raise TensLoRAError(
-                    f"hydra.launcher: broke off ({first_line(error)}); the same command goes on"
-                ) from error
+                said, variables = (
+                    first_line(error),
+                    [item for item in os.environ.items() if item[0].startswith("LOKY_")],
+                )
+                place = next((f"{name}={value}" for name, value in variables if repr(value) in said), "hydra.launcher")
+                goes_on = "; the same command goes on" if isinstance(error, BrokenExecutor) else ""
+                raise TensLoRAError(f"{place}: broke off ({said}){goes_on}") from error
 
         self.task.sweep(config, jobs, launch)
 

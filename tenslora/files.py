@@ -12,7 +12,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenslora.errors import TensLoRAError, first_line
+from tenslora.errors import TensLoRAError, first_line, os_reason
 from tenslora.forms import shown
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     except (OSError, ValueError) as error:  # a ValueError for a character that no path can have
         with contextlib.suppress(OSError, ValueError):
             temporary.unlink()
-        reason = getattr(error, "strerror", None) or error
+        reason = os_reason(error) if isinstance(error, OSError) else error
         raise TensLoRAError(
             f"{path}: cannot be written ({reason}); a file that existed before stays as it was"
         ) from error

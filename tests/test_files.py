@@ -39,6 +39,17 @@ def test_a_failed_write_leaves_the_old_file(
     )
 
 
+def test_a_link_that_leads_nowhere_and_a_file_in_the_place_of_a_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "file").touch()
+    for name, reason in (
+        ("link", "link is a link to gone, which does not exist"),
+        ("file", "is a file; must be a fol"),
+    ):
+        with pytest.raises(TensLoRAError, match=rf"/{name}/x: cannot be written \(\S*{reason}"):
+            write_bytes(tmp_path / name / "x", b"new")
+
+
 def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "file"
     for content in (b"first", b"second and longer", b""):

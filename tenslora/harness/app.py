@@ -108,8 +108,9 @@ def run_app(
         register_resolvers()
         name_files_at_fault()
         if {"-sc", "--shell-completion"}.intersection(sys.argv):
-            from tenslora.harness.completion import complete_options_in_folders
+            from tenslora.harness.completion import check_completion, complete_options_in_folders
 
+            check_completion(sys.argv[1:])
             complete_options_in_folders()
         hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name)(guarded)()
     except (KeyboardInterrupt, Exception) as error:

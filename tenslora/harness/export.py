@@ -149,6 +149,8 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
         raise TensLoRAError(f"--out {out}: must be text in UTF-8")
     if out.exists():
         raise TensLoRAError(f"--out {out}: exists already")
+    if out.is_symlink():
+        raise TensLoRAError(f"--out {out}: is a link to {out.readlink()}, which does not exist")
     temporary = out.with_name(f".{out.name}.tmp")
     lock = FileLock(temporary / ".lock")
     missing = [folder for folder in temporary.parents if not os.path.exists(folder)]

@@ -58,6 +58,12 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["optimizer=null"], "optimizer=null: must be one of adamw"),
         (["trainer=nope"], "trainer=nope: "),
         (["hydra.run.dir="], "hydra.run.dir=: must be a folder"),
+        (["-sc", "install=tcsh"], "install=tcsh: must be one of bash, fish, zsh"),
+        (
+            ["--shell-completion"],
+            "--shell-completion: needs one of install=<shell>, uninstall=<shell> and query=<shell>",
+        ),
+        (["-sc", "query=bash"], "query=bash: is for the shell, which sets COMP_LINE; install=bash sets the shell up"),
         (['hydra.run.dir="~/run"'], 'hydra.run.dir="~/run": must be written without ~'),
         (["hydra.verbose=3"], "hydra.verbose=3: cannot be used by Hydra (AssertionError"),
         (["hydra.job.env_copy=[NOPE]"], "hydra.job.env_copy=[NOPE]: cannot be used by Hydra (KeyError: 'NOPE')"),

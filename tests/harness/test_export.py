@@ -197,6 +197,10 @@ def test_others_may_read_an_export_if_the_umask_says_so(digits_run: Path, tmp_pa
 def test_an_impossible_export_is_one_line(digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"error: .*: must be the folder of a finished run, with its result\.json"):
         main([str(tmp_path), "--format", "peft", "--out", str(tmp_path / "new" / "deep" / "a")])
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(SystemExit, match=rf"error: --out {tmp_path}/link: is a link to gone, which does not exist"):
+        main([str(digits_run), "--format", "peft", "--out", str(tmp_path / "link")])
+    (tmp_path / "link").unlink()
     with pytest.raises(SystemExit, match=rf"error: --out {tmp_path}: exists already"):
         main([str(digits_run), "--format", "peft", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"no such file"):

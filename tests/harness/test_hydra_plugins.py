@@ -8,9 +8,11 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import submitit
@@ -116,6 +118,19 @@ def test_the_launcher_gets_at_most_so_many_jobs_at_once(
     table_sweeper(most, batches, monkeypatch).sweep(["x=0,1,2,3,4"])
     assert [len(batch) for batch in batches] == sizes
     assert [job for batch in batches for job in batch] == [[f"x={number}"] for number in range(5)]
+
+
+def test_only_a_launcher_whose_worker_was_lost_goes_on_with_the_same_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "abc")
+    for error, message in (
+        (ValueError("invalid literal: 'abc'"), r"LOKY_MAX_CPU_COUNT=abc: broke off \(invalid literal: 'abc'\)"),
+        (ValueError("no such backend"), r"hydra\.launcher: broke off \(no such backend\)"),
+        (BrokenExecutor("killed"), r"hydra\.launcher: broke off \(killed\); the same command goes on"),
+    ):
+        sweeper = table_sweeper(None, [], monkeypatch)
+        sweeper.launcher.launch = Mock(side_effect=error)
+        with pytest.raises(TensLoRAError, match=f"^{message}$"):
+            sweeper.sweep(["x=0,1"])
 
 
 @pytest.mark.parametrize("most", [0, -1])
