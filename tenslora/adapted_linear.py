@@ -323,8 +323,14 @@ def _added_in_place(plain: Callable[[Tensor], Tensor], updates: Sequence[LayerUp
     # Given a matrix, Linear returns a new tensor, to which an update can be added in place. Given more dimensions, it
     # returns a view, which autograd would copy first.
     _refuse_tracing(x)
-    tokens = _tokens(x, updates[0].call.path)
+    call, outputs = updates[0].call, updates[0].outputs
+    tokens = _tokens(x, call.path)
     y = plain(tokens)
+    if y.shape[1] != outputs:
+        raise TensLoRAError(
+            f"{call.path}: has {y.shape[1]} outputs now, and had {outputs} when the adapter was put on it; change "
+            f"the size of a layer before you attach"
+        )
     for update in updates:
         y = update.add_to(y, x, tokens)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -75,6 +75,8 @@ def attach(
         TensLoRAError: if the model or a part of it has an adapter already, if the matrices to adapt or a module to
             train are not found, or if the adapter is for other dimensions; the message says which ones differ.
             Likewise if an existing adapter, or the model that it is for, is on the device meta.
+        UserWarning: if weights that were trained beside an existing adapter are frozen, because `train` does not name
+            their modules.
     """
     require_type("model", model, nn.Module)
     require_type("adapter", adapter, AdapterConfig, Adapter, StagedAdapter)
@@ -82,6 +84,8 @@ def attach(
 
     stages, trained = stages_to_adapt(model, adapter), modules_named(model, train)
     ids = {id(parameter) for module in trained for parameter in module.parameters()}
+    before = () if isinstance(adapter, AdapterConfig) else adapter.trained_beside
+    left_out = sorted(name for name, own in model.named_parameters() if name in before and id(own) not in ids)
     updates = [module for module in model.modules() if isinstance(module, TensorUpdate)]
     of_updates = [parameter for update in updates for parameter in update.parameters() if parameter.requires_grad]
     if isinstance(adapter, AdapterConfig):
@@ -108,6 +112,12 @@ def attach(
             put_on(model.get_submodule(path), update)
         adapter.trained_beside = frozenset(name for name, own in model.named_parameters() if id(own) in ids)
         model.add_module(SUBMODULE, adapter)
+    if left_out:
+        warnings.warn(
+            f"{listed(left_out)}: trained beside this adapter before, and frozen now; train=[...] names what is to be "
+            f"trained",
+            stacklevel=2,
+        )
     return adapter
 
 
@@ -664,10 +674,15 @@ def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:
         update: the update, of the weight's shape.
 
     Raises:
-        TensLoRAError: if the sum holds a NaN or an infinity in the weight's own type, or if torch does not allow the
-            weight to change.
+        TensLoRAError: if the sum holds a NaN or an infinity in the weight's own type, if the shapes differ, or if torch
+            does not allow the weight to change.
     """
     require_changeable(path, weight)
+    if weight.shape != update.shape:
+        raise TensLoRAError(
+            f"{path}: its weight has the shape {tuple(weight.shape)}, and its update {tuple(update.shape)}; change the "
+            f"size of a layer before you attach"
+        )
     if not is_finite(weight + update.to(weight)):
         raise TensLoRAError(
             f"{path}: its weight would hold a NaN or an infinity in {str(weight.dtype).removeprefix('torch.')} with "

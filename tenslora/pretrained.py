@@ -142,7 +142,9 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
     if revision is not None and os.path.exists(path):
         raise TensLoRAError(f"revision={revision}: {path} is on disk, where there is only one; leave it out")
     if os.path.isfile(path):
-        return attach(model, load_adapter(path))
+        adapter = load_adapter(path)
+        adapter.trained_beside = frozenset()  # which is left out on purpose
+        return attach(model, adapter)
     folder = path if os.path.isdir(path) else _download(str(source), revision)
     if not (folder / ADAPTER_FILE).is_file():
         raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
@@ -157,13 +159,15 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
     head = read_weights(folder / HEAD_FILE, model) if os.path.lexists(folder / HEAD_FILE) else {}
     if adapter.beside_sha256 and adapter.beside_sha256 != sha256_of(folder / HEAD_FILE):
         raise TensLoRAError(
-            f"{folder / HEAD_FILE}: is not the one that was saved with {ADAPTER_FILE}; if the folder is being written "
-            f"to, try again"
+            f"{folder / HEAD_FILE}: is not the one that was saved with {ADAPTER_FILE}. If the folder is being written "
+            f"to, try again; if you have changed it, load(model, {str(folder / ADAPTER_FILE)!r}), and give the model "
+            f"these weights with load_state_dict(..., strict=False)"
         )
     places = _places(model)
     before = {name: places[name].detach().clone() for name in head}
     try:
         with undone_on_error(model):
+            adapter.trained_beside = frozenset()  # these weights are trained below
             attach(model, adapter)
             with torch.no_grad():
                 for name, saved in head.items():
@@ -214,10 +218,11 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
                 f"{path}: {name} is quantised in the model, and a trained weight cannot be copied there"
             )
         require_changeable(name, place)
+        is_trained = isinstance(place, nn.Parameter)  # and no buffer
         if place.shape != saved.shape:
             raise TensLoRAError(
                 f"{path}: {name} has the shape {tuple(saved.shape)}, and in {type(model).__name__} "
-                f"{tuple(place.shape)}; build the model with as many classes as the saved one"
+                f"{tuple(place.shape)}{'; build the model with as many classes as the saved one' * is_trained}"
             )
         other = names.setdefault(id(place), name)
         if other != name and not torch.equal(saved.to(place.dtype), weights[other].to(place.dtype)):

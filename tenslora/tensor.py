@@ -161,13 +161,17 @@ def thin_slices(
 
 
 def _drawn(shape: Sequence[int], dtype: torch.dtype, init: str, generator: torch.Generator) -> Tensor:
-    drawn = torch.empty(shape, dtype=dtype, device="cpu")  # where the random stream is
+    drawn = torch.zeros(shape, dtype=dtype, device="cpu")  # where the random stream is
     columns = drawn.flatten(0, -2)
     scale = 1 / math.sqrt(columns.shape[0])
     if init == "orthogonal":
         nn.init.orthogonal_(columns, generator=generator)
     elif init == "normal":
-        nn.init.normal_(columns, std=scale, generator=generator)
+        columns.normal_(std=scale, generator=generator)
     else:
-        nn.init.uniform_(columns, -scale, scale, generator=generator)
+        columns.uniform_(-scale, scale, generator=generator)
+    if not drawn.any():
+        raise TensLoRAError(
+            "torch.nn.init does nothing here, as under no_init_weights of transformers; make the adapter outside of it"
+        )
     return drawn

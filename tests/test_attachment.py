@@ -767,6 +767,30 @@ def test_gradients_from_before_do_not_move_what_is_frozen() -> None:
     assert moved == {"head.weight", "head.bias"}
 
 
+def test_a_head_that_is_frozen_when_its_adapter_comes_back_is_told(tmp_path: Path) -> None:
+    model = PlainTransformer()
+    attach(model, AdapterConfig("qkv"), train=["head"])
+    save_pretrained(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"^head\.bias, head\.weight: trained beside this adapter before, and frozen"):
+        attach(model, detach(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(model, detach(model), train=["head"])
+        load(PlainTransformer(), tmp_path)
+        load(PlainTransformer(), tmp_path / "adapter.safetensors")
+
+
+def test_a_layer_of_another_size_than_its_update_is_refused() -> None:
+    model = PlainTransformer()
+    attached(model, "qkv")
+    for linear in linear_at(model, "blocks.0.attention.query"), linear_at(model, "blocks.1.attention.value"):
+        linear.weight.data, linear.bias, linear.out_features = linear.weight.data[:16], None, 16
+    with pytest.raises(TensLoRAError, match=r"query: has 16 outputs now, and had 24 when the adapter was put on it"):
+        model(torch.randn(2, 5, 24))
+    with pytest.raises(TensLoRAError, match=r"query: its weight has the shape \(16, 24\), and its update \(24, 24\)"):
+        merge(model)
+
+
 def test_of_a_model_whose_parts_have_adapters_the_message_names_them() -> None:
     model = nn.ModuleDict({"question": PlainTransformer(), "passage": PlainTransformer()})
     attach(model["passage"], AdapterConfig("qkv"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tenslora.errors import TensLoRAError
 from tenslora.factorizations.tensor_guide import TensorGuide
 from tenslora.factorizations.tensor_train import TensorTrain
 from tenslora.factorizations.tucker import Tucker
@@ -37,6 +38,19 @@ def test_a_tensor_that_leaves_the_device_meta_gets_the_numbers_that_it_would_hav
     assert all(torch.equal(own, expected.state_dict()[name]) for name, own in tensor.state_dict().items())
     tensor.bfloat16().reset_parameters()
     assert all(own.dtype == torch.bfloat16 and own.isfinite().all() for own in tensor.parameters())
+
+
+def test_a_tensor_is_drawn_where_initialisation_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(init: str) -> FactorizedTensor:
+        return FactorizedTensor(Tucker(), {"d_in": 12, "d_out": 8}, [4, 2], 1, seed=3, init=init)
+
+    expected = [made(init) for init in ("normal", "kaiming_uniform")]
+    for name in ("normal_", "uniform_", "orthogonal_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+    for before, init in zip(expected, ("normal", "kaiming_uniform"), strict=True):
+        assert all(map(torch.equal, before.parameters(), made(init).parameters()))
+    with pytest.raises(TensLoRAError, match=r"^torch\.nn\.init does nothing here, as under no_init_weights"):
+        made("orthogonal")
 
 
 def test_lora_starts_as_peft_starts_it() -> None:
