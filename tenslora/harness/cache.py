@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar, cast
+
+from tenslora.errors import TensLoRAError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,7 +69,14 @@ def reading_anew() -> Iterator[None]:
     """A context, or a decorator, in which this thread takes nothing from the caches and leaves nothing in them.
 
     It is for what may be called at any time in a program that goes on for long, while files change.
+
+    Raises:
+        TensLoRAError: if the current folder is gone, below which every library looks for files.
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise TensLoRAError("the current folder is gone; change to another one (os.chdir)") from error
     before = _reads_anew.set(True)
     try:
         yield

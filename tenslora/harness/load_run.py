@@ -29,6 +29,7 @@ from tenslora.harness.data.encoding import encode
 from tenslora.harness.data.examples import user_path
 from tenslora.harness.data.glue import GLUE_TASKS
 from tenslora.harness.data.unlabelled import unlabelled
+from tenslora.harness.forms import Record, read_form
 from tenslora.harness.predictions import Prediction, Predictions, by_name
 from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.training.evaluation import Evaluation, evaluate, predict
@@ -58,7 +59,8 @@ class LoadedRun:
         files: the run's folder, by its absolute path without links.
 
     Raises:
-        TensLoRAError: for settings that are not valid, which `dataclasses.replace` may bring in.
+        TensLoRAError: for settings that are not valid, a record that has not its form, or another object in the place
+            of one, which `dataclasses.replace` may bring in.
     """
 
     run: RunConfig
@@ -69,6 +71,14 @@ class LoadedRun:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", _checked(self.run))
+        require_type("backbone", self.backbone, Backbone)
+        require_type("files", self.files, RunFolder)
+        require_type("record", self.record, dict)
+        object.__setattr__(self, "record", read_form(Record, self.record, Path("record"), "record"))
+        if self.run.model.modality == "text" and not callable(self.tokenizer):
+            raise TensLoRAError("tokenizer: must be that of the run's model, such as load_run gives")
+        if (self.backbone.image_input is None) != (self.run.model.modality == "text"):
+            raise TensLoRAError(f"backbone: must be one for {self.run.model.modality}s, as in the run")
 
     @property
     def task(self) -> str:
@@ -258,6 +268,13 @@ class LoadedRun:
             yield processes
         except torch.OutOfMemoryError as error:
             raise TensLoRAError(f"a single example does not fit into the memory of {processes.name}") from error
+        except TensLoRAError:
+            raise
+        except Exception as error:  # whatever a model raises that a program may have changed
+            raise TensLoRAError(
+                f"{type(self.backbone.model).__name__}: cannot compute its outputs ({first_line(error)}); if it was "
+                f"changed since it was loaded, load the run again"
+            ) from error
         finally:
             torch.set_num_threads(before)
 

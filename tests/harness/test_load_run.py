@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import dispatch_model, init_empty_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -149,6 +149,54 @@ def test_what_a_loaded_run_cannot_take_is_one_line(digits_run: Path) -> None:
     loaded.backbone.model.half()
     with pytest.raises(TensLoRAError, match=r"^VisionTransformer: has been .* loaded, and .*; load the run again$"):
         loaded.predict([image])
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "problem"),
+    [
+        ("tokenizer", None, "tokenizer: must be that of the run's model"),
+        ("tokenizer", "bert", "tokenizer: must be that of the run's model"),
+        ("record", {}, "record: not a readable record"),
+        ("record", None, "record: must be of type dict, and is None"),
+        ("backbone", nn.Linear(2, 2), "backbone: must be of type Backbone, and is of type Linear"),
+        ("files", "runs/digits", "files: must be of type RunFolder, and is of type str"),
+    ],
+)
+def test_a_part_that_is_no_part_of_a_run_is_refused(
+    part: str, value: Any, problem: str, sentences_run: Path, digits_run: Path
+) -> None:
+    loaded = load_run(sentences_run)
+    assert replace(loaded, record={**loaded.record}).record == loaded.record
+    with pytest.raises(TensLoRAError, match=f"^{problem}"):
+        replace(loaded, **{part: value})
+    if value is None and part == "tokenizer":
+        with pytest.raises(TensLoRAError, match=r"^backbone: must be one for texts, as in the run$"):
+            replace(loaded, backbone=load_run(digits_run).backbone)
+
+
+def test_a_model_that_was_changed_so_that_it_cannot_compute_is_told(digits_run: Path) -> None:
+    loaded = load_run(digits_run)
+    loaded.backbone.model.set_input_size((16, 16))  # type: ignore[operator]
+    for ask in (loaded.evaluate, lambda: loaded.predict([np.zeros((8, 8), np.uint8)])):
+        with pytest.raises(TensLoRAError, match=r"^VisionTransformer: cannot compute its outputs \(.* run again$"):
+            ask()
+
+
+def test_a_run_is_not_loaded_without_numbers(digits_run: Path) -> None:
+    with init_empty_weights(), pytest.raises(TensLoRAError, match=r"^a backbone has no numbers on the device meta"):
+        load_run(digits_run)
+
+
+def test_a_current_folder_that_is_gone_is_told(
+    digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, gone = load_run(digits_run), tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for ask in (loaded.evaluate, lambda: load_run(digits_run)):
+        with pytest.raises(TensLoRAError, match=r"^the current folder is gone; change to another one \(os\.chdir\)$"):
+            ask()
 
 
 @pytest.mark.parametrize(

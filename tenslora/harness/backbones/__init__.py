@@ -66,6 +66,8 @@ def _load(config: ModelConfig, classes: int, seed: int, tokenizer: PreTrainedTok
             backbone = load_transformers(config, classes, tokenizer)
     if config.quantization is None or config.library == "timm":
         backbone.model.float()
+    if any(parameter.is_meta for parameter in backbone.model.parameters()):
+        raise TensLoRAError("a backbone has no numbers on the device meta, as in init_empty_weights; load it outside")
     if config.pretrained:
         _require_finite_weights(config, backbone)
     if config.quantization is not None and config.library == "timm":
