@@ -275,7 +275,12 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
 
     given = get_args(sys.argv[1:])
     words: list[str] = given.overrides
-    own = given.config_dir if given.config_dir and os.path.isdir(given.config_dir) else None
+    of_tables = (word for word in words if word.partition("=")[0].lstrip("+") in ("table", "tune"))
+    if config_name == "config" and (word := next(of_tables, None)):
+        return f"{word}: is a setting of sweep.py, which carries out the runs of a table"
+    own = given.config_dir
+    if own and not os.path.isdir(own):
+        return f"--config-dir {TensLoRAError(own)}: must be one folder, which has a folder for each group in it"
     if line := misspelt(words, _CONF, config_name, own) or wrong_file(error):
         return line
     several = (word for word in words if "--multirun" in str(error) and word in str(error))

@@ -1,4 +1,4 @@
-"""What is checked before the first of several runs starts, of sweep.py or of train.py with -m."""
+"""What is checked before a command starts its run, or the first of several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,17 @@ class MultirunCheck(Callback):
     """Refuses to start several runs at once in each of the processes that torchrun or accelerate launch has started.
 
     A run waits for its other processes. If these carry out their runs in other orders, it waits without an end.
+
+    A single run is carried out by no launcher, whose settings are then lost: it warns of them.
     """
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
+            name = config.hydra.runtime.choices["hydra/launcher"]
+            print(
+                f"hydra/launcher={name}: has no effect on a single run, which starts here and now; add -m to launch it",
+                file=sys.stderr,
+            )
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         in_order = config.hydra.launcher._target_.endswith("BasicLauncher")

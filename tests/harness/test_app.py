@@ -282,6 +282,11 @@ def test_the_process_itself_ends_with_status_1_and_the_line(tmp_path: Path) -> N
             "must be text in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position",
         ),
         (b"# @package _global_\nseed: !!set {a, b}\n", "Value 'set' is not a supported primitive type"),
+        (
+            b"# @package _global_\nseed: 1\n<<<<<<< HEAD\nalpha: 4\n",
+            ", line 4: is not YAML (could not find expected ':')",
+        ),
+        (b"# @package _global_\nadapter:\n\talpha: 4\n", ", line 3: is not YAML (found character '\\t' that cannot"),
     ],
 )
 def test_a_config_file_of_ones_own_that_hydra_would_read_wrongly_is_named(
@@ -290,7 +295,44 @@ def test_a_config_file_of_ones_own_that_hydra_would_read_wrongly_is_named(
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "own.yaml").write_bytes(content)
     line = refused(monkeypatch, tmp_path / "run", "--config-dir", str(tmp_path), "+experiment=own")
-    assert line.startswith(f"{tmp_path}/experiment/own.yaml: {message}")
+    assert line.startswith(f"{tmp_path}/experiment/own.yaml{message if message[0] == ',' else f': {message}'}")
+
+
+@pytest.mark.parametrize(
+    ("defaults", "message"),
+    [
+        (b"  override /tensor_mode: att\n", "Invalid defaults list in 'experiment/own', defaults must be a list"),
+        (b"  - own\n", "a config file's defaults name the file itself"),
+    ],
+)
+def test_defaults_of_ones_own_that_hydra_cannot_follow_are_one_line(
+    defaults: bytes, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_bytes(b"# @package _global_\ndefaults:\n" + defaults)
+    line = refused(monkeypatch, tmp_path / "run", "--config-dir", str(tmp_path), "experiment=own")
+    assert line.startswith(message)
+
+
+@pytest.mark.parametrize("place", ["experiment/own.yaml", "nowhere", ".:."])
+def test_a_config_dir_that_is_no_folder_is_named(place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "own.yaml").write_text("# @package _global_\nseed: 1\n")
+    line = refused(monkeypatch, tmp_path / "run", "--config-dir", f"{tmp_path}/{place}", "experiment=own")
+    assert line.startswith(f"--config-dir {tmp_path}/{place}: must be one folder")
+
+
+@pytest.mark.parametrize("word", ["table=isorank", "tune=size", "+tune=lr"])
+def test_a_setting_of_sweeps_is_told_as_such(word: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    line = refused(monkeypatch, tmp_path / "run", word, "adapter.alhpa=1")
+    assert line == f"{word}: is a setting of sweep.py, which carries out the runs of a table"
+
+
+def test_a_launcher_of_a_single_run_is_told_to_have_no_effect(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(monkeypatch, tmp_path / "run", "hydra/launcher=joblib", "optimizer.lr=-1")
+    assert capsys.readouterr().err.startswith("hydra/launcher=joblib: has no effect on a single run, which starts here")
 
 
 def test_a_traceback_is_printed_on_request(commands: Commands, tmp_path: Path) -> None:

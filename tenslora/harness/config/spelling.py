@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_loader import ConfigLoader
@@ -17,7 +18,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config.checks import did_you_mean, no_such_setting, shown
@@ -69,7 +69,7 @@ def misspelt(words: Sequence[str], conf: Path, config_name: str, own: str | None
                         return line
                 choices += [override.input_line or ""] if not override.is_sweep_override() else []
             composed = compose(config_name, choices, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException):
+    except Exception:  # of the files too, which Hydra's own error is about
         return None
     settings = list(_settings(composed))
     for override in overrides:
@@ -82,7 +82,7 @@ def misspelt(words: Sequence[str], conf: Path, config_name: str, own: str | None
 
 
 def wrong_file(error: BaseException) -> str | None:
-    """The line for a file of options that chooses an option of another group, which Hydra does not do.
+    """The line for a config file that is no YAML, or that chooses options in a way in which Hydra does not.
 
     Args:
         error: what Hydra says.
@@ -90,6 +90,10 @@ def wrong_file(error: BaseException) -> str | None:
     Returns:
         The line; None for any other error.
     """
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+        return f"{mark.name}, line {mark.line + 1}: is not YAML ({error.problem})"
+    if isinstance(error, RecursionError):
+        return "a config file's defaults name the file itself; look at the options that were chosen last"
     found = re.match(r"In '([\w.-]+)/(.+)': Could not override '([^'@]+)(@?).*'\.\nDid you mean to over", str(error))
     if found is None:
         return None

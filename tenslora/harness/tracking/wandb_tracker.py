@@ -7,7 +7,7 @@ import netrc
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,17 @@ log = logging.getLogger(__name__)
 
 TRAIN, TABLE = "train", "table"
 """The job types of the W&B runs in a sweep's group: one run of the sweep, or the finished table."""
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, wandb.errors.Error) as error:
+        raise TensLoRAError(
+            f"logger: Weights & Biases has broken off ({one_line(str(error))}), as when its process was killed; the "
+            f"same command with resume=true goes on, and logger=csv needs no other process"
+        ) from error
 
 
 class WandbTracker(Tracker):
@@ -60,12 +71,15 @@ class WandbTracker(Tracker):
         )
         if how := _offline(self._wandb_run):
             log.info("%s; to upload the run: wandb sync %s", how, shlex.quote(str(Path(self._wandb_run.dir).parent)))
-        self._wandb_run.define_metric("step")
-        self._wandb_run.define_metric("*", step_metric="step")
+        with _answered():
+            self._wandb_run.define_metric("step")
+            self._wandb_run.define_metric("*", step_metric="step")
 
     def epoch(self, entry: dict[str, Any]) -> None:
-        self._wandb_run.log({**entry, SCORE: entry[self._headline]})
+        with _answered():
+            self._wandb_run.log({**entry, SCORE: entry[self._headline]})
 
+    @_answered()
     def finish(self, record: dict[str, Any], files: list[Path]) -> None:
         scores = {key: record["metrics"][key] for key in ("last", "best", "best_epoch")}
         cost = {key: record[key] for key in ("seconds", "steps_per_second", "peak_memory_bytes")}
@@ -75,7 +89,8 @@ class WandbTracker(Tracker):
         self._wandb_run.finish(exit_code=0 if record["status"] == "completed" else 1)
 
     def abandon(self) -> None:
-        self._wandb_run.finish(exit_code=1)
+        with suppress(OSError, wandb.errors.Error):  # what ended the run may be that W&B's process has gone
+            self._wandb_run.finish(exit_code=1)
 
 
 def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[Path]) -> str:

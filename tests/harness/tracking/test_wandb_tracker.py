@@ -19,6 +19,7 @@ from tenslora.harness.results.table import Column, Row, Run, Table
 from tenslora.harness.sweeping.jobs import _as_job
 from tenslora.harness.tracking import check_for_sweep, start_tracker, track_table
 from tenslora.harness.tracking.wandb_tracker import _has_key
+from tests import records
 from tests.events import FACTS
 from tests.offline import OFFLINE, Tracked, hide_wandb_keys, read_offline_run
 from tests.running import configured
@@ -174,6 +175,24 @@ def test_a_folder_that_wandb_cannot_make_is_named(tmp_path: Path) -> None:
         TensLoRAError, match=r"^logger: Weights & Biases cannot write \S+/wandb\S* \(Not a directory\)$"
     ):
         track_table(OFFLINE, tmp_path, table, [])
+
+
+@pytest.mark.usefixtures("_without_keys")
+@pytest.mark.parametrize("lost", ["define_metric", "log", "finish"])
+def test_wandbs_own_process_that_is_gone_is_told(lost: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    facts = {"adapter_parameters": 1, "lora_parameters": 1, "scores": ["accuracy"]}
+    monkeypatch.setattr(wandb.Run, lost, gone)
+    with (
+        pytest.raises(TensLoRAError, match=r"^logger: Weights & Biases has broken off \(Connection lost\), as when"),
+        start_tracker(replace(configured(), logger=OFFLINE), tmp_path, facts) as tracker,
+    ):
+        tracker.epoch({"epoch": 1, "step": 5, "accuracy": 0.75})
+        tracker.finish(records.finished(configured()), [])
+    monkeypatch.undo()
+    wandb.teardown()
 
 
 def test_wandbs_own_variables_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
