@@ -6,6 +6,7 @@ holds one `Adapter` for each size. Both have `stages`, so that code for any mode
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -219,8 +220,12 @@ class Adapter(_AnyAdapter):
             if expected is not None:
                 return expected
         if any(parameter.is_meta for parameter in self.parameters()):  # has no numbers that could be measured
+            # A new adapter would be on meta too where accelerate's init_empty_weights puts every parameter there.
+            measured = copy.deepcopy(self).to_empty(device="cpu")
+            for tensor in measured.tensors:
+                cast(FactorizedTensor, tensor).reset_parameters()
             with torch.device("cpu"):
-                return Adapter(config, self.geometry, self.ranks, stage=self._stage).unscaled_first_step
+                return measured._measure_first_step()
         return self._measure_first_step()
 
     @torch.enable_grad()

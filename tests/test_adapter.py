@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -365,3 +366,15 @@ def test_a_scale_that_no_file_holds_or_that_has_no_effect_is_refused(tmp_path: P
     with pytest.raises(TensLoRAError, match=r"^scale=0\.5: would have no effect here; set that of each"):
         staged.scale = 0.5
     assert [stage.scale for stage in staged.stages] == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("include_buffers", [False, True])
+@pytest.mark.parametrize("init", ["normal", "kaiming_uniform"])
+def test_an_adapter_without_numbers_knows_its_first_step(init: str, include_buffers: bool) -> None:
+    for mode, factorization in (("qkv_depth", "tucker"), ("att", "tensor_guide"), ("depth", "cp")):
+        settings = {"init": init, "factorization": factorization, "scaling": "first_step", "seed": 3}
+        expected = build(mode, **settings)
+        with init_empty_weights(include_buffers=include_buffers):
+            planned = build(mode, **settings)
+        assert all(parameter.is_meta for parameter in planned.parameters())
+        assert (planned.first_step, planned.scale) == (expected.first_step, expected.scale)
