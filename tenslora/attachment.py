@@ -326,9 +326,9 @@ def detach(model: nn.Module) -> Adapter | StagedAdapter:
 
 @contextmanager
 def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
-    """A context in which PEFT puts its own layers in the adapter's place. After an error in it, the adapter is back.
+    """A context in which PEFT puts its own layers in the adapter's place.
 
-    The adapter stays off where PEFT has already put some of its own layers on.
+    After an error in it, PEFT's layers are off and the adapter is back.
 
     Args:
         model: with an adapter, which is taken off and given to the context.
@@ -336,9 +336,15 @@ def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     adapter = detach(model)
     beside = adapter.trained_beside
+    modules = [(path, part) for path, part in model.named_modules(remove_duplicate=False) if path]
     try:
         yield adapter
     except BaseException:
+        for path, part in modules:  # a part before its own parts
+            if model.get_submodule(path) is not part:
+                model.set_submodule(path, part)
+            vars(part).pop("has_tenslora_adapter", None)
+        vars(model).pop("peft_config", None)
         with suppress(TensLoRAError):
             attach(model, adapter)
             adapter.trained_beside = beside
@@ -777,6 +783,28 @@ def require_apart(modules_to_save: Sequence[str], paths: Iterable[str], otherwis
                 )
 
 
+def require_called(model: nn.Module, modules_to_save: Sequence[str]) -> None:
+    """Check that PEFT can put itself around the modules that it is to save, of which a mere container is never called.
+
+    Args:
+        model: the model.
+        modules_to_save: the modules' names, each for every module whose path ends so.
+
+    Raises:
+        TensLoRAError: if one of them is a container.
+    """
+    containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, containers) and any(path.endswith(name) for name in modules_to_save):
+            parts = [name for name, part in module.named_children() if any(True for _ in part.parameters())]
+            within = [f"{path}.{name}" for name in parts]
+            instead = f"name what it holds instead: {listed(within)}" if within else "name the module that holds it"
+            raise TensLoRAError(
+                f"modules_to_save={path}: is a {type(module).__name__}, and PEFT saves only modules that the model "
+                f"calls; {instead}"
+            )
+
+
 def require_savable(model: nn.Module, modules_to_save: Sequence[str]) -> None:
     """Check the modules that PEFT is to save beside an adapter. It warns of those that it would leave out.
 
@@ -785,11 +813,12 @@ def require_savable(model: nn.Module, modules_to_save: Sequence[str]) -> None:
         modules_to_save: their names, see `modules_named`.
 
     Raises:
-        TensLoRAError: if one is not found, if it holds adapted layers, or if it has a trained weight in common with a
-            module that is not to be saved.
+        TensLoRAError: if one is not found, if it holds adapted layers, if it is never called, or if it has a trained
+            weight in common with a module that is not to be saved.
     """
     modules = modules_named(model, modules_to_save, "modules_to_save")
     require_apart(modules_to_save, _adapted_linears(model))
+    require_called(model, modules_to_save)
     _require_both_ends(model, modules)
     saved = {id(parameter) for module in modules for parameter in module.parameters()}
     left_out = [

@@ -77,7 +77,8 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
 
     Raises:
         TensLoRAError: if there is no adapter, if the adapter is merged, if its scale, config or ranks were changed by
-            hand, or if a module to save is not found or holds adapted layers. The model is then as it was.
+            hand, or if a module to save is not found, holds adapted layers or is never called. The model is then as it
+            was.
     """
     with not_compiled_anywhere(model) as own:
         updates_of(own)  # raises if the adapter is merged

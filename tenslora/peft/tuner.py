@@ -30,6 +30,7 @@ from tenslora.attachment import (
     keep_gradients,
     layer_updates,
     require_apart,
+    require_called,
     require_no_other_adapter,
     require_stored_weight,
 )
@@ -471,6 +472,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             stages = chosen_stages(self.model, config)
         adapted = [target.path for stage in stages for target in stage.targets]
         require_apart(config.modules_to_save or (), adapted, ", or leave this one out with exclude_modules")
+        require_called(self.model, config.modules_to_save or ())
         adapter = config.make_adapter([stage.geometry for stage in stages])
         _require_names_apart({**self.tenslora_adapters, adapter_name: adapter}, self.peft_config)
         ranks, steps = ([getattr(each, name) for each in adapter.stages] for name in ("ranks", "unscaled_first_step"))

@@ -267,6 +267,43 @@ def test_a_module_to_save_that_holds_adapted_layers_leaves_the_adapter_on_the_mo
     assert model.get_submodule("tenslora") is adapter
 
 
+@pytest.mark.parametrize("turn", [to_peft, to_tenslora, get_peft_model])
+def test_heads_in_a_container_are_saved_one_by_one(turn: Any) -> None:
+    heads = nn.ModuleDict({"a": nn.Linear(24, 2), "b": nn.ModuleList([nn.Linear(24, 3)]), "c": nn.Identity()})
+    model: Any = build("hf_bert")
+    model.heads = heads.double()
+    adapter = None if turn is get_peft_model else attach(model, AdapterConfig("qkv"), train=["heads"])
+    before = [(name, type(part)) for name, part in model.named_modules()]
+    for name, kind in (("heads", r"ModuleDict, .*; name .* instead: heads\.a, heads\.b"), ("b", "ModuleList")):
+        with pytest.raises(TensLoRAError, match=rf"^modules_to_save=(heads\.)?{name}: is a {kind}"):
+            turn(model, [name] if adapter else TensLoraConfig(modules_to_save=[name]))
+        assert [(name, type(part)) for name, part in model.named_modules()] == before
+    if adapter:
+        saved = turn(model, ["heads.a", "heads.b.0"]).state_dict()
+        assert {name.split(".heads.")[1] for name in saved if "heads" in name and ".default.bias" in name} == {
+            "a.modules_to_save.default.bias",
+            "b.0.modules_to_save.default.bias",
+        }
+
+
+@pytest.mark.parametrize("turn", [to_peft, to_tenslora])
+def test_a_head_that_cannot_be_copied_leaves_the_adapter_on_the_model(turn: Any) -> None:
+    class Head(nn.Linear):
+        def __deepcopy__(self, _: Any) -> None:
+            raise RuntimeError("not today")
+
+    model: Any = build("hf_bert")
+    model.classifier = Head(24, 2).double()
+    adapter = attach(model, AdapterConfig("qkv"), train=["pooler", "classifier"])
+    randomised(adapter)
+    expected, names = logits(model, inputs("hf_bert")), [name for name, _ in model.named_parameters()]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not today"):
+            turn(model, ["pooler", "classifier"])
+        assert model.tenslora is adapter and torch.equal(logits(model, inputs("hf_bert")), expected)
+        assert [name for name, _ in model.named_parameters()] == names and not hasattr(model, "peft_config")
+
+
 @pytest.mark.parametrize("turn", [to_peft, to_tenslora])
 @pytest.mark.parametrize("part", ["", "regions", "bert.encoder", "bert.encoder.layer.1", "classifier"])
 def test_what_is_compiled_is_saved_under_the_models_own_names(turn: Any, part: str, tmp_path: Path) -> None:
