@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tenslora.attachment import (
 )
 from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError, require_path
+from tenslora.forward_pass import listed
 from tenslora.peft.saved_lora import PREFIX, WEIGHTS, read_others, read_updates
 from tenslora.peft.tuner import TensLoraConfig, choice, chosen_stages
 from tenslora.ranks import RankStrategy
@@ -101,7 +103,8 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
         model: the model that the LoRA is for, without the LoRA. It is changed in place, and torch.compile's wrappers
             are taken off.
         folder: a folder that PEFT's `save_pretrained` wrote. The modules that were saved with the LoRA, such as a head,
-            are loaded too if modules_to_save names them. A module that was not saved starts as the model has it.
+            are loaded too if modules_to_save names them; a warning tells of others. A module that was not saved starts
+            as the model has it.
         config: the settings of the new adapter.
 
     Returns:
@@ -119,6 +122,7 @@ def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[
     # All that can fail comes before the model is changed.
     to_save = config.modules_to_save or ()
     modules_named(model, to_save, "modules_to_save")
+    modules = [path for path, _ in model.named_modules() if path]
     stages = chosen_stages(model, config)
     adapter = config.make_adapter([stage.geometry for stage in stages])
     approximation = approximate(adapter, read_updates(folder, stages, choice(config)))
@@ -131,13 +135,22 @@ def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[
                 f"{folder / WEIGHTS}: {name} has the shape {tuple(weight.shape)}, and in {type(model).__name__} "
                 f"{tuple(place.shape)}"
             )
-    paths = tuple(f"{path}." for path, _ in model.named_modules() if any(path.endswith(name) for name in to_save))
-    # PEFT wants all weights of a module to save, or none.
-    others = {PREFIX + name: weight.clone() for name, weight in own.items() if name.startswith(paths)} | others
     peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
     _in_modes(peft_model, model.training, model.training).load_state_dict(adapter.state_dict())
+    # For some tasks PEFT has added the names of a head.
+    to_save = peft_model.peft_config["default"].modules_to_save or ()
+    paths = tuple(f"{path}." for path in modules if any(path.endswith(name) for name in to_save))
+    # PEFT wants all weights of a module to save, or none.
+    kept = {PREFIX + name: weight for name, weight in own.items() if name.startswith(paths)}
+    wanted = {name: others.get(name, weight) for name, weight in kept.items()}
+    if left_out := [name for name in own if PREFIX + name in others.keys() - wanted.keys()]:
+        warnings.warn(
+            f"{folder}: {listed(left_out)} are saved beside the LoRA, and are not loaded, because they would not be "
+            f"saved again; name their modules in modules_to_save",
+            stacklevel=3,
+        )
     with torch.no_grad():
-        set_peft_model_state_dict(peft_model, others)
+        set_peft_model_state_dict(peft_model, {name: weight.clone() for name, weight in wanted.items()})
     return peft_model, approximation
 
 

@@ -407,3 +407,24 @@ def test_a_module_to_save_that_the_lora_did_not_save_starts_as_the_model_has_it(
     with pytest.raises(TensLoRAError, match=r"^modules_to_save=classifer: must be the name of a module"):
         from_lora(backbone, tmp_path, TensLoraConfig(modules_to_save=["classifer"]))
     assert not hasattr(backbone, "peft_config")
+
+
+def test_a_head_that_is_not_to_be_saved_is_not_loaded_from_the_lora(tmp_path: Path) -> None:
+    trained = lora(tmp_path / "lora").classifier.modules_to_save.default.weight
+    for settings in ({"task_type": "SEQ_CLS"}, {}):
+        model, config = build("hf_bert"), TensLoraConfig(ranks=[12, 12, 3, 2], **settings)  # type: ignore[arg-type]
+        own = model.get_parameter("classifier.weight").clone()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            turned, _ = from_lora(model, tmp_path / "lora", config)
+        ours = [str(each.message) for each in told if "saved beside the LoRA" in str(each.message)]
+        head = turned.base_model.model.classifier
+        if settings:  # for which PEFT names the head
+            torch.testing.assert_close(head.modules_to_save.default.weight, trained, rtol=0, atol=1e-7)
+            assert not ours
+        else:
+            assert torch.equal(head.weight, own) and "classifier.weight, classifier.bias are saved" in ours[0]
+        turned.save_pretrained(str(tmp_path / "again"))
+        again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path / "again"))  # type: ignore[arg-type]
+        batch = inputs("hf_bert")
+        torch.testing.assert_close(logits(again.eval(), batch), logits(turned.eval(), batch), rtol=0, atol=1e-6)
