@@ -486,7 +486,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
             weight = cast(Tensor, targets[0].linear.weight)
             device = torch.device("meta") if on_meta else device_of(targets[0].linear)
-            of_stage.to(device, weight.dtype if weight.is_floating_point() else None)
+            # Types of 8 bits and fewer only store a weight: torch does not compute in them.
+            of_stage.to(device, weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else None)
         if any(isinstance(part, TensorUpdate) and next(part.parameters()).requires_grad for part in model.modules()):
             warnings.warn(
                 f"{type(model).__name__}: has updates of adapt_tensor, which PEFT freezes and does not save with its "

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.big_modeling import attach_layerwise_casting_hooks
 from omegaconf import OmegaConf
 from peft import (
     AutoPeftModelForCausalLM,
@@ -886,3 +887,16 @@ def test_settings_that_were_changed_after_the_adapter_was_made_are_not_saved(
     again = PeftModel.from_pretrained(build("hf_bert"), tmp_path)  # type: ignore[arg-type]
     torch.testing.assert_close(logits(again, inputs("hf_bert")), logits(model, inputs("hf_bert")), rtol=0, atol=1e-6)
     model.delete_adapter("other")
+
+
+def test_an_adapter_on_weights_stored_in_8_bits_is_trained_in_32() -> None:
+    model = build("hf_bert").float()
+    hooks: Any = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    attach_layerwise_casting_hooks(model, **hooks, skip_modules_pattern=["LayerNorm"])
+    adapted = trained(get_peft_model(model, TensLoraConfig()))  # type: ignore[arg-type]
+    assert {parameter.dtype for parameter in adapter_of(adapted).parameters()} == {torch.float32}
+    with adapted.disable_adapter():
+        plain = logits(adapted, inputs("hf_bert"))
+    assert not torch.allclose(logits(adapted, inputs("hf_bert")), plain)
+    logits(adapted, inputs("hf_bert")).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is not None for parameter in adapter_of(adapted).parameters())
