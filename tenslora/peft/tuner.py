@@ -451,6 +451,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         self._planned: dict[str, LayerUpdate] = {}
         self._declared: dict[str, TensLoraConfig] = {}  # the settings that each adapter was made with
         self.register_state_dict_pre_hook(_describe_adapters)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_require_adapters_tensors)  # type: ignore[no-untyped-call]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make an adapter and put it on the model.
@@ -494,7 +495,6 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
                 f"adapter; train them on with requires_grad_(True), and keep them with save_tensors",
                 stacklevel=2,
             )
-        adapter.register_load_state_dict_pre_hook(_require_adapters_tensors)  # type: ignore[no-untyped-call]
         forward_pass = ForwardPass(model)
         keep_gradients(model)
         # PEFT keeps this for the parameters of an adapter that are in the model's layers.
@@ -673,15 +673,17 @@ def _first_matches(setting: str, patterns: Sequence[str], paths: Sequence[str], 
         raise TensLoRAError(f"{setting}={error}") from error
 
 
-def _require_adapters_tensors(adapter: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _require_adapters_tensors(tuner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     # PEFT would copy whatever a file holds, and take no notice of what it lacks. A file of another adapter holds
-    # nothing for this one.
-    own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    if own:
-        try:
-            require_tensors(own, {name: tensor.shape for name, tensor in adapter.state_dict().items()})
-        except TensLoRAError as error:
-            raise TensLoRAError(f"{prefix.rstrip('.')}: the saved adapter does not fit: {error}") from error
+    # nothing for this one. The tuner's parts are loaded after this, the modules to save among them.
+    for name, adapter in cast(nn.ModuleDict, tuner.tenslora_adapters).items():
+        path = f"{prefix}{_ADAPTERS}.{name}"
+        own = {key.removeprefix(f"{path}."): tensor for key, tensor in state.items() if key.startswith(f"{path}.")}
+        if own:
+            try:
+                require_tensors(own, {key: tensor.shape for key, tensor in adapter.state_dict().items()})
+            except TensLoRAError as error:
+                raise TensLoRAError(f"{path}: the saved adapter does not fit: {error}") from error
 
 
 def _require_names_apart(adapters: Mapping[str, nn.Module], names: Iterable[str]) -> None:

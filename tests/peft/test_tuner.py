@@ -900,3 +900,15 @@ def test_an_adapter_on_weights_stored_in_8_bits_is_trained_in_32() -> None:
     assert not torch.allclose(logits(adapted, inputs("hf_bert")), plain)
     logits(adapted, inputs("hf_bert")).sum().backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is not None for parameter in adapter_of(adapted).parameters())
+
+
+def test_a_saved_adapter_that_does_not_fit_changes_nothing() -> None:
+    config = TensLoraConfig(ranks=[4, 4, 2, 2], modules_to_save=["classifier"])
+    model: Any = trained(get_peft_model(build("hf_bert"), config))  # type: ignore[arg-type]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saved = {name: tensor + 1 for name, tensor in get_peft_model_state_dict(model).items()}
+    core = next(name for name in saved if name.endswith("core"))
+    saved[core] = saved[core][:3]
+    with pytest.raises(TensLoRAError, match=r"the saved adapter does not fit: .*core has the shape"):
+        set_peft_model_state_dict(model, saved)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
