@@ -32,7 +32,7 @@ def bytes_of(path: Path) -> torch.Tensor:
         sys.exit(f"error: {path}: cannot be read ({error.strerror})")
     if len(text) <= 64:
         sys.exit(f"error: {path}: must have more than 64 bytes, and has {len(text)}")
-    return torch.tensor(list(text))
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int64)
 
 
 def main(path: Path, steps: int = 150) -> list[float]:
