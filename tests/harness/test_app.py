@@ -48,7 +48,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
             ["--trainer.epochs=1"],
             "--trainer.epochs=1: must be written trainer.epochs=1, without hyphens (W&B's agent: ${",
         ),
-        (["--config-dir=missing"], "Additional config directory"),
+        (["--config-dir=missing"], "--config-dir missing: must be one folder, which has a folder for each group in it"),
         (["--run", "--multirun"], "Only one of --run, --multirun"),
         (["seed=0,1"], "seed=0,1: is several values; add -m for a run of each, or use sweep.py; a list needs"),
         (["model=swin_tiny", "model.geometry={d_in:8}"], "model.geometry={d_in:8}: must be a list"),
