@@ -108,8 +108,11 @@ def path_argument(word: str) -> Path:
         word: the word, as it was typed.
 
     Raises:
-        ArgumentTypeError: for an address such as s3://bucket, which would become a folder of that name.
+        ArgumentTypeError: for an address such as s3://bucket, which would become a folder of that name, and for an
+            empty word, as of a variable that is not set.
     """
+    if not word:
+        raise argparse.ArgumentTypeError("must not be empty")
     try:
         return require_path("", os.path.expanduser(word))
     except TensLoRAError as error:

@@ -47,7 +47,7 @@ _MOVING = threading.Lock()
 class LoadedRun:
     """A finished run, ready to use.
 
-    The modes of the model's modules stay as they are when it predicts and is scored.
+    It predicts and is scored in evaluation mode. Afterwards the model's modules have the modes that they had.
 
     Args:
         run: the run's settings.
@@ -72,6 +72,7 @@ class LoadedRun:
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", _checked(self.run))
         require_type("backbone", self.backbone, Backbone)
+        require_type("backbone.model", self.backbone.model, nn.Module)
         require_type("files", self.files, RunFolder)
         require_type("record", self.record, dict)
         object.__setattr__(self, "record", read_form(Record, self.record, Path("record"), "record"))

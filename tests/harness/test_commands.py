@@ -98,6 +98,9 @@ def test_a_path_is_on_disk_and_may_begin_with_the_home(
         parser.parse_args(["--out", "s3://bucket/a"])
     message = "error: argument --out: s3://bucket/a: must be a path on disk, not an address\n"
     assert capsys.readouterr().err.endswith(message)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--out", ""])
+    assert capsys.readouterr().err.endswith("error: argument --out: must not be empty\n")
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:

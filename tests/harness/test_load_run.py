@@ -170,6 +170,8 @@ def test_a_part_that_is_no_part_of_a_run_is_refused(
     with pytest.raises(TensLoRAError, match=f"^{problem}"):
         replace(loaded, **{part: value})
     if value is None and part == "tokenizer":
+        with pytest.raises(TensLoRAError, match=r"^backbone\.model: must be of type Module, and is of type method$"):
+            replace(loaded, backbone=replace(loaded.backbone, model=loaded.backbone.model.forward))  # type: ignore[arg-type]
         with pytest.raises(TensLoRAError, match=r"^backbone: must be one for texts, as in the run$"):
             replace(loaded, backbone=load_run(digits_run).backbone)
 
