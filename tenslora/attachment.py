@@ -154,7 +154,10 @@ def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedA
             raise TensLoRAError(
                 f"{type(model).__name__}: has something else under the name {SUBMODULE}, which is the adapter's"
             )
-        raise TensLoRAError(f"{type(model).__name__}: has an adapter already; detach it first")
+        raise TensLoRAError(
+            f"{type(model).__name__}: has an adapter already; detach it first, or give it other numbers with "
+            f"model.{SUBMODULE}.load_state_dict"
+        )
     if held := next(iter(_adapted_linears(model)), None):
         holder = next((path for path, module in model.named_modules() if SUBMODULE in module._modules), "")
         of = f" ({holder})" if holder else ""

@@ -165,7 +165,8 @@ def adapt_tensor(
     another module has the same weight, as an embedding and a head may, the update is this module's alone.
 
     The update is built each time that the module reads the weight, at the cost of about as many multiplications as the
-    weight has entries, times a rank; `torch.nn.utils.parametrize.cached` builds it once for several reads.
+    weight has entries, times a rank; `torch.nn.utils.parametrize.cached` builds it once for several reads,
+    the first of which must not be under `torch.no_grad` if the update is to be trained.
 
     PEFT's own methods, such as LoRA, can lie on the same layer, but what they merge into its weight is lost. The rows
     of an embedding share the update's factors, so that of its padding_idx changes with the others.

@@ -630,7 +630,9 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("TensLoRA does not support add_weighted_adapter; set_adapter takes several adapters.")
+        raise NotImplementedError(
+            "TensLoRA does not support add_weighted_adapter; base_model.set_adapter takes several."
+        )
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
