@@ -169,6 +169,11 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
         raise TensLoRAError(
             f"logger: Weights & Biases cannot write {error.filename or folder} ({error.strerror})"
         ) from error
+    except (TypeError, AttributeError, KeyError) as error:  # of W&B's own code, at a file that is not as it writes it
+        raise TensLoRAError(
+            f"logger: Weights & Biases cannot use its own settings ({one_line(str(error))}); look at "
+            f"config-defaults.yaml in {Path.cwd()}, and at the variables WANDB_..."
+        ) from error
     except wandb.errors.UsageError as error:
         raise TensLoRAError(f"logger: Weights & Biases does not accept the run ({one_line(str(error))})") from error
     except wandb.errors.Error as error:

@@ -195,6 +195,15 @@ def test_wandbs_own_process_that_is_gone_is_told(lost: str, monkeypatch: pytest.
     wandb.teardown()
 
 
+@pytest.mark.usefixtures("_without_keys")
+def test_wandbs_defaults_of_another_form_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "config-defaults.yaml").write_text("lr: 0.1\n")
+    monkeypatch.chdir(tmp_path)
+    line = r"^logger: Weights & Biases cannot use its own settings \(.*\); look at config-defaults\.yaml in "
+    with pytest.raises(TensLoRAError, match=line):
+        track_table(OFFLINE, tmp_path, make_table([make_run("lora", epochs=[0.5])]), [])
+
+
 def test_wandbs_own_variables_are_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PROJECT", "ENTITY", "RUN_GROUP"):
         monkeypatch.delenv(f"WANDB_{name}", raising=False)
