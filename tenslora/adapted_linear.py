@@ -166,7 +166,7 @@ class AdaptedLinear(nn.Module):
         x = args[0] if args else next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
         if x is None or update.added or update.disabled:
             return plain(*args, **kwargs)
-        if len(args) + len(kwargs) > 1 or update.own_forward or not _returns_new_tensors(self.plain_class):
+        if len(args) + len(kwargs) > 1 or update.own_forward or not computes_as_linear(self.plain_class):
             return _added_to_copy(plain(*args, **kwargs), [update], x, self.plain_class)
         return _added_in_place(plain, [update], x)
 
@@ -297,13 +297,19 @@ def add_updates(linear: nn.Module, updates: Sequence[LayerUpdate], x: Tensor, *a
     Raises:
         TensLoRAError: if the Linear returns something else.
     """
-    if args or kwargs or not _returns_new_tensors(type(linear)) or _is_hooked(linear):
+    if args or kwargs or not computes_as_linear(type(linear)) or _is_hooked(linear):
         return _added_to_copy(linear(x, *args, **kwargs), updates, x, type(linear))
     return _added_in_place(linear, updates, x)
 
 
-def _returns_new_tensors(kind: type[nn.Module]) -> bool:
-    # A subclass may return a tensor that autograd still needs, as after a relu.
+def computes_as_linear(kind: type[nn.Module]) -> bool:
+    """Whether the layers of a class compute what a Linear or a Conv1D does, and return a new tensor.
+
+    A subclass may return a tensor that autograd still needs, as after a relu, or compute with a rounded weight.
+
+    Args:
+        kind: the class of a layer that is not adapted.
+    """
     return kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D"
 
 

@@ -23,6 +23,7 @@ from tenslora.adapted_linear import (
     LayerUpdate,
     SharedInput,
     adapted_class,
+    computes_as_linear,
     has_our_class,
     put_on,
     take_off,
@@ -46,7 +47,8 @@ def attach(
 ) -> Adapter | StagedAdapter:
     """Freeze `model`, except for the modules to train, and put an adapter on its attention projections.
 
-    The model's outputs do not change until the adapter is trained.
+    The model's outputs do not change until the adapter is trained. A warning tells of weights that were trained beside
+    an existing adapter and are frozen now, because `train` does not name their modules.
 
     >>> from tenslora import AdapterConfig, attach
     >>> from torch import nn
@@ -75,8 +77,6 @@ def attach(
         TensLoRAError: if the model or a part of it has an adapter already, if the matrices to adapt or a module to
             train are not found, or if the adapter is for other dimensions; the message says which ones differ.
             Likewise if an existing adapter, or the model that it is for, is on the device meta.
-        UserWarning: if weights that were trained beside an existing adapter are frozen, because `train` does not name
-            their modules.
     """
     require_type("model", model, nn.Module)
     require_type("adapter", adapter, AdapterConfig, Adapter, StagedAdapter)
@@ -99,7 +99,7 @@ def attach(
             parameter.requires_grad_(True)
         for parameter in model.parameters():
             if not parameter.requires_grad:
-                parameter.grad = None  # by which an optimizer of all parameters would move it
+                parameter.grad = None  # an optimizer of all parameters would move it by an old gradient
         keep_gradients(model)
         for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
             of_stage.to(device_of(targets[0].linear))
@@ -128,11 +128,21 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     Args:
         model: without an adapter. What is written into its weights is not undone.
     """
+    with _gradients_back_on_error(model):
+        try:
+            yield
+        except BaseException:
+            _take_off(model)
+            raise
+
+
+@contextmanager
+def _gradients_back_on_error(model: nn.Module) -> Iterator[None]:
+    # After an error the model's parameters require what they did before, and have the gradients that they had.
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
-        _take_off(model)
         for parameter, was_required, gradient in before:
             parameter.requires_grad_(was_required)
             parameter.grad = gradient
@@ -336,25 +346,23 @@ def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
     Args:
         model: with an adapter, which is taken off and given to the context.
     """
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    adapter = detach(model)
-    beside = adapter.trained_beside
-    modules = [(path, part) for path, part in model.named_modules(remove_duplicate=False) if path]
-    try:
-        yield adapter
-    except BaseException:
-        for path, part in modules:  # a part before its own parts
-            if model.get_submodule(path) is not part:
-                model.set_submodule(path, part)
-            vars(part).pop("has_tenslora_adapter", None)
-        vars(model).pop("peft_config", None)
-        with suppress(TensLoRAError):
-            attach(model, adapter)
+    with _gradients_back_on_error(model):
+        adapter = detach(model)
+        beside = adapter.trained_beside
+        modules = [(path, part) for path, part in model.named_modules(remove_duplicate=False) if path]
+        try:
+            yield adapter
+        except BaseException:
+            for path, part in modules:  # a part before its own parts
+                if model.get_submodule(path) is not part:
+                    model.set_submodule(path, part)
+                vars(part).pop("has_tenslora_adapter", None)
+            vars(model).pop("peft_config", None)
+            adapter.trained_beside = frozenset()  # given back below, and what it names requires gradients again
+            with suppress(TensLoRAError):
+                attach(model, adapter)
             adapter.trained_beside = beside
-        for parameter, was_required, gradient in before:
-            parameter.requires_grad_(was_required)
-            parameter.grad = gradient
-        raise
+            raise
 
 
 @contextmanager
@@ -641,7 +649,7 @@ def _adds_its_weight(linear: nn.Module) -> bool:
     # Whether a change D of the weight changes the output by x D^T, which a random D shows. Classes that round or scale
     # their weight in forward, as for 1-bit models, have plain weights all the same.
     kind: type[nn.Module] = getattr(linear, "plain_class", type(linear))
-    if kind.forward is nn.Linear.forward or kind.__name__ == "Conv1D":
+    if computes_as_linear(kind):
         return True
     weight, generator = cast(Tensor, linear.weight), torch.Generator().manual_seed(0)
     if weight.is_meta:
@@ -651,27 +659,23 @@ def _adds_its_weight(linear: nn.Module) -> bool:
     change = torch.randn(weight.shape, generator=generator).mul(size).to(weight.device)
     try:
         with without_autocast(weight.device):
-            before = kind.forward(_plain_copy(linear, kind, 0), x)
-            moved = kind.forward(_plain_copy(linear, kind, change), x) - before
+            before = kind.forward(_plain_copy(linear, kind), x)
+            changed = _plain_copy(linear, kind)
+            cast(Tensor, changed.weight).data.add_(change)
+            moved = kind.forward(changed, x) - before
     except Exception:  # it takes more than an input, or another one
         return True
     wanted = x @ (change if is_conv1d(linear) else change.T)
     return moved.shape == wanted.shape and bool((moved - wanted).abs().max() <= 1e-3 * wanted.abs().max())
 
 
-def _plain_copy(linear: nn.Module, kind: type[nn.Module], change: Tensor | int) -> nn.Module:
-    # In float32 and evaluation mode, with tensors of its own.
+def _plain_copy(linear: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    # A layer of the plain class in float32 and evaluation mode, with tensors of its own.
     copied = kind.__new__(kind)
     vars(copied).update(vars(linear))
-    own = {name: each.detach().float().clone() for name, each in linear.named_parameters(recurse=False)}
-    vars(copied)["_parameters"] = {
-        name: nn.Parameter(each + change if name == "weight" else each, requires_grad=False)
-        for name, each in own.items()
-    }
-    vars(copied)["_parameters"] |= {name: None for name, each in linear._parameters.items() if each is None}
-    vars(copied)["_buffers"] = copy.deepcopy(linear._buffers)
-    vars(copied)["_modules"] = copy.deepcopy(linear._modules)
-    return copied.eval()
+    for held in ("_parameters", "_buffers", "_modules"):
+        vars(copied)[held] = copy.deepcopy(vars(linear)[held])
+    return copied.float().eval()
 
 
 def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:

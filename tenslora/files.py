@@ -101,6 +101,7 @@ def write_safetensors(
     Raises:
         TensLoRAError: if the file cannot be written.
     """
+    import torch
     from safetensors.torch import save
 
     for name, tensor in tensors.items():
@@ -112,7 +113,7 @@ def write_safetensors(
     seen: set[int] = set()
     for name, tensor in tensors.items():
         own = getattr(tensor.detach(), "full_tensor", tensor.detach)().cpu().contiguous()
-        if type(own).__name__ != "Tensor":  # without torch at the top of this module
+        if type(own) is not torch.Tensor:
             raise TensLoRAError(
                 f"{path}: cannot be written ({name} is a {type(own).__name__}, as after quantisation, and safetensors "
                 f"holds plain tensors)"

@@ -26,7 +26,7 @@ class FactorizedTensor(nn.Module):
         modes: the name and the size of each mode, as `constructions.modes` gives them.
         ranks: the ranks, in the order of `Factorization.rank_limits`.
         layers: the number of layers L of the backbone.
-        seed: of the random stream that the parameters are drawn from.
+        seed: the seed of the random stream that the parameters are drawn from.
         init: "orthogonal" (orthonormal columns, or orthonormal rows where a factor has more columns than rows),
             "normal" (standard deviation 1 / sqrt(n), so that a column has length 1 on average) or "kaiming_uniform"
             (uniform within 1 / sqrt(n), as LoRA starts). The columns run over a parameter's last dimension; n is the

@@ -38,7 +38,7 @@ from tenslora import (
     unmerge,
 )
 from tenslora.adapted_linear import put_on
-from tenslora.attachment import adapter_of
+from tenslora.attachment import adapter_of, handed_over
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.peft.to_lora import lora_weights, to_peft
 from tenslora.peft.to_tenslora import from_lora, to_tenslora
@@ -742,6 +742,10 @@ def test_a_layer_that_computes_with_something_else_than_its_weight_is_not_merged
     attached(model, "qkv")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     if kind is AfterDropout:
+        value = linear_at(model, "blocks.0.attention.value")
+        frozen = value.weight.detach()
+        del value.weight
+        value.register_buffer("weight", frozen)
         merge(model.train())
         return
     with pytest.raises(TensLoRAError, match=rf"value: a {kind.__name__} does not multiply its input by its weight"):
@@ -778,6 +782,17 @@ def test_a_head_that_is_frozen_when_its_adapter_comes_back_is_told(tmp_path: Pat
         attach(model, detach(model), train=["head"])
         load(PlainTransformer(), tmp_path)
         load(PlainTransformer(), tmp_path / "adapter.safetensors")
+
+
+def test_an_adapter_that_peft_did_not_take_is_given_back_without_a_word_on_its_head() -> None:
+    model = PlainTransformer()
+    adapter = attach(model, AdapterConfig("qkv"), train=["head"])
+    with warnings.catch_warnings(), pytest.raises(ZeroDivisionError):
+        warnings.simplefilter("error")
+        with handed_over(model):
+            raise ZeroDivisionError
+    assert adapter_of(model) is adapter and adapter.trained_beside == {"head.weight", "head.bias"}
+    assert all(parameter.requires_grad for parameter in model.get_submodule("head").parameters())
 
 
 def test_a_layer_of_another_size_than_its_update_is_refused() -> None:

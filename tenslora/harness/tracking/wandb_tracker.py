@@ -30,7 +30,8 @@ TRAIN, TABLE = "train", "table"
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
+def _while_wandb_answers() -> Iterator[None]:
+    """A context in which W&B's own process is needed. If it has ended, a line says so."""
     try:
         yield
     except (OSError, wandb.errors.Error) as error:
@@ -71,15 +72,15 @@ class WandbTracker(Tracker):
         )
         if how := _offline(self._wandb_run):
             log.info("%s; to upload the run: wandb sync %s", how, shlex.quote(str(Path(self._wandb_run.dir).parent)))
-        with _answered():
+        with _while_wandb_answers():
             self._wandb_run.define_metric("step")
             self._wandb_run.define_metric("*", step_metric="step")
 
     def epoch(self, entry: dict[str, Any]) -> None:
-        with _answered():
+        with _while_wandb_answers():
             self._wandb_run.log({**entry, SCORE: entry[self._headline]})
 
-    @_answered()
+    @_while_wandb_answers()
     def finish(self, record: dict[str, Any], files: list[Path]) -> None:
         scores = {key: record["metrics"][key] for key in ("last", "best", "best_epoch")}
         cost = {key: record[key] for key in ("seconds", "steps_per_second", "peak_memory_bytes")}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tenslora.harness.app import run_app
-from tenslora.harness.multirun import MultirunCheck
+from tenslora.harness.launch_check import LaunchCheck
 from tests.running import composed
 
 
@@ -31,7 +31,7 @@ def test_a_launcher_under_torchrun_is_refused(launcher: str, monkeypatch: pytest
 
 def test_runs_one_after_the_other_may_have_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(name: str, *words: str) -> Any:
-        return MultirunCheck().on_multirun_start(composed(*words, config_name=name, with_hydra=True))
+        return LaunchCheck().on_multirun_start(composed(*words, config_name=name, with_hydra=True))
 
     check("sweep", "hydra/launcher=joblib")
     monkeypatch.setenv("WORLD_SIZE", "2")

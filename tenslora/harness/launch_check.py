@@ -1,4 +1,4 @@
-"""What is checked before a command starts its run, or the first of several."""
+"""Checks whether the chosen launcher can do what it is asked, before a command starts its run or its runs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 
-class MultirunCheck(Callback):
-    """Refuses to start several runs at once in each of the processes that torchrun or accelerate launch has started.
+class LaunchCheck(Callback):
+    """Warns of a launcher that has nothing to launch, and refuses one in processes that share their runs.
 
-    A run waits for its other processes. If these carry out their runs in other orders, it waits without an end.
-
-    A single run is carried out by no launcher, whose settings are then lost: it warns of them.
+    Hydra carries out a single run in its own process, so the settings of a launcher are lost. The processes that
+    torchrun or accelerate launch has started share each run: a run waits for all of them, without an end if they carry
+    out their runs in different orders.
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
+        if not _in_order(config):
             name = config.hydra.runtime.choices["hydra/launcher"]
             print(
                 f"hydra/launcher={name}: has no effect on a single run, which starts here and now; add -m to launch it",
@@ -27,12 +27,16 @@ class MultirunCheck(Callback):
             )
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        in_order = config.hydra.launcher._target_.endswith("BasicLauncher")
         count = os.environ.get("WORLD_SIZE", "1")
-        if count == "1" or (in_order and not config.hydra.sweeper._target_.endswith("TableSweeper")):
+        if count == "1" or (_in_order(config) and not config.hydra.sweeper._target_.endswith("TableSweeper")):
             return
         sys.exit(  # because Hydra only warns of another error of a callback
             f"error: WORLD_SIZE={count}: must be 1 for sweep.py, and for any hydra/launcher but basic; torchrun and "
             f"accelerate launch share a single run of train.py among processes, and a launcher carries out several "
             f"runs at once"
         )
+
+
+def _in_order(config: DictConfig) -> bool:
+    """Whether the launcher is Hydra's basic one, which carries out one run after the other in this process."""
+    return str(config.hydra.launcher._target_).endswith("BasicLauncher")
