@@ -41,14 +41,13 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     Raises:
         TensLoRAError: for a mistake that the user can put right, or once a diverged run has written its record.
     """
-    from tenslora.files import sha256_of  # imported here: wrong settings are reported sooner
-    from tenslora.harness.adapted_model import adapted_model
+    from tenslora.harness.adapted_model import adapted_model  # imported here: wrong settings are reported sooner
     from tenslora.harness.backbones import load_backbone, load_tokenizer
     from tenslora.harness.backbones.answer import answer_of
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
     from tenslora.harness.run_folder import RunFolder
-    from tenslora.harness.run_record import describe_run, facts_of, record_before, record_of
+    from tenslora.harness.run_record import describe_run, facts_of, record_before, record_of, write_results
     from tenslora.harness.tracking import start_tracker
     from tenslora.harness.training.loop import Diverged, fit
     from tenslora.harness.training.processes import Processes
@@ -87,14 +86,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
             state, failure = error.state, error
         record = record_of(run, recorded, state, failure, seconds, processes)
         if processes.is_main:
-            files = []
-            folder.remove_results()
-            if not failure:
-                files = adapted.save(folder, run.tensor_mode)
-                record["sha256"] = {file.name: sha256_of(file) for file in files}
-                folder.write_predictions(state.predictions)
-            folder.write_record(record)
-            tracker.finish(record, files)
+            tracker.finish(record, write_results(folder, record, adapted, state))
             log.info("%s\nrecord: %s", describe_run(record), folder.result)
     if failure:
         raise failure

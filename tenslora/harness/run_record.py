@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import Geometry
+from tenslora.files import sha256_of
 from tenslora.harness.results.table import percent_of_lora
 from tenslora.harness.stages import adapter_parameters, as_in_files, lora_first_step_of, lora_parameters, stages_in_file
 from tenslora.harness.training.metrics import METRICS, score_names
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tenslora.harness.config import RunConfig
     from tenslora.harness.data import Dataset
     from tenslora.harness.data.encoding import EncodedDataset
+    from tenslora.harness.run_folder import RunFolder
     from tenslora.harness.training.checkpoint import TrainingState
     from tenslora.harness.training.loop import Diverged
     from tenslora.harness.training.processes import Processes
@@ -166,6 +168,31 @@ def record_before(run: RunConfig, facts: Mapping[str, Any], processes: Processes
 
     state = TrainingState()
     return record_of(run, facts, state, Diverged(state, 1, 0.0, "training loss", 0.0), {}, processes)
+
+
+def write_results(folder: RunFolder, record: dict[str, Any], adapted: AdaptedModel, state: TrainingState) -> list[Path]:
+    """Write what a run leaves: of a completed run its weights and predictions, and last its record.
+
+    Args:
+        folder: the run's folder, from which the results of an earlier run are removed first.
+        record: the result of `record_of`. It gets the SHA-256 of the weights.
+        adapted: the trained model.
+        state: what the training loop returned.
+
+    Returns:
+        The files of the weights; empty for a run that has diverged.
+
+    Raises:
+        TensLoRAError: if a file cannot be written.
+    """
+    folder.remove_results()
+    files = []
+    if record["status"] == "completed":
+        files = adapted.save(folder, record["tensor_mode"])
+        record["sha256"] = {file.name: sha256_of(file) for file in files}
+        folder.write_predictions(state.predictions)
+    folder.write_record(record)
+    return files
 
 
 def summarize_history(history: list[dict[str, Any]], scores: list[str]) -> dict[str, Any]:
