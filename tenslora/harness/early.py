@@ -22,6 +22,9 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
     if not issubclass(kind, KeyboardInterrupt) and not (_stop and _stop.asked):
         sys.__excepthook__(kind, error, trace)  # type: ignore[arg-type]
         return
+    from tenslora.harness.stop import ignore_signals
+
+    ignore_signals()
     print("interrupted", file=sys.stderr, flush=True)
     os._exit(130)  # Python would end with the signal's own status
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import sys
 import threading
 from typing import Any
 
 
 class Stop:
     """A context in which SIGTERM stops a command as Ctrl-C does. Afterwards the signals are handled as before.
+
+    Once a command has begun to end, further signals change nothing, so that an impatient user's second Ctrl-C does not
+    break off what the first one tidies up.
 
     Attributes:
         asked: whether one of the signals has come. Some libraries catch KeyboardInterrupt while they are imported, and
@@ -21,8 +26,9 @@ class Stop:
 
     def __call__(self, *_: object) -> None:
         """Handle a signal."""
-        self.asked = True
-        raise KeyboardInterrupt
+        if not _is_ending():
+            self.asked = True
+            raise KeyboardInterrupt
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
@@ -37,6 +43,22 @@ class Stop:
             if handler is not None:  # of a library in another language
                 signal.signal(number, handler)
         self._before.clear()
+        if _is_ending():  # a notebook goes on and takes signals again, a program comes to its atexit callbacks
+            atexit.register(ignore_signals)
 
     def __reduce__(self) -> Any:
         return Stop, ()  # in another process it handles nothing
+
+
+def ignore_signals() -> None:
+    """Ignore Ctrl-C and SIGTERM for the rest of the process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _is_ending() -> bool:
+    # A library may have caught an earlier KeyboardInterrupt and gone on. Then no block that handles it is running.
+    error = sys.exception()
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None

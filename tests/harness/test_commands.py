@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,29 @@ def test_sigterm_is_one_line_and_its_handler_is_put_back(caught: bool, capsys: p
         raise ImportError("of a library that has caught KeyboardInterrupt")
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_once_a_command_ends_further_signals_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    with pytest.raises(SystemExit) as ended, mistakes_in_one_line():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            print("tidied up")
+    assert (ended.value.code, tuple(capsys.readouterr())) == (130, ("tidied up\n", "interrupted\n"))
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        at_exit.pop()()
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
 
 
 def test_a_command_in_a_thread_needs_no_handler() -> None:
