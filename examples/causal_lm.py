@@ -14,24 +14,23 @@ if __name__ == "__main__":  # as a module, or as a file
 
     import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
 
-import sys
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tenslora import AdapterConfig, RankStrategy, attach
+from tenslora.errors import TensLoRAError
+from tenslora.files import require_file
 from tenslora.harness.commands import command_parser, mistakes_in_one_line
 
 
 def bytes_of(path: Path) -> torch.Tensor:
     """The bytes of a file that has more than the 64 of one example."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        sys.exit(f"error: {path}: cannot be read ({error.strerror})")
+    require_file(path)  # a pipe or a device may have no end
+    text = path.read_bytes()
     if len(text) <= 64:
-        sys.exit(f"error: {path}: must have more than 64 bytes, and has {len(text)}")
+        raise TensLoRAError(f"{path}: must have more than 64 bytes, and has {len(text)}")
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int64)
 
 

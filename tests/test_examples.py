@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tenslora.errors import TensLoRAError
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -43,17 +46,22 @@ def test_the_loss_of_a_decoder_falls_on_a_text_file() -> None:
 @pytest.mark.parametrize("name", ["causal_lm", "peft_causal_lm"])
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read (No such file or directory)"), (b"", "must have more than 64 bytes, and has 0")],
+    [
+        (None, "no such file"),
+        (b"", "must have more than 64 bytes, and has 0"),
+        ("a pipe", "must be a file, not a pipe or a device"),
+    ],
 )
 def test_a_text_file_that_cannot_be_learned_is_one_line(
-    name: str, content: bytes | None, message: str, tmp_path: Path
+    name: str, content: bytes | str | None, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "text.txt"
-    if content is not None:
+    if isinstance(content, bytes):
         file.write_bytes(content)
-    with pytest.raises(SystemExit) as caught:
+    elif content:
+        os.mkfifo(file)
+    with pytest.raises(TensLoRAError, match=f"^{re.escape(f'{file}: {message}')}$"):
         import_module(f"examples.{name}").main(file)
-    assert str(caught.value) == f"error: {file}: {message}"
 
 
 def test_peft_trains_saves_and_loads_a_classifier() -> None:
