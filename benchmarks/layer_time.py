@@ -45,7 +45,7 @@ from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.factorizations.tucker import Tucker
 from tenslora.files import write_json
 from tenslora.forward_pass import ForwardPass
-from tenslora.harness.commands import command_parser, file_to_write, mistakes_in_one_line, whole_number
+from tenslora.harness.commands import command_parser, file_to_write, mistakes_in_one_line, thread_count, whole_number
 from tenslora.projections import Columns
 from tenslora.thin_products import MatrixGroup
 
@@ -182,7 +182,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, metavar="ADAPTER", default=list(ADAPTERS))
     parser.add_argument("--tokens", type=whole_number, default=1576, help="tokens per step, a multiple of 8")
     parser.add_argument("--separate", action="store_true", help="three Linear layers instead of a fused one")
-    parser.add_argument("--threads", type=whole_number, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=thread_count, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=whole_number, default=40)
     parser.add_argument("--out", type=file_to_write, default="outputs/benchmarks/layer_time.json")
     arguments = parser.parse_args(given)

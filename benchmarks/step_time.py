@@ -47,7 +47,7 @@ from unittest.mock import patch
 from tenslora.constructions import PAPER_CONSTRUCTIONS
 from tenslora.errors import TensLoRAError
 from tenslora.files import write_json
-from tenslora.harness.commands import command_parser, file_to_write, mistakes_in_one_line, whole_number
+from tenslora.harness.commands import command_parser, file_to_write, mistakes_in_one_line, thread_count, whole_number
 
 STRATEGIES = ("isorank", "isoparameters")
 TENSORS = tuple(mode for mode in PAPER_CONSTRUCTIONS if mode != "lora")
@@ -633,7 +633,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
     parser.add_argument("--batch", type=whole_number, help="examples per step; the default is docs/performance.md's")
-    parser.add_argument("--threads", type=whole_number, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=thread_count, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=whole_number, default=7)
     parser.add_argument("--steps", type=whole_number, help="per turn; the default is 1 on a CPU, 10 on a GPU")
     parser.add_argument("--at-once", type=whole_number, default=6, help="variants in memory at once, beside the floor")

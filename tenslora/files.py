@@ -38,6 +38,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     if not path.name:
         raise TensLoRAError(f"{path}: cannot be written (is not the name of a file)")
+    require_no_device(path)
     temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +128,23 @@ def write_safetensors(
     # The header is a single entry, because safetensors writes several in an order that changes between processes.
     write_bytes(path, save(plain, metadata={_HEADER: json.dumps(header, sort_keys=True)}))
     return path
+
+
+def require_no_device(path: Path) -> None:
+    """Check that no named pipe and no device is at a path where a file is to be written, which would take its place.
+
+    Args:
+        path: the file's path.
+
+    Raises:
+        TensLoRAError: if there is one, also through a link.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # there is nothing, or the write says what is wrong
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise TensLoRAError(f"{path}: cannot be written (is a pipe or a device; must be a file)")
 
 
 def require_file(path: Path) -> None:

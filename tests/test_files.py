@@ -172,6 +172,16 @@ def test_what_is_no_file_is_refused_by_name(name: str, message: str, tmp_path: P
             read(tmp_path / name)
 
 
+def test_no_file_takes_the_place_of_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")  # as /dev/stdout is one
+    for name in ("pipe", "link"):
+        with pytest.raises(TensLoRAError, match=rf"/{name}: cannot be written \(is a pipe or a device; must be a file"):
+            write_bytes(tmp_path / name, b"")
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+
+
 @pytest.mark.parametrize("path", ["", "/"])
 def test_a_path_that_names_no_file_is_not_written_to(path: str) -> None:
     with pytest.raises(TensLoRAError, match=r"cannot be written \(is not the name of a file\)$"):

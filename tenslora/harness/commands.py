@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tenslora.errors import TensLoRAError, first_line, require_path
+from tenslora.files import require_no_device
 from tenslora.harness.stop import Stop
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -69,6 +70,23 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def thread_count(text: str) -> int:
+    """The value of an option that says how many CPU threads torch may use, for argparse.
+
+    Args:
+        text: the value, as the command line has it.
+
+    Raises:
+        ArgumentTypeError: if it is not a whole number of at least 1, or far more than this machine has processors.
+    """
+    from tenslora.harness.training.processes import most_threads
+
+    count, most = whole_number(text), most_threads()
+    if count > most:
+        raise argparse.ArgumentTypeError(f"{count}: must be at most {most}, four times the processors here")
+    return count
+
+
 def file_to_write(text: str) -> Path:
     """The value of an option that names a file to write at the end of a long computation, for argparse.
 
@@ -84,6 +102,7 @@ def file_to_write(text: str) -> Path:
     try:
         if not path.name or os.path.isdir(path):
             raise TensLoRAError(f"{text}: cannot be written (is a folder; must be the name of a file)")
+        require_no_device(path)
         check_writable(path.parent)
     except TensLoRAError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tenslora.errors import TensLoRAError, first_line
-from tenslora.files import write_bytes
+from tenslora.files import require_no_device, write_bytes
 from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line, path_argument
 
 Row = Mapping[str, Any]
@@ -217,6 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise TensLoRAError(f"--out {given.out}: must end in one of {', '.join(WRITERS)}")
         if given.out and given.format:
             raise TensLoRAError(f"--format {given.format}: is for printing; the end of --out {given.out} says its form")
+        if given.out:
+            require_no_device(given.out)
         rows = predict(given)
         if os.environ.get("RANK", "0") != "0":  # started by torchrun; the first process answers
             return

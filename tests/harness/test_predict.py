@@ -145,6 +145,7 @@ def test_a_path_that_is_too_long_is_one_line(digits_run: Path) -> None:
         (["--file", "{}.ragged.csv"], "cannot be read .Error tokenizing data.*line 3"),
         (["--file", "{}.empty.csv"], "row 2 has no text in the column sentence"),
         (["--file", "{}.answered.csv"], "has a column prediction, which the answer would replace"),
+        (["--out", "{}.pipe.csv"], r"pipe.csv: cannot be written \(is a pipe or a device; must be a file\)$"),
         (["--file", "{}.share.csv", "--out", "{}"], "has a column probability_acceptable, which the answer"),
     ],
 )  # fmt: skip
@@ -155,6 +156,7 @@ def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Pa
     Path(f"{file}.empty.csv").write_text("id,sentence\n1,the cat\n2\n")
     Path(f"{file}.answered.csv").write_text("sentence,prediction\nthe cat,yes\n")
     Path(f"{file}.number.jsonl").write_text('{"sentence": 5}\n')
+    os.mkfifo(f"{file}.pipe.csv")
     Path(f"{file}.share.csv").write_text("sentence,probability_acceptable\nthe cat,yes\n")
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as caught:
         main([str(sentences_run), *(word.format(file) for word in words)])
