@@ -418,24 +418,28 @@ class SharedInput:
         Returns:
             h (tokens, r) and right (r, outputs).
         """
+        outside = self.group.forward_pass.products is None
         pending = self.group.forward_pass.here.pending
-        conditions = (dtype, torch.is_grad_enabled(), saved_tensors_hooks(), *self._versions(x))
+        conditions = (dtype, torch.is_grad_enabled(), saved_tensors_hooks(), *self._versions(x, outside))
         key = *self.group.key, self.layer
         latest, earlier, products = pending.get(key, (None, (), {}))
         if latest is not x or earlier != conditions or matrix not in products:
             hs, rights = self.all_products(tokens, dtype)
             products = {index: (hs[index % len(hs)], right) for index, right in enumerate(rights)}
             pending[key] = x, conditions, products
+            if outside and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+                for each in (*hs, *rights):  # a backward pass between two calls frees what they would share
+                    if each.requires_grad:
+                        each.register_hook(lambda _: pending.pop(key, None) and None)  # type: ignore[no-untyped-call]
         product = products.pop(matrix)
         if not products:
             pending.pop(key, None)
         return product
 
-    def _versions(self, x: Tensor) -> Iterator[int]:
+    def _versions(self, x: Tensor, outside: bool) -> Iterator[int]:
         # torch counts the changes of a tensor, except in inference mode. What torch.compile traces changes none.
         if torch.compiler.is_compiling():
             return
-        outside = self.group.forward_pass.here.products is None
         for tensor in (x, *(self.group.adapter.parameters() if outside else ())):
             yield 0 if tensor.is_inference() else tensor._version
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ from tenslora.errors import TensLoRAError
 class ForwardPass:
     """The forward pass of an adapted model that is running, if any; each thread has its own.
 
-    Hooks on the model notice when a pass begins and when it ends, even by an exception. What a pass has computed lasts
-    until its end: outside a pass, nothing would tell us when a result has gone stale.
+    Hooks on the model notice when a pass begins and when it ends, even by an exception. torch tells nobody of a pass
+    that Ctrl-C has ended, which shows in Python's stack. What a pass has computed lasts until its end: outside a pass,
+    nothing would tell us when a result has gone stale.
 
     The first pass is also checked. A model may read a Linear's weight without calling the Linear, and an adapter there
     would have no effect. If no layer with the matrices of some name is called, the pass raises a `TensLoRAError`; if
@@ -79,18 +82,28 @@ class ForwardPass:
                 f"detach(model)) puts it on them"
             )
 
+    @property
+    def products(self) -> dict[Hashable, Any] | None:
+        """The thin products that the pass of this thread has computed, to which it adds; None outside a pass."""
+        here = self.here
+        if here.frame is not None and not torch.compiler.is_compiling() and not _is_running(here.frame):
+            here.leave()
+        return here.products
+
     def remove_hooks(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
 
     def _begin(self, model: nn.Module, *_: Any) -> None:
+        self.here.leave()
         if not torch.compiler.is_compiling():
             self.require_own_adapter(model)
-        self.here.products, self.here.pending = {}, {}
+            self.here.frame = sys._getframe(1)  # that of torch's Module.__call__
+        self.here.products = {}
 
     def _end(self, _model: nn.Module, _inputs: Any, output: Any) -> None:
-        self.here.products, self.here.pending = None, {}
+        self.here.leave()
         if torch.compiler.is_compiling():  # which warns if a hook looks at the output
             self._require_every_kind()
         elif output is not None and not self._checked:  # None after an exception
@@ -146,16 +159,30 @@ class _InThisThread(threading.local):
         products: the thin products of all layers by group, see `thin_products.MatrixGroup`; None outside a pass.
         pending: of one layer's group, the latest input, the conditions under which it was multiplied, and the products
             of the matrices that have not asked for them yet, see `adapted_linear.SharedInput`.
+        frame: the call of the model that is the pass; None outside a pass, and in one that torch.compile has traced.
     """
 
     def __init__(self) -> None:  # torch.compile finds only attributes that every thread's object has from the start
         self.products: dict[Hashable, Any] | None = None
         self.pending: dict[Hashable, tuple[Tensor, tuple[Any, ...], dict[int, tuple[Tensor, Tensor]]]] = {}
+        self.frame: FrameType | None = None
+
+    def leave(self) -> None:
+        """Forget the pass."""
+        self.products, self.pending, self.frame = None, {}, None
 
     def __reduce__(self) -> tuple[type[_InThisThread], tuple[()]]:
         # A copy is of a model, and begins outside a pass. Products may belong to an autograd graph, which cannot be
         # copied.
         return type(self), ()
+
+
+def _is_running(frame: FrameType) -> bool:
+    # Whether a call has begun in this thread and not ended.
+    current: FrameType | None = sys._getframe(1)
+    while current is not None and current is not frame:
+        current = current.f_back
+    return current is not None
 
 
 def listed(paths: Sequence[str]) -> str:

@@ -89,7 +89,7 @@ class MatrixGroup:
         Returns:
             The layer's products, in this dtype.
         """
-        cached = self.forward_pass.here.products
+        cached = self.forward_pass.products
         # Activation checkpointing sets hooks. It runs a block a second time during the backward pass, when the forward
         # pass is over and its cache is gone, and expects the same operations. So a checkpointed block never uses the
         # cache.
@@ -101,8 +101,7 @@ class MatrixGroup:
         return cast(LayerProducts, cached[key][0][layer])
 
     def _versions(self) -> list[tuple[Tensor, int]]:
-        # torch tells of no pass that Ctrl-C has ended, and its products lie in the cache until the next pass begins. A
-        # layer that is called by itself before then must not take them if the adapter has changed.
+        # A forward of the model's own may change the adapter before it calls the next layer.
         if torch.compiler.is_compiling():
             return []
         return [(own, own._version) for own in self.adapter.parameters() if not own.is_inference()]

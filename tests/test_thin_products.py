@@ -209,21 +209,52 @@ def test_a_copy_of_the_model_has_a_cache_of_its_own() -> None:
     assert len(model._forward_pre_hooks) == len(model._forward_hooks) == 1
 
 
-def test_a_pass_that_was_broken_off_leaves_nothing_for_a_changed_adapter() -> None:
+def _scale(adapter: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.mul_(0.5)
+
+
+def _write_past_autograd(adapter: nn.Module) -> None:
+    for parameter in adapter.parameters():
+        parameter.data.mul_(0.5)
+
+
+def _assign(adapter: nn.Module) -> None:
+    adapter.load_state_dict({name: 0.5 * tensor for name, tensor in adapter.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [_scale, _write_past_autograd, _assign])
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, SystemExit])
+def test_a_pass_that_was_broken_off_leaves_nothing_for_a_changed_adapter(change: Any, reason: Any) -> None:
     # As after Ctrl-C in a notebook: torch calls no hook at the end of such a pass.
     model = build("separate")
     attached(model, "qkv_depth")
     other = copy.deepcopy(model)
-    adapters, x = [adapter_of(each) for each in (model, other)], inputs("separate")["x"]
+    x = inputs("separate")["x"]
 
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise reason
 
-    with model.get_submodule("blocks.1").register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+    with model.get_submodule("blocks.1").register_forward_pre_hook(interrupt), pytest.raises(reason):
         model(x)
-    with torch.no_grad():
-        for adapter in adapters:
-            for parameter in adapter.parameters():
-                parameter.mul_(0.5)
-    first, expected = (each.get_submodule("blocks.0")(x) for each in (model, other))
-    assert torch.equal(first, expected)
+    for each in (model, other):
+        change(adapter_of(each))
+    for _ in range(2):  # the graph of the pass that was broken off is not shared by two backward passes
+        first, expected = (each.get_submodule("blocks.0")(x) for each in (model, other))
+        assert torch.equal(first, expected)
+        torch.autograd.backward(first.sum())
+
+
+def test_layers_that_are_called_by_themselves_have_backward_passes_of_their_own() -> None:
+    model = build("separate")
+    adapter = attached(model, "qkv_depth")
+    x = inputs("separate")["x"]
+    layers = [linear_at(model, f"blocks.0.attention.{name}") for name in ("query", "value")]
+    for layer in layers:
+        torch.autograd.backward(layer(x).sum())
+    gradients = [parameter.grad for parameter in adapter.parameters()]
+    adapter.zero_grad()
+    torch.autograd.backward((layers[0](x) + layers[1](x)).sum())
+    for gradient, parameter in zip(gradients, adapter.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
