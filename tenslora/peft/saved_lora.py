@@ -18,6 +18,7 @@ from tenslora.peft.patterns import first_matches
 from tenslora.projections import Stage, TargetLinear, features
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PICKLE = "adapter_model.bin"
 """The files in the folder that PEFT's `save_pretrained` writes."""
 
 PREFIX = "base_model.model."
@@ -161,11 +162,21 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
             if all of its updates are zero.
     """
     config, path = read_config(folder), folder / WEIGHTS
+    if not path.exists() and (folder / _PICKLE).exists():
+        raise TensLoRAError(
+            f"{folder / _PICKLE}: is a pickle, which could run code; save the LoRA again in safetensors"
+        )
     matrices = {key: tensor for key, tensor in read_safetensors(path)[1].items() if ".lora_" in key}
     saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(PREFIX)) for key in matrices}
     targets = {target.path: (index, target) for index, (_, of_stage) in enumerate(stages) for target in of_stage}
     by_own_name = {uncompiled(name): name for name in saved}
     found = {by_own_name[name]: place for name, place in _places(by_own_name.keys(), targets).items()}
+    named = [key for key in matrices if re.search(r"\.lora_[^.]+\.[^.]+\.weight$", key)]
+    if named:
+        raise TensLoRAError(
+            f"{path}: {min(named)} has an adapter's name in it, as in a model's own state dict; save the LoRA with "
+            f"PEFT's save_pretrained, or take the name out"
+        )
     if saved and not found:
         raise TensLoRAError(f"{folder}: adapts {min(saved)} and others; this model has none of them")
     if left := saved - found.keys():

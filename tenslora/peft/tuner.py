@@ -495,8 +495,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
                 f"adapter; train them on with requires_grad_(True), and keep them with save_tensors",
                 stacklevel=2,
             )
-        forward_pass = ForwardPass(model)
         keep_gradients(model)
+        forward_pass = ForwardPass(model)
         # PEFT keeps this for the parameters of an adapter that are in the model's layers.
         requiring = [(each, each.requires_grad) for each in self.tenslora_adapters.parameters()]
         self._planned = layer_updates(adapter, stages, forward_pass)
@@ -597,6 +597,11 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         for module in self.model.modules():
             if isinstance(module, TensLoraLinear) and module.updates:  # their adapters may have been deleted
                 module.quantised_weights()
+                on_meta = any(own.is_meta for own in module.tenslora_adapters.parameters())
+                if on_meta and device_of(module.get_base_layer()).type != "meta":
+                    raise TensLoRAError(
+                        "the adapter is on the device meta and has no numbers; give it those of a state dict"
+                    )
 
     def unmerge_adapter(self) -> None:
         """Subtract the merged updates from the weights again."""
@@ -682,6 +687,10 @@ def _require_adapters_tensors(tuner: nn.Module, state: dict[str, Any], prefix: s
         path = f"{prefix}{_ADAPTERS}.{name}"
         own = {key.removeprefix(f"{path}."): tensor for key, tensor in state.items() if key.startswith(f"{path}.")}
         if own:
+            # PEFT gives the adapter's name to the tensors for which the adapter has a place, and to no others.
+            of_all = f"{prefix}{_ADAPTERS}."
+            parts = tuple({f"{of_all}{key.partition('.')[0]}." for key in adapter.state_dict()})
+            own |= {key.removeprefix(of_all): tensor for key, tensor in state.items() if key.startswith(parts)}
             try:
                 require_tensors(own, {key: tensor.shape for key, tensor in adapter.state_dict().items()})
             except TensLoRAError as error:

@@ -167,6 +167,19 @@ def test_other_sizes_and_other_kinds_of_adapter_are_refused(tmp_path: Path) -> N
         read_updates(tmp_path / "nowhere", find_projections(other))
 
 
+def test_a_lora_that_was_not_saved_by_peft_as_it_is_today_says_so(tmp_path: Path) -> None:
+    stages = find_projections(build("hf_bert"))
+    save_random_lora(build("hf_bert").float(), tmp_path, r=2, target_modules=["query"])
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name.replace(".weight", ".default.weight"): weight for name, weight in weights.items()}, path)
+    with pytest.raises(TensLoRAError, match=r"query\.lora_A\.default\.weight has an adapter's name in it"):
+        read_updates(tmp_path, stages)
+    path.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(TensLoRAError, match=r"adapter_model\.bin: is a pickle, which could run code; save the LoRA"):
+        read_updates(tmp_path, stages)
+
+
 def edited(folder: Path, changes: dict[str, Any]) -> None:
     """Change settings of a saved LoRA; ... deletes one."""
     path = folder / "adapter_config.json"

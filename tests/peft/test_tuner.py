@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.big_modeling import attach_layerwise_casting_hooks
 from omegaconf import OmegaConf
 from peft import (
@@ -368,6 +369,7 @@ def test_an_adapter_is_loaded_from_the_hub_by_its_name(commands: Commands, tmp_p
     save_file({"logits": logits(model, inputs("hf_bert")).detach()}, tmp_path / "expected.safetensors")
     program = f"""
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 import tenslora.peft
@@ -900,6 +902,28 @@ def test_an_adapter_on_weights_stored_in_8_bits_is_trained_in_32() -> None:
     assert not torch.allclose(logits(adapted, inputs("hf_bert")), plain)
     logits(adapted, inputs("hf_bert")).sum().backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is not None for parameter in adapter_of(adapted).parameters())
+
+
+@pytest.mark.parametrize("mode", ["lora", "qkv"])
+def test_the_adapter_of_a_deeper_model_is_refused(mode: str, tmp_path: Path) -> None:
+    get_peft_model(_bert(layers=4), TensLoraConfig(tensor_mode=mode)).save_pretrained(str(tmp_path))
+    with pytest.raises(TensLoRAError, match=r"does not fit: has tensors\.\d+\.\w+, which does not belong there"):
+        PeftModel.from_pretrained(_bert(layers=2), str(tmp_path))
+    model = get_peft_model(_bert(layers=2), TensLoraConfig(tensor_mode=mode))
+    with pytest.raises(TensLoRAError, match="which does not belong there"):
+        model.load_adapter(str(tmp_path), "other")
+
+
+def _bert(layers: int) -> Any:
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "intermediate_size": 32, "vocab_size": 50}
+    return transformers.BertModel(transformers.BertConfig(**sizes, num_hidden_layers=layers))
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_an_adapter_without_numbers_is_not_merged(method: str) -> None:
+    model = get_peft_model(_bert(layers=2), TensLoraConfig(), low_cpu_mem_usage=True)
+    with pytest.raises(TensLoRAError, match=r"^the adapter is on the device meta and has no numbers"):
+        getattr(model, method)()
 
 
 def test_a_saved_adapter_that_does_not_fit_changes_nothing() -> None:
