@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def download(name: str, files: Sequence[str], revision: str | None = None) -> Pa
     try:
         return Path(client.snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the client raises OSError, ValueError and the types of its HTTP library
-        raise TensLoRAError(f"{name}: no such folder, and not found on the hub ({first_line(error)})") from error
+        raise TensLoRAError(f"{name}: no such folder, and not found on the hub ({_reason(error)})") from error
 
 
 def upload(folder: Path, name: str, *, card: str, message: str, replaced: str, private: bool = False) -> str:
@@ -72,8 +73,14 @@ def upload(folder: Path, name: str, *, card: str, message: str, replaced: str, p
             repo_id=name, folder_path=str(folder), commit_message=message, delete_patterns=replaced
         )
     except Exception as error:  # the client raises OSError, ValueError and the types of its HTTP library
-        raise TensLoRAError(f"repo_id={name}: the hub refuses ({first_line(error)})") from error
+        raise TensLoRAError(f"repo_id={name}: the hub refuses ({_reason(error)})") from error
     return str(commit.commit_url)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):  # the login page of a network, say
+        return "what answers under the hub's address is not the hub: its answer is no JSON"
+    return first_line(error)
 
 
 def _client(name: str) -> Any:

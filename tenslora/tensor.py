@@ -59,6 +59,14 @@ class FactorizedTensor(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
         self.reset_parameters()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorizedTensor:
+        # `model.to(memory_format=torch.channels_last)` refuses five dimensions, and a core is no image.
+        def own(tensor: Tensor) -> Tensor:
+            return fn(tensor.flatten()).view(tensor.shape) if tensor.dim() > 4 else fn(tensor)
+
+        super()._apply(own, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the parameters and the noise as at the start, with the same numbers.
