@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 SUBMODULE = "tenslora"
 """The name of the adapter in the model."""
+
+_MODELS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+"""The model that each adapter was last attached to. In the adapter itself, a pickle would have to hold it."""
 
 
 def attach(
@@ -76,7 +80,7 @@ def attach(
     Raises:
         TensLoRAError: if the model or a part of it has an adapter already, if the matrices to adapt or a module to
             train are not found, or if the adapter is for other dimensions; the message says which ones differ.
-            Likewise if an existing adapter, or the model that it is for, is on the device meta.
+            Likewise if an existing adapter is on another model, or if it or the model is on the device meta.
     """
     require_type("model", model, nn.Module)
     require_type("adapter", adapter, AdapterConfig, Adapter, StagedAdapter)
@@ -86,6 +90,12 @@ def attach(
     ids = {id(parameter) for module in trained for parameter in module.parameters()}
     before = () if isinstance(adapter, AdapterConfig) else adapter.trained_beside
     left_out = sorted(name for name, own in model.named_parameters() if name in before and id(own) not in ids)
+    if left_out:
+        warnings.warn(
+            f"{listed(left_out)}: trained beside this adapter before, and frozen now; train=[...] names what is to be "
+            f"trained",
+            stacklevel=2,
+        )
     updates = [module for module in model.modules() if isinstance(module, TensorUpdate)]
     of_updates = [parameter for update in updates for parameter in update.parameters() if parameter.requires_grad]
     if isinstance(adapter, AdapterConfig):
@@ -93,10 +103,8 @@ def attach(
             adapter = make_adapter(adapter, [stage.geometry for stage in stages])
     with undone_on_error(model):
         model.requires_grad_(False)
-        for module in trained:
-            module.requires_grad_(True)
-        for parameter in of_updates:
-            parameter.requires_grad_(True)
+        for parameter in (*(own for module in trained for own in module.parameters()), *of_updates):
+            parameter.requires_grad_(is_trainable(parameter))
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.grad = None  # an optimizer of all parameters would move it by an old gradient
@@ -112,12 +120,7 @@ def attach(
             put_on(model.get_submodule(path), update)
         adapter.trained_beside = frozenset(name for name, own in model.named_parameters() if id(own) in ids)
         model.add_module(SUBMODULE, adapter)
-    if left_out:
-        warnings.warn(
-            f"{listed(left_out)}: trained beside this adapter before, and frozen now; train=[...] names what is to be "
-            f"trained",
-            stacklevel=2,
-        )
+        _MODELS[adapter] = weakref.ref(model)
     return adapter
 
 
@@ -181,6 +184,12 @@ def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedA
             raise TensLoRAError(f"{target.path}: {error}") from error
     if isinstance(adapter, AdapterConfig):
         return stages
+    holder = _MODELS[adapter]() if adapter in _MODELS else None
+    if holder is not None and holder._modules.get(SUBMODULE) is adapter:
+        raise TensLoRAError(
+            f"the adapter is on another model ({type(holder).__name__}); detach it there first, or attach a "
+            f"copy.deepcopy of it"
+        )
     if any(device_of(target.linear).type == "meta" for stage in stages for target in stage.targets):
         raise TensLoRAError(
             f"{type(model).__name__}: is on the device meta, where the adapter's numbers would be lost; give the model "
@@ -349,15 +358,10 @@ def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
     with _gradients_back_on_error(model):
         adapter = detach(model)
         beside = adapter.trained_beside
-        modules = [(path, part) for path, part in model.named_modules(remove_duplicate=False) if path]
         try:
-            yield adapter
+            with peft_undone_on_error(model):
+                yield adapter
         except BaseException:
-            for path, part in modules:  # a part before its own parts
-                if model.get_submodule(path) is not part:
-                    model.set_submodule(path, part)
-                vars(part).pop("has_tenslora_adapter", None)
-            vars(model).pop("peft_config", None)
             adapter.trained_beside = frozenset()  # given back below, and what it names requires gradients again
             with suppress(TensLoRAError):
                 attach(model, adapter)
@@ -366,10 +370,38 @@ def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
 
 
 @contextmanager
+def peft_undone_on_error(model: nn.Module) -> Iterator[None]:
+    """A context in which PEFT puts its layers on a model. After an error in it, they are off again.
+
+    Args:
+        model: without an adapter.
+    """
+    modules = [(path, part) for path, part in model.named_modules(remove_duplicate=False) if path]
+    passes = _hooked_passes(model)
+    with _gradients_back_on_error(model):
+        try:
+            yield
+        except BaseException:
+            for forward_pass in _hooked_passes(model) - passes:
+                forward_pass.remove_hooks()
+            for path, part in modules:  # a part before its own parts
+                if model.get_submodule(path) is not part:
+                    model.set_submodule(path, part)
+                vars(part).pop("has_tenslora_adapter", None)
+            vars(model).pop("peft_config", None)
+            raise
+
+
+def _hooked_passes(model: nn.Module) -> set[ForwardPass]:
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return {owner for owner in owners if isinstance(owner, ForwardPass)}
+
+
+@contextmanager
 def not_compiled_anywhere(model: nn.Module) -> Iterator[nn.Module]:
     """A context in which PEFT gets a model without torch.compile's wrappers, whose names it would save.
 
-    After an error in it, the parts of the model are wrapped as before. Otherwise a warning tells of the wrappers.
+    A warning tells of the wrappers. After an error in it, the parts of the model are wrapped as before.
 
     Args:
         model: compiled as a whole, in parts or not at all. It is changed in place.
@@ -384,6 +416,12 @@ def not_compiled_anywhere(model: nn.Module) -> Iterator[nn.Module]:
         for path, part in own.named_modules(remove_duplicate=False)
         if _innermost(part) is not part and path.rpartition(".")[2] != "_orig_mod"
     ]
+    if wrapped or own is not model:
+        warnings.warn(
+            f"{type(own).__name__}: is compiled, as a whole or in parts, and PEFT gets it without torch.compile's "
+            f"wrappers, whose names it would save; compile the PEFT model instead",
+            stacklevel=4,
+        )
     try:
         for path, part in reversed(wrapped):  # a part of a part first
             own.set_submodule(path, _innermost(part))
@@ -392,12 +430,6 @@ def not_compiled_anywhere(model: nn.Module) -> Iterator[nn.Module]:
         for path, part in wrapped:
             own.set_submodule(path, part)
         raise
-    if wrapped or own is not model:
-        warnings.warn(
-            f"{type(own).__name__}: was compiled, as a whole or in parts, and is no longer, because PEFT would save "
-            f"the names of torch.compile's wrappers; compile the PEFT model instead",
-            stacklevel=4,
-        )
 
 
 def _innermost(model: nn.Module) -> nn.Module:
@@ -615,9 +647,33 @@ def require_all_layers(model: nn.Module) -> None:
     missing = sum(stage.geometry.layers * len(stage.geometry.matrices) for stage in adapter_of(model).stages)
     missing -= sum(len(linear.layer_update.columns) for linear in _adapted_linears(model).values())
     if missing > 0:
+        require_same_sizes(model)
         raise TensLoRAError(
             f"{type(model).__name__}: {missing} of the adapted matrices are no longer in the model, whose layers were "
             f"replaced after attach; attach(model, detach(model), train=...) puts the adapter on those that it has now"
+        )
+
+
+def require_same_sizes(model: nn.Module) -> None:
+    """Check that a model has the layers that its adapter is for.
+
+    Args:
+        model: with an adapter.
+
+    Raises:
+        TensLoRAError: if layers were added or taken away, or got other sizes.
+    """
+    adapter = adapter_of(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the layers without attention, which attach has told
+            stages = find_projections(not_compiled(model), adapter.config.adapt)
+    except TensLoRAError:  # as of one that is wrapped for several processes
+        return
+    if differing := _differences(adapter, stages):
+        raise TensLoRAError(
+            f"{type(model).__name__}: its layers have changed after attach, and the adapter does not fit them: "
+            f"{'; '.join(differing)}; undo the change, or attach a new adapter"
         )
 
 
@@ -734,6 +790,15 @@ def is_finite(tensor: Tensor) -> bool:
         tensor: any tensor of floating-point numbers.
     """
     return tensor.is_meta or float((tensor * 0).sum()) == 0
+
+
+def is_trainable(parameter: Tensor) -> bool:
+    """Whether a parameter can require gradients. One of whole numbers, such as a table of indices, cannot.
+
+    Args:
+        parameter: the parameter.
+    """
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def modules_named(model: nn.Module, names: Sequence[str], setting: str = "train") -> list[nn.Module]:

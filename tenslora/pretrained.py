@@ -19,8 +19,10 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +33,11 @@ from tenslora.attachment import (
     SUBMODULE,
     adapter_of,
     attach,
+    is_trainable,
     not_compiled,
     require_changeable,
     require_own_layers,
+    require_same_sizes,
     stages_to_adapt,
     uncompiled,
     undone_on_error,
@@ -70,19 +74,30 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
         TensLoRAError: if there is no adapter, if a file cannot be written, if the adapter or a weight holds a NaN or an
             infinity, or if a weight that is trained beside the adapter has the adapter's update in it, which `load`
             would then add again. Likewise if an adapted layer is a copy of another one, with an adapter of its own, or
-            was replaced by a layer without an update.
+            was replaced by a layer without an update, or if the model has other layers than the adapter is for.
     """
     folder, adapter, model = require_path("folder", folder), adapter_of(model), not_compiled(model)
     head = _trained_weights(model)
     require_own_layers(model)
+    require_same_sizes(model)
     for path, module in model.named_modules():
+        state = type(module).get_extra_state is not nn.Module.get_extra_state
+        if state and any(name.startswith(f"{uncompiled(path)}.") for name in head):
+            warnings.warn(
+                f"{path}: what its get_extra_state returns is not saved, because safetensors holds tensors alone",
+                stacklevel=2,
+            )
         if isinstance(module, AdaptedLinear) and module.layer_update.merged and uncompiled(f"{path}.weight") in head:
             raise TensLoRAError(f"{path}: its weight is trained and has the adapter's update in it; unmerge first")
     with _head_stays_with_its_adapter(folder):
         digest = None
         if head:
-            parameters = [name for name, weight in head.items() if isinstance(weight, nn.Parameter)]
-            digest = sha256_of(write_safetensors(folder / HEAD_FILE, head, {}, finite=parameters))
+            parameters = [
+                name for name, weight in head.items() if isinstance(weight, nn.Parameter) and is_trainable(weight)
+            ]
+            tied = _other_names(model, head)
+            header = {"tied": tied} if tied else {}
+            digest = sha256_of(write_safetensors(folder / HEAD_FILE, head, header, finite=parameters))
         elif os.path.lexists(folder / HEAD_FILE):  # of an earlier adapter, which the new one must not be loaded with
             try:
                 (folder / HEAD_FILE).unlink()
@@ -172,7 +187,7 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
             with torch.no_grad():
                 for name, saved in head.items():
                     places[name].copy_(saved)
-                    if isinstance(places[name], nn.Parameter):
+                    if isinstance(places[name], nn.Parameter) and is_trainable(places[name]):
                         places[name].requires_grad_(True)
     except BaseException:
         with torch.no_grad():
@@ -198,14 +213,18 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
             there, if one holds a NaN or an infinity, if two differ that are one in the model, or if a running variance
             or a count of batches is negative.
     """
-    weights = {uncompiled(name): weight for name, weight in read_safetensors(path)[1].items()}
+    header, saved_weights = read_safetensors(path)
+    weights = {uncompiled(name): weight for name, weight in saved_weights.items()}
     require_sizes(model)
     places = _places(model)
+    for name, other in _tied_in(header, path).items():
+        if other in weights and places.get(name, places.get(other)) is not places.get(other):
+            weights[name] = weights[other]  # the model that was saved had one weight in both places
     names: dict[int, str] = {}
     for name, saved in weights.items():
         if name not in places:
             hint = (
-                "; load_tensors first, which puts the updates of adapt_tensor on"
+                "; put the parametrization on first, as load_tensors does with the updates of adapt_tensor"
                 if ".parametrizations." in name
                 else ""
             )
@@ -398,6 +417,20 @@ def _require_no_other_head(model: nn.Module, beside: Set[str], saved: Set[str]) 
                 f"{gone}: was trained beside the adapter, and {listed(left_out)} in its place would not be saved; save "
                 f"before {path} becomes a {place._get_name()}, which has no parameters"
             )
+
+
+def _other_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    # Of the weights, the further names that the model has for them, each with the one under which it is saved.
+    names = {id(weight): name for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
+    places = _places(model)
+    return {name: names[id(own)] for name, own in places.items() if id(own) in names and name not in weights}
+
+
+def _tied_in(header: Mapping[str, Any], path: Path) -> dict[str, str]:
+    tied = header.get("tied", {})
+    if not isinstance(tied, dict) or not all(isinstance(name, str) for name in tied.values()):
+        raise TensLoRAError(f"{path}: not a readable safetensors file (tied must be an object of names)")
+    return tied
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:

@@ -1087,5 +1087,62 @@ def test_an_adapter_that_is_put_in_the_place_of_another_is_no_adapter_of_the_lay
         with pytest.raises(TensLoRAError, match="tenslora is another adapter than the one that its layers use"):
             act()
     attach(other, new)
+    expected = other.float()(x)
+    detach(other)
     attach(model, detach(model))
-    torch.testing.assert_close(model(x), other.float()(x))
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_an_adapter_is_on_one_model_at_a_time() -> None:
+    model, other = PlainTransformer(), PlainTransformer()
+    adapter = attach(model, AdapterConfig("qkv"), train=["head"])
+    with pytest.raises(TensLoRAError, match=r"^the adapter is on another model \(PlainTransformer\); detach it there"):
+        attach(other, adapter)
+    assert not hasattr(other, "tenslora") and adapter.trained_beside == {"head.weight", "head.bias"}
+    attach(other, copy.deepcopy(adapter), train=["head"])
+    detach(model)
+    del model
+    attach(PlainTransformer(), adapter, train=["head"])
+
+
+def test_layers_that_were_added_or_taken_away_are_told(tmp_path: Path) -> None:
+    model = PlainTransformer()
+    attach(model, AdapterConfig("qkv"))
+    model.blocks.append(copy.deepcopy(PlainTransformer().blocks[0]))
+    problem = r"^PlainTransformer: its layers have changed after attach, .*: layers is 2 in the adapter and {} in"
+    with pytest.raises(TensLoRAError, match=problem.format(3)):
+        save_pretrained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    del model.blocks[1:]
+    for act in (merge, lambda model: save_pretrained(model, tmp_path)):
+        with pytest.raises(TensLoRAError, match=problem.format(1)):
+            act(model)
+
+
+def test_integers_among_a_trained_modules_parameters_are_left_alone(tmp_path: Path) -> None:
+    model, other = PlainTransformer(), PlainTransformer()
+    for each, start in ((model, 3), (other, 0)):
+        each.head.table = nn.Parameter(torch.arange(start, start + 4), requires_grad=False)
+    attach(model, AdapterConfig("qkv"), train=["head"])
+    assert model.head.weight.requires_grad and not model.head.get_parameter("table").requires_grad
+    load(other, save_pretrained(model, tmp_path))
+    assert torch.equal(other.head.get_parameter("table"), model.head.get_parameter("table"))
+
+
+def test_where_warnings_are_errors_an_attach_that_warns_changes_nothing() -> None:
+    adapter = attach(model := PlainTransformer(), AdapterConfig("qkv"), train=["head"])
+    detach(model)
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match=r"^head.bias, head.weight: trained beside"):
+        warnings.simplefilter("error")
+        attach(model, adapter)
+    assert not hasattr(model, "tenslora") and model.head.weight.requires_grad
+    attach(model, adapter, train=["head"])
+
+
+@pytest.mark.parametrize("mode", ["qkv_depth", "att_qkv_depth"])
+def test_a_model_takes_a_memory_format_of_images(mode: str) -> None:
+    model = build("timm_vit")
+    attached(model, mode)
+    expected = logits(model, inputs("timm_vit"))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.testing.assert_close(logits(model, inputs("timm_vit")), expected)

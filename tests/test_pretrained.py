@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -226,11 +228,48 @@ def test_updates_of_other_weights_are_trained_and_loaded_beside_the_adapter(tmp_
     save_pretrained(model, tmp_path)
     tensors = save_tensors(model, tmp_path / "tensors.safetensors")
     other = fresh()
-    with pytest.raises(TensLoRAError, match=r"has no weight 0\.parametrizations.*; load_tensors first, which puts"):
+    with pytest.raises(
+        TensLoRAError, match=r"has no weight 0\.parametrizations.*; put the parametrization on first, as load_t"
+    ):
         load(other, tmp_path)
     load_tensors(other, tensors)
     load(other, tmp_path)
     torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-6)
+
+
+def test_a_tied_weight_is_loaded_in_both_places_of_a_model_that_does_not_tie_it(tmp_path: Path) -> None:
+    model, other = TwoHeads(), TwoHeads()
+    attach(model, AdapterConfig("qkv"), train=["again"])
+    scramble(model)
+    other.again.weight = nn.Parameter(torch.zeros(2, 24))
+    load(other, save_pretrained(model, tmp_path))
+    assert torch.equal(other.out.weight, model.out.weight) and torch.equal(other.again.weight, model.again.weight)
+    load(again := TwoHeads(), tmp_path)
+    assert again.out.weight is again.again.weight and torch.equal(again.out.weight, model.out.weight)
+    save_file({"out.weight": torch.zeros(2, 24)}, tmp_path / "head.safetensors", {"tenslora": '{"tied": [1]}'})
+    with pytest.raises(
+        TensLoRAError, match=r"head\.safetensors: not a readable safetensors file \(tied must be an obj"
+    ):
+        load(TwoHeads(), tmp_path)
+
+
+class WithState(nn.Linear):
+    def get_extra_state(self) -> dict[str, float]:
+        return {"temperature": 4.0}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_trained_modules_extra_state_that_is_not_saved_is_told(trained: bool, tmp_path: Path) -> None:
+    model = PlainTransformer()
+    model.head = WithState(24, 2)
+    attach(model, AdapterConfig("qkv"), train=["head"] if trained else [])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        save_pretrained(model, tmp_path)
+    assert [str(each.message)[:38] for each in told] == ["head: what its get_extra_state returns"] * trained
 
 
 def test_two_values_for_one_tied_weight_are_refused(tmp_path: Path) -> None:
@@ -366,6 +405,9 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         push_to_hub(model, "digits")
     monkeypatch.setattr("huggingface_hub.create_repo", create_repo)
     with pytest.raises(TensLoRAError, match=r"^repo_id=a/b: the hub refuses \(401 Client Error: Unauthorized\)$"):
+        push_to_hub(model, "a/b")
+    monkeypatch.setattr("huggingface_hub.create_repo", lambda *_, **__: json.loads("<html>"))
+    with pytest.raises(TensLoRAError, match=r"the hub refuses \(what answers under the hub's address is not the hub"):
         push_to_hub(model, "a/b")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for wanted in (lambda: push_to_hub(model, "a/b"), lambda: load(detached(model), "a/b")):

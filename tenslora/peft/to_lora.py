@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenslora.attachment import handed_over, not_compiled_anywhere, require_savable, updates_of
+from tenslora.attachment import adapter_of, handed_over, not_compiled_anywhere, require_savable, updates_of
 from tenslora.errors import TensLoRAError
 from tenslora.projections import is_conv1d
 
@@ -63,6 +63,11 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
     with not_compiled_anywhere(model) as own:
         weights = lora_weights(own)
         require_savable(own, modules_to_save)
+        if rate := adapter_of(own).config.rank_dropout:
+            warnings.warn(
+                f"rank_dropout={rate:g}: is not taken along, because PEFT's LoRA has none",
+                stacklevel=2,
+            )
         with handed_over(own) as adapter:
             ranks = {path: len(a) for path, (a, _) in weights.items()}
             rank = max(ranks.values())
@@ -89,9 +94,4 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
                     layer.lora_dropout.train(adapter.training)
                     layer.lora_A["default"].weight.copy_(a)
                     layer.lora_B["default"].weight.copy_(b)
-    if adapter.config.rank_dropout:
-        warnings.warn(
-            f"rank_dropout={adapter.config.rank_dropout:g}: is not taken along, because PEFT's LoRA has none",
-            stacklevel=2,
-        )
     return peft_model

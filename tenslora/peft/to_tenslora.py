@@ -18,12 +18,13 @@ from tenslora.attachment import (
     handed_over,
     modules_named,
     not_compiled_anywhere,
+    peft_undone_on_error,
     require_own_layers,
     require_savable,
     updates_of,
 )
 from tenslora.decomposition import Approximation, approximate
-from tenslora.errors import TensLoRAError, require_path
+from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.forward_pass import listed
 from tenslora.peft.saved_lora import PREFIX, WEIGHTS, read_others, read_updates
 from tenslora.peft.tuner import TensLoraConfig, choice, chosen_stages
@@ -114,6 +115,7 @@ def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> t
         TensLoRAError: if the LoRA adapts other matrices than the new adapter, if a module that was saved with it has
             another size, or if the factorization is CP, for which there is no such method. The model is then as it was.
     """
+    require_type("config", config, TensLoraConfig)
     with not_compiled_anywhere(model) as own:
         return _from_lora(own, require_path("folder", folder), config)
 
@@ -135,22 +137,23 @@ def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[
                 f"{folder / WEIGHTS}: {name} has the shape {tuple(weight.shape)}, and in {type(model).__name__} "
                 f"{tuple(place.shape)}"
             )
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
-    _in_modes(peft_model, model.training, model.training).load_state_dict(adapter.state_dict())
-    # For some tasks PEFT has added the names of a head.
-    to_save = peft_model.peft_config["default"].modules_to_save or ()
-    paths = tuple(f"{path}." for path in modules if any(path.endswith(name) for name in to_save))
-    # PEFT wants all weights of a module to save, or none.
-    kept = {PREFIX + name: weight for name, weight in own.items() if name.startswith(paths)}
-    wanted = {name: others.get(name, weight) for name, weight in kept.items()}
-    if left_out := [name for name in own if PREFIX + name in others.keys() - wanted.keys()]:
-        warnings.warn(
-            f"{folder}: {listed(left_out)} are saved beside the LoRA, and are not loaded, because they would not be "
-            f"saved again; name their modules in modules_to_save",
-            stacklevel=3,
-        )
-    with torch.no_grad():
-        set_peft_model_state_dict(peft_model, {name: weight.clone() for name, weight in wanted.items()})
+    with peft_undone_on_error(model):
+        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+        _in_modes(peft_model, model.training, model.training).load_state_dict(adapter.state_dict())
+        # For some tasks PEFT has added the names of a head.
+        to_save = peft_model.peft_config["default"].modules_to_save or ()
+        paths = tuple(f"{path}." for path in modules if any(path.endswith(name) for name in to_save))
+        # PEFT wants all weights of a module to save, or none.
+        kept = {PREFIX + name: weight for name, weight in own.items() if name.startswith(paths)}
+        wanted = {name: others.get(name, weight) for name, weight in kept.items()}
+        if left_out := [name for name in own if PREFIX + name in others.keys() - wanted.keys()]:
+            warnings.warn(
+                f"{folder}: {listed(left_out)} are saved beside the LoRA, and are not loaded, because they would not "
+                f"be saved again; name their modules in modules_to_save",
+                stacklevel=3,
+            )
+        with torch.no_grad():
+            set_peft_model_state_dict(peft_model, {name: weight.clone() for name, weight in wanted.items()})
     return peft_model, approximation
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,11 @@ def test_modules_that_were_trained_without_an_adapter_are_saved_with_the_lora() 
 
 def test_a_rank_dropout_that_a_lora_does_not_have_is_told(tmp_path: Path) -> None:
     model = build("hf_bert")
-    attached(model, "qkv", dropout=0.25, rank_dropout=0.5)
+    adapter = attached(model, "qkv", dropout=0.25, rank_dropout=0.5)
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="rank_dropout"):
+        warnings.simplefilter("error")
+        to_peft(model)
+    assert model.tenslora is adapter and not hasattr(model, "peft_config")
     with pytest.warns(UserWarning, match=r"^rank_dropout=0\.5: is not taken along, because PEFT's LoRA has none$"):
         peft_model = to_peft(model)
     peft_model.save_pretrained(str(tmp_path))

@@ -304,6 +304,20 @@ def test_a_head_that_cannot_be_copied_leaves_the_adapter_on_the_model(turn: Any)
         assert [name for name, _ in model.named_parameters()] == names and not hasattr(model, "peft_config")
 
 
+def test_where_warnings_are_errors_a_lora_that_starts_an_adapter_and_warns_changes_nothing(tmp_path: Path) -> None:
+    expected = logits(lora(tmp_path), inputs("hf_bert"))
+    model = build("hf_bert")
+    names = [name for name, _ in model.named_modules()]
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="are saved beside the LoRA, and are not loaded"):
+        warnings.filterwarnings("error", message=".*beside the LoRA")
+        from_lora(model, tmp_path, TensLoraConfig())
+    assert [name for name, _ in model.named_modules()] == names and not hasattr(model, "peft_config")
+    again, _ = from_lora(model, tmp_path, TensLoraConfig(ranks=[12, 12, 3, 2], modules_to_save=["classifier"]))
+    torch.testing.assert_close(logits(again, inputs("hf_bert")), expected)
+    with pytest.raises(TensLoRAError, match=r"^config: must be of type TensLoraConfig, and is of type LoraConfig"):
+        from_lora(build("hf_bert"), tmp_path, LoraConfig())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("turn", [to_peft, to_tenslora])
 @pytest.mark.parametrize("part", ["", "regions", "bert.encoder", "bert.encoder.layer.1", "classifier"])
 def test_what_is_compiled_is_saved_under_the_models_own_names(turn: Any, part: str, tmp_path: Path) -> None:
@@ -316,7 +330,7 @@ def test_what_is_compiled_is_saved_under_the_models_own_names(turn: Any, part: s
     with pytest.raises(TensLoRAError, match=r"^modules_to_save=nope"):
         turn(wrapper, ["nope"])
     assert [name for name, _ in wrapper.named_modules()] == before
-    with pytest.warns(UserWarning, match=r"^BertForSequenceClassification: was compiled, as a whole or in parts"):
+    with pytest.warns(UserWarning, match=r"^BertForSequenceClassification: is compiled, as a whole or in parts"):
         turned = turn(wrapper, ["classifier"])
     torch.testing.assert_close(logits(turned, batch), expected, rtol=0, atol=1e-11)
     turned.save_pretrained(str(tmp_path))
@@ -330,7 +344,7 @@ def test_what_is_compiled_is_saved_under_the_models_own_names(turn: Any, part: s
 def test_a_lora_starts_an_adapter_on_a_compiled_model(part: str, tmp_path: Path) -> None:
     expected = logits(lora(tmp_path), inputs("hf_bert"))
     config = TensLoraConfig(ranks=[12, 12, 3, 2], modules_to_save=["classifier"])
-    with pytest.warns(UserWarning, match=r"^BertForSequenceClassification: was compiled, as a whole or in parts"):
+    with pytest.warns(UserWarning, match=r"^BertForSequenceClassification: is compiled, as a whole or in parts"):
         model, _ = from_lora(compiled(build("hf_bert"), part), tmp_path, config)
     torch.testing.assert_close(logits(model, inputs("hf_bert")), expected, rtol=0, atol=1e-5)
 
