@@ -8,11 +8,16 @@ A sweep that is started again goes on where it stopped. Its results are in outpu
 
 from __future__ import annotations
 
+import os
+import sys
+
+if sys.flags.safe_path:  # python -P does not look beside this file
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
 
 # isort: split
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING

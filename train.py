@@ -8,6 +8,12 @@ to outputs/<dataset>/<model>/<run>.
 
 from __future__ import annotations
 
+import os
+import sys
+
+if sys.flags.safe_path:  # python -P does not look beside this file
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
 
 # isort: split

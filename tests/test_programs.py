@@ -1,4 +1,4 @@
-"""The programs in benchmarks/, examples/ and scripts/ end a user's mistake and Ctrl-C in one line."""
+"""The programs, such as those in benchmarks/, examples/ and scripts/, end a user's mistake and Ctrl-C in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from tenslora.harness.training.processes import most_threads
 from tests.conftest import ROOT
 
 PROGRAMS = [
-    path.relative_to(ROOT) for folder in ("benchmarks", "examples", "scripts") for path in (ROOT / folder).glob("*.py")
+    path.relative_to(ROOT)
+    for folder in (".", "benchmarks", "examples", "scripts")
+    for path in (ROOT / folder).glob("*.py")
 ]
 BENCHMARKS = ["benchmarks.epoch_time", "benchmarks.layer_time", "benchmarks.step_time"]
 OUT = [*((name, "--out") for name in BENCHMARKS), ("scripts.pretrain_vit_digits", "path")]
@@ -29,7 +31,7 @@ def test_a_program_starts_from_its_file_anywhere_and_ctrl_c_ends_it_in_one_line(
     done = subprocess.run(
         [sys.executable, str(ROOT / program), *words],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"},  # as python -P
         capture_output=True,
         text=True,
         check=False,
