@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -95,6 +96,11 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
 def test_a_mistake_is_one_line(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert message in refused(monkeypatch, tmp_path, *words)
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_python_that_skips_asserts_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=1))
+    assert refused(monkeypatch, tmp_path, *SHORT).startswith("python -O and PYTHONOPTIMIZE: must be left out")
 
 
 def test_an_error_in_a_data_worker_is_one_line_without_the_workers_traceback(
