@@ -47,7 +47,7 @@ class GpusLauncher(Launcher):
         self.gpus, self.jobs_per_gpu = gpus, jobs_per_gpu
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what a job needs, and check the launcher's settings before anything runs."""
+        """Keep what a job needs, and check the names of the GPUs before anything runs."""
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
         if self.gpus is not None:
             names = list(self.gpus) if isinstance(self.gpus, ListConfig) else []
@@ -59,8 +59,6 @@ class GpusLauncher(Launcher):
                 raise TensLoRAError(
                     f"hydra.launcher.gpus={self.gpus}: must be a list of different GPUs such as [0,1], or null for all"
                 )
-        if not isinstance(self.jobs_per_gpu, int) or isinstance(self.jobs_per_gpu, bool) or self.jobs_per_gpu < 1:
-            raise TensLoRAError(f"hydra.launcher.jobs_per_gpu={self.jobs_per_gpu}: must be a whole number from 1")
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Carry out the jobs.

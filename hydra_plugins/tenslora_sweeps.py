@@ -27,9 +27,6 @@ from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.app import end_with_the_launcher
 from tenslora.harness.sweeping.composing import Composer, words_of_jobs
 
-MOST_WORKERS = 1024
-"""How many worker processes joblib may be asked for."""
-
 LOOK_SECONDS = 5.0
 SAY_AGAIN_SECONDS = 300.0  # how long a wait may go on without a new line if only the number of pending jobs changes
 
@@ -45,12 +42,6 @@ class TableSweeper(BasicSweeper):
     task: Any
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        number = config.hydra.launcher.get("n_jobs", 1)
-        if not 0 < abs(number) <= MOST_WORKERS:
-            raise TensLoRAError(
-                f"hydra.launcher.n_jobs={number}: must be from 1 to {MOST_WORKERS}, or -1 for as many as there are "
-                f"processors"
-            )
         if patient := PATIENT.get(config.hydra.launcher._target_):
             config = copy.deepcopy(config)
             with read_write(config), open_dict(config):
@@ -60,8 +51,6 @@ class TableSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         assert self.hydra_context and self.config is not None and self.launcher
-        if (size := self.max_batch_size) is not None and size < 1:
-            raise TensLoRAError(f"hydra.sweeper.max_batch_size={size}: must be at least 1, or null for all at once")
         loader, config, launcher = self.hydra_context.config_loader, self.config, self.launcher
         params = OmegaConf.to_container(self.params, resolve=True) if OmegaConf.is_config(self.params) else self.params
         defaults = [f"{key}={as_word(value)}" for key, value in cast(dict[str, Any], params or {}).items()]
@@ -75,7 +64,7 @@ class TableSweeper(BasicSweeper):
         def launch(chosen: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
             returned: list[JobReturn] = []
             try:
-                for batch in self.split_overrides_to_chunks([list(words) for words in chosen], size):
+                for batch in self.split_overrides_to_chunks([list(words) for words in chosen], self.max_batch_size):
                     returned += launcher.launch(batch, initial_job_idx=len(returned))
                 return returned
             except KeyboardInterrupt:
@@ -87,7 +76,7 @@ class TableSweeper(BasicSweeper):
             except TensLoRAError:
                 raise
             # A job's own error is in what the launcher returns. This one is the launcher's: when one worker process is
-            # killed, joblib ends the whole pool, and it checks its settings only now.
+            # killed, joblib ends the whole pool, and it reads its environment variables only now.
             except Exception as error:
                 said, variables = (
                     first_line(error),

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from tenslora.errors import TensLoRAError, first_line
+from tenslora.harness.config.checks import shown
+
+MOST_WORKERS = 1024
+"""How many worker processes joblib may be asked for."""
+
+_NUMBERS = {
+    "hydra.launcher.n_jobs": f"must be from 1 to {MOST_WORKERS}, or -1 for as many as there are processors",
+    "hydra.launcher.jobs_per_gpu": "must be a whole number from 1",
+    "hydra.launcher.timeout_min": "must be a whole number from 1",
+    "hydra.sweeper.max_batch_size": "must be a whole number from 1, or null for all at once",
+}
+"""The settings of Hydra that count something, and what each of them must be."""
+
+_REPLACED = re.compile(r"%[0-9]*[AaJjNnstux]")  # in a path, by submitit or by Slurm
 
 
 class LaunchCheck(Callback):
-    """Warns of a launcher that has nothing to launch, and refuses one in processes that share their runs.
+    """Checks what a multirun asks of its launcher: the settings of Hydra that would end in another library's words.
+
+    It warns of a launcher that has nothing to launch, and refuses one in processes that share their runs.
 
     Hydra carries out a single run in its own process, so the settings of a launcher are lost. The processes that
     torchrun or accelerate launch has started share each run: a run waits for all of them, without an end if they carry
@@ -27,10 +47,17 @@ class LaunchCheck(Callback):
             )
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            for setting in _NUMBERS:
+                _check_number(config, setting)
+            _check_folder(config)
+            _check_backend(config)
+        except TensLoRAError as error:
+            sys.exit(f"error: {error}")  # because Hydra only warns of another error of a callback
         count = os.environ.get("WORLD_SIZE", "1")
         if count == "1" or (_in_order(config) and not config.hydra.sweeper._target_.endswith("TableSweeper")):
             return
-        sys.exit(  # because Hydra only warns of another error of a callback
+        sys.exit(
             f"error: WORLD_SIZE={count}: must be 1 for sweep.py, and for any hydra/launcher but basic; torchrun and "
             f"accelerate launch share a single run of train.py among processes, and a launcher carries out several "
             f"runs at once"
@@ -40,3 +67,35 @@ class LaunchCheck(Callback):
 def _in_order(config: DictConfig) -> bool:
     """Whether the launcher is Hydra's basic one, which carries out one run after the other in this process."""
     return str(config.hydra.launcher._target_).endswith("BasicLauncher")
+
+
+def _check_number(config: DictConfig, setting: str) -> None:
+    try:
+        value = OmegaConf.select(config, setting, default=1)
+    except OmegaConfBaseException as error:
+        raise TensLoRAError(f"{setting}: {first_line(error)}") from error
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value, re.ASCII):  # as ${oc.env:...} gives it
+        value = int(value)
+        with read_write(config), open_dict(config):
+            OmegaConf.update(config, setting, value)
+    is_workers = setting.endswith(".n_jobs")
+    if value is None and setting.endswith(".max_batch_size"):
+        return
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not (0 < abs(value) <= MOST_WORKERS if is_workers else value > 0):
+        raise TensLoRAError(f"{setting}={shown(value)}: {_NUMBERS[setting]}")
+
+
+def _check_folder(config: DictConfig) -> None:
+    folder = os.path.abspath(config.hydra.sweep.dir)
+    if "submitit_folder" in config.hydra.launcher and (pattern := _REPLACED.search(folder)):
+        raise TensLoRAError(
+            f"hydra.sweep.dir={folder}: must not contain {pattern[0]}, which submitit and Slurm replace in paths; "
+            f"choose another folder, or another launcher"
+        )
+
+
+def _check_backend(config: DictConfig) -> None:
+    launcher = config.hydra.launcher
+    if str(launcher._target_).endswith("JoblibLauncher") and (backend := launcher.get("backend")) not in (None, "loky"):
+        raise TensLoRAError(f"hydra.launcher.backend={backend}: must be loky or null, because Hydra uses no other")

@@ -120,19 +120,17 @@ def test_a_process_of_a_launcher_ends_when_the_launcher_is_killed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "jobs_per_gpu", "message"),
+    ("gpus", "message"),
     [
-        (0, 1, r"^hydra\.launcher\.gpus=0: must be a list of different GPUs such as \[0,1\], or null for all$"),
-        (ListConfig([]), 1, r"^hydra\.launcher\.gpus=\[\]: must be"),
-        (ListConfig([0, "0"]), 1, r"^hydra\.launcher\.gpus=\[0, '0'\]: must be"),
-        (ListConfig([-1]), 1, r"^hydra\.launcher\.gpus=\[-1\]: must be"),
-        (ListConfig(["cuda:0"]), 1, r"^hydra\.launcher\.gpus=\['cuda:0'\]: must be"),
-        (None, 0, r"^hydra\.launcher\.jobs_per_gpu=0: must be a whole number from 1$"),
-        (None, 1.5, r"^hydra\.launcher\.jobs_per_gpu=1\.5: must be a whole number from 1$"),
+        (0, r"^hydra\.launcher\.gpus=0: must be a list of different GPUs such as \[0,1\], or null for all$"),
+        (ListConfig([]), r"^hydra\.launcher\.gpus=\[\]: must be"),
+        (ListConfig([0, "0"]), r"^hydra\.launcher\.gpus=\[0, '0'\]: must be"),
+        (ListConfig([-1]), r"^hydra\.launcher\.gpus=\[-1\]: must be"),
+        (ListConfig(["cuda:0"]), r"^hydra\.launcher\.gpus=\['cuda:0'\]: must be"),
     ],
 )
-def test_wrong_settings_are_refused_before_anything_runs(gpus: Any, jobs_per_gpu: Any, message: str) -> None:
-    launcher = plugin().GpusLauncher(gpus, jobs_per_gpu)
+def test_wrong_settings_are_refused_before_anything_runs(gpus: Any, message: str) -> None:
+    launcher = plugin().GpusLauncher(gpus)
     with pytest.raises(TensLoRAError, match=message):
         launcher.setup(hydra_context=None, task_function=None, config=None)
 

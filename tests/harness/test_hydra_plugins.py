@@ -133,12 +133,6 @@ def test_only_a_launcher_whose_worker_was_lost_goes_on_with_the_same_command(mon
             sweeper.sweep(["x=0,1"])
 
 
-@pytest.mark.parametrize("most", [0, -1])
-def test_a_batch_has_at_least_one_job(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TensLoRAError, match=f"hydra.sweeper.max_batch_size={most}: must be at least 1"):
-        table_sweeper(most, [], monkeypatch).sweep(["x=0,1"])
-
-
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     return FakeSlurm(tmp_path, monkeypatch)

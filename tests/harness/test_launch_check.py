@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,39 @@ def test_a_launcher_under_torchrun_is_refused(launcher: str, monkeypatch: pytest
     ):
         run_app(never, "config")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["config", "sweep"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("hydra/launcher=joblib hydra.launcher.n_jobs=0", "n_jobs=0: must be from 1 to 1024, or -1 for as many as "),
+        ("hydra/launcher=joblib hydra.launcher.n_jobs=100000000", "n_jobs=100000000: must be from 1 to 1024, or -1"),
+        ("hydra/launcher=joblib hydra.launcher.backend=nope", "backend=nope: must be loky or null"),
+        ("hydra/launcher=submitit_local hydra.launcher.timeout_min=0", "timeout_min=0: must be a whole number from 1"),
+        ("hydra/launcher=gpus hydra.launcher.jobs_per_gpu=1.5", "jobs_per_gpu=1.5: must be a whole number from 1"),
+        (
+            "hydra/launcher=gpus hydra.launcher.jobs_per_gpu=${oc.env:NO}",
+            "jobs_per_gpu: KeyError raised while",
+        ),
+        ("hydra/launcher=basic hydra.sweeper.max_batch_size=0", "max_batch_size=0: must be a whole number from 1, or"),
+        ("hydra/launcher=submitit_local hydra.sweep.dir=a%jb", "a%jb: must not contain %j, which submitit and Slurm "),
+    ],
+)
+def test_what_a_launcher_cannot_use_is_one_line(name: str, words: str, message: str) -> None:
+    config = composed(*words.split(), config_name=name, with_hydra=True)
+    with pytest.raises(SystemExit) as ended:
+        LaunchCheck().on_multirun_start(config)
+    assert re.match(rf"error: hydra\.\w+\.(dir=/\S*)?{re.escape(message)}", str(ended.value.code))
+
+
+def test_a_number_may_be_written_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBER", "2")
+    number = "${oc.env:NUMBER}"
+    words = [f"hydra.launcher.jobs_per_gpu={number}", f"hydra.sweeper.max_batch_size={number}"]
+    config = composed("hydra/launcher=gpus", *words, config_name="sweep", with_hydra=True)
+    LaunchCheck().on_multirun_start(config)
+    assert (config.hydra.launcher.jobs_per_gpu, config.hydra.sweeper.max_batch_size) == (2, 2)
 
 
 def test_runs_one_after_the_other_may_have_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
