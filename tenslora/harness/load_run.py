@@ -43,11 +43,16 @@ _MOVING = threading.Lock()
 """Held while a model is moved, so that threads that share it do not move it at once."""
 
 
-@dataclass(frozen=True)
+_RUN = "_tenslora_run"
+"""The attribute of a loaded model that holds the digest of its run. Copies and pickles of the model keep it."""
+
+
+@dataclass(frozen=True, eq=False)  # like the module that it holds, a loaded run is equal to itself alone
 class LoadedRun:
     """A finished run, ready to use.
 
-    It predicts and is scored in evaluation mode. Afterwards the model's modules have the modes that they had.
+    It predicts and is scored in evaluation mode. Afterwards the model's modules have the modes that they had. Its
+    record and the parts of its backbone are checked at each call, because a program may change them in place.
 
     Args:
         run: the run's settings.
@@ -71,15 +76,27 @@ class LoadedRun:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", _checked(self.run))
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Check what the run holds now."""
         require_type("backbone", self.backbone, Backbone)
         require_type("backbone.model", self.backbone.model, nn.Module)
+        require_type("backbone.head", self.backbone.head, list)
+        for module in self.backbone.head:
+            require_type("backbone.head", module, nn.Module)
+        require_type("backbone.image_input", self.backbone.image_input, ImageInput, type(None))
         require_type("files", self.files, RunFolder)
         require_type("record", self.record, dict)
         object.__setattr__(self, "record", read_form(Record, self.record, Path("record"), "record"))
-        if self.run.model.modality == "text" and not callable(self.tokenizer):
-            raise TensLoRAError("tokenizer: must be that of the run's model, such as load_run gives")
+        if self.run.model.modality == "text":
+            from transformers import PreTrainedTokenizerBase
+
+            require_type("tokenizer", self.tokenizer, PreTrainedTokenizerBase)
         if (self.backbone.image_input is None) != (self.run.model.modality == "text"):
             raise TensLoRAError(f"backbone: must be one for {self.run.model.modality}s, as in the run")
+        if getattr(self.backbone.model, _RUN, self.record["digest"]) != self.record["digest"]:
+            raise TensLoRAError("record: must be that of the run whose model the backbone has; load the run again")
 
     @property
     def task(self) -> str:
@@ -130,6 +147,7 @@ class LoadedRun:
             TensLoRAError: for inputs that the model does not take, for an image that cannot be read, and if the model's
                 outputs are not finite or no longer as many as the run has classes.
         """
+        self._check_parts()
         examples = unlabelled(inputs, self.run.model.modality)
         if not len(examples):
             return []
@@ -143,9 +161,9 @@ class LoadedRun:
         if batch_size is not None and batch_size < 1:
             raise TensLoRAError(f"batch_size={batch_size}: must be at least 1")
         dataset = Dataset(examples, examples, self.classes, self.task)
-        data = encode(dataset, self.run.dataset, self.backbone, self.tokenizer)
         trainer = replace(self.run.trainer, workers=0, eval_batch_size=batch_size or self.run.trainer.eval_batch_size)
         with self._on(device, shared) as processes:
+            data = encode(dataset, self.run.dataset, self.backbone, self.tokenizer)
             model, count = self.backbone.model, len(self.classes) or 1
             _, predictions = predict(model, data.scored, data.collate, TASKS[self.task], trainer, processes, count)
         _require_finite(predictions)
@@ -180,6 +198,7 @@ class LoadedRun:
                 example, if examples would be drawn otherwise than in the run, so that the run has trained on some of
                 them, or if the model's outputs are not finite or no longer as many as the run has classes.
         """
+        self._check_parts()
         require_type("dataset", dataset, ImageDatasetConfig, TextDatasetConfig, type(None))
         config = self.run.dataset
         if dataset:  # of a program, where nothing has checked it
@@ -198,14 +217,14 @@ class LoadedRun:
                 f"dataset={config.name}: must have {count} sentence{'s' * (count > 1)} in each example, as in the "
                 f"run's dataset ({', '.join(self.text_columns)}), and not {', '.join(loaded.text_columns)}"
             )
-        if is_own and loaded.is_drawn:
-            self._require_drawn_as_in_the_run(loaded, config)
-        # The training examples are not used, and need not be tokenized.
-        data = encode(replace(loaded, train=loaded.scored), config, self.backbone, self.tokenizer)
         # A process of a pool must not start workers, and one that a thread of a pool has forked cannot end.
         is_alone = threading.current_thread() is threading.main_thread() and not current_process().daemon
         trainer = self.run.trainer if is_alone else replace(self.run.trainer, workers=0)
         with self._on(device, shared) as processes:
+            if is_own and loaded.is_drawn:
+                self._require_drawn_as_in_the_run(loaded, config)
+            # The training examples are not used, and need not be tokenized.
+            data = encode(replace(loaded, train=loaded.scored), config, self.backbone, self.tokenizer)
             count = len(self.classes) or 1
             evaluation = evaluate(self.backbone.model, data, trainer=trainer, processes=processes, count=count)
         for predictions in evaluation.predictions.values():
@@ -215,6 +234,11 @@ class LoadedRun:
     def _require_drawn_as_in_the_run(self, dataset: Dataset, config: DatasetConfig) -> None:
         """Refuse data that has changed: other rows would be drawn for scoring, some of which the run has trained on."""
         record, counts = self.record, []
+        found = record["digest"]
+        with suppress(TensLoRAError):  # a record that is no longer there
+            found = self.files.read_record()["digest"]
+        if found != record["digest"]:
+            raise TensLoRAError(f"{self.files.path}: is the folder of another run; load the run again")
         if config.scored_on == self.run.dataset.scored_on:
             counts.append((config.scored_on, record[f"{config.scored_on}_examples"], len(dataset.scored)))
             in_training = record["train_examples"]
@@ -346,6 +370,7 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     if run.trainer.precision == "bf16":
         round_frozen_weights(backbone.model, of_quantised=True)
     backbone.model.eval()
+    setattr(backbone.model, _RUN, record["digest"])
     return LoadedRun(run, record, backbone, tokenizer, RunFolder(own_folder))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -154,8 +155,8 @@ def test_what_a_loaded_run_cannot_take_is_one_line(digits_run: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "value", "problem"),
     [
-        ("tokenizer", None, "tokenizer: must be that of the run's model"),
-        ("tokenizer", "bert", "tokenizer: must be that of the run's model"),
+        ("tokenizer", None, "tokenizer: must be of type PreTrainedTokenizerBase, and is None"),
+        ("tokenizer", dict, "tokenizer: must be of type PreTrainedTokenizerBase, and is of type type"),
         ("record", {}, "record: not a readable record"),
         ("record", None, "record: must be of type dict, and is None"),
         ("backbone", nn.Linear(2, 2), "backbone: must be of type Backbone, and is of type Linear"),
@@ -174,6 +175,49 @@ def test_a_part_that_is_no_part_of_a_run_is_refused(
             replace(loaded, backbone=replace(loaded.backbone, model=loaded.backbone.model.forward))  # type: ignore[arg-type]
         with pytest.raises(TensLoRAError, match=r"^backbone: must be one for texts, as in the run$"):
             replace(loaded, backbone=load_run(digits_run).backbone)
+        other: Any
+        for name, other in (("head", "x"), ("head", ["x"]), ("image_input", "x")):
+            with pytest.raises(TensLoRAError, match=rf"^backbone\.{name}: must be of type "):
+                replace(loaded, backbone=replace(loaded.backbone, **{name: other}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"task": None}, r"record: not a readable record \(task=null: "),
+        ({"classes": [1, 2]}, r"record: not a readable record \(classes"),
+        ({"text_columns": 7}, r"record: not a readable record \(text_columns=7: "),
+        ({"train_examples": "9"}, r"record: not a readable record \(train_examples="),
+    ],
+)
+def test_a_record_that_is_changed_in_place_is_checked(
+    changes: dict[str, Any], problem: str, sentences_run: Path
+) -> None:
+    loaded = load_run(sentences_run)
+    loaded.record.update(changes)
+    for ask in (loaded.evaluate, lambda: loaded.predict(["the cat sat"])):
+        with pytest.raises(TensLoRAError, match=f"^{problem}"):
+            ask()
+
+
+def test_parts_of_two_runs_do_not_make_one(digits_run: Path, sentences_run: Path, regression_run: Path) -> None:
+    loaded, other = load_run(regression_run), load_run(sentences_run)
+    parts: dict[str, Any]
+    for parts in ({"record": other.record}, {"backbone": copy.deepcopy(other.backbone)}):
+        with pytest.raises(TensLoRAError, match=r"^record: must be that of the run whose model the backbone has; "):
+            replace(loaded, **parts)
+    with pytest.raises(TensLoRAError, match=rf"^{digits_run}: is the folder of another run; load the run again$"):
+        replace(loaded, files=RunFolder(digits_run)).evaluate()
+    assert len({loaded, other, loaded}) == 2
+
+
+def test_a_tokenizer_that_was_changed_so_that_it_fails_is_told(
+    sentences_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_run(sentences_run)
+    monkeypatch.setattr(type(loaded.tokenizer), "__call__", None)
+    with pytest.raises(TensLoRAError, match=r"^BertFor\w+: cannot compute its outputs \(.* not callable\); "):
+        loaded.predict(["the cat sat"])
 
 
 def test_a_model_that_was_changed_so_that_it_cannot_compute_is_told(digits_run: Path) -> None:
