@@ -22,6 +22,7 @@ from tenslora.harness.backbones import Backbone
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig, TransformConfig
+from tenslora.harness.config.checks import shown
 from tenslora.harness.data.examples import Dataset, Examples
 from tenslora.harness.training.tasks import TASKS
 from tenslora.random_streams import stream_seed
@@ -257,7 +258,8 @@ def encode(
         The encoded dataset.
 
     Raises:
-        TensLoRAError: if the tokenizer numbers a token or a segment beyond those that the model knows.
+        TensLoRAError: if the tokenizer numbers a token or a segment beyond those that the model knows, or finds no
+            token in a text.
     """
     metrics = config.metrics or TASKS[dataset.task].metrics
     if isinstance(config, TextDatasetConfig):
@@ -319,6 +321,7 @@ def _encode_texts(
 
     def encoded(examples: Examples) -> Encoded:
         tokens = _tokenize(examples, tokenizer, max_length)
+        _require_tokens(tokens, examples)
         _require_embedded(tokens, tokenizer, backbone.embedding_sizes)
         _require_equal_ends(tokens, tokenizer, backbone.model)
         lengths = [len(ids) for ids in tokens.columns["input_ids"]] if config.group_by_length else None
@@ -361,6 +364,16 @@ def longest_text(config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase, 
 def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokensOf:
     sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
     return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))
+
+
+def _require_tokens(tokens: TokensOf, examples: Examples) -> None:
+    # Beside longer texts the model would answer for the padding, and alone it cannot compute.
+    for number, ids in enumerate(tokens.columns["input_ids"]):
+        if not ids:
+            text = shown(" ".join(examples.inputs[number]))
+            raise TensLoRAError(
+                f"example {number:,}, from 0 on: the model's tokenizer finds no token in its text, {text}; take it out"
+            )
 
 
 def _require_equal_ends(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:

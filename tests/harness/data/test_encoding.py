@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import Backbone, load_tokenizer
@@ -297,6 +299,16 @@ def test_a_text_that_holds_the_token_of_its_end_is_refused_where_the_model_looks
     encode_sentences(PAIRS, tokenizer, is_encoder_decoder=True)
     with pytest.raises(TensLoRAError, match=rf"^example 3, from 0 on, holds the text {tokenizer.eos_token}, which"):
         encode_sentences(rows, tokenizer, is_encoder_decoder=True)
+
+
+def test_a_text_without_a_token_is_refused() -> None:
+    letters = Tokenizer(BPE({"[PAD]": 0, "a": 1, "b": 2}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="[PAD]")
+    encode_sentences([("a",), ("b",)], tokenizer)
+    with pytest.raises(
+        TensLoRAError, match=r"^example 1, from 0 on: the model's tokenizer finds no token .*, 猫; take"
+    ):
+        encode_sentences([("a",), ("猫",)], tokenizer)
 
 
 def test_pairs_are_encoded_as_the_tokenizer_encodes_a_pair(tokenizer: Any) -> None:
