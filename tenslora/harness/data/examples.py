@@ -137,7 +137,7 @@ def to_rgb(image: Image, name: str) -> Image:
         name: what a message calls it.
 
     Raises:
-        TensLoRAError: if its pixels have more than 8 bits, or if PIL cannot read or convert it.
+        TensLoRAError: if it is grey and its pixels have more than 8 bits, or if PIL cannot read or convert it.
     """
     if image.mode.startswith(("I", "F")):
         # PIL would clip these pixels at 255, which makes most of them white.

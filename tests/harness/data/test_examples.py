@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -50,6 +51,11 @@ def test_an_image_that_pil_cannot_convert_is_named() -> None:
     for image in (Image.new("La", (2, 2)), closed):
         with pytest.raises(TensLoRAError, match=r"^image 3: cannot be converted to RGB \("):
             to_rgb(image, "image 3")
+
+
+def test_colours_of_16_bits_are_read_with_8() -> None:
+    image = Image.open(io.BytesIO(b"P6 1 1 65535\n" + np.array([40000, 0, 65535], ">u2").tobytes()))
+    assert to_rgb(image, "deep.ppm").getpixel((0, 0)) == (40000 // 256, 0, 255)
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "gif", "tiff", "bmp"])
