@@ -81,6 +81,7 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
         dataset = _with_validation(dataset, config, config.validation, seed)
     scored = {config.scored_on: dataset.scored, **dataset.more_tests}
     _require_examples(f"dataset={config.name}", {"training": dataset.train, **scored})
+    _warn_of_equal_labels(dataset, config)
     if without := sorted(set(range(len(dataset.classes))).difference(dataset.train.labels)):
         names = shortened(dataset.classes[number] for number in without)
         log.warning("%s: no training example is of %s", config.name, names)
@@ -117,6 +118,7 @@ def load_tests(config: DatasetConfig, seed: int, classes: tuple[str, ...]) -> Da
             dataset = Dataset(NO_EXAMPLES, test, own_classes)
     setting = f"dataset={config.name}" if config.root is None else f"dataset.root={config.root}"
     _require_examples(setting, {config.scored_on: dataset.scored})
+    _warn_of_equal_labels(dataset, config)
     return dataset
 
 
@@ -147,6 +149,14 @@ def _require_examples(setting: str, splits: Mapping[str, Examples]) -> None:
     for split, examples in splits.items():
         if not len(examples):
             raise TensLoRAError(f"{setting}: it has no {split} examples")
+
+
+def _warn_of_equal_labels(dataset: Dataset, config: DatasetConfig) -> None:
+    for split, examples in {config.scored_on: dataset.scored, **dataset.more_tests}.items():
+        if dataset.task == "regression" and len(set(examples.labels)) == 1:
+            log.warning(
+                "%s: all %s labels are %g; a correlation with them counts as 0", config.name, split, examples.labels[0]
+            )
 
 
 def _with_validation(dataset: Dataset, config: DatasetConfig, fraction: float, seed: int) -> Dataset:

@@ -142,13 +142,14 @@ def test_a_dataset_of_the_datasets_library_keeps_its_classes(
         assert asked == [("user/name", "plain")]
 
 
-def test_two_texts_and_numbers_are_a_regression_on_pairs(tmp_path: Path) -> None:
+def test_two_texts_and_numbers_are_a_regression_on_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write(tmp_path / "root", {"train.tsv": "premise\thypothesis\tscore\nA\tB\t0.5\nC\tD\t2\n"})
     (root / "test.tsv").write_text("hypothesis\tscore\tpremise\nF\t-1\tE\n")
     dataset = load(root)
     assert (dataset.task, dataset.classes, dataset.outputs) == ("regression", (), 1)
     assert (list(dataset.train.inputs), list(dataset.train.labels)) == ([("A", "B"), ("C", "D")], [0.5, 2.0])
     assert (list(dataset.test.inputs), list(dataset.test.labels)) == ([("E", "F")], [-1.0])
+    assert caplog.text.count("own: all test labels are -1; a correlation with them counts as 0") == 1
 
 
 def test_a_csv_files_texts_are_as_they_are_written(tmp_path: Path) -> None:
