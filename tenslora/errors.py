@@ -24,7 +24,19 @@ class TensLoRAError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(message)))
+        super().__init__(printable(str(message)))
+
+
+def printable(text: str) -> str:
+    """A text whose line breaks and other characters that cannot be printed are written as in Python.
+
+    >>> printable("two\\nlines")
+    'two\\\\nlines'
+
+    Args:
+        text: the text. It may hold what makes a terminal do something.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def first_line(error: BaseException) -> str:

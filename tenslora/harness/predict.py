@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from tenslora.errors import TensLoRAError, first_line
+from tenslora.errors import TensLoRAError, first_line, printable, require_path
 from tenslora.files import require_no_device, write_bytes
 from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line, path_argument
 
@@ -85,6 +85,7 @@ def write_table(rows: Sequence[Row], out: TextIO) -> None:
     for row in rows:
         likeliest = sorted(row.get("probabilities", {}).items(), key=lambda item: -item[1])[:LIKELIEST]
         lines.append([_shortened(row[name]) for name in shown] + [f"{name} {share:.4f}" for name, share in likeliest])
+    lines = [[printable(cell) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
     for line in lines:
         out.write("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() + "\n")
@@ -256,7 +257,7 @@ def predict(given: argparse.Namespace) -> list[dict[str, Any]]:
     inputs: list[Any] = _inputs(given, rows, known)
     if modality == "image":
         folder = given.file.parent if given.file else Path()
-        inputs = [folder / path for path, *_ in inputs]
+        inputs = [folder / require_path("image", path) for path, *_ in inputs]
     if given.out and given.out.suffix != ".jsonl":  # where each class has a column
         for name in loaded.classes:
             if _PROBABILITY + name in rows[0]:

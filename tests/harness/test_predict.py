@@ -18,7 +18,7 @@ from PIL import Image
 
 from tenslora.harness.data import load_dataset
 from tenslora.harness.load_run import load_run
-from tenslora.harness.predict import main, read_rows, write_json_lines
+from tenslora.harness.predict import main, read_rows, write_json_lines, write_table
 from tenslora.harness.run_folder import RunFolder
 
 SENTENCES = ["the cat sat 3 times", 'the "dog", it sat', "the bird"]
@@ -60,6 +60,14 @@ def test_the_table_shows_the_likeliest_classes(
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["image", "prediction", "probabilities"]
     assert f"{prediction.answer} {max(prediction.probabilities.values()):.4f}" in row
+
+
+def test_the_table_does_nothing_to_the_terminal() -> None:
+    out = io.StringIO()
+    write_table([{"te\x1bxt": "a\x1b[2J", "prediction": "\x9b1m", "probabilities": {"\x9b1m": 1.0}}], out)
+    header, row = out.getvalue().splitlines()
+    assert header.split() == ["te\\x1bxt", "prediction", "probabilities"]
+    assert row.split() == ["a\\x1b[2J", "\\x9b1m", "\\x9b1m", "1.0000"]
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet"])
@@ -222,3 +230,5 @@ def test_an_image_that_cannot_be_read_is_named(digits_run: Path, digits: list[Pa
         main([str(digits_run), *map(str, digits)])
     with pytest.raises(SystemExit, match=r"^error: --text: the run's model takes images; give their paths"):
         main([str(digits_run), "--text", "seven"])
+    with pytest.raises(SystemExit, match=r"^error: image=https://b/a\.png: must be a path on disk, not an address$"):
+        main([str(digits_run), "https://b/a.png"])

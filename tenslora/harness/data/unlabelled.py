@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_path
 from tenslora.files import require_file
 from tenslora.harness.data.examples import Examples, ImageFiles, to_rgb
 
@@ -62,10 +62,11 @@ def _image(item: Any) -> Any:
     from PIL import Image
 
     if isinstance(item, (str, Path)):
-        if os.path.isdir(item):
-            raise TensLoRAError(f"{item}: is a folder; must be an image, such as each of {Path(item) / '*'}")
-        require_file(Path(item))
-        return Path(item)
+        path = require_path("image", item)
+        if os.path.isdir(path):
+            raise TensLoRAError(f"{path}: is a folder; must be an image, such as each of {path / '*'}")
+        require_file(path)
+        return path
     try:
         image = item if isinstance(item, Image.Image) else Image.fromarray(_squeezed(item))
     except Exception as error:  # an array of another library raises what it likes, such as one with a gradient

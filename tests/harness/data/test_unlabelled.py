@@ -41,6 +41,7 @@ def test_sentences_and_pairs() -> None:
         ("a sentence", "text", "inputs of type str: must be a list of sentences"),
         (Path("a.png"), "image", "inputs of type PosixPath: must be a list of images"),
         (["nowhere.png"], "image", "nowhere.png: no such file"),
+        (["s3://b/a.png"], "image", "^image=s3://b/a.png: must be a path on disk, not an address$"),
         (["/dev/null"], "image", "/dev/null: must be a file, not a pipe or a device"),
         (["y" * 300], "image", r"y: cannot be read \(File name too long\)"),
         ([Path("/")], "image", r"/: is a folder; must be an image, such as each of /\*$"),
