@@ -250,10 +250,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if zipfile.is_zipfile(path) and not any(
-            name.endswith("/data.pkl") for name in zipfile.ZipFile(path).namelist()
-        ):  # torch would ask for a report to its authors
-            raise ValueError("a zip file that torch has not written, such as numpy's .npz")
+        if zipfile.is_zipfile(path):
+            names = zipfile.ZipFile(path).namelist()
+            if not any(name.endswith("/data.pkl") for name in names):  # torch would ask for a report to its authors
+                raise ValueError("a zip file that torch has not written, such as numpy's .npz")
+            if any(name.endswith("/constants.pkl") for name in names):  # torch would advise to run what is in it
+                raise ValueError("a TorchScript archive; save the model's state_dict")
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise TensLoRAError(f"model.checkpoint={path}: damaged, or not a checkpoint ({first_line(error)})") from error

@@ -88,6 +88,15 @@ def test_a_file_of_numpy_is_no_checkpoint(tmp_path: Path) -> None:
     assert_refused(vit_digits(checkpoint=str(tmp_path / "Ti_16.npz")), line)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch calls deprecated
+def test_a_torchscript_archive_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "jit.pt"))
+    line = (
+        r"^model\.checkpoint=\S+jit\.pt: damaged, or not a checkpoint \(a TorchScript archive; save the model's state"
+    )
+    assert_refused(vit_digits(checkpoint=str(tmp_path / "jit.pt")), line)
+
+
 def test_a_checkpoint_may_bring_a_head_of_another_size(tmp_path: Path) -> None:
     saved = {**load_file(EMBEDDED), "head.weight": torch.ones(9, 64), "head.bias": torch.ones(9)}
     save_file(saved, tmp_path / "model.safetensors")
