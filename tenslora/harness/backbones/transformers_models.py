@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tenslora.attachment import keep_gradients
+from tenslora.attachment import SUBMODULE, keep_gradients
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.backbones.head import Backbone
 from tenslora.harness.backbones.hub import (
@@ -144,6 +144,13 @@ def _load_pretrained(
         raise wrong_checkpoint(
             config, source, "it holds an adapter of PEFT too, adapter_config.json, which transformers puts on the model"
         )
+    for name in sorted(info["unexpected_keys"]):  # transformers would only drop it
+        if {SUBMODULE, "base_layer"} & set(name.split(".")) or ".lora_" in name:
+            raise wrong_checkpoint(
+                config,
+                source,
+                f"it holds an adapter ({name}); merge the adapter and detach it before you save the model",
+            )
     _head_of(config, model)  # before its weights are taken for those of the Transformer
     # transformers 5 gives (name, shape in the checkpoint, shape in the model) for a mismatch, transformers 4 the name.
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]

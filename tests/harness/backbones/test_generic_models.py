@@ -12,6 +12,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from tenslora import AdapterConfig, RankStrategy, attach
 from tenslora.errors import TensLoRAError
 from tenslora.harness.adapted_model import adapted_model
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
@@ -129,6 +130,21 @@ def test_a_model_with_an_adapter_of_peft_beside_it_is_refused(tmp_path: Path) ->
     get_peft_model(plain, LoraConfig(target_modules=["query"])).save_pretrained(str(tmp_path / "bert"))
     with pytest.raises(
         TensLoRAError, match=r"is not a checkpoint of bert: it holds an adapter of PEFT too, adapter_conf"
+    ):
+        load(*words)
+
+
+@pytest.mark.parametrize("library", ["tenslora", "peft"])
+def test_a_model_that_was_saved_under_an_adapter_is_refused(library: str, tmp_path: Path) -> None:
+    words = save(tmp_path / "bert", "BertModel")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "bert")
+    if library == "tenslora":
+        attach(model, AdapterConfig(tensor_mode="depth", rank_strategy=RankStrategy("isorank", rank=2)))
+    else:
+        model = get_peft_model(model, LoraConfig(target_modules=["query"])).get_base_model()
+    model.save_pretrained(tmp_path / "bert")
+    with pytest.raises(
+        TensLoRAError, match=r"is not a checkpoint of bert: it holds an adapter \(\S+\); merge the adap"
     ):
         load(*words)
 
