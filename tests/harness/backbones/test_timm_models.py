@@ -90,7 +90,7 @@ def test_a_file_of_numpy_is_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch calls deprecated
 def test_a_torchscript_archive_is_no_checkpoint(tmp_path: Path) -> None:
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "jit.pt"))
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "jit.pt")  # type: ignore[no-untyped-call]
     line = (
         r"^model\.checkpoint=\S+jit\.pt: damaged, or not a checkpoint \(a TorchScript archive; save the model's state"
     )
