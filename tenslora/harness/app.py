@@ -30,6 +30,7 @@ from tenslora.harness.commands import (
     OUT_OF_REACH,
     is_text,
     open_missing_streams,
+    require_asserts,
     unforeseen,
 )
 from tenslora.harness.stop import Stop
@@ -62,10 +63,7 @@ def run_app(
     """
     open_missing_streams()
     forget_all()
-    if sys.flags.optimize:  # Hydra's parser moves on inside its assert statements
-        sys.exit(
-            "error: python -O and PYTHONOPTIMIZE: must be left out, because Hydra then reads some settings wrongly"
-        )
+    require_asserts()
     for word in sys.argv[1:]:
         if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|''|\"\")?", word):  # Hydra would write into the current folder
             sys.exit(f"error: {word}: must be a folder")

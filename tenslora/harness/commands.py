@@ -145,6 +145,15 @@ def open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
+def require_asserts() -> None:
+    """End a process whose Python leaves out assert statements, or docstrings too.
+
+    Hydra's parser moves on inside its assert statements, and transformers makes docstrings out of docstrings.
+    """
+    if sys.flags.optimize:
+        sys.exit("error: python -O and PYTHONOPTIMIZE: must be left out; Hydra and transformers need what they remove")
+
+
 def is_text(word: str) -> bool:
     """Whether a word of the command line is text in UTF-8. The bytes of another encoding no file of a run could hold.
 
@@ -203,6 +212,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     reader that has gone, as of ``| head``, ends the process without a word.
     """
     open_missing_streams()
+    require_asserts()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     for chatty in QUIET:

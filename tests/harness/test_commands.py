@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,6 +67,15 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: 
     message = r"^error: the current folder: cannot be used \(No such file or directory\); change to another$"
     with pytest.raises(SystemExit, match=message), mistakes_in_one_line():
         Path("a").resolve()
+
+
+def test_a_python_that_skips_docstrings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=2))
+    with (
+        pytest.raises(SystemExit, match=r"^error: python -O and PYTHONOPTIMIZE: must be left out; "),
+        mistakes_in_one_line(),
+    ):
+        raise AssertionError
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export"])  # the latter imports torch before it reads its arguments
