@@ -24,7 +24,7 @@ from hydra_plugins.hydra_submitit_launcher import submitit_launcher
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from tenslora.errors import TensLoRAError, first_line
-from tenslora.harness.app import end_with_the_launcher
+from tenslora.harness.app import OF_LOGGING, end_with_the_launcher
 from tenslora.harness.sweeping.composing import Composer, words_of_jobs
 
 LOOK_SECONDS = 5.0
@@ -78,10 +78,10 @@ class TableSweeper(BasicSweeper):
             # A job's own error is in what the launcher returns. This one is the launcher's: when one worker process is
             # killed, joblib ends the whole pool, and it reads its environment variables only now.
             except Exception as error:
-                said, variables = (
-                    first_line(error),
-                    [item for item in os.environ.items() if item[0].startswith("LOKY_")],
-                )
+                said = first_line(error)
+                if said.startswith(OF_LOGGING):
+                    raise
+                variables = [item for item in os.environ.items() if item[0].startswith("LOKY_")]
                 place = next((f"{name}={value}" for name, value in variables if repr(value) in said), "hydra.launcher")
                 goes_on = "; the same command goes on" if isinstance(error, BrokenExecutor) else ""
                 raise TensLoRAError(f"{place}: broke off ({said}){goes_on}") from error

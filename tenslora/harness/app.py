@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OF_LOGGING = "Unable to configure "
+"""How Python's errors begin where the settings of the logs cannot be used."""
+
 _ROOT = Path(__file__).resolve().parents[2]
 _CONF = _ROOT / "conf"
 _WATCH_SECONDS = 2.0
@@ -269,6 +272,13 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             is_read = config_name is None and cause.errno in (errno.EACCES, errno.EPERM)  # or perhaps written
             failed = "used" if is_read or cause.errno == errno.ENAMETOOLONG else "written"
             return f"{cause.filename or _output_folder()}: cannot be {failed} ({os_reason(cause)})"
+    for cause in causes:
+        if str(cause).startswith(OF_LOGGING):
+            words = " ".join(word for word in sys.argv[1:] if re.match(r"\+*hydra[./](job|hydra)_logging", word))
+            said = [str(each) for each in (cause, cause.__cause__) if each]
+            if "\n" in said[-1]:  # the traceback of a launcher's process
+                said.pop()
+            return f"{words or 'hydra.job_logging, hydra.hydra_logging'}: cannot be used ({': '.join(said)})"
     if config_name is None:
         return None
     from hydra._internal.utils import get_args

@@ -67,6 +67,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["-sc", "query=bash"], "query=bash: is for the shell, which sets COMP_LINE; install=bash sets the shell up"),
         (['hydra.run.dir="~/run"'], 'hydra.run.dir="~/run": must be written without ~'),
         (["hydra.verbose=3"], "hydra.verbose=3: cannot be used by Hydra (AssertionError"),
+        (
+            ["hydra.job_logging.root.level=LOUD"],
+            "level=LOUD: cannot be used (Unable to configure root logger: Unknown level: 'LOUD')",
+        ),
         (["hydra.job.env_copy=[NOPE]"], "hydra.job.env_copy=[NOPE]: cannot be used by Hydra (KeyError: 'NOPE')"),
         (
             ["warm_start=~/a"],
