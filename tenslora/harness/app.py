@@ -67,6 +67,8 @@ def run_app(
     open_missing_streams()
     forget_all()
     require_asserts()
+    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
+        del os.environ[name]  # an empty line of a file of variables, which sets nothing
     for word in sys.argv[1:]:
         if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|''|\"\")?", word):  # Hydra would write into the current folder
             sys.exit(f"error: {word}: must be a folder")

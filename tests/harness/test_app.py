@@ -17,6 +17,8 @@ from PIL import Image
 import train
 from tenslora.harness.app import run_app
 from tenslora.harness.cache import cache_latest
+from tenslora.harness.config import validate
+from tenslora.harness.config.schema import LoggerConfig
 from tenslora.harness.training.processes import Processes
 from tests.commands import Command, Commands, interrupt_import
 from tests.conftest import ROOT
@@ -105,6 +107,15 @@ def test_a_mistake_is_one_line(words: list[str], message: str, monkeypatch: pyte
 def test_a_python_that_skips_asserts_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=1))
     assert refused(monkeypatch, tmp_path, *SHORT).startswith("python -O and PYTHONOPTIMIZE: must be left out")
+
+
+def test_an_empty_variable_of_wandb_is_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("PROJECT", "ENTITY", "RUN_GROUP"):
+        monkeypatch.setenv(f"WANDB_{name}", "")
+    monkeypatch.setattr(sys, "argv", ["train.py", "logger=wandb", f"hydra.run.dir={tmp_path}"])
+    loggers: list[LoggerConfig] = []
+    run_app(lambda composed: loggers.append(validate(composed).logger), "config")
+    assert [(own.project, own.entity, own.group) for own in loggers] == [("tenslora", None, None)]
 
 
 def test_an_error_in_a_data_worker_is_one_line_without_the_workers_traceback(
