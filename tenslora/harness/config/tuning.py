@@ -7,13 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config.checks import NonNegativeInt, in_one_line, shown, within
 
 Value = float | int | bool | str | None
 """A value that can be tuned."""
+
+
+def _single(value: Any) -> Any:
+    if isinstance(value, (list, tuple, dict)):
+        raise ValueError("must be a number or a word")
+    return value
+
 
 _CHOSEN_OTHERWISE = ("seed", "dataset.validation", "trainer.evaluate")
 """Settings that cannot be tuned, because they say how it is tuned."""
@@ -37,7 +44,7 @@ class TuneConfig:
     """
 
     setting: str
-    values: tuple[Value, ...]
+    values: tuple[Annotated[Value, BeforeValidator(_single)], ...]
     seeds: tuple[NonNegativeInt, ...]
     validation: Annotated[float, within(0, 1, above=True, below=True)]
 

@@ -172,6 +172,8 @@ def test_vtab_has_a_validation_split_of_its_own(tmp_path: Path) -> None:
         ("tune=lr tune.seeds=[]", r"tune.seeds=\[\]: must be at least one seed, all different"),
         ("tune=lr tune.seeds=[-1]", "tune.seeds=-1: must be at least 0"),
         ("tune=lr tune.values=[1e-3]", r"tune.values=\[0.001\]: must be at least two values"),
+        ("tune=lr tune.values=[{alpha:1},2]", "tune.values={'alpha': 1}: must be a number or a word"),
+        ("tune=lr tune.values=[[0.9,0.99],2]", r"tune.values=\[0.9, 0.99\]: must be a number or a word"),
         ("tune=lr tune.values=[1,1.0]", r"tune.values=\[1, 1.0\]: must be at least two values, all different"),
         ("tune=lr tune.values=[-1,1]", "optimizer.lr=-1: must be at least 0"),
         ("tune=lr tune.validation=1", "tune.validation=1: must be above 0 and below 1"),
