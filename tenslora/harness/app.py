@@ -268,6 +268,8 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     for cause in causes:
         if isinstance(cause, TensLoRAError):
             return _joined(cause)
+    if config_name and (pickled := _given().experimental_rerun):
+        return f"--experimental-rerun {pickled}: must be a config.pickle that Hydra has written ({_joined(error)})"
     for cause in causes:
         # Hydra's own OSErrors, which are about conf/, have no number.
         if isinstance(cause, OSError) and cause.errno and (cause.errno in OUT_OF_REACH or config_name):
@@ -283,11 +285,9 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             return f"{words or 'hydra.job_logging, hydra.hydra_logging'}: cannot be used ({': '.join(said)})"
     if config_name is None:
         return None
-    from hydra._internal.utils import get_args
-
     from tenslora.harness.config.spelling import misspelt, parsed, unreadable, wrong_file
 
-    given = get_args(sys.argv[1:])
+    given = _given()
     words: list[str] = given.overrides
     of_tables = (word for word in words if word.partition("=")[0].lstrip("+") in ("table", "tune"))
     if config_name == "config" and (word := next(of_tables, None)):
@@ -318,6 +318,13 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
         said = ": ".join(filter(None, (type(error).__name__, _joined(error) if str(error) else "")))
         return f"{' '.join(of_hydra) or 'the settings of hydra'}: cannot be used by Hydra ({said})"
     return _joined(error)
+
+
+def _given() -> Any:
+    """The command line as Hydra reads it."""
+    from hydra._internal.utils import get_args
+
+    return get_args(sys.argv[1:])
 
 
 def _takes_one(group: str) -> bool:

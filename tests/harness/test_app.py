@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -341,6 +342,37 @@ def test_a_config_dir_that_is_no_folder_is_named(place: str, monkeypatch: pytest
     (tmp_path / "experiment" / "own.yaml").write_text("# @package _global_\nseed: 1\n")
     line = refused(monkeypatch, tmp_path / "run", "--config-dir", f"{tmp_path}/{place}", "experiment=own")
     assert line.startswith(f"--config-dir {tmp_path}/{place}: must be one folder")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Ran out of input"),
+        (pickle.dumps([1]), "'list' object has no attribute 'hydra'"),
+        (None, r"File \S*/config.pickle does not exist!"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Experimental rerun", "ignore:Config overrides")
+def test_a_config_that_cannot_be_run_again_is_named(
+    content: bytes | None, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.pickle"
+    if content is not None:
+        file.write_bytes(content)
+    line = refused(monkeypatch, tmp_path / "run", "--experimental-rerun", str(file))
+    assert re.fullmatch(
+        rf"--experimental-rerun {file}: must be a config.pickle that Hydra has written \({message}\)", line
+    )
+
+
+def test_a_file_of_ones_own_under_a_name_that_hydra_does_not_look_for_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "optimizer").mkdir()
+    file = tmp_path / "optimizer" / "mine.yml"
+    file.write_text("name: adamw\n")
+    line = refused(monkeypatch, tmp_path / "run", "--config-dir", str(tmp_path), "optimizer=mine")
+    assert line == f"optimizer=mine: {file} must end in .yaml"
 
 
 @pytest.mark.parametrize("word", ["table=isorank", "tune=size", "+tune=lr"])

@@ -66,7 +66,9 @@ def misspelt(words: Sequence[str], conf: Path, config_name: str, own: str | None
             for override in groups:
                 for value in _values(override):
                     if line := _not_an_option(loader, override.key_or_group, value):
-                        return line
+                        file = Path(own or "", override.key_or_group, f"{value}.yml")
+                        is_own = own is not None and file.is_file()
+                        return f"{override.key_or_group}={value}: {file} must end in .yaml" if is_own else line
                 choices += [override.input_line or ""] if not override.is_sweep_override() else []
             composed = compose(config_name, choices, return_hydra_config=True)
     except Exception:  # of the files too, which Hydra's own error is about
