@@ -278,11 +278,11 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             return f"{cause.filename or _output_folder()}: cannot be {failed} ({os_reason(cause)})"
     for cause in causes:
         if str(cause).startswith(OF_LOGGING):
-            words = " ".join(word for word in sys.argv[1:] if re.match(r"\+*hydra[./](job|hydra)_logging", word))
-            said = [str(each) for each in (cause, cause.__cause__) if each]
-            if "\n" in said[-1]:  # the traceback of a launcher's process
-                said.pop()
-            return f"{words or 'hydra.job_logging, hydra.hydra_logging'}: cannot be used ({': '.join(said)})"
+            at_fault = " ".join(word for word in sys.argv[1:] if re.match(r"\+*hydra[./](job|hydra)_logging", word))
+            reasons = [str(each) for each in (cause, cause.__cause__) if each]
+            if "\n" in reasons[-1]:  # the traceback of a launcher's process
+                reasons.pop()
+            return f"{at_fault or 'hydra.job_logging, hydra.hydra_logging'}: cannot be used ({': '.join(reasons)})"
     if config_name is None:
         return None
     from tenslora.harness.config.spelling import misspelt, parsed, unreadable, wrong_file
