@@ -40,6 +40,8 @@ ANSWERS = re.compile(r"prediction|probabilit(y_.*|ies)")
 LARGEST = 3.4e38
 """The largest value of a regression, which float32 can just hold."""
 
+_BEYOND_64_BITS = 2**63
+
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _WHOLE_NUMBER = re.compile(r"\s*[+-]?\d+\s*")
 
@@ -203,8 +205,15 @@ def classes_of(values: Sequence[Any], column: str, task: str | None, *, are_stri
         TensLoRAError: if the labels are of several types or do not fit the task, or if all are equal.
     """
     setting, kinds = f"dataset.label_column={column}", set(map(type, values))
-    are_numbers = kinds <= {int, float}
-    if len(set(values)) < 2:
+    are_numbers, is_constant = kinds <= {int, float}, len(set(values)) < 2
+    if is_constant or task == "classification":
+        for value in values:
+            if type(value) is float and abs(value) >= _BEYOND_64_BITS:
+                raise TensLoRAError(
+                    f"{setting}: holds {value}, a whole number beyond 64 bits, which was rounded when it was read; "
+                    f"must hold such numbers as texts, in quotes"
+                )
+    if is_constant:
         raise TensLoRAError(f"{setting}: must hold at least two different labels, but holds only {_short(values[0])}")
     if task == "regression" and not are_numbers:
         name = next(value for value in values if type(value) not in (int, float))

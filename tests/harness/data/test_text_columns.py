@@ -116,6 +116,10 @@ def test_the_task_can_be_given() -> None:
     [
         (["1", "2", "high"], r"must hold either numbers or names, but holds '1' and 'high'; .*task=classification"),
         (["x", "x"], "must hold at least two different labels, but holds only 'x'"),
+        (
+            [1.2e19, 1.2e19],
+            r"holds 1\.2e\+19, a whole number beyond 64 bits, .*; must hold such numbers as texts, in quotes$",
+        ),
         ([1.5, 1.5], "must hold at least two different labels, but holds only 1.5"),
         ([[1, 2], [3]], r"must hold numbers or names, but holds \[1, 2\] in row 1"),
     ],
