@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import cache_latest
+from tenslora.harness.commands import is_text
 from tenslora.harness.config import ImageDatasetConfig
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, ImageFiles, divided, shortened, user_path
 from tenslora.harness.data.image_lists import ImageList, read_image_list
@@ -252,7 +254,13 @@ def _is_of_a_system(name: str) -> bool:
 def _subfolders(folder: Path) -> list[str]:
     try:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_of_a_system(entry.name))
-        "".join(names).encode()  # the record of a run could not hold a name in another encoding
-    except (OSError, UnicodeEncodeError) as error:
+    except OSError as error:
         raise TensLoRAError(f"dataset.root: {folder} cannot be read ({error})") from error
+    for name in names:
+        if not is_text(name):  # the record of a run could not hold it
+            encoding = sys.getfilesystemencoding()
+            remedy = "rename the folder" if encoding == "utf-8" else "set PYTHONUTF8=1"
+            raise TensLoRAError(
+                f"dataset.root: {folder / name} must have a name in {encoding}, the encoding of this locale; {remedy}"
+            )
     return names
