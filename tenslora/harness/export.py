@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from tenslora.attachment import detach, merge
 from tenslora.errors import TensLoRAError
-from tenslora.files import write_bytes, write_json
+from tenslora.files import read_json, write_bytes, write_json
 from tenslora.harness.backbones.timm_models import create_arguments
 from tenslora.harness.commands import command_parser, is_text, mistakes_in_one_line, path_argument
 from tenslora.harness.config import TextDatasetConfig
@@ -77,7 +77,8 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
     """Write the backbone with its head and with the update in its weights, in the form of the backbone's own library.
 
     A transformers model is written with its tokenizer or image processor and loaded by from_pretrained. A timm model is
-    loaded by timm.create_model("local-dir:<folder>", pretrained=True), and its data config is that of the run.
+    loaded by timm.create_model("local-dir:<folder>", pretrained=True), and by transformers too, and its data config is
+    that of the run.
 
     Args:
         loaded: the finished run; its model is changed in place.
@@ -111,6 +112,10 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
         model_args=create_arguments(settings, loaded.backbone),
         safe_serialization=True,
     )
+    # timm puts the number of classes there a second time, where transformers would pass it on twice.
+    config = read_json(folder / "config.json")
+    config.get("model_args", {}).pop("num_classes", None)
+    write_json(folder / "config.json", config)
 
 
 def _write_preprocessing(loaded: LoadedRun, folder: Path) -> None:

@@ -139,6 +139,9 @@ def test_its_own_library_loads_a_merged_run_and_predicts_the_same(finished: Fini
         model = timm.create_model(f"local-dir:{out}", pretrained=True)
         transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
         batch = {"x": torch.stack([transform(image) for image in inputs])}
+        wrapped = transformers.AutoModelForImageClassification.from_pretrained(out).eval()
+        assert wrapped.config.id2label == dict(enumerate(loaded.classes))
+        torch.testing.assert_close(wrapped(finished.batch["x"]).logits, finished.logits, rtol=0, atol=1e-5)
     elif loaded.tokenizer is None:
         model = transformers.AutoModelForImageClassification.from_pretrained(out)
         processor = transformers.AutoImageProcessor.from_pretrained(out, use_fast=False)
