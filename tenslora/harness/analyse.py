@@ -74,8 +74,10 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> li
     except TensLoRAError:
         raise
     except Exception as error:  # transformers raises whatever its configs and models come upon
+        source = f"--model {name}" if model else f"{folder / CONFIG}: base_model_name_or_path={name}"
+        remedy = "" if model else "; give another with --model"
         raise TensLoRAError(
-            f"--model {name}: must be a folder or hub name with a model's config ({first_line(error)})"
+            f"{source}: must be a folder or hub name with a model's config ({first_line(error)}){remedy}"
         ) from error
     stages = find_projections(backbone, adapt)
     return list(zip([stage.geometry for stage in stages], read_updates(folder, stages), strict=True))

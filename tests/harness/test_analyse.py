@@ -57,6 +57,12 @@ def test_a_lora_of_peft_is_analysed_with_the_sizes_of_its_backbone(
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("d_in"))
     assert line.split()[1] == "24"
     assert (tmp_path / "out" / "spectra.svg").is_file()
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(SystemExit, match=rf"^error: {config}: base_model_name_or_path={tmp_path}: must be .*; give an"):
+        main([str(tmp_path / "lora")])
+    with pytest.raises(SystemExit, match=rf"^error: --model {tmp_path}: must be .*\)$"):
+        main([str(tmp_path / "lora"), "--model", str(tmp_path)])
 
 
 def test_the_rank_for_a_share_is_the_first_that_keeps_it() -> None:
