@@ -72,9 +72,13 @@ class WandbTracker(Tracker):
         )
         if how := _offline(self._wandb_run):
             log.info("%s; to upload the run: wandb sync %s", how, shlex.quote(str(Path(self._wandb_run.dir).parent)))
-        with _while_wandb_answers():
-            self._wandb_run.define_metric("step")
-            self._wandb_run.define_metric("*", step_metric="step")
+        try:
+            with _while_wandb_answers():
+                self._wandb_run.define_metric("step")
+                self._wandb_run.define_metric("*", step_metric="step")
+        except BaseException:
+            self.abandon()
+            raise
 
     def epoch(self, entry: dict[str, Any]) -> None:
         with _while_wandb_answers():
