@@ -260,9 +260,7 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
     if kind == "union_tag_invalid":
         reason = f"must be one of {details['expected_tags']}".replace("'", "")
     elif kind.startswith(("dataclass", "model_attributes")):
-        reason = (
-            f"must be a group of settings: {_members(setting, [as_typed(name) for name, _ in _settings_of(schema)])}"
-        )
+        reason = f"must be a group of settings: {_members(setting, names_of_settings(schema))}"
     else:
         reason = str(cause) if cause else _TYPES.get(kind.partition("_")[0], str(first["msg"]))
         if kind == "tuple_type" and isinstance(value, (str, int, float)):
@@ -285,6 +283,15 @@ def as_typed(line: str) -> str:
     line = re.sub(r"^adapter\.(?=(tensor_mode|factorization|rank_strategy|seed)\b)", "", line)
     line = re.sub(r"^(rank_strategy|optimizer|preset)\.name\b", r"\1", line)
     return re.sub(r"^([\w.]+)=None:", r"\1=null:", line)
+
+
+def names_of_settings(schema: type) -> list[str]:
+    """The names of all settings, as on the command line.
+
+    Args:
+        schema: the dataclass of the settings.
+    """
+    return [as_typed(name) for name, _ in _settings_of(schema)]
 
 
 def no_such_setting(setting: str, settings: Sequence[str]) -> str:

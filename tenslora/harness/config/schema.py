@@ -65,7 +65,13 @@ OPTIONS_ELSEWHERE = {
 }
 """The options of a model that other settings decide, and these settings."""
 
-_NO_PROJECT = "must be a name of at most 128 characters, without / \\ # ? % and :"
+ProjectName = Annotated[
+    str, matching(r"[^/\\#?%:]{1,128}", "must be a name of at most 128 characters, without / \\ # ? % and :")
+]
+"""The name of a project of Weights & Biases, or of its owner."""
+
+GroupName = Annotated[str, matching(r".{1,128}", "must be at most 128 characters")]
+"""The name of a group of runs in Weights & Biases."""
 
 SOURCES = ("image_folder", "vtab", "text_files")
 """What a dataset's `source` may be."""
@@ -374,9 +380,9 @@ class LoggerConfig:
     wandb: bool = False
     profile: bool = False
     mode: Annotated[str, one_of(("auto", "online", "offline", "disabled"))] = "disabled"
-    project: Annotated[str, matching(r"[^/\\#?%:]{1,128}", _NO_PROJECT)] = "tenslora"
-    entity: str | None = None
-    group: Annotated[str | None, matching(r".{1,128}", "must be at most 128 characters")] = None
+    project: ProjectName = "tenslora"
+    entity: ProjectName | None = None
+    group: GroupName | None = None
     tags: tuple[Annotated[str, matching(r".{1,64}", "must be at most 64 characters each")], ...] = ()
 
 

@@ -8,14 +8,26 @@ the finished tables. It also shows runs that finish later, so it has to be built
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from tenslora.errors import TensLoRAError
 from tenslora.harness.commands import command_parser, mistakes_in_one_line
+from tenslora.harness.config import RunConfig
+from tenslora.harness.config.checks import (
+    FolderName,
+    in_one_line,
+    names_of_settings,
+    no_such_setting,
+    require_plain_values,
+)
+from tenslora.harness.config.schema import GroupName, ProjectName
 from tenslora.harness.results.paper import paper
 from tenslora.harness.results.summary import one_line
 from tenslora.harness.tracking.tracker import SCORE
@@ -155,11 +167,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the report's specification and send nothing")
     given = parser.parse_args(arguments)
     with mistakes_in_one_line():
+        _check(given)
         report = build_report(given.project, given.entity or "", given.group, given.dataset, given.by)
         if given.dry_run:
             print(json.dumps(specification(report), indent=2))
         else:
             print(_save(report))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The options that name something, each with the type of the setting that it stands for."""
+
+    project: ProjectName
+    entity: ProjectName | None
+    group: tuple[GroupName, ...]
+    dataset: tuple[FolderName, ...]
+    by: tuple[str, ...]
+
+
+def _check(given: argparse.Namespace) -> None:
+    options = {field.name: getattr(given, field.name) for field in dataclasses.fields(_Options)}
+    try:
+        require_plain_values(options, ())
+        TypeAdapter(_Options).validate_python(options)
+    except ValidationError as error:
+        raise TensLoRAError(f"--{in_one_line(error, _Options)}") from error
+    except TensLoRAError as error:
+        raise TensLoRAError(f"--{error}") from error
+    settings = names_of_settings(RunConfig)
+    for name in given.by:  # a setting's own parts, such as tensor_mode.name, are logged too
+        if not any(f"{name}.".startswith(f"{setting}.") for setting in settings):
+            raise TensLoRAError(f"--by {no_such_setting(name, settings)}")
 
 
 def _save(report: Any) -> str:

@@ -93,6 +93,24 @@ def test_without_a_group_every_run_of_the_project_is_shown() -> None:
     assert all("Group" not in runset.filters for block in report.blocks for runset in getattr(block, "runsets", []))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--project", "p\udcff"], r"--project=p\udcff: must be a text of one line"),
+        (["--project", "a/b?c"], "--project=a/b?c: must be a name of at most 128 characters, without /"),
+        (["--project", ""], "--project=: must not be an empty text"),
+        (["--entity", "a/b"], "--entity=a/b: must be a name of at most 128 characters, without /"),
+        (["--group", "g", ""], "--group=: must not be an empty text"),
+        (["--dataset", "a/b"], "--dataset=a/b: must be a name of at most 100 letters"),
+        (["--by", "adapter.alfa"], "--by adapter.alfa: there is no such setting; did you mean adapter.alpha?"),
+    ],
+)
+def test_a_word_that_no_setting_could_be_is_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--project", "p", *words, "--dry-run"])
+    assert str(ended.value).startswith(f"error: {message}")
+
+
 def test_a_service_that_does_not_accept_the_report_is_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
