@@ -128,6 +128,7 @@ class Commands:
 
     def stop(self) -> None:
         """End the process."""
-        assert self.server.stdin
+        assert self.server.stdin and self.server.stdout
         self.server.stdin.close()
         self.server.wait(timeout=60)
+        self.server.stdout.close()  # or Python warns of it in whichever test comes last
