@@ -436,12 +436,14 @@ class SharedInput:
             pending.pop(key, None)
         return product
 
-    def _versions(self, x: Tensor, outside: bool) -> Iterator[int]:
-        # torch counts the changes of a tensor, except in inference mode. What torch.compile traces changes none.
+    def _versions(self, x: Tensor, outside: bool) -> Iterator[object]:
+        # torch counts the changes of a tensor, except in inference mode, where an x may have changed at any time. What
+        # torch.compile traces changes none.
         if torch.compiler.is_compiling():
             return
-        for tensor in (x, *(self.group.adapter.parameters() if outside else ())):
-            yield 0 if tensor.is_inference() else tensor._version
+        yield object() if x.is_inference() else x._version
+        for parameter in self.group.adapter.parameters() if outside else ():
+            yield 0 if parameter.is_inference() else parameter._version
 
     def all_products(self, tokens: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """The thin products of all matrices.

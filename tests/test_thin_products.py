@@ -246,6 +246,24 @@ def test_a_pass_that_was_broken_off_leaves_nothing_for_a_changed_adapter(change:
         torch.autograd.backward(first.sum())
 
 
+def test_an_input_that_changes_between_two_layers_in_inference_mode_is_multiplied_anew() -> None:
+    # A tensor of inference mode does not count its changes.
+    model = build("separate")
+    attached(model, "qkv_depth")
+    merged = copy.deepcopy(model)
+    merge(merged)
+    query, value = (f"blocks.0.attention.{name}" for name in ("query", "value"))
+    with torch.inference_mode():
+        outputs = []
+        for each in (model, merged):
+            x = inputs("separate")["x"].clone()
+            first = linear_at(each, value)(x)
+            x += 1
+            outputs.append((first, linear_at(each, query)(x)))
+    for actual, expected in zip(*outputs, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_layers_that_are_called_by_themselves_have_backward_passes_of_their_own() -> None:
     model = build("separate")
     adapter = attached(model, "qkv_depth")
