@@ -94,7 +94,8 @@ def require_type(name: str, value: Any, *kinds: type[Any]) -> None:
     is_bool = isinstance(value, bool)
     if not any(kind is bool if is_bool else isinstance(value, numbers.get(kind, kind)) for kind in kinds):
         names = ["None" if kind is type(None) else kind.__name__ for kind in kinds]
-        raise TensLoRAError(f"{name}: must be of type {' or '.join(names)}, and is {_type_of(value)}")
+        again = " of another import of the package" if type(value).__name__ in names and not is_bool else ""
+        raise TensLoRAError(f"{name}: must be of type {' or '.join(names)}, and is {_type_of(value)}{again}")
 
 
 def require_path(name: str, value: Any) -> Path:
@@ -108,8 +109,11 @@ def require_path(name: str, value: Any) -> Path:
         The path.
 
     Raises:
-        TensLoRAError: if it is neither, or an address such as s3://bucket, which would become a folder of that name.
+        TensLoRAError: if it is neither, empty, or an address such as s3://bucket, which would become a folder of that
+            name.
     """
+    if isinstance(value, str) and not value:
+        raise TensLoRAError(f"{name}='': must not be empty; the current folder is '.'")
     if isinstance(value, str) and "://" in value:
         raise TensLoRAError(f"{name}={value}: must be a path on disk, not an address")
     try:

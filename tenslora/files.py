@@ -243,12 +243,14 @@ def _opened(path: Path, framework: str) -> Iterator[tuple[dict[str, Any], Any]]:
 
     require_file(path)
     try:
+        with open(path, "rb"):  # safe_open calls it a missing file where the process may open no more
+            pass
         with safe_open(path, framework=framework) as file:
             header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             if not isinstance(header, dict):
                 raise ValueError(f"its header must be an object, not {shown(header)}")
             yield header, file
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:  # the last one torch's
         raise TensLoRAError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
 
 

@@ -112,23 +112,25 @@ def _head_stays_with_its_adapter(folder: Path) -> Iterator[None]:
     # If the new adapter cannot be written, the older one gets its head back.
     head = folder / HEAD_FILE
     kept = temporary_path(head)
-    existed = os.path.isfile(head)
-    if existed:
-        try:
-            shutil.copyfile(head, kept)
-        except OSError as error:
-            raise TensLoRAError(f"{kept}: cannot be written ({error.strerror})") from error
+    existed, copied = os.path.isfile(head), False
     try:
+        if existed:
+            try:
+                shutil.copyfile(head, kept)
+            except OSError as error:
+                raise TensLoRAError(f"{head}: cannot be kept until the new one is there ({error.strerror})") from error
+            copied = True
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            if existed:
+            if copied:
                 os.replace(kept, head)
-            elif os.path.isfile(head):
+            elif not existed and os.path.isfile(head):
                 head.unlink()
         raise
-    if existed:
-        kept.unlink()
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # a ValueError for a character that no path can have
+            kept.unlink(missing_ok=True)
 
 
 def load(model: nn.Module, source: Path | str, revision: str | None = None) -> Adapter | StagedAdapter:

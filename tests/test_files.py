@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,6 +172,25 @@ def test_what_is_no_file_is_refused_by_name(name: str, message: str, tmp_path: P
     for read in (read_safetensors, read_json):
         with pytest.raises(TensLoRAError, match=rf"^{tmp_path}\S*: {message}$"):
             read(tmp_path / name)
+
+
+def test_a_process_that_may_open_no_more_files_says_so(tmp_path: Path) -> None:
+    path = write_safetensors(tmp_path / "a.safetensors", TENSORS, HEADER)
+    read_safetensors(path)  # imports what it needs
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(path, os.O_RDONLY))
+        for _ in range(2):  # none is left, then one
+            with pytest.raises(TensLoRAError, match=r"a\.safetensors: not a readable .*Too many open files"):
+                read_safetensors(path)
+            os.close(held.pop())
+    finally:
+        for each in held:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_no_file_takes_the_place_of_a_pipe(tmp_path: Path) -> None:

@@ -123,6 +123,25 @@ def test_an_adapter_that_cannot_be_written_leaves_the_older_one_its_head(earlier
     assert {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_disk_that_is_full_leaves_the_older_adapter_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half_copied(_: Path, to: Path) -> None:
+        to.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    model = trained()
+    save_pretrained(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(shutil, "copyfile", half_copied)
+    with pytest.raises(TensLoRAError, match=r"/head\.safetensors: cannot be kept until the new one is there \(No sp"):
+        save_pretrained(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for act in (lambda: save_pretrained(model, ""), lambda: load(build("hf_bert"), "")):
+        with pytest.raises(TensLoRAError, match=r"^(folder|source)='': must not be empty"):
+            act()
+
+
 def test_weights_that_are_divided_among_processes_are_saved_whole(tmp_path: Path) -> None:
     model, batch = trained("separate", "head"), inputs("separate")
     expected = logits(model, batch)
