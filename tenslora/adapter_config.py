@@ -73,3 +73,6 @@ class AdapterConfig:
         require_one_of("scaling", self.scaling, SCALINGS)
         require_one_of("factorization", self.factorization, FACTORIZATIONS)
         adapted_matrices(self.adapt)
+        for name, value in vars(self).items():
+            if isinstance(value, str):  # an enumeration's or numpy's text becomes Python's, as numbers do
+                object.__setattr__(self, name, str.__str__(value))

@@ -531,6 +531,11 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
     adapter = not_compiled(model)._modules.get(SUBMODULE)
     if isinstance(adapter, (Adapter, StagedAdapter)):
         return adapter
+    if adapter is not None:
+        raise TensLoRAError(
+            f"{type(model).__name__}: what it holds under the name {SUBMODULE} is no adapter of this import of the "
+            f"package; restart a notebook that has imported it anew"
+        )
     if isinstance(getattr(model, SUBMODULE, None), (Adapter, StagedAdapter)):
         raise TensLoRAError(
             f"{type(model).__name__}: passes on the attributes of the model that has the adapter; call this on that "
@@ -541,8 +546,10 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
             f"{type(model).__name__}: has its adapter in PEFT ({path}), where the methods of the PeftModel are used, "
             f"such as merge_adapter, save_pretrained, disable_adapter and unload"
         )
-    parts = [path for path, module in model.named_modules() if SUBMODULE in module._modules]
+    parts = [path for path, module in model.named_modules() if module._modules.get(SUBMODULE) is not None]
     hint = f"; call this on a part that has one: {listed(parts)}" if parts else ""
+    if not parts and _adapted_linears(model):
+        hint = f", but its layers have; call this on the model that they belong to, whose {SUBMODULE} must be in place"
     raise TensLoRAError(f"{type(model).__name__}: has no adapter{hint}")
 
 
@@ -744,9 +751,13 @@ def require_finite_sum(path: str, weight: Tensor, update: Tensor) -> None:
 
     Raises:
         TensLoRAError: if the sum holds a NaN or an infinity in the weight's own type, if the shapes differ, or if torch
-            does not allow the weight to change.
+            does not allow the weight to change. Likewise if the update is on the device meta, and the weight is not.
     """
     require_changeable(path, weight)
+    if update.is_meta and not weight.is_meta:
+        raise TensLoRAError(
+            f"{path}: its update is on the device meta and has no numbers; give it those of a state dict"
+        )
     if weight.shape != update.shape:
         raise TensLoRAError(
             f"{path}: its weight has the shape {tuple(weight.shape)}, and its update {tuple(update.shape)}; change the "

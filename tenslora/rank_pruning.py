@@ -14,6 +14,7 @@ from torch import Tensor
 from tenslora.adapter import Adapter
 from tenslora.errors import TensLoRAError, require_type
 from tenslora.factorizations.factorization import Basis
+from tenslora.files import require_finite
 from tenslora.tensor import FactorizedTensor
 
 LARGEST_GRID = 20_000_000
@@ -47,7 +48,8 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
 
     Raises:
         TensLoRAError: if the factorization has no such bases (CP), if even rank 1 exceeds the budget, or if the
-            optimizer keeps anything else of the parameters' shapes than AdamW's two moments. Nothing is changed then.
+            optimizer keeps anything else of the parameters' shapes than AdamW's two moments, or if the adapter holds a
+            NaN or an infinity. Nothing is changed then.
     """
     require_type("adapter", adapter, Adapter)
     require_type("budget", budget, int)
@@ -59,6 +61,8 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
                 f"optimizer={type(optimizer).__name__}: keeps {', '.join(sorted(kept))}; must keep "
                 f"{' and '.join(sorted(_MOMENTS))} alone, as AdamW does, to be taken along"
             )
+    for name, parameter in adapter.named_parameters():
+        require_finite(name, parameter)
     tensors = [cast(FactorizedTensor, tensor) for tensor in adapter.tensors]
     bases = [t.factorization.bases({n: p.double() for n, p in t.named_parameters()}, t.modes) for t in tensors]
     ranks = best_ranks(adapter, [[basis.energies for basis in each.values()] for each in bases], budget)

@@ -304,6 +304,8 @@ class RankStrategy:
     def __post_init__(self) -> None:
         require_one_of("name", self.name, STRATEGIES)
         require_one_of("rule", self.rule, RULES)
+        for name in ("name", "rule"):  # an enumeration's or numpy's text becomes Python's, as numbers do
+            object.__setattr__(self, name, str.__str__(getattr(self, name)))
         require_numbers(self, "rank", whole=True)
         require_numbers(self, "tolerance", "scale")
         if to_list := getattr(self.ranks, "tolist", None):  # of an array or a tensor

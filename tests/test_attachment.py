@@ -6,10 +6,12 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,12 +30,15 @@ from tenslora import (
     Adapter,
     AdapterConfig,
     Geometry,
+    RankStrategy,
     TensLoRAError,
+    adapt_tensor,
     attach,
     detach,
     disabled,
     load,
     merge,
+    merge_tensors,
     save_pretrained,
     unmerge,
 )
@@ -1103,6 +1108,46 @@ def test_an_adapter_is_on_one_model_at_a_time() -> None:
     detach(model)
     del model
     attach(PlainTransformer(), adapter, train=["head"])
+
+
+def test_an_adapter_without_numbers_is_not_merged_into_weights_that_have_some() -> None:
+    with torch.device("meta"):
+        model = PlainTransformer()
+        attach(model, AdapterConfig("qkv")).to("meta")
+        kernel = nn.Conv1d(3, 4, 2)
+        adapt_tensor(kernel, "weight", 2).to("meta")
+    state = PlainTransformer().state_dict()
+    model.load_state_dict(state, strict=False, assign=True)
+    kernel.get_submodule("parametrizations.weight").original = nn.Parameter(torch.zeros(4, 3, 2))
+    for merge_into, adapted in ((merge, model), (merge_tensors, kernel)):
+        with pytest.raises(TensLoRAError, match=r": its update is on the device meta and has no numbers"):
+            merge_into(adapted)
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in state.items())
+
+
+def test_an_adapter_that_was_taken_away_by_hand_is_told() -> None:
+    model = PlainTransformer()
+    adapter = attach(model, AdapterConfig("qkv"))
+    for gone in (False, True):
+        model.tenslora = None  # type: ignore[assignment]
+        if gone:
+            del model.tenslora
+        with pytest.raises(TensLoRAError, match=r"^PlainTransformer: has no adapter, but its layers have; call"):
+            merge(model)
+    model.tenslora = nn.Linear(2, 2)
+    with pytest.raises(TensLoRAError, match=r"what it holds under the name tenslora is no adapter of this import"):
+        detach(model)
+    model.tenslora = adapter
+    detach(model)
+
+
+def test_words_of_other_types_become_text() -> None:
+    class Mode(str, Enum):  # noqa: UP042  whose text is Mode.QKV
+        QKV = "qkv"
+
+    config = AdapterConfig(Mode.QKV, factorization=np.str_("cp"), rank_strategy=RankStrategy(np.str_("isorank")))
+    words = (config.tensor_mode, config.factorization, config.rank_strategy.name)
+    assert [(type(word), word) for word in words] == [(str, "qkv"), (str, "cp"), (str, "isorank")]
 
 
 def test_layers_that_were_added_or_taken_away_are_told(tmp_path: Path) -> None:

@@ -171,6 +171,16 @@ def test_what_cannot_be_pruned_is_refused() -> None:
         prune(build("depth", "tucker"), 3)
 
 
+def test_an_adapter_that_holds_a_nan_is_not_pruned() -> None:
+    adapter = Adapter(AdapterConfig("qkv_depth"), GEOMETRY)
+    with torch.no_grad():
+        next(adapter.parameters()).fill_(float("nan"))
+    before = adapter.ranks
+    with pytest.raises(TensLoRAError, match=r"^tensors\.0\.core holds a NaN or an infinity$"):
+        prune(adapter, 100)
+    assert adapter.ranks == before
+
+
 def test_a_pruned_adapter_keeps_its_scale_when_it_is_saved(tmp_path: Path) -> None:
     adapter = Adapter(AdapterConfig("qkv", RankStrategy("isorank"), scaling="first_step"), GEOMETRY)
     scale = adapter.scale
