@@ -80,6 +80,8 @@ def upload(folder: Path, name: str, *, card: str, message: str, replaced: str, p
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):  # the login page of a network, say
         return "what answers under the hub's address is not the hub: its answer is no JSON"
+    if isinstance(error, UnicodeDecodeError):
+        return "the hub's cache holds a damaged file; delete the repository's folder there"
     return first_line(error)
 
 

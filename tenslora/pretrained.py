@@ -56,6 +56,8 @@ from tenslora.forward_pass import listed
 from tenslora.hub import download, is_repository, upload
 from tenslora.projections import require_sizes
 
+_OF_PEFT = "adapter_config.json"
+
 _COUNT = "num_batches_tracked"
 
 
@@ -154,6 +156,8 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
     """
     require_type("model", model, nn.Module)
     require_type("revision", revision, str, type(None))
+    if isinstance(source, str) and "://" in source:
+        raise TensLoRAError(f"source={source}: must be a path on disk, or user/name of a repository on the hub")
     path = require_path("source", source)
     # Unlike Path.exists, os.path also answers where a name is too long for a file.
     if revision is not None and os.path.exists(path):
@@ -164,6 +168,8 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
         return attach(model, adapter)
     folder = path if os.path.isdir(path) else _download(str(source), revision)
     if not (folder / ADAPTER_FILE).is_file():
+        if (folder / _OF_PEFT).is_file():
+            raise TensLoRAError(f"{source}: holds an adapter that PEFT has saved; PeftModel.from_pretrained loads it")
         raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
     adapter = load_adapter(folder / ADAPTER_FILE)
     stages_to_adapt(model, adapter)  # the head's weights would not say so plainly that they are of another model
@@ -336,7 +342,7 @@ def push_to_hub(model: nn.Module, repo_id: str, private: bool = False) -> str:
 def _download(name: str, revision: str | None) -> Path:
     if not is_repository(name, with_owner=True) or name.endswith(".safetensors"):
         raise TensLoRAError(f"{name}: no such file or folder, and not the name of a repository on the hub (user/name)")
-    return download(name, [ADAPTER_FILE, HEAD_FILE], revision)
+    return download(name, [ADAPTER_FILE, HEAD_FILE, _OF_PEFT], revision)
 
 
 def _model_card(model: nn.Module, repo_id: str) -> str:
@@ -377,6 +383,8 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
     # A module's buffers belong to its trained parameters, and so do those of the modules in it if all its parameters
     # are trained, such as a parametrization's. Running statistics move without any.
     of_adapter = f"{SUBMODULE}."
+    # First of all, because fully_shard gives a module its own parameters back when it is asked for its state dict.
+    kept = [name for name in model.state_dict() if not name.startswith(of_adapter)]
     others = {name: each for name, each in model.named_parameters() if not name.startswith(of_adapter)}
     beside = {uncompiled(name) for name in adapter_of(model).trained_beside}
     trained: dict[str, Tensor] = {
@@ -385,7 +393,6 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
     with_frozen = {path for name in others.keys() - trained.keys() for path in _holders(name)}
     owners = {_owner(name) for name in trained}
     whole = {path for name in trained for path in _holders(name)} - with_frozen
-    kept = [name for name in model.state_dict() if not name.startswith(of_adapter)]
     buffers = dict(model.named_buffers())
     of_trained = {
         name: buffers[name]

@@ -161,6 +161,31 @@ def test_weights_that_are_divided_among_processes_are_saved_whole(tmp_path: Path
     torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-6)
 
 
+def test_weights_that_a_state_dict_puts_in_place_are_those_that_are_saved(tmp_path: Path) -> None:
+    # As after a forward pass under fully_shard, which frees the memory of the parameters that a module had until then.
+    model = trained("separate", "head")
+    expected = logits(model, inputs("separate"))
+
+    def divided(module: nn.Module, *_: Any) -> None:
+        hook.remove()
+        before = module.get_submodule("head").weight
+        module.get_submodule("head").weight = nn.Parameter(before.detach().clone())  # type: ignore[arg-type, operator]
+        before.data.fill_(float("nan"))  # type: ignore[operator, union-attr]
+
+    hook = model.register_state_dict_pre_hook(divided)  # type: ignore[no-untyped-call]
+    load(again := build("separate"), save_pretrained(model, tmp_path))
+    torch.testing.assert_close(logits(again.double(), inputs("separate")), expected, rtol=0, atol=1e-6)
+
+
+def test_what_else_may_be_given_as_a_source_is_told(tmp_path: Path) -> None:
+    model = build("hf_bert")
+    with pytest.raises(TensLoRAError, match=r"^source=https://hf\.co/a/b: must be a path on disk, or user/name of a"):
+        load(model, "https://hf.co/a/b")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(TensLoRAError, match=r": holds an adapter that PEFT has saved; PeftModel\.from_pretrained"):
+        load(model, tmp_path)
+
+
 def test_a_heads_buffers_and_tied_weights_are_kept(tmp_path: Path) -> None:
     model, other = TwoHeads(), TwoHeads()
     attach(model, AdapterConfig("qkv"), train=["norm", "out", "again"])
@@ -426,6 +451,9 @@ def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(TensLoRAError, match=r"^repo_id=a/b: the hub refuses \(401 Client Error: Unauthorized\)$"):
         push_to_hub(model, "a/b")
     monkeypatch.setattr("huggingface_hub.create_repo", lambda *_, **__: json.loads("<html>"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: b"\xff".decode())
+    with pytest.raises(TensLoRAError, match=r"not found on the hub \(the hub's cache holds a damaged file; delete"):
+        load(build("hf_bert"), "a/b")
     with pytest.raises(TensLoRAError, match=r"the hub refuses \(what answers under the hub's address is not the hub"):
         push_to_hub(model, "a/b")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
