@@ -649,8 +649,13 @@ def require_all_layers(model: nn.Module) -> None:
         model: with an adapter.
 
     Raises:
-        TensLoRAError: if one is missing.
+        TensLoRAError: if one is missing, or if FullyShardedDataParallel has divided the adapter.
     """
+    if any(getattr(own, "_fsdp_flattened", False) and own.dim() < 2 for own in adapter_of(model).parameters()):
+        raise TensLoRAError(
+            f"{type(model).__name__}: its adapter is divided among processes; do this inside of "
+            f"FullyShardedDataParallel.summon_full_params, or use fully_shard"
+        )
     missing = sum(stage.geometry.layers * len(stage.geometry.matrices) for stage in adapter_of(model).stages)
     missing -= sum(len(linear.layer_update.columns) for linear in _adapted_linears(model).values())
     if missing > 0:

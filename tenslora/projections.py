@@ -312,6 +312,8 @@ def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
     if getattr(block, "q_bias", None) is not None and not getattr(block, "qkv_bias_separate", False):
         # timm's BEiT and EVA read the weight and add biases of their own.
         return f"does not call its Linear {name}, so an adapter there has no effect"
+    if name == "c_attn" and _is_linear(getattr(block, "q_attn", None)):  # transformers' GPT-2 beside an encoder
+        return f"is a cross-attention, whose {name} holds key and value alone, which is not supported"
     side_by_side = name in FUSED and not FUSED[name].by_head
     one_head_after_the_other = (
         getattr(block, "multi_query", None) is False  # transformers' GPTBigCode

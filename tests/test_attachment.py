@@ -1079,6 +1079,16 @@ def test_an_adapter_that_is_wrapped_itself_is_not_merged() -> None:
     torch.testing.assert_close(wrapped(x), expected)
 
 
+def test_an_adapter_that_is_divided_among_processes_is_told(tmp_path: Path) -> None:
+    model = PlainTransformer()
+    for parameter in attach(model, AdapterConfig("qkv")).parameters():
+        parameter._fsdp_flattened = True  # type: ignore[attr-defined]  # as FullyShardedDataParallel leaves it
+        parameter.data = parameter.data.flatten()[:3]
+    for act in (merge, to_peft, partial(save_pretrained, folder=tmp_path)):
+        with pytest.raises(TensLoRAError, match=r"^PlainTransformer: its adapter is divided among processes; do this"):
+            act(model)
+
+
 def test_an_adapter_that_is_put_in_the_place_of_another_is_no_adapter_of_the_layers() -> None:
     model, other = PlainTransformer(), PlainTransformer()
     other.load_state_dict(model.state_dict())

@@ -218,6 +218,10 @@ _FOUR = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "i
             r"attn: the order of the outputs of qkv_proj in CodeGenAttention is not known; it is in Phi3Attention",
         ),
         (
+            lambda: hf.GPT2Model(hf.GPT2Config(n_embd=24, n_layer=1, n_head=3, add_cross_attention=True)),
+            r"h\.0\.crossattention: is a cross-attention, whose c_attn holds key and value alone",
+        ),
+        (
             lambda: hf.LongformerModel(hf.LongformerConfig(**_FOUR, attention_window=4)),
             r"self: has a query_global beside query, which an adapter would leave out",
         ),
@@ -238,6 +242,7 @@ _FOUR = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4, "i
         "DaViT",
         "SwinV2",
         "CodeGen",
+        "GPT2",
         "Longformer",
         "Reformer",
         "Qwen3Next",

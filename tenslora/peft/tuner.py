@@ -528,6 +528,10 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         if key in self._planned:
             return True
+        if not self._planned:  # somebody asks afterwards
+            layer = self.model.get_submodule(key)
+            name = next((name for name, own in self.peft_config.items() if own is peft_config), "")
+            return isinstance(layer, TensLoraLinear) and name in layer.updates
         # PEFT counts the modules that were excluded, and warns if there are none.
         return cast(
             bool, bool(peft_config.exclude_modules) and check_target_module_exists(_named(peft_config, ()), key)

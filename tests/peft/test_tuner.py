@@ -35,6 +35,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft import LoraConfig as PeftLora
+from peft.tuners.tuners_utils import inspect_matched_modules
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -912,6 +913,14 @@ def test_the_adapter_of_a_deeper_model_is_refused(mode: str, tmp_path: Path) -> 
     model = get_peft_model(_bert(layers=2), TensLoraConfig(tensor_mode=mode))
     with pytest.raises(TensLoRAError, match="which does not belong there"):
         model.load_adapter(str(tmp_path), "other")
+
+
+def test_pefts_list_of_the_modules_that_an_adapter_matches_is_right() -> None:
+    model = get_peft_model(_bert(layers=2), TensLoraConfig())
+    model.add_adapter("other", TensLoraConfig(adapt="qv"))
+    for name, count in (("default", 6), ("other", 4)):
+        matched = inspect_matched_modules(model.base_model, name)["matched"]
+        assert len(matched) == count and all(path.endswith(("query", "key", "value")) for path in matched)
 
 
 def _bert(layers: int) -> Any:
