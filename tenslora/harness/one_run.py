@@ -46,6 +46,8 @@ def carry_out_once(composed: DictConfig, train: Callable[[RunConfig, Path], Mapp
             raise TensLoRAError(f"{setting}={place}: is the run's own folder, whose files a run writes; choose another")
     if run.resume and run.overwrite:
         raise TensLoRAError("overwrite=true: must be false with resume=true, which goes on where the run stopped")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        _require_same(run, folder)
     if os.environ.get("RANK", "0") != "0":
         return _score(_finished(run, folder) or train(run, folder.path))
     with folder.claim() as ours:
@@ -68,6 +70,20 @@ def carry_out_once(composed: DictConfig, train: Callable[[RunConfig, Path], Mapp
         elif not run.overwrite and (digest := folder.checkpoint_digest()) not in (None, run.digest()):
             raise OtherRun(folder.checkpoint, str(digest), run.digest())
         return _score(train(run, folder.path))
+
+
+def _require_same(run: RunConfig, folder: RunFolder) -> None:
+    """Check that the processes that torchrun has started carry out the same run, from the same point on.
+
+    A setting that refers to the process's number or to the time may differ.
+    """
+    from tenslora.harness.training.processes import Processes
+
+    processes = Processes(run.trainer.device, run.trainer.threads)
+    processes.require_same({**run.identity(), "resume": run.resume, "overwrite": run.overwrite})
+    # The main process has written all files of an earlier run by now.
+    files = (folder.result, folder.checkpoint)
+    processes.require_same({"the run's folder": [folder.path.name, *(file.name for file in files if file.is_file())]})
 
 
 def _finished(run: RunConfig, folder: RunFolder) -> dict[str, Any] | None:

@@ -36,3 +36,13 @@ def test_two_processes_train_what_one_does(quantization: str, commands: Commands
     alone, both = (RunFolder(tmp_path / name).read_predictions()["test"] for name in ("one", "two"))
     assert np.array_equal(alone.labels, both.labels)
     np.testing.assert_allclose(alone.outputs, both.outputs, atol=2e-3)
+
+
+def test_two_processes_with_different_settings_or_folders_are_refused(commands: Commands, tmp_path: Path) -> None:
+    for word, name in (("seed", "seed"), ("hydra.run.dir", "the run's folder")):
+        words = ["trainer.device=cpu", f"hydra.run.dir={tmp_path}/run", f"{word}=${{oc.env:RANK}}"]
+        ends = commands.run_together(started_by_torchrun(Command("train.py", words, tmp_path), 2))
+        for ended in ends:
+            assert (ended.status, ended.err.count("\n")) == (1, 1)
+            assert ended.err.startswith(f"error: {name}: must be the same in all processes that share a run, and is ")
+    assert not list(tmp_path.rglob("checkpoint.safetensors"))

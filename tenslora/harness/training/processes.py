@@ -7,13 +7,14 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tenslora.errors import TensLoRAError, first_line
+from tenslora.harness.config.checks import shown
 
 _THREADS = torch.get_num_threads()  # read before anything changes it
 
@@ -98,8 +99,30 @@ class Processes:
         quantised = [name for name, parameter in model.named_parameters() if type(parameter) is not nn.Parameter]
         ignore = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(model, quantised)  # type: ignore[no-untyped-call]
-        wrapped: nn.Module = self._accelerator.prepare_model(model)
+        with self.answered():
+            wrapped: nn.Module = self._accelerator.prepare_model(model)
         return wrapped
+
+    def answered(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which this process exchanges something with the others. If one has ended, a line says so."""
+        return contextlib.nullcontext() if self._accelerator is None else _answered()
+
+    def require_same(self, values: Mapping[str, Any]) -> None:
+        """Check that all processes have the same values, without which they would wait for each other or train apart.
+
+        Args:
+            values: this process's values by their names, perhaps nested.
+
+        Raises:
+            TensLoRAError: if they differ. It names the first value that does.
+        """
+        first, *others = self.gather([dict(values)])
+        for other in others:
+            for name, one, another in _differences(first, other):
+                raise TensLoRAError(
+                    f"{name}: must be the same in all processes that share a run, and is {shown(one)} in one and "
+                    f"{shown(another)} in another"
+                )
 
     def local_gradients(self, model: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """A context in which a wrapped model adds up its gradients in this process and does not exchange them."""
@@ -109,7 +132,7 @@ class Processes:
         """The mean of a tensor over the processes, on every process."""
         if self._accelerator is None:
             return value
-        with _answered():
+        with self.answered():
             reduced: Tensor = self._accelerator.reduce(value, reduction="mean")
         return reduced
 
@@ -119,19 +142,27 @@ class Processes:
             return list(items)
         from accelerate.utils import gather_object
 
-        with _answered():
+        with self.answered():
             return list(gather_object(list(items)))
 
 
 @contextlib.contextmanager
 def _answered() -> Iterator[None]:
-    """A context in which this process waits for the others. If one of them has ended, a line says so."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # gloo's and NCCL's
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
         raise TensLoRAError(f"another process has ended, or does not answer ({first_line(error)})") from error
+
+
+def _differences(first: Mapping[str, Any], other: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any, Any]]:
+    for name in {**first, **other}:
+        one, another = first.get(name), other.get(name)
+        if isinstance(one, Mapping) and isinstance(another, Mapping):
+            yield from _differences(one, another, f"{group}{name}.")
+        elif one != another:
+            yield group + name, one, another
 
 
 def most_threads() -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,26 @@ def test_a_process_that_waits_for_one_that_has_ended_says_so(monkeypatch: pytest
     for wait in (lambda: processes.gather([1]), lambda: processes.mean(torch.ones(()))):
         with pytest.raises(TensLoRAError, match=r"^another process has ended, or does not answer \(.*by peer.*:1\)$"):
             wait()
+    with pytest.raises(RuntimeError, match="shapes"), processes.answered():
+        raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 1}, "seed: must be the same in all processes that share a run, and is 0 in one and 1 in another"),
+        ({"trainer": {"clip_norm": None, "epochs": 1}}, "trainer.epochs: must be the same .* is 2 in one and 1 in "),
+        ({"files": ["run"]}, r"files: must be .* is \[run, result.json\] in one and \[run\] in another"),
+        ({}, None),
+    ],
+)
+def test_processes_that_do_not_carry_out_the_same_run_are_refused(
+    other: dict[str, Any], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes, values = Processes("cpu"), {"seed": 0, "trainer": {"epochs": 2}, "files": ["run", "result.json"]}
+    monkeypatch.setattr(processes, "gather", lambda items: [*items, {**values, **other}])
+    with pytest.raises(TensLoRAError, match=f"^{message}") if message else contextlib.nullcontext():
+        processes.require_same(values)
 
 
 @pytest.mark.parametrize(
