@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.data.encoding import Collate, Encoded
 
 POOL_BATCHES = 50
@@ -180,6 +182,29 @@ def order_of_results(data: Encoded, processes: int) -> list[int]:
     return [index for process in range(processes) for index in order[process::processes]]
 
 
+@contextlib.contextmanager
+def workers_explained(workers: int) -> Iterator[None]:
+    """A context in which worker processes read examples. If one of them is killed, a line says so.
+
+    torch raises its error wherever the program is at that moment.
+
+    Args:
+        workers: their number.
+
+    Raises:
+        TensLoRAError: if one of them has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise TensLoRAError(
+            f"trainer.workers={workers}: a process that reads examples was killed, as where memory is short "
+            f"({first_line(error)}); resume=true goes on with a run that has a checkpoint"
+        ) from error
+
+
 def _test_order(data: Encoded) -> list[int]:
     order = list(range(len(data)))
     if data.lengths is not None:
@@ -200,6 +225,10 @@ def _loader(
     generator: torch.Generator | None = None,
 ) -> DataLoader[tuple[dict[str, Tensor], Tensor]]:
     if workers and batches:
+        if multiprocessing.current_process().daemon:
+            raise TensLoRAError(
+                f"trainer.workers={workers}: must be 0 in a daemonic process, such as one of multiprocessing.Pool"
+            )
         _require_short_addresses(workers)
         _require_shared_memory(data, batches, collate, workers)
     loader: DataLoader[Any] = DataLoader(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import TrainerConfig
-from tenslora.harness.data.batches import order_of_results, test_batches
+from tenslora.harness.data.batches import order_of_results, test_batches, workers_explained
 from tenslora.harness.data.encoding import Collate, Encoded, EncodedDataset
 from tenslora.harness.predictions import Predictions
 from tenslora.harness.training.metrics import METRICS
@@ -149,7 +149,7 @@ def _predict_share(
     )
     results: list[_BatchResults] = []
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), workers_explained(trainer.workers):
             for inputs, labels in batches:
                 inputs = {name: tensor.to(processes.device, non_blocking=True) for name, tensor in inputs.items()}
                 with autocast(trainer.precision, processes.device):

@@ -23,7 +23,7 @@ from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.attachment import SUBMODULE, adapter_of
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RankScheduleConfig, RunConfig
-from tenslora.harness.data.batches import Batch, TrainBatches
+from tenslora.harness.data.batches import Batch, TrainBatches, workers_explained
 from tenslora.harness.data.encoding import EncodedDataset, TokensOf
 from tenslora.harness.stages import as_in_files
 from tenslora.harness.training.checkpoint import Course, Start, TrainingState, load_checkpoint, save_checkpoint
@@ -138,7 +138,11 @@ def fit(
                 on_epoch(entry)
 
     evaluate_epoch = partial(evaluate, optimization.wrapped, data, trainer=run.trainer, processes=processes)
-    with ProgressBar(steps, state.steps, show_progress) as bar, _memory_error_explained(run, processes):
+    with (
+        ProgressBar(steps, state.steps, show_progress) as bar,
+        _memory_error_explained(run, processes),
+        workers_explained(run.trainer.workers),
+    ):
 
         def report(step: int, rate: float, loss: float) -> None:
             bar.step(loss)
@@ -310,7 +314,7 @@ class _Optimization:
             _mark_sizes(inputs)
         # The processes exchange their gradients once per step, with its last batch.
         exchange = contextlib.nullcontext() if batch.closes_step else self.processes.local_gradients(self.wrapped)
-        with exchange:
+        with exchange, self.processes.answered():
             with autocast(self.run.trainer.precision, device):
                 outputs = outputs_of(self.forward, inputs)
             if is_first_step:

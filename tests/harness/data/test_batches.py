@@ -224,3 +224,10 @@ def test_workers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeyp
     with pytest.raises(TensLoRAError, match=r"^trainer\.workers=2: needs \d+ bytes of shared memory for batches of"):
         next(train_batches(workers=2).epoch(1))
     next(train_batches(workers=0).epoch(1))
+
+
+def test_workers_in_a_daemonic_process_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multiprocessing.current_process", lambda: SimpleNamespace(daemon=True))
+    with pytest.raises(TensLoRAError, match=r"^trainer\.workers=2: must be 0 in a daemonic process, such as one of m"):
+        next(train_batches(workers=2).epoch(1))
+    next(train_batches(workers=0).epoch(1))

@@ -121,3 +121,13 @@ def test_it_goes_on_with_batches_that_fit_into_memory() -> None:
 def test_a_run_that_cannot_evaluate_a_single_example_says_so(tmp_path: Path) -> None:
     with pytest.raises(TensLoRAError, match="does not fit into the memory of"):
         fit_toy(tmp_path, model=SmallDevice(room=0))
+
+
+def test_a_worker_that_is_killed_is_one_line() -> None:
+    class Model(LinearModel):
+        def forward(self, x: Tensor) -> Tensor:  # noqa: ARG002
+            # torch raises it wherever the program is.
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.raises(TensLoRAError, match=r"^trainer\.workers=0: a process that reads examples was killed"):
+        evaluated(Model())

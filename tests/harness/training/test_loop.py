@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.harness.data.encoding import Encoded, TokensOf
-from tenslora.harness.training import loop
+from tenslora.harness.training import loop, processes
 from tenslora.harness.training.loop import Diverged
 from tenslora.harness.training.tasks import CLASSIFICATION
 from tests.running import SHORT, configured, record, run
@@ -332,3 +332,25 @@ def test_a_metric_of_another_task_is_refused_before_the_first_step(metric: str, 
     with pytest.raises(TensLoRAError, match=rf"^dataset\.metrics={metric}: must be one of accuracy, matthews for a cl"):
         fit_toy(tmp_path, "trainer.epochs=1", "trainer.max_steps=1", model=model, metrics=("accuracy", metric))
     assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        (
+            "DataLoader worker (pid 7) is killed by signal: Killed. ",
+            r"trainer\.workers=0: a process that reads examples ",
+        ),
+        ("[gloo/pair.cc:545] Connection reset by peer", r"another process has ended, or does not answer \(.*by peer\)"),
+    ],
+)
+def test_another_process_that_is_killed_in_a_step_is_one_line(
+    reason: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(_: Tensor) -> None:
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(torch.autograd, "backward", killed)
+    monkeypatch.setattr(processes.Processes, "answered", lambda _: processes._answered())
+    with pytest.raises(TensLoRAError, match=f"^{message}"):
+        fit_toy(tmp_path)
