@@ -195,10 +195,8 @@ class PatientSlurmLauncher(_Patient, submitit_launcher.SlurmLauncher):
         asked = _ask("squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r")
         if asked.returncode:  # the controller is busy or restarting, and may answer later
             return left
-        queued = {
-            number: (state, why)
-            for number, state, why in (line.split("|", 2) for line in asked.stdout.split("\n") if line)
-        }
+        lines = (line.split("|", 2) for line in asked.stdout.split("\n"))
+        queued = {line[0]: line[1:] for line in lines if len(line) == 3}  # a site may print news before them
         reasons = [queued[job.job_id][1] for job in jobs if queued.get(job.job_id, ("", ""))[0] == "PENDING"]
         for line in self._pending.news(reasons):
             tqdm.write(line)  # which moves the sweep's progress bar out of the way

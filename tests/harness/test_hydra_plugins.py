@@ -171,6 +171,7 @@ def test_a_job_that_vanishes_has_failed_and_the_others_are_waited_for(slurm: Fak
 
 def test_a_job_that_slurm_has_forgotten_is_gone(slurm: FakeSlurm) -> None:
     slurm.answers("7_1", "")
+    (slurm.folder / "queue" / "1").write_text("NOTICE: maintenance on Monday\n7_1|RUNNING|None\n")
     slurm.arrives(2, "7_1", ("success", completed("there")))
     gone, there = slurm.launch(2)
     assert "Slurm job 7_0 is gone without a result" in str(gone._return_value)
