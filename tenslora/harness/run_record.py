@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -279,10 +280,10 @@ def _git() -> dict[str, Any] | None:
         return asked.stdout.strip()
 
     try:
-        return {
-            "commit": ask("rev-parse", "HEAD"),
-            "changed": bool(ask("status", "--porcelain", "--untracked-files=no")),
-        }
+        commit = ask("rev-parse", "HEAD")
+        if not re.fullmatch("[0-9a-f]{40,64}", commit):  # a wrapper of a site's own may print more
+            return None
+        return {"commit": commit, "changed": bool(ask("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,3 +93,11 @@ def test_the_commit_is_the_codes_also_where_git_is_told_of_another_repository(
     monkeypatch.setenv("GIT_DIR", str(tmp_path))
     run_record._git.cache_clear()
     assert run_record._git() == commit  # None outside a clone
+
+
+def test_what_is_no_commit_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\necho warning: your git is old\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert run_record._git.__wrapped__() is None
