@@ -72,8 +72,12 @@ def run_app(
     for word in sys.argv[1:]:
         if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|''|\"\")?", word):  # Hydra would write into the current folder
             sys.exit(f"error: {word}: must be a folder")
-        if re.match(r"""\+*hydra\.(run|sweep)\.dir=["']*~(/|["']|$)""", word):  # Hydra would make a folder of that name
+        if re.match(r"""\+*hydra\.(run|sweep)\.dir=["']*~""", word):  # Hydra would make a folder of that name
             sys.exit(f"error: {TensLoRAError(word)}: must be written without ~, such as with $HOME in its place")
+        if re.match(r"\+*hydra\.(run|sweep)\.dir=[^$]*://", word):
+            sys.exit(f"error: {TensLoRAError(word)}: must be a path on disk, not an address")
+        if sweep and re.match(r"\+*hydra\.mode=(?!MULTIRUN$)", word, re.IGNORECASE):  # would leave a run's folder
+            sys.exit(f"error: {TensLoRAError(word)}: must be MULTIRUN for sweep.py; train.py carries out single runs")
         if re.fullmatch(r"\+*hydra\.job\.chdir=(?!(false|null)$).*", word, re.IGNORECASE | re.DOTALL):
             sys.exit(f"error: {TensLoRAError(word)}: must be false, because paths are relative to the current folder")
         if sweep and re.match(r"\+*hydra\.sweep\.subdir=", word):  # the results are read from the runs' own folders
@@ -276,6 +280,8 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             is_read = config_name is None and cause.errno in (errno.EACCES, errno.EPERM)  # or perhaps written
             failed = "used" if is_read or cause.errno == errno.ENAMETOOLONG else "written"
             return f"{cause.filename or _output_folder()}: cannot be {failed} ({os_reason(cause)})"
+    if any(str(cause).endswith("embedded null byte") for cause in causes):
+        return "hydra.run.dir, hydra.sweep.dir and hydra.job.name: must not hold a NUL, which YAML writes as \\0"
     for cause in causes:
         if str(cause).startswith(OF_LOGGING):
             at_fault = " ".join(word for word in sys.argv[1:] if re.match(r"\+*hydra[./](job|hydra)_logging", word))
@@ -285,6 +291,7 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             return f"{at_fault or 'hydra.job_logging, hydra.hydra_logging'}: cannot be used ({': '.join(reasons)})"
     if config_name is None:
         return None
+    from tenslora.harness.config.checks import DEEPEST
     from tenslora.harness.config.spelling import misspelt, parsed, unreadable, wrong_file
 
     given = _given()
@@ -295,6 +302,10 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     own = given.config_dir
     if own and not os.path.isdir(own):
         return f"--config-dir {TensLoRAError(own)}: must be one folder, which has a folder for each group in it"
+    if isinstance(error, RecursionError):
+        for word in words:
+            if word.count("[") + word.count("{") > DEEPEST:
+                return f"{word.partition('=')[0]}: must not be nested more than {DEEPEST} levels deep"
     if line := misspelt(words, _CONF, config_name, own) or wrong_file(error):
         return line
     several = (word for word in words if "--multirun" in str(error) and word in str(error))
@@ -313,7 +324,9 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             return f"{word}: must be {'a dictionary' if word.partition('=')[2].startswith('[') else 'a list'}"
     if word := next((word for word in words if "=" in word and not parsed(word)), None):
         return unreadable(word)
-    if isinstance(error, (KeyError, AssertionError)):  # of Hydra's code, with no word on the setting
+    if isinstance(
+        error, (KeyError, AssertionError, TypeError, AttributeError)
+    ):  # of Hydra's code, with no word on the setting
         of_hydra = [word for word in words if re.match(r"\+*hydra\.(?!(run|sweep)\.)", word)]
         said = ": ".join(filter(None, (type(error).__name__, _joined(error) if str(error) else "")))
         return f"{' '.join(of_hydra) or 'the settings of hydra'}: cannot be used by Hydra ({said})"

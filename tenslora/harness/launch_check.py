@@ -39,6 +39,7 @@ class LaunchCheck(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        _require_launcher(config)
         if not _in_order(config):
             name = config.hydra.runtime.choices["hydra/launcher"]
             print(
@@ -47,6 +48,7 @@ class LaunchCheck(Callback):
             )
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        _require_launcher(config)
         try:
             for setting in _NUMBERS:
                 _check_number(config, setting)
@@ -62,6 +64,11 @@ class LaunchCheck(Callback):
             f"accelerate launch share a single run of train.py among processes, and a launcher carries out several "
             f"runs at once"
         )
+
+
+def _require_launcher(config: DictConfig) -> None:
+    if not isinstance(config.hydra.launcher, DictConfig):
+        sys.exit(f"error: hydra.launcher={shown(config.hydra.launcher)}: must be the settings of a launcher")
 
 
 def _in_order(config: DictConfig) -> bool:

@@ -69,6 +69,15 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         ),
         (["-sc", "query=bash"], "query=bash: is for the shell, which sets COMP_LINE; install=bash sets the shell up"),
         (['hydra.run.dir="~/run"'], 'hydra.run.dir="~/run": must be written without ~'),
+        (['hydra.run.dir="~root/run"'], 'hydra.run.dir="~root/run": must be written without ~'),
+        (["hydra.run.dir=s3://bucket/run"], "hydra.run.dir=s3://bucket/run: must be a path on disk, not an address"),
+        (["warm_start=https://host/lora"], "warm_start=https://host/lora: must be a path on disk, not an address"),
+        (["hydra.run.dir='a\0b'"], "hydra.run.dir, hydra.sweep.dir and hydra.job.name: must not hold a NUL"),
+        (["hydra.job.name='a\0b'"], "hydra.run.dir, hydra.sweep.dir and hydra.job.name: must not hold a NUL"),
+        (["hydra.launcher=null"], "hydra.launcher=null: must be the settings of a launcher"),
+        (["+hydra.job.env_set={A:[1]}"], "env_set={A:[1]}: cannot be used by Hydra (TypeError: str expected, not List"),
+        ([f"dataset.metrics={'[' * 300}{']' * 300}"], "dataset.metrics: must not be nested more than 16 levels deep"),
+        ([f"+model.options.b={'{a:' * 100}1{'}' * 100}"], "+model.options.b: must not be nested more than 16 levels"),
         (["hydra.verbose=3"], "hydra.verbose=3: cannot be used by Hydra (AssertionError"),
         (
             ["hydra.job_logging.root.level=LOUD"],
@@ -227,7 +236,9 @@ def test_a_setting_that_asks_for_the_folder_is_one_line(monkeypatch: pytest.Monk
     ("words", "message"),
     [
         (["train.py", "-m", "hydra/sweeper=table", "seed=0"], "error: hydra/sweeper=table: is for sweep.py"),
-        (["sweep.py", "hydra.mode=RUN"], "error: hydra.mode and hydra/sweeper: must be MULTIRUN and table"),
+        (["sweep.py", "hydra.mode=RUN"], "error: hydra.mode=RUN: must be MULTIRUN for sweep.py"),
+        (["sweep.py", "hydra.launcher=null"], "error: hydra.launcher=null: must be the settings of a launcher"),
+        (["sweep.py", "seed=${hydra:job.num}"], "error: seed: ${hydra:...} is not known where a sweep plans its jobs"),
         (
             ["sweep.py", "hydra/sweeper=basic", "hydra/launcher=basic", "seed=0"],
             "error: hydra.mode and hydra/sweeper: ",
@@ -243,6 +254,7 @@ def test_a_script_with_the_other_ones_sweeper_is_one_line(
     assert ended.status == 1
     assert ended.err.splitlines()[-1].startswith(message)
     assert not list(tmp_path.rglob("result.json"))
+    assert script == "train.py" or "hydra/sweeper=basic" in words or not list(tmp_path.iterdir())
 
 
 def test_the_log_says_why_a_start_failed(commands: Commands, tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def validate(composed: DictConfig | dict[str, Any]) -> RunConfig:
     except OmegaConfBaseException as error:
         reason = "is missing" if isinstance(error, MissingMandatoryValue) else str(error).splitlines()[0]
         reason = reason.removeprefix("TensLoRAError raised while resolving interpolation: ")  # of ${run_folder:}
+        if "HydraConfig was not set" in reason:
+            reason = "${hydra:...} is not known where a sweep plans its jobs; train.py -m knows it"
         group = str(error.full_key).partition(".")[0]
         if (
             isinstance(composed, DictConfig)

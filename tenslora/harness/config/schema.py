@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from tenslora.adapter_config import AdapterConfig
 from tenslora.constructions import CONSTRUCTIONS, Geometry
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_path
 from tenslora.harness.config import identity
 from tenslora.harness.config.checks import (
     BelowOne,
@@ -432,6 +432,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_rank_schedule()
+        if self.warm_start is not None:
+            require_path("warm_start", self.warm_start)
         model, dataset = self.model, self.dataset
         if model.modality != dataset.modality:
             raise TensLoRAError(
