@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from tenslora.errors import TensLoRAError
 from tenslora.forms import shown
 from tenslora.harness.cache import cache_latest
+from tenslora.harness.commands import is_text
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw, shortened, user_path
 from tenslora.harness.data.image_folder import load_test_images
@@ -126,6 +127,8 @@ def _check(setting: str, dataset: Dataset) -> None:
     """Check what a function that loads a dataset has handed over, which may be anybody's own."""
     if twice := [name for name, count in Counter(dataset.classes).items() if count > 1]:
         raise TensLoRAError(f"{setting}: the name of a class must be given once, and {twice[0]} is given twice")
+    if unreadable := [name for name in dataset.classes if not is_text(name)]:  # the record of a run could not hold it
+        raise TensLoRAError(f"{setting}: the name of a class must be text in UTF-8, and one is {unreadable[0]}")
     count = len(dataset.classes)
     for split, examples in {"training": dataset.train, "test": dataset.test, **dataset.more_tests}.items():
         if len(examples.inputs) != len(examples.labels):

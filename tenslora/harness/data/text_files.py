@@ -322,6 +322,10 @@ def _read_tables(files: Sequence[Path]) -> Rows:
     suffix = files[0].suffix.lower()
     if suffix not in SEPARATORS:
         read = datasets.Dataset.from_parquet if suffix == ".parquet" else datasets.Dataset.from_json
+        if suffix == ".parquet":
+            files = _with_rows(files)
+        else:
+            _require_no_null(files)
         # The library's own cache knows a file by its path and its time alone, and an edited file may keep both.
         with tempfile.TemporaryDirectory() as cache:
             rows = read(list(map(str, files)), cache_dir=cache, keep_in_memory=True)
@@ -354,6 +358,28 @@ def _read_tables(files: Sequence[Path]) -> Rows:
             )
         tables.append(table)
     return datasets.Dataset.from_pandas(pandas.concat(tables), preserve_index=False)
+
+
+def _with_rows(files: Sequence[Path]) -> list[Path]:
+    """The Parquet files that have rows, at least one. The datasets library takes none without."""
+    from pyarrow import parquet
+
+    found = [file for file in files if parquet.read_metadata(file).num_rows]
+    if not found:
+        raise ValueError(f"{files[0].name} has no rows")
+    return found
+
+
+def _require_no_null(files: Sequence[Path]) -> None:
+    """Refuse a null in the place of a row of JSON lines, at which pyarrow may end the process."""
+    for file in files:
+        before = b"}"
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.strip(b"\xef\xbb\xbf \t\r\n")  # with a byte order mark
+                if text.startswith(b"null") and before == b"}":  # within an object or a list, it is a value
+                    raise ValueError(f"line {number} of {file.name} is null; must be an object, with a value by column")
+                before = text[-1:] or before
 
 
 def _with_dates_as_texts(rows: Rows, files: Sequence[Path]) -> Rows:

@@ -239,6 +239,10 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
         ({"train.csv": "text,label\na,1\nb,1\n"}, r"dataset\.label_column=label: must hold at least two different lab"),
         ({"train.jsonl": '{"text": "a", "label": 1}\n{"text": "b"'}, "the split train cannot be read .*JSON"),
         ({"train.jsonl": '{"text": "a", "label": 1}\n{"text": "b"}\n'}, "row 2 has no label in the column label"),
+        ({"train.json": "null"}, r"read \(line 1 of train\.json is null; must be an object, with a value by column\)$"),
+        ({"train.jsonl": '\ufeff\n null\n{"text": "a", "label": 1}'}, r"\(line 2 of train\.jsonl is null; must be an "),
+        ({"train.jsonl": '{"text": "a", "label": 1}\nnull\n'}, r"\(line 2 of train\.jsonl is null; must be an "),
+        ({"train.parquet": table()[:0]}, r"the split train cannot be read \(train\.parquet has no rows\)$"),
         ({"train.parquet": "no Parquet"}, "the split train cannot be read .*[Pp]arquet"),
         ({"train.csv": "text,label\na,1\n", "test.jsonl": "{}"}, r"must hold files of one kind, but holds \.csv, \.js"),
         ({"train.csv": "text,label\na,1\nb,2\n", "test.csv": "sentence,label\na,1\n"},
@@ -322,6 +326,22 @@ def test_a_split_that_lacks_a_shard_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "the split train must be in 2 files, as its file train-00000-of-00002.parquet says, and has 1$")
     write(tmp_path, {"train-00001-of-00002.parquet": table()})
     assert len(load(tmp_path).train) == 20
+
+
+def test_a_shard_without_rows_and_a_null_that_is_a_value_are_read(tmp_path: Path) -> None:
+    for shard, rows in enumerate((table(), table()[:0])):
+        write(tmp_path / "shards", {f"train-0000{shard}-of-00002.parquet": rows})
+    assert len(load(tmp_path / "shards").train) == 8
+    content = '[{"text": "a", "label": 1, "more": [\nnull\n]},\n{"text": "b", "label": 2, "more":\nnull\n}]'
+    write(tmp_path / "lines", {"train.json": content, "test.json": table(["c"], [1])})
+    assert load(tmp_path / "lines").train.inputs == [("a",), ("b",)]
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    class_labels(["good", "fine", "bad"], NAMES).save_to_disk(str(tmp_path))
+    about = tmp_path / "dataset_info.json"
+    about.write_text(about.read_text().replace("fine", "\\ud800"))
+    refused(tmp_path, r"^dataset=own: the name of a class must be text in UTF-8, and one is \\ud800$")
 
 
 def test_files_that_hold_no_rows_are_left_out(tmp_path: Path) -> None:
