@@ -53,7 +53,7 @@ def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
         raise TensLoRAError(f"{setting}: {file}: not a readable text file ({error})") from error
     lines, paths, labels = [], [], []
     seen: dict[tuple[int, int], tuple[Path, str]] = {}  # by the file itself, which may be written in several ways
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         words = line.strip().rsplit(maxsplit=1)
         if not words:
             continue

@@ -134,6 +134,9 @@ def _datasets_reader(config: TextDatasetConfig, task: GlueTask, splits: DatasetD
                         f"must be {wanted}"
                     )
         *sentences, labels = columns.values()
+        for number, row in enumerate(zip(*sentences, strict=True), start=1):
+            if not any(map(str.strip, row)):
+                raise TensLoRAError(f"dataset={config.name}: row {number} of the {split} split has no text")
         return list(zip(zip(*sentences, strict=True), labels if task.classes else map(float, labels), strict=True))
 
     return read
@@ -168,6 +171,8 @@ def _lines(task: GlueTask, file: Path) -> Iterator[Labelled]:
                 f"{' or '.join(map(str, task.column_counts))}"
             )
         sentences, label = tuple(cells[column] for column in task.sentence_columns), cells[task.label_column]
+        if not any(map(str.strip, sentences)):  # some pairs of QQP have one question only
+            raise TensLoRAError(f"{file}:{number}: has no text")
         if task.labels:
             if label not in task.labels:
                 raise TensLoRAError(

@@ -114,6 +114,13 @@ def test_lists(labels: tuple[str, str], classes: tuple[str, ...], tmp_path: Path
     assert list(dataset.train.labels) == list(dataset.test.labels) == [1, 0]
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\x85", "\x0c"])
+def test_only_ends_of_lines_end_a_line_of_a_list(odd: str, tmp_path: Path) -> None:
+    write_lists(tmp_path, f"a{odd}b.png x\r2.png y\r\n", "1.png x\n3.png y")
+    paint(tmp_path / f"a{odd}b.png", 9)
+    assert reds(load_own(tmp_path, **LISTS).train) == [9, 2]
+
+
 def test_an_image_in_both_lists_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     load_own(write_lists(tmp_path, "1.png a\n2.png b\n", "3.png a\n1.png b\n"), **LISTS)
     assert "1 images are in both train.txt and test.txt" in caplog.text

@@ -205,6 +205,7 @@ def test_a_sentence_may_hold_line_separators_other_than_newline(separator: str, 
         ("gj04\t1\t\tone\ttoo many", "5 .*columns .*4"),
         ("gj04\t2\t\tA third class.", "label is '2'.* 0, 1"),
         ("gj04\t\t\tNo class.", "label is ''.* 0, 1"),
+        ("gj04\t1\t\t \xa0", "has no text$"),
     ],
 )
 def test_a_broken_line_is_named(line: str, message: str, tmp_path: Path) -> None:
@@ -301,6 +302,18 @@ def test_a_datasets_folder_and_parquet_files(form: str, tmp_path: Path) -> None:
         load("qnli", root, test_split="test")
     with pytest.raises(TensLoRAError, match=r"no validation_matched split of qnli"):
         load("qnli", root, test_split="validation_matched")
+
+
+@pytest.mark.usefixtures("quiet_datasets")
+def test_a_pair_may_lack_one_sentence_but_not_both(tmp_path: Path) -> None:
+    for folder, first in (("one", "Q?"), ("none", " ")):
+        rows = {"question": ["Q?", first], "sentence": ["A.", ""], "label": [0, 1]}
+        (tmp_path / folder).mkdir()
+        for split in ("train", "validation"):
+            datasets.Dataset.from_dict(rows).to_parquet(tmp_path / folder / f"{split}-00000-of-00001.parquet")
+    assert list(load("qnli", tmp_path / "one").train.inputs) == [("Q?", "A."), ("Q?", "")]
+    with pytest.raises(TensLoRAError, match="^dataset=qnli: row 2 of the train split has no text$"):
+        load("qnli", tmp_path / "none")
 
 
 @pytest.mark.usefixtures("quiet_datasets")
