@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,8 @@ def load_backbone(
         config: the model's settings.
         classes: the number of classes, which is the width of the logits.
         seed: the seed of the head, and of random weights.
-        tokenizer: the tokenizer of a text model with random weights, from which the model takes its padding id. Other
-            models need none.
+        tokenizer: the tokenizer of a text model, by which the model knows padding. It gives attention masks from then
+            on if the model takes them. Other models need none.
 
     Returns:
         The backbone, on the CPU.
@@ -54,6 +55,10 @@ def load_backbone(
     # The weights of a pretrained model do not depend on the seed, so that runs with different seeds can share them.
     backbone = copy.deepcopy(_load(config, classes, 0 if config.pretrained else seed, tokenizer))
     draw_head(backbone.head, seed)
+    takes_mask = "attention_mask" in inspect.signature(backbone.model.forward).parameters
+    if tokenizer is not None and takes_mask and "attention_mask" not in tokenizer.model_input_names:
+        # As some tokenizer_config.json say. Without a mask, the outputs of a text would depend on its padding.
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     return backbone
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError
+from tenslora.forms import shown
 from tenslora.harness.backbones.hub import fetching, folder_or_repository, source_setting
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import ModelConfig
@@ -44,6 +45,13 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
             raise
         log.info("%s: no tokenizer (%s); one is trained on the training sentences", config.name, error.__cause__)
         return _train_tokenizer(sentences)
+    names = tokenizer.model_input_names
+    is_list = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not is_list or [*names][:1] != ["input_ids"]:
+        raise TensLoRAError(
+            f"{source_setting(config)}: its tokenizer's model_input_names={shown(names)}: must be a list of texts, "
+            f"input_ids first (tokenizer_config.json)"
+        )
     if tokenizer.pad_token is None:  # decoders have none; what is padded is masked, so any token does
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:

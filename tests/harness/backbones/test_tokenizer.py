@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -42,6 +43,17 @@ def test_a_tokenizer_without_a_token_to_pad_with_is_refused(tmp_path: Path) -> N
     plain = Tokenizer(WordLevel({"a": 0, "cat": 1}))
     PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
     with pytest.raises(TensLoRAError, match=r"model\.checkpoint=\S*: its tokenizer has no token to pad texts with"):
+        load_tokenizer(transformers_text(pretrained=True, checkpoint=str(tmp_path)), SENTENCES)
+
+
+@pytest.mark.parametrize("names", [[], "input_ids", ["attention_mask"], ["input_ids", 1]])
+def test_inputs_that_no_tokenizer_gives_are_refused(names: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TEXT["bert"]))
+    trained_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_input_names": names}))
+    line = r"^model\.checkpoint=\S+: its tokenizer's model_input_names=.*: must be a list of texts, input_ids first"
+    with pytest.raises(TensLoRAError, match=line):
         load_tokenizer(transformers_text(pretrained=True, checkpoint=str(tmp_path)), SENTENCES)
 
 

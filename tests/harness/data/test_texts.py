@@ -312,7 +312,7 @@ def test_a_pair_may_lack_one_sentence_but_not_both(tmp_path: Path) -> None:
         for split in ("train", "validation"):
             datasets.Dataset.from_dict(rows).to_parquet(tmp_path / folder / f"{split}-00000-of-00001.parquet")
     assert list(load("qnli", tmp_path / "one").train.inputs) == [("Q?", "A."), ("Q?", "")]
-    with pytest.raises(TensLoRAError, match="^dataset=qnli: row 2 of the train split has no text$"):
+    with pytest.raises(TensLoRAError, match=r"^dataset=qnli: row 2 of the train split has no text$"):
         load("qnli", tmp_path / "none")
 
 
