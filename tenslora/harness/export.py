@@ -22,9 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from tenslora.attachment import detach, merge
 from tenslora.errors import TensLoRAError
@@ -105,17 +107,31 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
 
     image_input = loaded.image_input
     assert image_input is not None
-    save_for_hf(
-        model,
-        str(folder),
-        model_config={"pretrained_cfg": image_input.as_timm_config(), "label_names": classes},
-        model_args=create_arguments(settings, loaded.backbone),
-        safe_serialization=True,
-    )
+    hook = model.register_state_dict_post_hook(_in_own_memory)
+    try:
+        save_for_hf(
+            model,
+            str(folder),
+            model_config={"pretrained_cfg": image_input.as_timm_config(), "label_names": classes},
+            model_args=create_arguments(settings, loaded.backbone),
+            safe_serialization=True,
+        )
+    finally:
+        hook.remove()
     # timm puts the number of classes there a second time, where transformers would pass it on twice.
     config = read_json(folder / "config.json")
     config.get("model_args", {}).pop("num_classes", None)
     write_json(folder / "config.json", config)
+
+
+def _in_own_memory(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Copy tensors of a state dict that share memory, which safetensors refuses. Modules of CoaT share theirs."""
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if type(tensor) is Tensor and not prefix:
+            if (memory := tensor.untyped_storage().data_ptr()) in seen:
+                state[name] = tensor.clone()
+            seen.add(memory)
 
 
 def _write_preprocessing(loaded: LoadedRun, folder: Path) -> None:

@@ -159,6 +159,15 @@ def test_its_own_library_loads_a_merged_run_and_predicts_the_same(finished: Fini
     torch.testing.assert_close(made, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=1e-5)
 
 
+def test_weights_that_a_model_of_timm_shares_are_written_twice(digits_run: Path, tmp_path: Path) -> None:
+    loaded = load_run(digits_run)
+    model: Any = loaded.backbone.model
+    model.fc_norm = model.norm
+    module.export_merged(loaded, tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(written["fc_norm.weight"], written["norm.weight"])
+
+
 def test_texts_are_prepared_and_answered_as_in_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("texts.csv").write_text(

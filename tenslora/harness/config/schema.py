@@ -65,6 +65,9 @@ OPTIONS_ELSEWHERE = {
 }
 """The options of a model that other settings decide, and these settings."""
 
+_OF_CREATE_MODEL = ("features_only", "feature_cfg", "scriptable", "exportable", "no_jit")
+"""Arguments of timm.create_model that say how a model is wrapped or run. timm loads no exported model with them."""
+
 ProjectName = Annotated[
     str, matching(r"[^/\\#?%:]{1,128}", "must be a name of at most 128 characters, without / \\ # ? % and :")
 ]
@@ -120,6 +123,12 @@ class ModelConfig:
             if name in self.options:
                 raise TensLoRAError(
                     f"options.{name}={shown(self.options[name])}: must be left out; {decides} decides it"
+                )
+        for name in _OF_CREATE_MODEL:
+            if self.library == "timm" and name in self.options:
+                raise TensLoRAError(
+                    f"options.{name}={shown(self.options[name])}: must be left out; it is an argument of "
+                    f"timm.create_model, and not one of the model"
                 )
         if self.channels not in ((None, 1, 3) if self.modality == "image" else (0, None, 1, 3)):
             raise TensLoRAError(f"channels={self.channels}: must be 1 (grey) or 3 (red, green and blue)")

@@ -118,6 +118,11 @@ REFUSED = {
     "rank_strategy.name=null": "rank_strategy=null: must be text",
     "+model.options.num_classes=0": "model.options.num_classes=0: must be left out; dataset decides it",
     "+model.options.cache_dir=x": "model.options.cache_dir=x: must be left out; model.checkpoint decides it",
+    **{
+        f"+model.options.{name}=true": f"model.options.{name}=true: must be left out; it is an argument of "
+        "timm.create_model, and not one of the model"
+        for name in ("features_only", "scriptable")
+    },
     "model.options=5": "model.options=5: must be a group of settings",
     "dataset.transform=null": "dataset.transform=null: must be a group of settings: crop_ratio, squash, interpolation, "
     "color_jitter, flip, normalize",
