@@ -49,7 +49,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     """
     from tenslora.harness.adapted_model import adapted_model  # imported here: wrong settings are reported sooner
     from tenslora.harness.backbones import load_backbone, load_tokenizer
-    from tenslora.harness.backbones.answer import answer_of
+    from tenslora.harness.backbones.answer import recorded_answer
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
     from tenslora.harness.run_folder import RunFolder
@@ -67,8 +67,7 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
         tokenizer = load_tokenizer(run.model, dataset.train.inputs) if run.model.modality == "text" else None
         data_loaded = time.perf_counter()
         backbone = load_backbone(run.model, dataset.outputs, run.seed, tokenizer)
-    # By its answer `load_run` knows the backbone again. Other processors may round quantised weights in other ways.
-    answer = answer_of(backbone, tokenizer) if run.model.quantization is None else None
+    answer = recorded_answer(run.model, backbone, tokenizer)  # by which `load_run` knows the backbone again
     data = encode(dataset, run.dataset, backbone, tokenizer)
 
     # The adapted model.

@@ -124,7 +124,7 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
     write_json(folder / "config.json", config)
 
 
-def _in_own_memory(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _in_own_memory(_model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Copy tensors of a state dict that share memory, which safetensors refuses. Modules of CoaT share theirs."""
     seen: set[int] = set()
     for name, tensor in state.items():

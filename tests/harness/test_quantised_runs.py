@@ -74,6 +74,18 @@ def finished(words: dict[str, list[str]], tmp_path_factory: pytest.TempPathFacto
     return folders
 
 
+def test_a_quantised_model_that_cannot_compute_is_refused_before_it_is_trained(
+    words: dict[str, list[str]], tmp_path: Path
+) -> None:
+    sizes = {"d_model": 64, "d_kv": 32, "num_layers": 1, "num_heads": 2, "d_ff": 64, "vocab_size": 300}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=None, eos_token_id=2)
+    transformers.T5Model(config).save_pretrained(tmp_path / "t5")
+    trained_tokenizer().save_pretrained(tmp_path / "t5")
+    with pytest.raises(TensLoRAError, match="^T5ForSequenceClassification: cannot compute its outputs for a sentence"):
+        run(tmp_path / "run", *words["text nf4"], f"model.checkpoint={tmp_path}/t5")
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
 def random_inputs(backbone: Backbone) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     if image_input := backbone.image_input:

@@ -9,17 +9,38 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.backbones.head import Backbone
+from tenslora.harness.config import ModelConfig
 from tenslora.harness.training.tasks import evaluation_mode, outputs_of
 
 _SENTENCE = "The Quick brown fox was late, and 12 cafés were good."
 
 _TOLERANCE = 1e-3  # other processors and versions of torch change the sixth digit
+
+
+def recorded_answer(config: ModelConfig, backbone: Backbone, tokenizer: Any) -> list[float] | None:
+    """The answer for the record of a run; None for a quantised backbone, whose weights other processors round otherwise.
+
+    That a quantised backbone can answer is checked all the same, on a copy: an evaluation may pack its weights anew.
+
+    Args:
+        config: the model's settings.
+        backbone: the backbone, without an adapter.
+        tokenizer: the tokenizer of a text model; None for an image model.
+
+    Raises:
+        TensLoRAError: if the backbone cannot answer.
+    """
+    if config.quantization is None:
+        return answer_of(backbone, tokenizer)
+    answer_of(replace(backbone, model=copy.deepcopy(backbone.model)), tokenizer)
+    return None
 
 
 @torch.no_grad()
