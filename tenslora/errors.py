@@ -110,12 +110,14 @@ def require_path(name: str, value: Any) -> Path:
 
     Raises:
         TensLoRAError: if it is neither, empty, or an address such as s3://bucket, which would become a folder of that
-            name.
+            name, and for a character that no path has.
     """
     if isinstance(value, str) and not value:
         raise TensLoRAError(f"{name}='': must not be empty; the current folder is '.'")
     if isinstance(value, str) and "://" in value:
         raise TensLoRAError(f"{name}={value}: must be a path on disk, not an address")
+    if isinstance(value, (str, Path)) and "\0" in str(value):
+        raise TensLoRAError(f"{name}={value}: must be a path, which has no character NUL")
     try:
         return Path(value)
     except TypeError as error:

@@ -270,6 +270,8 @@ class LoadedRun:
     @contextmanager
     def _on(self, device: str | None, shared: bool) -> Iterator[Processes]:
         """A context in which the model is on a device, with the run's number of threads or what this machine allows."""
+        require_type("device", device, str, torch.device, type(None))  # 0 and False would mean the run's own
+        require_type("shared", shared, bool)
         kinds = {weight.dtype for weight in self.backbone.head_parameters().values()}
         if self.run.model.library == "timm" and kinds - {torch.float32}:  # transformers casts its inputs by itself
             raise TensLoRAError(
@@ -279,7 +281,8 @@ class LoadedRun:
         before, threads = torch.get_num_threads(), self.run.trainer.threads
         try:
             threads = threads and min(threads, most_threads())
-            processes = Processes(device or self.run.trainer.device, threads, alone=not shared)
+            own = self.run.trainer.device
+            processes = Processes(own if device is None else device, threads, alone=not shared)
         except TensLoRAError as error:
             if not str(error).startswith("trainer.device="):  # the processes that the environment tells of
                 raise
@@ -330,7 +333,7 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     if run.digest() != record["digest"]:
         raise TensLoRAError(f"{files.result}: not a readable record (config: is of a run with other settings)")
     if checkpoint is not None:
-        if run.adapter and Path(checkpoint).resolve().is_relative_to(own_folder):
+        if run.adapter and require_path("checkpoint", checkpoint).resolve().is_relative_to(own_folder):
             raise TensLoRAError(
                 f"--checkpoint {checkpoint}: must be the weights that the run started from; those in the run's folder "
                 f"have the run's update already, which would be added twice"

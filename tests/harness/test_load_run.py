@@ -110,6 +110,29 @@ def test_the_backbone_may_have_moved(digits_run: Path, tmp_path: Path) -> None:
     assert accuracy_of(loaded) == record(digits_run)["metrics"]["last"]
 
 
+def test_a_checkpoint_that_is_no_path_is_one_line(digits_run: Path) -> None:
+    with pytest.raises(TensLoRAError, match=r"^checkpoint=a\\x00: must be a path, which has no character NUL$"):
+        load_run(digits_run, "a\0")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"device": 0}, "device: must be of type str or device or None, and is of type int$"),
+        ({"device": False}, "device: must be of type str or device or None, and is of type bool$"),
+        ({"device": ""}, "--device=: must be auto, cpu, cuda or cuda:<index>$"),
+        ({"shared": "yes"}, "shared: must be of type bool, and is of type str$"),
+    ],
+)
+def test_another_device_than_was_meant_is_not_taken(asked: dict[str, Any], message: str, digits_run: Path) -> None:
+    loaded = load_run(digits_run)
+    image = np.zeros((8, 8), np.uint8)
+    assert loaded.predict([image], device=torch.device("cpu")) == loaded.predict([image])  # type: ignore[arg-type]
+    for ask in (loaded.evaluate, lambda **given: loaded.predict([image], **given)):
+        with pytest.raises(TensLoRAError, match=f"^{message}"):
+            ask(**asked)
+
+
 def test_a_run_is_not_loaded_onto_its_own_export(digits_run: Path, tmp_path: Path) -> None:
     shutil.copytree(digits_run, tmp_path / "run")
     export(tmp_path / "run", "merged", tmp_path / "run" / "merged")
@@ -119,11 +142,14 @@ def test_a_run_is_not_loaded_onto_its_own_export(digits_run: Path, tmp_path: Pat
 
 def test_a_run_is_loaded_whatever_precision_is_set_around_it(digits_run: Path) -> None:
     before = torch.get_float32_matmul_precision()
+    expected = load_run(digits_run).backbone.model.state_dict()
     try:
         torch.set_float32_matmul_precision("medium")
         torch.set_default_dtype(torch.bfloat16)
-        load_run(digits_run)
+        weights = load_run(digits_run).backbone.model.state_dict()
+        assert torch.get_default_dtype() == torch.bfloat16
         torch.set_default_dtype(torch.float32)
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             load_run(digits_run)
         assert torch.get_float32_matmul_precision() == "medium"

@@ -11,7 +11,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones.head import Backbone, draw_head
 from tenslora.harness.backbones.hub import source_setting
 from tenslora.harness.backbones.quantisation import quantise_timm, require_package
-from tenslora.harness.backbones.random_weights import OwnStream
+from tenslora.harness.backbones.random_weights import OwnStream, float32_by_default
 from tenslora.harness.backbones.timm_models import EMBEDDED, load_timm
 from tenslora.harness.backbones.tokenizer import load_tokenizer
 from tenslora.harness.backbones.transformers_models import load_transformers
@@ -64,7 +64,7 @@ def load_backbone(
 
 @cache_latest(1)
 def _load(config: ModelConfig, classes: int, seed: int, tokenizer: PreTrainedTokenizerBase | None) -> Backbone:
-    with _ONE_AT_A_TIME, OwnStream(stream_seed("backbone", seed)):
+    with _ONE_AT_A_TIME, float32_by_default(), OwnStream(stream_seed("backbone", seed)):
         if config.library == "timm":
             backbone = load_timm(config, classes)
         else:

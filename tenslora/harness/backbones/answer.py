@@ -16,6 +16,7 @@ import torch
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.backbones.head import Backbone
+from tenslora.harness.backbones.random_weights import float32_by_default
 from tenslora.harness.config import ModelConfig
 from tenslora.harness.training.tasks import evaluation_mode, outputs_of
 
@@ -25,7 +26,7 @@ _TOLERANCE = 1e-3  # other processors and versions of torch change the sixth dig
 
 
 def recorded_answer(config: ModelConfig, backbone: Backbone, tokenizer: Any) -> list[float] | None:
-    """The answer for the record of a run; None for a quantised backbone, whose weights other processors round otherwise.
+    """The answer for the record of a run; None for a quantised backbone, which other processors may round otherwise.
 
     That a quantised backbone can answer is checked all the same, on a copy: an evaluation may pack its weights anew.
 
@@ -52,18 +53,21 @@ def answer_of(backbone: Backbone, tokenizer: Any) -> list[float] | None:
         tokenizer: the tokenizer of a text model; None for an image model.
 
     Returns:
-        The outputs; None where torch's default type is not float32, or where they are not finite.
+        The outputs; None where they are not finite.
 
     Raises:
         TensLoRAError: if the backbone cannot compute them, as with options that contradict each other.
     """
     model, images = backbone.model, backbone.image_input
-    if torch.get_default_dtype() != torch.float32:  # a model of timm is made in this type, and rounded to it
-        return None
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with evaluation_mode(model), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        with (
+            evaluation_mode(model),
+            torch.random.fork_rng(devices=[]),
+            torch.autocast("cpu", enabled=False),
+            float32_by_default(),
+        ):
             if images is None:
                 own = copy.deepcopy(tokenizer)  # which keeps the last length that it was asked for
                 most = min(16, backbone.max_tokens or 16)

@@ -1,12 +1,25 @@
-"""A random stream for the weights of a model whose library draws them from torch's global generator."""
+"""What random weights must not depend on: torch's global generator, and its default type."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """A context in which torch's default type is float32. timm makes a model in that type, and rounds weights to it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class OwnStream(TorchDispatchMode):  # type: ignore[no-untyped-call]
