@@ -77,10 +77,14 @@ def outputs_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
     Returns:
         The outputs, of the model's dtype.
+
+    Raises:
+        TypeError: if the model returns something else.
     """
     output = model(**inputs)
     outputs = getattr(output, "logits", output)
-    assert isinstance(outputs, Tensor)
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"its output is a {type(outputs).__name__}; must be a tensor, or have one as its logits")
     return outputs
 
 

@@ -32,6 +32,15 @@ def test_a_backbone_that_cannot_compute_anything_is_refused_before_it_is_trained
         answer_of(_digits_model("model.image_size=16"), None)
 
 
+def test_outputs_of_another_form_are_named() -> None:
+    backbone = _digits_model()
+    backbone.model.register_forward_hook(lambda *_: (1,))
+    with pytest.raises(
+        TensLoRAError, match=r"\(its output is a tuple; must be a tensor, or have one as its logits\); ch"
+    ):
+        answer_of(backbone, None)
+
+
 def test_a_sentence_that_a_model_cannot_compute_is_called_one() -> None:
     backbone = Backbone(nn.Linear(2, 2), [], "x", None)
     with pytest.raises(
