@@ -107,7 +107,7 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
 
     image_input = loaded.image_input
     assert image_input is not None
-    hook = model.register_state_dict_post_hook(_in_own_memory)
+    hook = model.register_state_dict_post_hook(_in_own_memory)  # type: ignore[no-untyped-call]
     try:
         save_for_hf(
             model,
