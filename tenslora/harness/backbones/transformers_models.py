@@ -8,11 +8,12 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tenslora.attachment import SUBMODULE, keep_gradients
@@ -51,6 +52,9 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
         build = _load_pretrained if config.pretrained else _build_random
         model, new = build(config, classes, tokenizer)
         keep_gradients(model)
+        for module in model.modules():
+            if getattr(getattr(module, "config", None), "return_dict", True) is False:  # a tuple has no logits
+                module.config.return_dict = True
         if tokenizer is not None:
             # By this token a decoder finds where a text ends. A config.json may name another than the tokenizer pads
             # with.
@@ -129,6 +133,8 @@ def _load_pretrained(
         require_readable(
             source, *(file for ending in ("safetensors", "bin", "json") for file in Path(source).glob(f"*.{ending}"))
         )
+        if (Path(source) / "adapter_config.json").is_file():
+            raise _with_adapter(config, source)
         _require_config_of_its_files(config, Path(source), settings.get("config"))
     if config.quantization is not None:
         with fetching(config):
@@ -141,9 +147,7 @@ def _load_pretrained(
         )
     _require_floats(config, config.quantization is None and getattr(model, "is_quantized", False))
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise wrong_checkpoint(
-            config, source, "it holds an adapter of PEFT too, adapter_config.json, which transformers puts on the model"
-        )
+        raise _with_adapter(config, source)
     for name in sorted(info["unexpected_keys"]):  # transformers would only drop it
         if {SUBMODULE, "base_layer"} & set(name.split(".")) or ".lora_" in name:
             raise wrong_checkpoint(
@@ -168,6 +172,12 @@ def _load_pretrained(
         if (first := re.sub(r"\.\d+\.", ".0.", name, count=1)) != name and first in own:
             raise wrong_checkpoint(config, source, f"it has {name}, and its config.json declares fewer layers")
     return model, [model.get_submodule(path) for path in sorted(new)]
+
+
+def _with_adapter(config: ModelConfig, source: str) -> TensLoRAError:
+    return wrong_checkpoint(
+        config, source, "it holds an adapter of PEFT too, adapter_config.json, which transformers puts on the model"
+    )
 
 
 def _require_floats(config: ModelConfig, are_quantised: bool) -> None:
@@ -309,12 +319,27 @@ def _require_config_of_its_files(config: ModelConfig, folder: Path, settings: Pr
             )
         with torch.device("meta"):  # allocates nothing
             model = _auto_class(config).from_config(own, trust_remote_code=False)
+    if not hasattr(own, "quantization_config"):
+        _require_float_weights(config, folder, model)
     declared = sum(parameter.numel() for parameter in model.parameters())
     stored = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
     if declared > 2 * stored + 20_000_000:  # four bits for each weight are the fewest; a new head takes some more
         raise wrong_checkpoint(
             config, folder, f"its config.json declares {declared:,} weights, and its files have {stored:,} bytes"
         )
+
+
+def _require_float_weights(config: ModelConfig, folder: Path, model: PreTrainedModel) -> None:
+    """Refuse whole and complex numbers in the place of weights, which transformers would cut off without a word."""
+    before = f"{model.base_model_prefix}."
+    weights = {name.removeprefix(before) for name, _ in model.named_parameters()}
+    kinds = {}
+    for path in folder.glob("*.safetensors"):
+        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # transformers names those
+            kinds |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    for name, kind in sorted(kinds.items()):
+        if name.removeprefix(before) in weights and not kind.startswith(("F", "BF")):
+            raise wrong_checkpoint(config, folder, f"it has {name} of type {kind}; must be of a floating-point type")
 
 
 def _image_input(config: ModelConfig, model: PreTrainedModel) -> ImageInput:

@@ -19,6 +19,7 @@ from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.tokenizer import _train_tokenizer
 from tenslora.harness.data import Dataset, Examples
 from tenslora.harness.data.encoding import encode
+from tenslora.peft import TensLoraConfig
 from tests.harness.backbones.tiny_models import SENTENCES, TEXT, trained_tokenizer
 from tests.running import configured
 
@@ -125,10 +126,11 @@ def test_a_texts_outputs_do_not_depend_on_the_padding(
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_with_an_adapter_of_peft_beside_it_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [LoraConfig(target_modules=["query"]), TensLoraConfig()])
+def test_a_model_with_an_adapter_of_peft_beside_it_is_refused(settings: Any, tmp_path: Path) -> None:
     words = save(tmp_path / "bert", "BertModel")
     plain = transformers.AutoModel.from_pretrained(tmp_path / "bert")
-    get_peft_model(plain, LoraConfig(target_modules=["query"])).save_pretrained(str(tmp_path / "bert"))
+    get_peft_model(plain, settings).save_pretrained(str(tmp_path / "bert"))
     with pytest.raises(
         TensLoRAError, match=r"is not a checkpoint of bert: it holds an adapter of PEFT too, adapter_conf"
     ):

@@ -19,6 +19,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.analyse import updates_in
 from tenslora.harness.backbones import load_backbone, load_tokenizer
 from tenslora.harness.config import ModelConfig
+from tenslora.harness.training.tasks import outputs_of
 from tests.harness.backbones.tiny_models import (
     SENTENCES,
     VIT_DIGITS,
@@ -125,6 +126,22 @@ def edit(path: Path, **changes: Any) -> None:
 def test_a_config_that_is_out_of_range_is_refused(changes: dict[str, Any], problem: str, vit: Path) -> None:
     edit(vit / "config.json", **changes)
     assert_refused(generic(vit), problem)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(torch.int32, "I32"), (torch.complex64, "C64")])
+def test_weights_that_are_no_floats_are_refused(kind: torch.dtype, name: str, vit: Path) -> None:
+    weights = load_file(vit / "model.safetensors")
+    weights = {key: weight.to(kind) if "layernorm" in key else weight for key, weight in weights.items()}
+    save_file(weights, vit / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(generic(vit), rf"is not a checkpoint of vit: it has \S+ of type {name}; must be of a floating-poin")
+
+
+def test_a_config_that_asks_for_tuples_makes_no_difference(vit: Path) -> None:
+    images = {"pixel_values": torch.ones(2, 3, 8, 8)}
+    expected = outputs_of(load_backbone(generic(vit), 3, 0).model.eval(), images)
+    edit(vit / "config.json", return_dict=False)
+    given = outputs_of(load_backbone(generic(vit), 4, 0).model.eval(), images)  # four classes, past the cache
+    torch.testing.assert_close(given[:, :2], expected[:, :2])
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "null", "", "{", "[" * 99999])
