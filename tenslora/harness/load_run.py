@@ -26,7 +26,7 @@ from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, RunConfig
 from tenslora.harness.config.checks import shown
 from tenslora.harness.data import OWN_FILES, Dataset, Examples, load_dataset, load_tests
 from tenslora.harness.data.encoding import encode
-from tenslora.harness.data.examples import user_path
+from tenslora.harness.data.examples import shortened, user_path
 from tenslora.harness.data.glue import GLUE_TASKS
 from tenslora.harness.data.unlabelled import unlabelled
 from tenslora.harness.forms import Record, read_form
@@ -473,7 +473,7 @@ def _renumbered(dataset: Dataset, task: str, classes: Sequence[str], config: Dat
     numbers: Mapping[str, int] = {name: number for number, name in enumerate(classes)}
     if unknown := [name for name in dataset.classes if name not in numbers]:
         raise TensLoRAError(
-            f"dataset={config.name}: the run has no class {', '.join(unknown)}; its classes are {', '.join(classes)}"
+            f"dataset={config.name}: the run has no class {shortened(unknown)}; its classes are {shortened(classes)}"
         )
     number_of = [numbers[name] for name in dataset.classes]
 

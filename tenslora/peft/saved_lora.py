@@ -166,7 +166,12 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
         raise TensLoRAError(
             f"{folder / _PICKLE}: is a pickle, which could run code; save the LoRA again in safetensors"
         )
-    matrices = {key: tensor for key, tensor in read_safetensors(path)[1].items() if ".lora_" in key}
+    tensors = read_safetensors(path)[1]
+    matrices = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+    if tensors and not matrices:
+        raise TensLoRAError(
+            f"{path}: has no lora_A and no lora_B; must hold them as PEFT names them, not {min(tensors)}"
+        )
     saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(PREFIX)) for key in matrices}
     targets = {target.path: (index, target) for index, (_, of_stage) in enumerate(stages) for target in of_stage}
     by_own_name = {uncompiled(name): name for name in saved}

@@ -551,6 +551,8 @@ def test_other_data_may_number_the_classes_otherwise(digits_run: Path) -> None:
     assert renumbered.test.labels == [1, 4, 4]
     with pytest.raises(TensLoRAError, match="the run has no class ten; its classes are 5, 6, 7, 8, 9"):
         _renumbered(Dataset(examples, examples, ("9", "ten")), "classification", classes, config)
+    with pytest.raises(TensLoRAError, match=r"the run has no class 10, .* 21 and 78 more; its classes are 5, "):
+        _renumbered(Dataset(examples, examples, tuple(map(str, range(10, 100)))), "classification", classes, config)
     with pytest.raises(TensLoRAError, match="must be a classification, as the run was, and it is a regression"):
         _renumbered(Dataset(examples, examples, (), "regression"), "classification", classes, config)
 

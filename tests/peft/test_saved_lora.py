@@ -146,6 +146,16 @@ def test_an_untrained_lora_is_refused(tmp_path: Path) -> None:
         read_updates(tmp_path, find_projections(model))
 
 
+def test_a_lora_whose_matrices_have_other_names_is_not_called_untrained(tmp_path: Path) -> None:
+    model = build("hf_bert").float()
+    save_random_lora(model, tmp_path, r=2, target_modules=["query"])
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name.replace("lora_A", "lora.down"): tensor for name, tensor in load_file(file).items()
+               if "lora_A" in name}, file)  # fmt: skip
+    with pytest.raises(TensLoRAError, match=r"has no lora_A and no lora_B; must hold them .*, not \S+lora\.down"):
+        read_updates(tmp_path, find_projections(model))
+
+
 def test_a_matrix_that_only_the_lora_adapts_is_named(tmp_path: Path) -> None:
     model = build("hf_bert").float()
     save_random_lora(model, tmp_path, r=2, target_modules=["query", "output.dense"])

@@ -333,7 +333,7 @@ def _require_float_weights(config: ModelConfig, folder: Path, model: PreTrainedM
     """Refuse whole and complex numbers in the place of weights, which transformers would cut off without a word."""
     before = f"{model.base_model_prefix}."
     weights = {name.removeprefix(before) for name, _ in model.named_parameters()}
-    kinds = {}
+    kinds: dict[str, str] = {}
     for path in folder.glob("*.safetensors"):
         with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:  # transformers names those
             kinds |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118

@@ -143,7 +143,8 @@ def _read_run(line: dict[str, str], folders: Mapping[tuple[str, str, str], Path]
             raise TensLoRAError(
                 f"{file}: {place}: has diverged since the table was written; let the sweep write it again"
             )
-        raise TensLoRAError(f"{place}: its result.json ({digest}) is gone")
+        outputs = Path(os.path.abspath(file)).parents[2]
+        raise TensLoRAError(f"{file}: {place}: its result.json ({digest}) is gone; it was looked for below {outputs}")
     for name in ("dataset", "model", "tensor_mode", "rank_strategy", "seed"):
         # LoRA and the reference rows have no strategy.
         if record and line[name] != str(record[name]) and (line[name] or name != "rank_strategy"):

@@ -358,7 +358,9 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
     folder = written(tmp_path, "gone", [make_run("lora", epochs=[0.5])])
     for record in tmp_path.rglob("result.json"):
         record.unlink()
-    with pytest.raises(TensLoRAError, match=r"^lora, dtd with vit_base, seed 0: its result.json \(\w{12}\) is gone"):
+    place = "lora, dtd with vit_base, seed 0"
+    line = rf"^{folder}/table.csv: {place}: its result.json \(\w{{12}}\) is gone; it was looked for below {tmp_path}$"
+    with pytest.raises(TensLoRAError, match=line):
         read_runs(folder)
     folder = written(tmp_path, "odd", [make_run("lora", epochs=[0.5])])
     for text in ("a,b\n1,2\n", (folder / "table.csv").read_text().replace("221184", "many")):
