@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ class TensorBoardTracker(Tracker):
     """
 
     def __init__(self, run: RunConfig, folder: Path, facts: dict[str, Any]) -> None:
-        self._headline = facts["scores"][0]
+        self._folder, self._headline = folder, facts["scores"][0]
         hyperparameters = {
             "row": Row(run.tensor_mode, run.row_strategy).label,
             "adapter_parameters": facts["adapter_parameters"],
@@ -50,26 +52,33 @@ class TensorBoardTracker(Tracker):
         # TensorBoard's own list of hyperparameters would be that of one run. Without one it collects those of all runs.
         known = {name: value for name, value in hyperparameters.items() if value is not None}
         _, start, _ = hparams(known, {})  # type: ignore[no-untyped-call]
-        try:
+        with self._writing():
             for file in folder.glob("events.out.tfevents.*"):
                 os.truncate(file, 0)
             # A TensorBoard that is open meanwhile forgets everything that it has read from this step on.
             self._writer = SummaryWriter(str(folder), purge_step=0)
             self._write(start)
-        except OSError as error:
-            raise TensLoRAError(f"{folder}: TensorBoard's file cannot be written ({error.strerror})") from error
 
     def epoch(self, entry: dict[str, Any]) -> None:
         scalars = {name: value for name, value in entry.items() if name not in ("epoch", "step")}
-        for name, value in {**scalars, SCORE: entry[self._headline]}.items():
-            self._writer.add_scalar(name, value, entry["step"])
-        self._writer.flush()
+        with self._writing():
+            for name, value in {**scalars, SCORE: entry[self._headline]}.items():
+                self._writer.add_scalar(name, value, entry["step"])
+            self._writer.flush()
 
     def finish(self, record: dict[str, Any], files: list[Path]) -> None:  # noqa: ARG002
         self._end(completed=record["status"] == "completed")
 
     def abandon(self) -> None:
-        self._end(completed=False)
+        with contextlib.suppress(TensLoRAError):  # what ended the run may be that the file cannot be written
+            self._end(completed=False)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TensLoRAError(f"{self._folder}: TensorBoard's file cannot be written ({error.strerror})") from error
 
     def _end(self, completed: bool) -> None:
         status = Status.Value("STATUS_SUCCESS" if completed else "STATUS_FAILURE")
@@ -78,8 +87,9 @@ class TensorBoardTracker(Tracker):
         )
         plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=content.SerializeToString())
         value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=SummaryMetadata(plugin_data=plugin))
-        self._write(Summary(value=[value]))
-        self._writer.close()
+        with self._writing():
+            self._write(Summary(value=[value]))
+            self._writer.close()
 
     def _write(self, summary: Summary) -> None:
         assert self._writer.file_writer is not None  # None only after `close`
@@ -94,3 +104,17 @@ def _flat(settings: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, f"{group}{name}.")
         elif group + name != "logger":
             yield group + name, value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _hide_errors_of_its_thread() -> None:
+    # TensorBoard raises them anew where it is asked to write. Before that, Python would print each with a traceback.
+    show = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            show(args)
+
+    threading.excepthook = hook
+
+
+_hide_errors_of_its_thread()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.tracking import start_tracker
 from tests.events import FACTS, read_events
 from tests.harness.tracking.conftest import Resumed
@@ -59,3 +60,15 @@ def test_settings_are_hyperparameters_by_their_names_on_the_command_line(tmp_pat
     assert not any(name.startswith("logger") for name in shown)
     assert events.scalars["score"] == [(5, 0.25)]
     assert events.status == "STATUS_FAILURE"
+
+
+def test_a_folder_that_is_moved_meanwhile_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with (
+        pytest.raises(TensLoRAError, match=rf"^{folder}: TensorBoard's file cannot be written \(No such file or dir"),
+        start_tracker(configured("dataset=cola", "logger=tensorboard"), folder, FACTS) as tracker,
+    ):
+        folder.rename(tmp_path / "moved")
+        tracker.epoch(ENTRY)
+    assert not capfd.readouterr().err
