@@ -20,6 +20,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.config import LoggerConfig, RunConfig
 from tenslora.harness.results.summary import Summary, one_line, summarize
 from tenslora.harness.results.table import Row, Run, Table, multiple_of_lora, percent_of_lora
+from tenslora.harness.run_folder import check_writable
 from tenslora.harness.stages import ranks_text
 from tenslora.harness.tracking.tracker import LONGEST_TAG, SCORE, Tracker
 
@@ -150,6 +151,11 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
         if mode == "auto":
             own = wandb.setup().settings.mode  # `wandb offline` and `wandb disabled` leave one
             mode = os.environ.get("WANDB_MODE") or (own if own != "online" else "online" if has_key else "offline")
+        if (copies := os.environ.get("WANDB_DATA_DIR")) and mode != "disabled":
+            try:  # W&B looks at it when the run has trained
+                check_writable(Path(copies))
+            except TensLoRAError as error:
+                raise TensLoRAError(f"WANDB_DATA_DIR={error}") from error
         return wandb.init(
             project=logger.project,
             entity=logger.entity,
@@ -212,8 +218,9 @@ def _keeping_copies() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = error.strerror or one_line(str(error))
         raise TensLoRAError(
-            f"logger: Weights & Biases cannot keep copies of files ({error.strerror}); WANDB_DATA_DIR says where"
+            f"logger: Weights & Biases cannot keep copies of files ({reason}); WANDB_DATA_DIR says where"
         ) from error
 
 

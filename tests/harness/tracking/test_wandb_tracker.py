@@ -218,12 +218,31 @@ def test_wandbs_own_variables_are_the_defaults(monkeypatch: pytest.MonkeyPatch) 
     assert configured("logger=wandb").digest() == configured().digest()
 
 
-def test_a_full_disk_is_wandbs_and_not_that_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_for_copies_that_is_a_file_is_refused_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "file"))
+    line = rf"^WANDB_DATA_DIR={tmp_path}/file: cannot be written \(is a file; must be a folder\)$"
+    with pytest.raises(TensLoRAError, match=line):
+        start_tracker(replace(configured("dataset=cola"), logger=OFFLINE), tmp_path, FACTS)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "adapter.safetensors"), "No space left on device"),
+        (PermissionError("Unable to write staging files to x."), r"Unable to write staging files to x\."),
+    ],
+)
+def test_a_full_disk_is_wandbs_and_not_that_of_the_file(
+    error: OSError, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "adapter.safetensors")
+        raise error
 
     monkeypatch.setattr(wandb.Artifact, "add_file", full)
-    line = r"^logger: Weights & Biases cannot keep copies of files \(No space left on device\); WANDB_DATA_DIR"
+    line = rf"^logger: Weights & Biases cannot keep copies of files \({reason}\); WANDB_DATA_DIR"
     with pytest.raises(TensLoRAError, match=line):
         track_table(OFFLINE, tmp_path, make_table([make_run("lora", epochs=[0.5])]), [tmp_path / "table.md"])
 
