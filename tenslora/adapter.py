@@ -26,7 +26,7 @@ from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.first_step import first_step, lora_first_step, over_stages
 from tenslora.forms import from_json, shown
 from tenslora.random_streams import stream_seed
-from tenslora.ranks import rank_limits
+from tenslora.ranks import RankStrategy, rank_limits
 from tenslora.tensor import FactorizedTensor, thin_slices
 
 FORMAT = "tenslora-1"
@@ -101,12 +101,21 @@ class _AnyAdapter(nn.Module):
             }
             for stage in self.stages
         ]
-        header: dict[str, Any] = {"format": FORMAT, "config": dataclasses.asdict(self.config)}
+        header: dict[str, Any] = {"format": FORMAT, "config": _as_saved(self.config)}
         header |= of_stages[0] if isinstance(self, Adapter) else {"stages": of_stages}
         header |= {"beside": list(beside)} if beside else {}
         header |= {"beside_sha256": beside_sha256} if beside_sha256 else {}
         tensors = dict(self.state_dict())
         return write_safetensors(path, tensors, header, finite=tensors)
+
+
+def _as_saved(config: AdapterConfig) -> dict[str, Any]:
+    # A class of the user's own may have further fields, which no reader would know.
+    saved = {field.name: getattr(config, field.name) for field in dataclasses.fields(AdapterConfig)}
+    strategy = config.rank_strategy
+    return saved | {
+        "rank_strategy": {field.name: getattr(strategy, field.name) for field in dataclasses.fields(RankStrategy)}
+    }
 
 
 class Adapter(_AnyAdapter):

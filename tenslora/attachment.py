@@ -473,7 +473,8 @@ def merge(model: nn.Module) -> None:
 def unmerge(model: nn.Module) -> None:
     """Subtract from the weights what `merge` added. They are then as before the merge, up to rounding.
 
-    An adapter that was changed while it was merged keeps its new numbers.
+    An adapter that was changed while it was merged keeps its new numbers. If nothing is merged, a warning says so: what
+    an adapter had added before `detach` is not known any more.
 
     Args:
         model: with an adapter; its weights are changed in place.
@@ -481,6 +482,9 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         TensLoRAError: if there is no adapter.
     """
+    adapter_of(model)
+    if not any(linear.layer_update.merged for linear in _adapted_linears(model).values()):
+        warnings.warn(f"{type(model).__name__}: no update of its adapter is merged; unmerge does nothing", stacklevel=2)
     _move_updates(model, into_weights=False)
 
 
@@ -632,6 +636,7 @@ def require_own_layers(model: nn.Module) -> None:
         TensLoRAError: if one of them is a copy, which has an adapter of its own that is neither trained nor saved, or
             if one was replaced.
     """
+    require_all_layers(model)
     stages = adapter_of(model).stages
     for path, linear in _adapted_linears(model).items():
         if not any(linear.layer_update.shared.group.adapter is stage for stage in stages):
@@ -639,7 +644,6 @@ def require_own_layers(model: nn.Module) -> None:
                 f"{path}: is a copy of an adapted layer, and its update does not belong to the model's adapter; copy a "
                 f"part of a model before you attach, or after merge and detach"
             )
-    require_all_layers(model)
 
 
 def require_all_layers(model: nn.Module) -> None:
@@ -649,14 +653,18 @@ def require_all_layers(model: nn.Module) -> None:
         model: with an adapter.
 
     Raises:
-        TensLoRAError: if one is missing, or if FullyShardedDataParallel has divided the adapter.
+        TensLoRAError: if one is missing, if FullyShardedDataParallel has divided the adapter, or if the model holds
+            another adapter than its layers use.
     """
-    if any(getattr(own, "_fsdp_flattened", False) and own.dim() < 2 for own in adapter_of(model).parameters()):
+    adapter = adapter_of(model)
+    for forward_pass in _forward_passes(not_compiled(model)).values():
+        forward_pass.require_own_adapter(not_compiled(model))
+    if any(getattr(own, "_fsdp_flattened", False) and own.dim() < 2 for own in adapter.parameters()):
         raise TensLoRAError(
             f"{type(model).__name__}: its adapter is divided among processes; do this inside of "
             f"FullyShardedDataParallel.summon_full_params, or use fully_shard"
         )
-    missing = sum(stage.geometry.layers * len(stage.geometry.matrices) for stage in adapter_of(model).stages)
+    missing = sum(stage.geometry.layers * len(stage.geometry.matrices) for stage in adapter.stages)
     missing -= sum(len(linear.layer_update.columns) for linear in _adapted_linears(model).values())
     if missing > 0:
         require_same_sizes(model)
@@ -948,8 +956,6 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
     adapted = _adapted_linears(model)
     if into_weights:
         require_all_layers(model)
-    for forward_pass in _forward_passes(not_compiled(model)).values() if into_weights else ():
-        forward_pass.require_own_adapter(not_compiled(model))
     to_move = {path: linear for path, linear in adapted.items() if linear.layer_update.merged != into_weights}
     if into_weights and any(linear.layer_update.disabled for linear in to_move.values()):
         raise TensLoRAError(f"{type(model).__name__}: its adapter is disabled; leave the context of disabled first")

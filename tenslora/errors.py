@@ -109,8 +109,8 @@ def require_path(name: str, value: Any) -> Path:
         The path.
 
     Raises:
-        TensLoRAError: if it is neither, empty, or an address such as s3://bucket, which would become a folder of that
-            name, and for a character that no path has.
+        TensLoRAError: if it is neither, empty, or an address such as s3://bucket or a path from the home (~/), which
+            would become a folder of that name, and for a character that no path has.
     """
     if isinstance(value, str) and not value:
         raise TensLoRAError(f"{name}='': must not be empty; the current folder is '.'")
@@ -118,6 +118,8 @@ def require_path(name: str, value: Any) -> Path:
         raise TensLoRAError(f"{name}={value}: must be a path on disk, not an address")
     if isinstance(value, (str, Path)) and "\0" in str(value):
         raise TensLoRAError(f"{name}={value}: must be a path, which has no character NUL")
+    if str(value).startswith("~/"):
+        raise TensLoRAError(f"{name}={value}: must not begin with ~, which only a shell replaces by your home")
     try:
         return Path(value)
     except TypeError as error:

@@ -177,14 +177,15 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
         raise TensLoRAError(
             f"{folder / HEAD_FILE}: is missing; it was saved beside the adapter with "
             f"{listed(sorted(adapter.trained_beside))}; "
-            f"load(model, {str(folder / ADAPTER_FILE)!r}) loads the adapter alone"
+            f"load(model, {str(folder / ADAPTER_FILE)!r}) loads the adapter alone and freezes all else"
         )
     head = read_weights(folder / HEAD_FILE, model) if os.path.lexists(folder / HEAD_FILE) else {}
     if adapter.beside_sha256 and adapter.beside_sha256 != sha256_of(folder / HEAD_FILE):
         raise TensLoRAError(
             f"{folder / HEAD_FILE}: is not the one that was saved with {ADAPTER_FILE}. If the folder is being written "
-            f"to, try again; if you have changed it, load(model, {str(folder / ADAPTER_FILE)!r}), and give the model "
-            f"these weights with load_state_dict(..., strict=False)"
+            f"to, try again; if you have changed it, load(model, {str(folder / ADAPTER_FILE)!r}), give the model these "
+            f"weights with load_state_dict(..., strict=False), and let them require gradients, or they will not be "
+            f"saved with the adapter"
         )
     places = _places(model)
     before = {name: places[name].detach().clone() for name in head}
@@ -231,11 +232,9 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
     names: dict[int, str] = {}
     for name, saved in weights.items():
         if name not in places:
-            hint = (
-                "; put the parametrization on first, as load_tensors does with the updates of adapt_tensor"
-                if ".parametrizations." in name
-                else ""
-            )
+            hint = f"; load(model, {str(path.parent / ADAPTER_FILE)!r}) loads the adapter alone"
+            if ".parametrizations." in name:
+                hint = "; put the parametrization on first, as load_tensors does with the updates of adapt_tensor"
             raise TensLoRAError(f"{path}: {type(model).__name__} has no weight {name}{hint}")
         place = places[name]
         if place.is_meta:

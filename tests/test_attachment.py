@@ -1101,6 +1101,9 @@ def test_an_adapter_that_is_put_in_the_place_of_another_is_no_adapter_of_the_lay
     for act in (lambda: model(x), lambda: merge(model)):
         with pytest.raises(TensLoRAError, match="tenslora is another adapter than the one that its layers use"):
             act()
+    for use in (partial(save_pretrained, folder="never"), lambda model: disabled(model).__enter__()):
+        with pytest.raises(TensLoRAError, match="tenslora is another adapter than the one that its layers use"):
+            use(model)
     attach(other, new)
     expected = other.float()(x)
     detach(other)
@@ -1133,6 +1136,13 @@ def test_an_adapter_without_numbers_is_not_merged_into_weights_that_have_some() 
         with pytest.raises(TensLoRAError, match=r": its update is on the device meta and has no numbers"):
             merge_into(adapted)
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in state.items())
+
+
+def test_an_unmerge_of_nothing_is_told() -> None:
+    model = PlainTransformer()
+    attach(model, AdapterConfig("qkv"))
+    with pytest.warns(UserWarning, match=r"^PlainTransformer: no update of its adapter is merged; unmerge does"):
+        unmerge(model)
 
 
 def test_an_adapter_that_was_taken_away_by_hand_is_told() -> None:

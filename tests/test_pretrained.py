@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -184,6 +185,33 @@ def test_what_else_may_be_given_as_a_source_is_told(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(TensLoRAError, match=r": holds an adapter that PEFT has saved; PeftModel\.from_pretrained"):
         load(model, tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnConfig(AdapterConfig):
+    note: str = "mine"
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnStrategy(RankStrategy):
+    note: str = "mine"
+
+
+def test_the_fields_of_a_class_of_ones_own_are_not_saved(tmp_path: Path) -> None:
+    model = PlainTransformer()
+    attach(model, OwnConfig("qkv", rank_strategy=OwnStrategy("isorank")))
+    loaded = load(PlainTransformer(), save_pretrained(model, tmp_path))
+    assert loaded.config == AdapterConfig("qkv", rank_strategy=RankStrategy("isorank"))
+
+
+def test_a_path_from_the_home_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    attach(model := PlainTransformer(), AdapterConfig("qkv"))
+    with pytest.raises(TensLoRAError, match=r"^folder=~/saved: must not begin with ~, which only a shell replaces by"):
+        save_pretrained(model, "~/saved")
+    with pytest.raises(TensLoRAError, match=r"^source=~/saved: must not begin with ~"):
+        load(PlainTransformer(), Path("~/saved"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_heads_buffers_and_tied_weights_are_kept(tmp_path: Path) -> None:
@@ -374,7 +402,7 @@ def test_a_head_that_does_not_fit_is_one_line_and_changes_nothing(tmp_path: Path
     with pytest.raises(TensLoRAError, match=message):
         load(other, tmp_path)
     del other.head
-    with pytest.raises(TensLoRAError, match=r"PlainTransformer has no weight head\.bias$"):
+    with pytest.raises(TensLoRAError, match=r"has no weight head\.bias; load\(model, .* loads the adapter alone$"):
         load(other, tmp_path)
     assert not hasattr(other, "tenslora")
 
