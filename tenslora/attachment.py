@@ -452,9 +452,10 @@ def _take_off(model: nn.Module) -> None:
 def merge(model: nn.Module) -> None:
     """Add the updates to the weights, W <- W + alpha dW^T. A forward pass then costs as much as without an adapter.
 
-    Merging a second time changes nothing, even if the adapter has changed in between: `unmerge` first, which takes out
-    what was added. If load_state_dict is to give a merged model weights, they must be those of a merged model too, and
-    the other way round. A state dict of torch knows which ones it holds, and is refused otherwise.
+    A merged adapter gets no gradients: `unmerge` before you train on. Merging a second time changes nothing, even if
+    the adapter has changed in between: `unmerge` first, which takes out what was added. If load_state_dict is to give a
+    merged model weights, they must be those of a merged model too, and the other way round. A state dict of torch knows
+    which ones it holds, and is refused otherwise.
 
     Quantised weights are dequantised and quantised again, by PEFT's functions for bitsandbytes and torchao; a warning
     says by how much the rounding changes them.

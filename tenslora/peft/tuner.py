@@ -18,6 +18,7 @@ import numpy as np
 import peft
 import torch
 from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
 from peft.utils import register_peft_method
 from torch import Tensor, nn
@@ -70,7 +71,9 @@ def register() -> None:
         TensLoRAError: if this version of PEFT, or of Python, keeps its methods in some other way.
     """
     name = METHOD.upper()
-    if name in PeftType.__members__:
+    if name in PeftType.__members__:  # a notebook has imported the package anew, with new classes
+        PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)] = TensLoraConfig
+        PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name)] = TensLoraModel
         return
     if not hasattr(BaseTuner, "_remove_adapter_name_from_key"):
         raise TensLoRAError(f"peft {peft.__version__}: must be 0.21 or later for a TensLoraConfig")
@@ -249,6 +252,8 @@ def _of_python(value: Any) -> Any:
     # What Hydra, numpy, torch and Python have for lists and numbers, as the lists and numbers that JSON can hold.
     if isinstance(value, (np.generic, np.ndarray, Tensor)):
         return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _of_python(each) for key, each in value.items()}
     if isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)):
         return [_of_python(each) for each in value]
     return value
@@ -733,7 +738,7 @@ def _describe_adapters(tuner: nn.Module, *_: Any) -> None:
 
 def _require_settings(config: TensLoraConfig, made: TensLoraConfig) -> None:
     now = copy.copy(config)
-    TensLoraConfig.__post_init__(now)  # which checks each value, and lets a list stand for a set
+    now.__post_init__()  # which checks each value, and lets a list stand for a set
     for name in vars(TensLoraConfig)["__annotations__"]:
         if name not in _MAY_CHANGE and (value := getattr(now, name)) != (before := getattr(made, name)):
             raise TensLoRAError(

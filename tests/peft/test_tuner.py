@@ -915,6 +915,31 @@ def test_the_adapter_of_a_deeper_model_is_refused(mode: str, tmp_path: Path) -> 
         model.load_adapter(str(tmp_path), "other")
 
 
+def test_a_notebook_may_import_the_package_anew(commands: Commands, tmp_path: Path) -> None:
+    program = f"""
+import importlib
+from peft import PeftModel, get_peft_model
+import tenslora.peft
+import tenslora.peft.tuner as tuner
+from tests.models import build
+
+before = get_peft_model(build("hf_bert"), tuner.TensLoraConfig())
+importlib.reload(tuner)
+importlib.reload(tenslora.peft)
+for model in (before, get_peft_model(build("hf_bert"), tuner.TensLoraConfig())):
+    model.save_pretrained({str(tmp_path)!r})
+    assert type(PeftModel.from_pretrained(build("hf_bert"), {str(tmp_path)!r}).base_model) is tuner.TensLoraModel
+"""
+    (tmp_path / "again.py").write_text(program)
+    ended = commands.run(Command(str(tmp_path / "again.py"), [], ROOT))
+    assert ended.status == 0, ended.err
+
+
+def test_settings_of_a_config_file_are_taken_as_dicts() -> None:
+    config = TensLoraConfig(rank_options=OmegaConf.create({"rule": "uniform"}))  # type: ignore[arg-type]
+    assert type(config.rank_options) is dict and config.rank_options == {"rule": "uniform"}
+
+
 def test_pefts_list_of_the_modules_that_an_adapter_matches_is_right() -> None:
     model = get_peft_model(_bert(layers=2), TensLoraConfig())
     model.add_adapter("other", TensLoraConfig(adapt="qv"))
