@@ -182,6 +182,10 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
             f"{path}: {min(named)} has an adapter's name in it, as in a model's own state dict; save the LoRA with "
             f"PEFT's save_pretrained, or take the name out"
         )
+    if wrapped := [key for key in matrices if key.startswith("module.")]:
+        raise TensLoRAError(
+            f"{path}: {min(wrapped)} begins with module., as under DistributedDataParallel; must begin with {PREFIX}"
+        )
     if saved and not found:
         raise TensLoRAError(f"{folder}: adapts {min(saved)} and others; this model has none of them")
     if left := saved - found.keys():

@@ -185,6 +185,9 @@ def test_a_lora_that_was_not_saved_by_peft_as_it_is_today_says_so(tmp_path: Path
     save_file({name.replace(".weight", ".default.weight"): weight for name, weight in weights.items()}, path)
     with pytest.raises(TensLoRAError, match=r"query\.lora_A\.default\.weight has an adapter's name in it"):
         read_updates(tmp_path, stages)
+    save_file({f"module.{name}": weight for name, weight in weights.items()}, path)
+    with pytest.raises(TensLoRAError, match=r"lora_A\.weight begins with module\., as under Distrib"):
+        read_updates(tmp_path, stages)
     path.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(TensLoRAError, match=r"adapter_model\.bin: is a pickle, which could run code; save the LoRA"):
         read_updates(tmp_path, stages)
