@@ -43,7 +43,7 @@ SUBMODULE = "tenslora"
 """The name of the adapter in the model."""
 
 _MODELS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
-"""The model that each adapter was last attached to. In the adapter itself, a pickle would have to hold it."""
+"""The model that each adapter was last attached to. Kept in the adapter, this would have to be pickled with it."""
 
 
 def attach(
@@ -184,10 +184,10 @@ def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedA
             raise TensLoRAError(f"{target.path}: {error}") from error
     if isinstance(adapter, AdapterConfig):
         return stages
-    holder = _MODELS[adapter]() if adapter in _MODELS else None
-    if holder is not None and holder._modules.get(SUBMODULE) is adapter:
+    other = _MODELS[adapter]() if adapter in _MODELS else None
+    if other is not None and other._modules.get(SUBMODULE) is adapter:
         raise TensLoRAError(
-            f"the adapter is on another model ({type(holder).__name__}); detach it there first, or attach a "
+            f"the adapter is on another model ({type(other).__name__}); detach it there first, or attach a "
             f"copy.deepcopy of it"
         )
     if any(device_of(target.linear).type == "meta" for stage in stages for target in stage.targets):
@@ -687,9 +687,9 @@ def require_same_sizes(model: nn.Module) -> None:
     adapter = adapter_of(model)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the layers without attention, which attach has told
+            warnings.simplefilter("ignore")  # attach has told of layers without attention
             stages = find_projections(not_compiled(model), adapter.config.adapt)
-    except TensLoRAError:  # as of one that is wrapped for several processes
+    except TensLoRAError:  # such as that for a model which is wrapped for several processes
         return
     if differing := _differences(adapter, stages):
         raise TensLoRAError(

@@ -20,9 +20,9 @@ from tenslora.errors import TensLoRAError
 class ForwardPass:
     """The forward pass of an adapted model that is running, if any; each thread has its own.
 
-    Hooks on the model notice when a pass begins and when it ends, even by an exception. torch tells nobody of a pass
-    that Ctrl-C has ended, which shows in Python's stack. What a pass has computed lasts until its end: outside a pass,
-    nothing would tell us when a result has gone stale.
+    Hooks on the model notice when a pass begins and when it ends, even by an exception. torch calls no hook after
+    Ctrl-C; that such a pass is over is seen from Python's stack, which no longer holds its call. What a pass has
+    computed lasts until its end: outside a pass, nothing would tell us when a result has gone stale.
 
     The first pass is also checked. A model may read a Linear's weight without calling the Linear, and an adapter there
     would have no effect. If no layer with the matrices of some name is called, the pass raises a `TensLoRAError`; if

@@ -227,7 +227,7 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
     require_sizes(model)
     places = _places(model)
     for name, other in _tied_in(header, path).items():
-        if other in weights and places.get(name, places.get(other)) is not places.get(other):
+        if other in weights and name in places and places[name] is not places.get(other):
             weights[name] = weights[other]  # the model that was saved had one weight in both places
     names: dict[int, str] = {}
     for name, saved in weights.items():
@@ -428,7 +428,7 @@ def _require_no_other_head(model: nn.Module, beside: Set[str], saved: Set[str]) 
 
 
 def _other_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
-    # Of the weights, the further names that the model has for them, each with the one under which it is saved.
+    # The further names that the model has for these weights, each with the name under which the weight is saved.
     names = {id(weight): name for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
     places = _places(model)
     return {name: names[id(own)] for name, own in places.items() if id(own) in names and name not in weights}

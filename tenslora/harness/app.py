@@ -324,9 +324,8 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             return f"{word}: must be {'a dictionary' if word.partition('=')[2].startswith('[') else 'a list'}"
     if word := next((word for word in words if "=" in word and not parsed(word)), None):
         return unreadable(word)
-    if isinstance(
-        error, (KeyError, AssertionError, TypeError, AttributeError)
-    ):  # of Hydra's code, with no word on the setting
+    # Errors of Hydra's code, which do not name the setting.
+    if isinstance(error, (KeyError, AssertionError, TypeError, AttributeError)):
         of_hydra = [word for word in words if re.match(r"\+*hydra\.(?!(run|sweep)\.)", word)]
         said = ": ".join(filter(None, (type(error).__name__, _joined(error) if str(error) else "")))
         return f"{' '.join(of_hydra) or 'the settings of hydra'}: cannot be used by Hydra ({said})"

@@ -148,7 +148,7 @@ def open_missing_streams() -> None:
 def require_asserts() -> None:
     """End a process whose Python leaves out assert statements, or docstrings too.
 
-    Hydra's parser moves on inside its assert statements, and transformers makes docstrings out of docstrings.
+    Hydra's parser reads words inside its assert statements, and transformers builds docstrings from other docstrings.
     """
     if sys.flags.optimize:
         sys.exit("error: python -O and PYTHONOPTIMIZE: must be left out; Hydra and transformers need what they remove")

@@ -75,7 +75,7 @@ def carry_out_once(composed: DictConfig, train: Callable[[RunConfig, Path], Mapp
 def _require_same(run: RunConfig, folder: RunFolder) -> None:
     """Check that the processes that torchrun has started carry out the same run, from the same point on.
 
-    A setting that refers to the process's number or to the time may differ.
+    They may not where a setting is taken from an environment variable such as RANK, or from the time.
     """
     from tenslora.harness.training.processes import Processes
 

@@ -18,8 +18,10 @@ from tenslora.peft.patterns import first_matches
 from tenslora.projections import Stage, TargetLinear, features
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PICKLE = "adapter_model.bin"
 """The files in the folder that PEFT's `save_pretrained` writes."""
+
+_PICKLE = "adapter_model.bin"
+"""The file of the weights as PEFT wrote it before it knew safetensors."""
 
 PREFIX = "base_model.model."
 """What PEFT puts in front of the names of a model's own weights."""
@@ -176,8 +178,7 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
     targets = {target.path: (index, target) for index, (_, of_stage) in enumerate(stages) for target in of_stage}
     by_own_name = {uncompiled(name): name for name in saved}
     found = {by_own_name[name]: place for name, place in _places(by_own_name.keys(), targets).items()}
-    named = [key for key in matrices if re.search(r"\.lora_[^.]+\.[^.]+\.weight$", key)]
-    if named:
+    if named := [key for key in matrices if re.search(r"\.lora_[^.]+\.[^.]+\.weight$", key)]:
         raise TensLoRAError(
             f"{path}: {min(named)} has an adapter's name in it, as in a model's own state dict; save the LoRA with "
             f"PEFT's save_pretrained, or take the name out"

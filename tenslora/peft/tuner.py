@@ -533,7 +533,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         if key in self._planned:
             return True
-        if not self._planned:  # somebody asks afterwards
+        if not self._planned:  # PEFT's inspect_matched_modules asks once the adapter is on
             layer = self.model.get_submodule(key)
             name = next((name for name, own in self.peft_config.items() if own is peft_config), "")
             return isinstance(layer, TensLoraLinear) and name in layer.updates
