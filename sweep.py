@@ -14,9 +14,7 @@ import sys
 if sys.flags.safe_path:  # python -P does not look beside this file
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
-
-# isort: split
+import tenslora.harness.early  # isort: skip  # noqa: F401  catches Ctrl-C from here on
 import shlex
 from dataclasses import replace
 from pathlib import Path

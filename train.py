@@ -14,23 +14,17 @@ import sys
 if sys.flags.safe_path:  # python -P does not look beside this file
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
-import tenslora.harness.early  # noqa: F401  catches Ctrl-C from here on
-
-# isort: split
-import logging
+import tenslora.harness.early  # isort: skip  # noqa: F401  catches Ctrl-C from here on
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.harness.app import run_app
-from tenslora.harness.quick_start import resume_garbage_collection
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from tenslora.harness.config import RunConfig
-
-log = logging.getLogger("train")
 
 
 def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, Any]:
@@ -48,12 +42,11 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
         TensLoRAError: for a mistake that the user can put right, or once a diverged run has written its record.
     """
     from tenslora.harness.adapted_model import adapted_model  # imported here: wrong settings are reported sooner
-    from tenslora.harness.backbones import load_backbone, load_tokenizer
-    from tenslora.harness.backbones.answer import recorded_answer
+    from tenslora.harness.backbones import load_backbone, load_tokenizer, recorded_answer
     from tenslora.harness.data import load_dataset
     from tenslora.harness.data.encoding import encode
     from tenslora.harness.run_folder import RunFolder
-    from tenslora.harness.run_record import describe_run, facts_of, record_before, record_of, write_results
+    from tenslora.harness.run_record import facts_of, record_before, record_of, write_results
     from tenslora.harness.tracking import start_tracker
     from tenslora.harness.training.loop import Diverged, fit
     from tenslora.harness.training.processes import Processes
@@ -75,7 +68,6 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
     seconds = {"data": data_loaded - started, "backbone": time.perf_counter() - data_loaded}
 
     # Training. The record is written last: where there is a record, all other files are complete.
-    resume_garbage_collection()
     facts = facts_of(run, dataset, data, adapted, processes)
     recorded = {**facts, "backbone_answer": answer}
     folder.check_record(record_before(run, recorded, processes))
@@ -92,7 +84,6 @@ def train(run: RunConfig, path: Path, show_progress: bool = True) -> dict[str, A
         record = record_of(run, recorded, state, failure, seconds, processes)
         if processes.is_main:
             tracker.finish(record, write_results(folder, record, adapted, state))
-            log.info("%s\nrecord: %s", describe_run(record), folder.result)
     if failure:
         raise failure
     return record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from tenslora.harness.training.loop import Diverged
     from tenslora.harness.training.processes import Processes
 
+log = logging.getLogger("train")
 
 _PACKAGES = (
     "torch",
@@ -172,7 +174,7 @@ def record_before(run: RunConfig, facts: Mapping[str, Any], processes: Processes
 
 
 def write_results(folder: RunFolder, record: dict[str, Any], adapted: AdaptedModel, state: TrainingState) -> list[Path]:
-    """Write what a run leaves: of a completed run its weights and predictions, and last its record.
+    """Write what a run leaves: of a completed run its weights and predictions, and last its record, which is logged.
 
     Args:
         folder: the run's folder, from which the results of an earlier run are removed first.
@@ -193,6 +195,7 @@ def write_results(folder: RunFolder, record: dict[str, Any], adapted: AdaptedMod
         record["sha256"] = {file.name: sha256_of(file) for file in files}
         folder.write_predictions(state.predictions)
     folder.write_record(record)
+    log.info("%s\nrecord: %s", describe_run(record), folder.result)
     return files
 
 

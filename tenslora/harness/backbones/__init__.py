@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from tenslora.errors import TensLoRAError
+from tenslora.harness.backbones.answer import recorded_answer
 from tenslora.harness.backbones.head import Backbone, draw_head
 from tenslora.harness.backbones.hub import source_setting
 from tenslora.harness.backbones.quantisation import quantise_timm, require_package
@@ -22,7 +23,7 @@ from tenslora.random_streams import stream_seed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EMBEDDED", "Backbone", "load_backbone", "load_tokenizer"]
+__all__ = ["EMBEDDED", "Backbone", "load_backbone", "load_tokenizer", "recorded_answer"]
 
 _ONE_AT_A_TIME = threading.Lock()
 """transformers replaces functions of torch.nn.init while it reads weights, in all threads."""

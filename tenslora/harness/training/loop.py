@@ -25,6 +25,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RankScheduleConfig, RunConfig
 from tenslora.harness.data.batches import Batch, TrainBatches, workers_explained
 from tenslora.harness.data.encoding import EncodedDataset, TokensOf
+from tenslora.harness.quick_start import resume_garbage_collection
 from tenslora.harness.stages import as_in_files
 from tenslora.harness.training.checkpoint import Course, Start, TrainingState, load_checkpoint, save_checkpoint
 from tenslora.harness.training.evaluation import evaluate
@@ -103,6 +104,7 @@ def fit(
         TensLoRAError: if a metric does not apply to the task, if training does not fit into memory, or if a checkpoint
             cannot be read or written.
     """
+    resume_garbage_collection()
     optimization = _Optimization(model, data, run, processes)
     batches = TrainBatches(
         data.train,
