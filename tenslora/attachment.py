@@ -849,6 +849,12 @@ def modules_named(model: nn.Module, names: Sequence[str], setting: str = "train"
     for name in names:
         matching = [module for path, module in holders.items() if f".{path}".endswith(f".{name}")]
         if not matching:
+            if parameter := next((path for path, _ in model.named_parameters() if f".{path}".endswith(f".{name}")), ""):
+                switch = f"; model.get_parameter({parameter!r}).requires_grad_(True) after attach trains and saves it"
+                raise TensLoRAError(
+                    f"{setting}={name}: must be the name of a module, and is that of a parameter"
+                    + (switch if setting == "train" else "")
+                )
             last_words = dict.fromkeys(path.rpartition(".")[2] for path in holders)
             children = [path for path in holders if "." not in path]
             candidates = dict.fromkeys([*get_close_matches(name, list(last_words), n=3), *children])

@@ -121,7 +121,8 @@ class ForwardPass:
                 paths = [call.path for call in calls]
                 raise TensLoRAError(
                     f"{self._model}: its forward pass calls none of the layers that hold the {name} matrices "
-                    f"({listed(paths)}), so an adapter there has no effect; choose other matrices with adapt"
+                    f"({listed(paths)}), so an adapter there has no effect; choose other matrices with adapt, or "
+                    f"attach(model, detach(model)) if layers were replaced since"
                 )
 
     def _warn_of_uncalled_layers(self) -> None:

@@ -346,9 +346,10 @@ def _warn_of_skipped_layers(model: nn.Module, paths: Sequence[str]) -> None:
             found.setdefault(match[1] or "", set()).add(match[2])
     for path, indices in found.items():
         layers = model.get_submodule(path)
-        if isinstance(layers, nn.ModuleList) and len(indices) < len(layers):
+        # A layer that a list holds several times has been found once.
+        if isinstance(layers, nn.ModuleList) and len(indices) < (count := len(set(layers))):
             warnings.warn(
-                f"{type(model).__name__}: {len(indices)} of the {len(layers)} layers of {path or 'the model'} have "
+                f"{type(model).__name__}: {len(indices)} of the {count} layers of {path or 'the model'} have "
                 f"attention projections; an adapter leaves the others alone",
                 stacklevel=3,
             )

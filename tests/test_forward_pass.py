@@ -37,7 +37,8 @@ class _ReadsTheWeight(type(PlainTransformer().blocks[0].attention)):  # type: ig
 X = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
 NONE_OF_QUERY = (
     r"^PlainTransformer: its forward pass calls none of the layers that hold the query matrices "
-    r"\(blocks\.0\.attention\.query, blocks\.1\.attention\.query\), so an adapter there has no effect"
+    r"\(blocks\.0\.attention\.query, blocks\.1\.attention\.query\), so an adapter there has no effect; "
+    r"choose other matrices with adapt, or attach\(model, detach\(model\)\) if layers were replaced since$"
 )
 
 

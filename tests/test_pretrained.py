@@ -372,6 +372,7 @@ def test_a_name_stands_for_every_module_that_ends_with_it() -> None:
     [
         (["clasifier"], r"^train=clasifier: must be the name of a module .* in \w+, such as classifier, bert"),
         (["dropout"], r"^train=dropout: must be the name of a module with parameters"),
+        (["classifier.weight"], r"^train=classifier.weight: .* parameter.*get_parameter\('classifier.weight'\)\.req"),
         (["ssifier"], r"^train=ssifier: must be"),
         ([""], r"^train=: must be"),
         ("classifier", r"^train=classifier: must be a list of names, such as \['classifier'\]$"),

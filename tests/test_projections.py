@@ -275,6 +275,16 @@ def test_layers_without_attention_are_mentioned() -> None:
     assert geometry.layers == 1
 
 
+def test_a_layer_that_stands_in_a_list_several_times_is_one_layer() -> None:
+    model = build("llama")
+    layers = list(model.get_submodule("model.layers").children())
+    model.get_submodule("model").add_module("layers", nn.ModuleList(layers + layers[::-1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [(geometry, _)] = find_projections(model)
+    assert geometry.layers == 2
+
+
 def _distributed(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
