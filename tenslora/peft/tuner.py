@@ -287,6 +287,17 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """The adapters of the whole model, by name."""
         return self._adapters[0]
 
+    # Models and other methods of PEFT read these two, and PEFT's LoRA layers have them.
+    @property
+    def in_features(self) -> int:
+        """The number of the Linear's inputs."""
+        return features(self.get_base_layer())[0]
+
+    @property
+    def out_features(self) -> int:
+        """The number of the Linear's outputs."""
+        return features(self.get_base_layer())[1]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the Linear, with the updates of all active adapters added.
 

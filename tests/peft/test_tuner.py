@@ -17,6 +17,7 @@ import transformers
 from accelerate.big_modeling import attach_layerwise_casting_hooks
 from omegaconf import OmegaConf
 from peft import (
+    AdaptionPromptConfig,
     AutoPeftModelForCausalLM,
     PeftConfig,
     PeftModel,
@@ -35,7 +36,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft import LoraConfig as PeftLora
-from peft.tuners.tuners_utils import inspect_matched_modules
+from peft.tuners.tuners_utils import BaseTunerLayer, inspect_matched_modules
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -751,6 +752,25 @@ def test_a_method_that_trains_a_prompt_goes_around_it_as_around_lora(around: Any
         shapes.append(model.eval()(**x).logits.shape)
     assert trained_of[0] == trained_of[1] and any("prompt_encoder" in name for name in trained_of[0])
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(("name", "fused"), [("gpt2", ["c_attn"]), ("llama", ["q_proj", "k_proj", "v_proj"])])
+def test_a_layer_tells_what_a_lora_layer_tells_of_its_linear(name: str, fused: list[str]) -> None:
+    def told(config: PeftConfig) -> list[tuple[Any, ...]]:
+        model: Any = get_peft_model(build(name), config)
+        layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer) and hasattr(each, "base_layer")]
+        return [(each.in_features, each.out_features, each.weight.shape, each.bias is None) for each in layers]
+
+    assert told(TensLoraConfig()) == told(PeftLora(target_modules=fused, fan_in_fan_out=name == "gpt2"))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_adaption_prompt_goes_around_it() -> None:
+    inner = trained(get_peft_model(build("llama"), TensLoraConfig(), adapter_name="one"), name="one")
+    expected = logits(inner, inputs("llama"))
+    config = AdaptionPromptConfig(adapter_layers=2, adapter_len=3, task_type="CAUSAL_LM", target_modules="self_attn")
+    torch.testing.assert_close(logits(get_peft_model(inner, config, "two"), inputs("llama")), expected)
 
 
 def test_names_that_would_keep_tensors_from_being_saved_are_refused(tmp_path: Path) -> None:
