@@ -6,9 +6,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.data.examples import shortened
 
 if TYPE_CHECKING:
@@ -122,6 +123,30 @@ def _texts_among(names: set[str]) -> tuple[str, ...]:
     return found[0] if len(found) == 1 else ()
 
 
+def values_of(rows: Dataset, column: str, where: str) -> list[Any]:
+    """The values of a column in Python's types. Arrow holds some that Python does not, such as bytes that are no text.
+
+    Args:
+        rows: a split.
+        column: the column.
+        where: the split and where it comes from, for messages.
+
+    Raises:
+        TensLoRAError: for the first row whose value Python does not hold.
+    """
+    try:
+        return list(rows[column][:])  # at once; iterated over, each row would be converted alone
+    except Exception as error:  # UnicodeDecodeError, OverflowError, and the types of pyarrow and of time zones
+        number = 1
+        with suppress(Exception):
+            for _ in rows[column]:
+                number += 1
+        why = f"{rows.data.schema.field(column).type}: {first_line(error)}"
+        if isinstance(error, UnicodeDecodeError):
+            why = "must be text in UTF-8"
+        raise TensLoRAError(f"{where}: row {number} of the column {column} cannot be read ({why})") from error
+
+
 def sentences_of(rows: Dataset, columns: Sequence[str], where: str) -> list[tuple[str, ...]]:
     """The texts of all rows.
 
@@ -131,9 +156,9 @@ def sentences_of(rows: Dataset, columns: Sequence[str], where: str) -> list[tupl
         where: the split and where it comes from, for messages.
 
     Raises:
-        TensLoRAError: for a row without a text.
+        TensLoRAError: for a row without a text, or with one that cannot be read.
     """
-    texts = [rows[column][:] for column in columns]  # at once; iterated over, each row would be converted alone
+    texts = [values_of(rows, column, where) for column in columns]
     for column, values in zip(columns, texts, strict=True):
         for number, value in enumerate(values, start=1):
             if value is not None and not isinstance(value, str):
@@ -158,9 +183,9 @@ def labels_of(rows: Dataset, column: str, where: str, *, are_strings: bool) -> l
             numbers.
 
     Raises:
-        TensLoRAError: for a row without a label, and for labels that are neither numbers nor names.
+        TensLoRAError: for a row without a label, and for labels that are neither numbers nor names, or cannot be read.
     """
-    values: list[Any] = rows[column][:]
+    values = values_of(rows, column, where)
     if names := class_names(rows, column):
         values = [names[value] if value is not None and 0 <= value < len(names) else None for value in values]
     missing = []

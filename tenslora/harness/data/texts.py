@@ -13,6 +13,7 @@ from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, warn_of_another_size
 from tenslora.harness.data.glue import FOLDERS, GLUE_TASKS, HUB, GlueTask
+from tenslora.harness.data.text_columns import values_of
 from tenslora.harness.data.text_files import load_from_hub
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def _datasets_reader(config: TextDatasetConfig, task: GlueTask, splits: DatasetD
             )
         kinds: dict[str, tuple[type, ...]] = dict.fromkeys(task.sentences, (str,))
         kinds["label"] = (int,) if task.classes else (int, float)
-        columns = {name: list(rows[name]) for name in kinds}
+        where = f"dataset={config.name}: the {split} split"
+        columns = {name: values_of(rows, name, where) for name in kinds}
         for name, values in columns.items():
             for number, value in enumerate(values, start=1):
                 if type(value) not in kinds[name]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
+import pyarrow
 import pytest
 
 from tenslora.errors import TensLoRAError
@@ -149,6 +150,27 @@ def test_rows_without_a_text_are_refused() -> None:
         sentences_of(rows, ["a", "b"], "here")
     with pytest.raises(TensLoRAError, match=r"^dataset\.text_columns=\[a,c\]: must hold texts, but c holds 1 in row 1"):
         sentences_of(rows, ["a", "c"], "here")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "why"),
+    [
+        (b"caf\xe9", pyarrow.string(), "must be text in UTF-8"),
+        (0, pyarrow.timestamp("s", "Foo/Bar"), r"timestamp\[s, tz=Foo/Bar\]: .+"),
+        (2**40, pyarrow.timestamp("s"), r"timestamp\[s\]: .+"),  # after the year 9999
+        (2**31 - 1, pyarrow.date32(), r"date32\[day\]: .+"),
+    ],
+    ids=["bytes", "time zone", "year", "day"],
+)
+def test_a_value_that_arrow_holds_and_python_does_not_names_its_row(value: Any, kind: Any, why: str) -> None:
+    plain = pyarrow.binary() if isinstance(value, bytes) else pyarrow.int32() if kind.bit_width == 32 else "int64"
+    good = b"tea" if isinstance(value, bytes) else 0
+    values = pyarrow.array([good, good, value], plain).view(kind)
+    rows = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table({"y": values})))
+    row = 1 if "Foo" in why else 3
+    for read in (lambda: sentences_of(rows, ["y"], "here"), lambda: labels_of(rows, "y", "here", are_strings=False)):
+        with pytest.raises(TensLoRAError, match=rf"^here: row {row} of the column y cannot be read \({why}\)$"):
+            read()
 
 
 def test_a_class_label_keeps_its_names_and_their_order() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import TextDatasetConfig
@@ -355,6 +357,17 @@ def test_parquet_with_labels_or_sentences_of_another_type_is_refused_in_one_line
     ) as caught:
         load("qnli", tmp_path)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.usefixtures("quiet_datasets")
+def test_a_sentence_of_parquet_that_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
+    sentences = pyarrow.array([b"tea", b"caf\xe9"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"sentence": sentences, "label": [0, 1]}), tmp_path / "train-0.parquet")
+    with pytest.raises(
+        TensLoRAError,
+        match=r"^dataset=cola: the train split: row 2 of the column sentence cannot be read \(must be text in UTF-8\)$",
+    ):
+        load("cola", tmp_path)
 
 
 def test_a_split_of_another_size_than_published_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
