@@ -634,17 +634,50 @@ def require_own_layers(model: nn.Module) -> None:
         model: with an adapter.
 
     Raises:
-        TensLoRAError: if one of them is a copy, which has an adapter of its own that is neither trained nor saved, or
-            if one was replaced.
+        TensLoRAError: if one of them is a copy, which has an adapter of its own that is neither trained nor saved, if
+            one was replaced, or if they are in another order now.
     """
     require_all_layers(model)
-    stages = adapter_of(model).stages
-    for path, linear in _adapted_linears(model).items():
+    stages, adapted = adapter_of(model).stages, _adapted_linears(model)
+    for path, linear in adapted.items():
         if not any(linear.layer_update.shared.group.adapter is stage for stage in stages):
             raise TensLoRAError(
                 f"{path}: is a copy of an adapted layer, and its update does not belong to the model's adapter; copy a "
                 f"part of a model before you attach, or after merge and detach"
             )
+    require_in_order({path: linear.layer_update for path, linear in adapted.items()})
+
+
+def require_in_order(updates: Mapping[str, LayerUpdate]) -> None:
+    """Check that adapted layers are in the order in which the adapter counts them.
+
+    Args:
+        updates: those of one adapter by the paths of their layers, in the order of the model's modules.
+
+    Raises:
+        TensLoRAError: if a layer stands behind one that it stood before.
+    """
+    latest: dict[tuple[int, int], int] = {}
+    for path, update in updates.items():
+        stage, first, *_ = update.shared.group.key
+        for matrix in ((stage, first + columns.matrix) for columns in update.columns):
+            if update.shared.layer < latest.get(matrix, 0):
+                raise TensLoRAError(
+                    f"{path}: was {update.call.path} when the adapter was put on, and its layer now comes after a "
+                    f"later one; a saved adapter knows layers by their order alone, so put them back into it"
+                )
+            latest[matrix] = update.shared.layer
+
+
+def missing_matrices(adapter: Adapter | StagedAdapter, updates: Iterable[LayerUpdate]) -> int:
+    """How many of the matrices that an adapter is for are not in the model.
+
+    Args:
+        adapter: the adapter.
+        updates: those that the model's layers have from it.
+    """
+    expected = sum(stage.geometry.layers * len(stage.geometry.matrices) for stage in adapter.stages)
+    return expected - sum(len(update.columns) for update in updates)
 
 
 def require_all_layers(model: nn.Module) -> None:
@@ -665,8 +698,7 @@ def require_all_layers(model: nn.Module) -> None:
             f"{type(model).__name__}: its adapter is divided among processes; do this inside of "
             f"FullyShardedDataParallel.summon_full_params, or use fully_shard"
         )
-    missing = sum(stage.geometry.layers * len(stage.geometry.matrices) for stage in adapter.stages)
-    missing -= sum(len(linear.layer_update.columns) for linear in _adapted_linears(model).values())
+    missing = missing_matrices(adapter, (linear.layer_update for linear in _adapted_linears(model).values()))
     if missing > 0:
         require_same_sizes(model)
         raise TensLoRAError(

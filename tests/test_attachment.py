@@ -945,6 +945,16 @@ def test_a_copy_of_an_adapted_block_is_not_left_out_in_silence(tmp_path: Path) -
     torch.testing.assert_close(logits(model, inputs("separate")), adapted, rtol=0, atol=1e-10)
 
 
+def test_an_adapter_whose_layers_are_in_another_order_is_not_saved(tmp_path: Path) -> None:
+    model = build("separate")
+    attached(model, "qkv_depth")
+    model.blocks = nn.ModuleList([model.get_submodule("blocks.1"), model.get_submodule("blocks.0")])
+    for use in (lambda: save_pretrained(model, tmp_path), lambda: to_tenslora(model)):
+        with pytest.raises(TensLoRAError, match=r"^blocks\.1\.attention\.query: was blocks\.0\.attention\.query when"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
 def test_replaced_layers_are_not_left_out_in_silence(tmp_path: Path) -> None:
     model, batch, fresh = build("separate"), inputs("separate"), build("separate")
     attached(model, "qkv_depth")

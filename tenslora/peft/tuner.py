@@ -30,8 +30,11 @@ from tenslora.attachment import (
     device_of,
     keep_gradients,
     layer_updates,
+    missing_matrices,
+    not_compiled,
     require_apart,
     require_called,
+    require_in_order,
     require_no_other_adapter,
     require_stored_weight,
 )
@@ -728,21 +731,43 @@ def _require_names_apart(adapters: Mapping[str, nn.Module], names: Iterable[str]
                 )
 
 
+def _own_layers(tuner: nn.Module) -> dict[str, TensLoraLinear]:
+    layers = {path: layer for path, layer in tuner.named_modules() if isinstance(layer, TensLoraLinear)}
+    own = next(cast(nn.ModuleDict, tuner.tenslora_adapters).parameters(), None)
+    for path, layer in layers.items():
+        if layer.tenslora_adapters is tuner.tenslora_adapters:
+            continue
+        if any(parameter is own for parameter in layer.tenslora_adapters.parameters()):  # the tuner itself is a copy
+            model = type(not_compiled(cast(nn.Module, tuner.model))).__name__
+            raise TensLoRAError(
+                f"{model}: is compiled in regions, as by accelerate's compile_regions, and PEFT "
+                f"would save the names of the compiled copy; save the model that was compiled"
+            )
+        raise TensLoRAError(
+            f"{path}: is a copy of an adapted layer, and its update does not belong to the model's adapter; copy a "
+            f"part of a model before get_peft_model, or after merge_and_unload"
+        )
+    return layers
+
+
 def _describe_adapters(tuner: nn.Module, *_: Any) -> None:
     # PEFT asks for the state dict before it saves tensors and settings. Ranks may have been pruned; what else differs
     # cannot be saved.
-    for path, layer in tuner.named_modules():
-        if isinstance(layer, TensLoraLinear) and layer.tenslora_adapters is not tuner.tenslora_adapters:
-            raise TensLoRAError(
-                f"{path}: is a copy of an adapted layer, and its update does not belong to the model's adapter; copy a "
-                f"part of a model before get_peft_model, or after merge_and_unload"
-            )
+    layers = _own_layers(tuner)
     for name, adapter in cast(nn.ModuleDict, tuner.tenslora_adapters).items():
         adapter = cast(Adapter | StagedAdapter, adapter)
         config = cast(dict[str, TensLoraConfig], tuner.peft_config)[name]
         adapter.require_as_declared()
         if made := cast(dict[str, TensLoraConfig], tuner._declared).get(name):  # None while it is put on
             _require_settings(config, made)
+            updates = {path: layer.updates[name] for path, layer in layers.items() if name in layer.updates}
+            # None are left after unload, and the adapter is saved all the same.
+            if updates and (missing := missing_matrices(adapter, updates.values())):
+                raise TensLoRAError(
+                    f"{type(tuner.model).__name__}: {missing} of the matrices of the adapter {name} are no longer in "
+                    f"the model, and no model could be given the adapter again; put the layers back"
+                )
+            require_in_order(updates)
         if (ranks := [list(stage.ranks) for stage in adapter.stages]) != config.ranks_of(adapter):
             config.ranks = [*(ranks[0] if len(ranks) == 1 else ranks)]
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from accelerate.big_modeling import attach_layerwise_casting_hooks
+from accelerate.utils import compile_regions
 from omegaconf import OmegaConf
 from peft import (
     AdaptionPromptConfig,
@@ -878,6 +879,17 @@ def test_what_peft_would_save_wrongly_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TensLoRAError, match=r"blocks\.2\.attn\.qkv: is a copy of an adapted layer"):
         model.save_pretrained(tmp_path)
     del blocks[2]
+    model.base_model.model.blocks = nn.ModuleList([blocks[1], blocks[0]])
+    with pytest.raises(TensLoRAError, match=r"blocks\.1\.attn\.qkv: was blocks\.0\.attn\.qkv when the adapter was put"):
+        model.save_pretrained(tmp_path)
+    model.base_model.model.blocks = blocks[:1]
+    with pytest.raises(
+        TensLoRAError, match=r"^VisionTransformer: 3 of the matrices of the adapter default are no longer"
+    ):
+        model.save_pretrained(tmp_path)
+    model.base_model.model.blocks = blocks
+    with pytest.raises(TensLoRAError, match=r"^VisionTransformer: is compiled in regions"):
+        compile_regions(model, backend="eager").save_pretrained(tmp_path)
     copy.deepcopy(model).save_pretrained(tmp_path)
 
 
