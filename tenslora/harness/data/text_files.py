@@ -338,6 +338,7 @@ def _read_tables(files: Sequence[Path]) -> Rows:
     tables = []
     for file in files:
         _require_separator(file, separator)
+        _require_whole_quotes(file, separator)
         head = pandas.read_csv(file, header=None, nrows=1, **as_strings)
         _require_different(head.iloc[0].tolist())
         table = pandas.read_csv(file, **as_strings)
@@ -351,6 +352,9 @@ def _read_tables(files: Sequence[Path]) -> Rows:
             raise ValueError(
                 f"row {repeated[0] + 1} of {file.name} is the first line again, which names the columns; remove it"
             )
+        for name in table.columns if len(table) else ():
+            if table[name].str.fullmatch(r'\s+".*"\s*', na=False).all():
+                raise ValueError(f"each cell of the column {name.strip()} has a blank before its quotes; remove it")
         if separator == "\t" and any(_holds_a_line(table[name]) for name in table.columns):
             raise ValueError(
                 "a cell begins with a quotation mark that ends in another line, so that it holds whole lines; write "
@@ -431,6 +435,19 @@ def _require_separator(file: Path, separator: str) -> None:
             f"its columns are separated by {_SEPARATOR_NAMES[others[0]]}; must be separated by "
             f"{_SEPARATOR_NAMES[separator]} in a {file.suffix} file"
         )
+
+
+def _require_whole_quotes(file: Path, separator: str) -> None:
+    """Refuse a cell in quotes that goes on after them. pandas would drop the quotes, and take lines into the cell."""
+    text = file.read_text(encoding="utf-8-sig")
+    in_quotes = re.compile(rf'(?:\A|[{separator}\n])("[^"]*(?:""[^"]*)*") *([^{separator}\n ]?)')
+    for cell in in_quotes.finditer(text):
+        if cell[2]:
+            first, last = (text.count("\n", 0, cell.start(group)) + 1 for group in (1, 2))
+            raise ValueError(
+                f"the cell that begins with a quotation mark in line {first} of {file.name} goes on after the next "
+                f"one, in line {last}; each quotation mark of a text must be written twice, and the text in quotes"
+            )
 
 
 def _open_saved(setting: str, root: Path) -> Source:

@@ -153,7 +153,7 @@ def test_two_texts_and_numbers_are_a_regression_on_pairs(tmp_path: Path, caplog:
 
 
 def test_a_csv_files_texts_are_as_they_are_written(tmp_path: Path) -> None:
-    texts = ["NA", "007", "None", 'He said, "no".', "two\nlines", "1e5", "café"]
+    texts = ["NA", "007", "None", 'He said, "no".', '"a"\r\n"b",\n"', "1e5", ' "café"']
     root = write(tmp_path / "root", {"train.csv": table(texts, [1, 0, 1, 0, 1, 0, 1]), "test.csv": table(["x"], [1])})
     (root / "train.csv").write_bytes(b"\xef\xbb\xbf" + (root / "train.csv").read_bytes())
     dataset = load(root)
@@ -231,7 +231,10 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
         ({"train.csv": "text,label\na,1\nb,2,3\n"}, r"the split train cannot be read \(.* in line 3"),
         ({"train.csv": "text,label\na, b,1\nc, d,2\n"},
          r"first line names 2 columns, .* more cells; a cell that holds commas must be in quotes\)$"),
-        ({"train.tsv": 'text\tlabel\n"Hi\t1\nb\t2\n"Bye\t2\n'}, r"cell begins with a quotation mark that ends in ano"),
+        ({"train.tsv": 'text\tlabel\n"Hi\t1\nb\t2\nA 5"\t2\n'}, r"cell begins with a quotation mark that ends in an"),
+        ({"train.csv": 'text,label\na,1\n"b,1\nc,2\n"d,1\n'}, r"in line 3 of train\.csv goes on after .*, in line 5; "),
+        ({"train.csv": 'label,text\n1,"A \\"b\\" c"\n2,d\n'}, r"in line 2 of train\.csv goes on after .*, in line 2; "),
+        ({"train.csv": '"text", "label"\n"a, b", "x"\n"c", "y"\n'}, r'each cell of the column "label" has a blank be'),
         ({"train.csv": "text,label\na,1\ntext,label\nb,2\n"}, r"row 2 of train\.csv is the first line again, which"),
         ({"train.tsv": "text\ttext\tlabel\na\tb\t1\n"}, r"cannot be read \(its first line names two columns text\)$"),
         ({"train.csv": "text,label\na,1\nb\n"}, "the split train: row 2 has no label in the column label"),
