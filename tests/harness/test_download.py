@@ -52,7 +52,11 @@ def fill(hub: Path) -> None:
     timm.models.save_for_hf(from_timm, str(repository(hub, "models", f"timm/{TIMM}")), safe_serialization=True)
 
     glue = repository(hub, "datasets", "nyu-mll/glue")
-    columns = {"sentence": Value("string"), "label": ClassLabel(names=["no", "yes"]), "idx": Value("int32")}
+    columns = {
+        "sentence": Value("string"),
+        "label": ClassLabel(names=["unacceptable", "acceptable"]),
+        "idx": Value("int32"),
+    }
     rows = {"sentence": [first for first, _ in SENTENCES], "label": [0, 1, 1], "idx": [0, 1, 2]}
     for split in ("train", "validation"):
         Dataset.from_dict(rows, Features(columns)).to_parquet(str(glue / "cola" / f"{split}-00000-of-00001.parquet"))

@@ -11,9 +11,9 @@ from tenslora.errors import TensLoRAError, first_line
 from tenslora.forms import shown
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
-from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, warn_of_another_size
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, shortened, warn_of_another_size
 from tenslora.harness.data.glue import FOLDERS, GLUE_TASKS, HUB, GlueTask
-from tenslora.harness.data.text_columns import values_of
+from tenslora.harness.data.text_columns import class_names, values_of
 from tenslora.harness.data.text_files import load_from_hub
 
 if TYPE_CHECKING:
@@ -122,6 +122,12 @@ def _datasets_reader(config: TextDatasetConfig, task: GlueTask, splits: DatasetD
             raise TensLoRAError(
                 f"dataset={config.name}: the {split} split has no column {', '.join(missing)}; it has "
                 f"{', '.join(rows.column_names)}"
+            )
+        numbered = tuple(map(str, range(len(task.classes))))  # the names of a ClassLabel that was given none
+        if (names := class_names(rows, "label")) not in ((), numbered, task.classes):
+            raise TensLoRAError(
+                f"dataset={config.name}: the classes of the {split} split must be {', '.join(task.classes)}, in this "
+                f"order, and are {shortened(names)}; dataset=text takes others"
             )
         kinds: dict[str, tuple[type, ...]] = dict.fromkeys(task.sentences, (str,))
         kinds["label"] = (int,) if task.classes else (int, float)

@@ -360,6 +360,22 @@ def test_parquet_with_labels_or_sentences_of_another_type_is_refused_in_one_line
 
 
 @pytest.mark.usefixtures("quiet_datasets")
+def test_the_classes_of_a_datasets_folder_are_those_of_the_task(tmp_path: Path) -> None:
+    orders = [["entailment", "not_entailment"], ["0", "1"], ["not_entailment", "entailment"], ["good", "bad", "fine"]]
+    for number, names in enumerate(orders):
+        rows = hub_rows([0, 1]).cast_column("label", datasets.ClassLabel(names=names))
+        root = tmp_path / str(number)
+        datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(str(root))
+        if number < 2:
+            assert list(load("qnli", root).train.labels) == [0, 1]
+            continue
+        with pytest.raises(
+            TensLoRAError, match=rf"must be entailment, not_.*, and are {', '.join(names)}; dataset=text"
+        ):
+            load("qnli", root)
+
+
+@pytest.mark.usefixtures("quiet_datasets")
 def test_a_sentence_of_parquet_that_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
     sentences = pyarrow.array([b"tea", b"caf\xe9"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"sentence": sentences, "label": [0, 1]}), tmp_path / "train-0.parquet")
