@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -159,12 +160,27 @@ def require_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise TensLoRAError(f"{path}: no such file") from error
+        raise TensLoRAError(f"{path}: no such file{elsewhere(path)}") from error
     except (OSError, ValueError) as error:  # a ValueError for a character that no path can have
         raise TensLoRAError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not stat.S_ISREG(mode):
         other = "folder" if stat.S_ISDIR(mode) else "pipe or a device"
         raise TensLoRAError(f"{path}: must be a file, not a {other}")
+
+
+def elsewhere(*paths: Path) -> str:
+    """The end of a message that files are missing: where a file of such a name is, one folder further down.
+
+    Args:
+        paths: those of the missing files.
+
+    Returns:
+        One path after a semicolon; an empty text if there is no such file.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        found = sorted(each for path in paths for each in path.parent.glob(f"*/{glob.escape(path.name)}"))
+        return f"; there is {found[0]}" if found else ""
+    return ""
 
 
 def read_json(path: Path) -> Any:

@@ -46,6 +46,7 @@ from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.files import (
     ADAPTER_FILE,
     HEAD_FILE,
+    elsewhere,
     read_safetensors,
     require_finite,
     sha256_of,
@@ -170,7 +171,9 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
     if not (folder / ADAPTER_FILE).is_file():
         if (folder / _OF_PEFT).is_file():
             raise TensLoRAError(f"{source}: holds an adapter that PEFT has saved; PeftModel.from_pretrained loads it")
-        raise TensLoRAError(f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes")
+        raise TensLoRAError(
+            f"{source}: must hold {ADAPTER_FILE}, which save_pretrained writes{elsewhere(folder / ADAPTER_FILE)}"
+        )
     adapter = load_adapter(folder / ADAPTER_FILE)
     stages_to_adapt(model, adapter)  # the head's weights would not say so plainly that they are of another model
     if adapter.trained_beside and not os.path.lexists(folder / HEAD_FILE):

@@ -411,6 +411,12 @@ def test_a_head_that_does_not_fit_is_one_line_and_changes_nothing(tmp_path: Path
 def test_what_holds_no_adapter_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(TensLoRAError, match=r"must hold adapter\.safetensors, which save_pretrained writes$"):
         load(PlainTransformer(), tmp_path)
+    saved = tmp_path / "step-5/adapter.safetensors"
+    saved.parent.mkdir()
+    saved.touch()
+    with pytest.raises(TensLoRAError, match=rf"writes; there is {saved}$"):
+        load(PlainTransformer(), tmp_path)
+    shutil.rmtree(saved.parent)
     for name in (str(tmp_path / "missing"), "missing.safetensors", "a/missing.safetensors", "missing"):
         with pytest.raises(TensLoRAError, match=r"no such file or folder, and not the name of a repository on the hub"):
             load(PlainTransformer(), name)

@@ -26,7 +26,7 @@ from tenslora.adapter import load_adapter
 from tenslora.constructions import Geometry
 from tenslora.decomposition import Updates, spectra
 from tenslora.errors import TensLoRAError, first_line
-from tenslora.files import write_json
+from tenslora.files import elsewhere, write_json
 from tenslora.harness.backbones.transformers_models import read_hub_config
 from tenslora.harness.commands import command_parser, mistakes_in_one_line, path_argument
 from tenslora.harness.config.schema import REFERENCES
@@ -55,7 +55,7 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> li
     from tenslora.peft.saved_lora import CONFIG, read_config, read_updates  # PEFT takes seconds, and says what it lacks
 
     if not (folder / CONFIG).is_file():
-        _require_adapter(RunFolder(folder))
+        _require_adapter(RunFolder(folder), folder / CONFIG)
         return [
             (
                 stage.geometry,
@@ -83,13 +83,19 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> li
     return list(zip([stage.geometry for stage in stages], read_updates(folder, stages), strict=True))
 
 
-def _require_adapter(files: RunFolder) -> None:
+def _require_adapter(files: RunFolder, of_lora: Path) -> None:
     if not os.path.exists(files.path):
         raise TensLoRAError(f"{files.path}: no such folder")
-    if not os.path.exists(files.adapter) and os.path.exists(files.result):
+    if os.path.exists(files.adapter):
+        return
+    if os.path.exists(files.result):
         mode = files.read_record()["tensor_mode"]
         if mode in REFERENCES:
             raise TensLoRAError(f"{files.path}: is a run of tensor_mode={mode}, which has no adapter")
+    raise TensLoRAError(
+        f"{files.path}: must hold a run's {files.adapter.name}, or the {of_lora.name} of a LoRA that PEFT saved"
+        f"{elsewhere(files.adapter, of_lora)}"
+    )
 
 
 def rank_for(shares: Sequence[float], energy: float) -> int:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tenslora import AdapterConfig, Geometry, RankStrategy
 from tenslora.adapter import Adapter
+from tenslora.files import write_json
 from tenslora.harness.analyse import energy_by_rank, main, rank_for
 from tenslora.harness.run_folder import RunFolder
 from tests.conftest import ROOT
@@ -87,7 +88,11 @@ def test_updates_that_are_all_zero_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"error: .*adapter\.safetensors: no such file"):
+    problem = rf"^error: {tmp_path}: must hold a run's adapter\.safetensors, or the adapter_config\.json of a LoRA that"
+    with pytest.raises(SystemExit, match=rf"{problem} PEFT saved$"):
+        main([str(tmp_path)])
+    write_json(tmp_path / "mine/adapter_config.json", {})  # as PEFT writes an adapter of that name
+    with pytest.raises(SystemExit, match=rf"{problem} PEFT saved; there is {tmp_path}/mine/adapter_config\.json$"):
         main([str(tmp_path)])
 
 

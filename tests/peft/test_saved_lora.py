@@ -164,17 +164,20 @@ def test_a_matrix_that_only_the_lora_adapts_is_named(tmp_path: Path) -> None:
 
 
 def test_other_sizes_and_other_kinds_of_adapter_are_refused(tmp_path: Path) -> None:
-    save_random_lora(build("hf_bert").float(), tmp_path, r=2, target_modules=["query"])
+    folder = tmp_path / "mine"
+    save_random_lora(build("hf_bert").float(), folder, r=2, target_modules=["query"])
     wide = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
     other = transformers.BertForSequenceClassification(transformers.BertConfig(**wide, vocab_size=50))
     with pytest.raises(TensLoRAError, match=r"query.lora_A.weight has the shape \(2, 24\), not \(2, 36\)"):
-        read_updates(tmp_path, find_projections(other))
-    config = tmp_path / "adapter_config.json"
+        read_updates(folder, find_projections(other))
+    config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace('"LORA"', '"IA3"'))
     with pytest.raises(TensLoRAError, match=r"must be a plain LoRA, .* not IA3"):
+        read_updates(folder, find_projections(other))
+    with pytest.raises(TensLoRAError, match=r"adapter_config\.json: no such file$"):
+        read_updates(folder / "nowhere", find_projections(other))
+    with pytest.raises(TensLoRAError, match=rf"adapter_config\.json: no such file; there is {config}$"):
         read_updates(tmp_path, find_projections(other))
-    with pytest.raises(TensLoRAError, match=r"adapter_config\.json: no such file"):
-        read_updates(tmp_path / "nowhere", find_projections(other))
 
 
 def test_a_lora_that_was_not_saved_by_peft_as_it_is_today_says_so(tmp_path: Path) -> None:
