@@ -339,17 +339,12 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
                 f"have the run's update already, which would be added twice"
             )
         run = replace(run, model=replace(run.model, checkpoint=str(checkpoint)))
-    tokenizer = None
-    if run.model.modality == "text":
-        # A run with random weights trained a tokenizer on its own sentences. That tokenizer has to be trained again.
-        sentences = [] if run.model.pretrained else load_dataset(run.dataset, run.seed).train.inputs
-        if sentences and len(sentences) != record["train_examples"]:
-            raise TensLoRAError(
-                f"{files.path}: its tokenizer was trained on its {record['train_examples']:,} training examples, and "
-                f"dataset={run.dataset.name} has {len(sentences):,} now"
-            )
-        tokenizer = load_tokenizer(run.model, sentences)
-    backbone = load_backbone(run.model, len(record["classes"]) or 1, run.seed, tokenizer)
+    try:
+        backbone, tokenizer = _load_backbone(run, record, files.path)
+    except TensLoRAError as error:
+        if not str(error).startswith("model.checkpoint=") or os.path.exists(str(run.model.checkpoint)):
+            raise
+        raise TensLoRAError(f"{error}; if it has moved, give its place (--checkpoint)") from error
     _require_backbone_of(run, record, backbone, tokenizer)
     if run.adapter:
         adapter = load(backbone.model, files.adapter)
@@ -375,6 +370,22 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
     backbone.model.eval()
     setattr(backbone.model, _RUN, record["digest"])
     return LoadedRun(run, record, backbone, tokenizer, RunFolder(own_folder))
+
+
+def _load_backbone(run: RunConfig, record: Mapping[str, Any], folder: Path) -> tuple[Backbone, Any]:
+    """The backbone of the run in a folder, and its tokenizer, which is None for a model of images."""
+    tokenizer = None
+    if run.model.modality == "text":
+        # A run with random weights trained a tokenizer on its own sentences. That tokenizer has to be trained again.
+        sentences = [] if run.model.pretrained else load_dataset(run.dataset, run.seed).train.inputs
+        if sentences and len(sentences) != record["train_examples"]:
+            raise TensLoRAError(
+                f"{folder}: its tokenizer was trained on its {record['train_examples']:,} training examples, and "
+                f"dataset={run.dataset.name} has {len(sentences):,} now"
+            )
+        tokenizer = load_tokenizer(run.model, sentences)
+    backbone = load_backbone(run.model, len(record["classes"]) or 1, run.seed, tokenizer)
+    return backbone, tokenizer
 
 
 def _require_backbone_of(run: RunConfig, record: Mapping[str, Any], backbone: Backbone, tokenizer: Any) -> None:
