@@ -77,7 +77,8 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
         TensLoRAError: if there is no adapter, if a file cannot be written, if the adapter or a weight holds a NaN or an
             infinity, or if a weight that is trained beside the adapter has the adapter's update in it, which `load`
             would then add again. Likewise if an adapted layer is a copy of another one, with an adapter of its own, or
-            was replaced by a layer without an update, or if the model has other layers than the adapter is for.
+            was replaced by a layer without an update, or if the model has other layers than the adapter is for, or has
+            them in another order.
     """
     folder, adapter, model = require_path("folder", folder), adapter_of(model), not_compiled(model)
     head = _trained_weights(model)

@@ -80,8 +80,8 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
 
     Raises:
         TensLoRAError: if there is no adapter, if the adapter is merged, if its scale, config or ranks were changed by
-            hand, or if a module to save is not found, holds adapted layers or is never called. The model is then as it
-            was.
+            hand, if its layers are in another order now, or if a module to save is not found, holds adapted layers or
+            is never called. The model is then as it was.
     """
     with not_compiled_anywhere(model) as own:
         updates_of(own)  # raises if the adapter is merged
@@ -96,7 +96,7 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
 
 
 def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> tuple[PeftModel, Approximation]:
-    """Put a new TensLoRA adapter on a model and start it from a LoRA, as closely as its ranks allow.
+    """Put a new TensLoRA adapter on a model and start it from a LoRA, by `decomposition.approximate`.
 
     The adapter is in the mode of the model, training or evaluation.
 
