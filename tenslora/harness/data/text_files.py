@@ -337,7 +337,7 @@ def _read_tables(files: Sequence[Path]) -> Rows:
     as_strings = {"sep": separator, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
     tables = []
     for file in files:
-        _require_separator(file, separator)
+        require_separator(file, separator)
         _require_whole_quotes(file, separator)
         head = pandas.read_csv(file, header=None, nrows=1, **as_strings)
         _require_different(head.iloc[0].tolist())
@@ -421,8 +421,17 @@ def _require_different(names: Sequence[str]) -> None:
             raise ValueError(f"its first line names two columns {name}")
 
 
-def _require_separator(file: Path, separator: str) -> None:
-    """Refuse a file whose first line separates the columns otherwise, as spreadsheets do where 1,5 is a number."""
+def require_separator(file: Path, separator: str) -> None:
+    """Refuse a file whose first line separates the columns otherwise, as spreadsheets do where 1,5 is a number.
+
+    Args:
+        file: the file.
+        separator: what must separate its columns, a value of `SEPARATORS`.
+
+    Raises:
+        ValueError: if something else separates them.
+        OSError: if the file cannot be read.
+    """
     with file.open(encoding="utf-8-sig") as lines:
         header = lines.readline()
     if re.fullmatch(r"sep=.?\s*", header, re.IGNORECASE):

@@ -14,6 +14,7 @@ from typing import Any
 
 from tenslora.errors import TensLoRAError
 from tenslora.files import require_file
+from tenslora.harness.data.text_files import require_separator
 from tenslora.harness.results.paper import Verdict
 from tenslora.harness.results.summary import Summary, one_line
 from tenslora.harness.results.table import Column, Row, Run
@@ -100,8 +101,9 @@ def read_runs(folder: Path) -> list[Run]:
     file = folder / "table.csv"
     try:
         require_file(file)
+        require_separator(file, ",")
         lines = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8-sig"))))
-    except (TensLoRAError, OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise TensLoRAError(f"{folder}: must be the folder of a table, with its table.csv ({error})") from error
     if not lines:
         raise TensLoRAError(f"{file}: holds no runs")

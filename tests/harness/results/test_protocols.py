@@ -371,6 +371,9 @@ def test_what_is_no_table_is_named(tmp_path: Path) -> None:
         (folder / "table.csv").write_text(cells)
         with pytest.raises(TensLoRAError, match=r"table\.csv: run 1 has not as many cells as the first line names$"):
             read_runs(folder)
+    (folder / "table.csv").write_text(text.replace(",", ";").replace(".", ","))
+    with pytest.raises(TensLoRAError, match=r"its table\.csv \(its columns are separated by semicolons; must be"):
+        read_runs(folder)
     (folder / "table.csv").write_text("")
     with pytest.raises(TensLoRAError, match=r"table\.csv: holds no runs$"):
         read_runs(folder)
