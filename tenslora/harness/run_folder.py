@@ -462,8 +462,9 @@ class RunFolder:
             True if the claim succeeded, False if another process carries out the run.
 
         Raises:
-            TensLoRAError: if the folder cannot be written.
+            TensLoRAError: if the folder cannot be written, or if it holds no run and a run would replace files there.
         """
+        foreign = self._foreign_file()
         lock = FileLock(self.lock)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -479,6 +480,12 @@ class RunFolder:
                 ) from error
             raise TensLoRAError(f"{self.path}: cannot be written ({os_reason(error)})") from error
         try:
+            if foreign:
+                self.lock.unlink()
+                raise TensLoRAError(
+                    f"{foreign}: is of no run, and a run in this folder would replace it; move it away, or choose "
+                    f"another folder"
+                )
             self._remove_leftovers()
             for name in self._claimed_files():
                 if (self.path / name).is_dir():  # the run would train, and then fail to write it
@@ -489,6 +496,13 @@ class RunFolder:
 
     def _claimed_files(self) -> tuple[str, ...]:
         return (*_CLAIMED_FILES, self.weights("").name, self.weights("full").name)
+
+    def _foreign_file(self) -> Path | None:
+        # A file that a run would replace, in a folder where no run has begun: a downloaded model, or an exported table.
+        if any(os.path.lexists(file) for file in (self.lock, self.result, self.checkpoint, self.failure)):
+            return None
+        candidates = (*(self.path / name for name in self._claimed_files()), *self.path.glob("events.out.tfevents.*"))
+        return next((file for file in candidates if file.is_file()), None)
 
     def _remove_leftovers(self) -> None:
         # A write that is killed leaves its file under a temporary name. Only the owner of the claim writes these files.

@@ -128,6 +128,19 @@ def test_a_claim_removes_what_killed_writes_have_left(folder: RunFolder) -> None
         assert sorted(folder.path.iterdir()) == [folder.lock, mine]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.csv", "events.out.tfevents.1.host"])
+def test_a_folder_that_holds_no_run_keeps_its_files(name: str, folder: RunFolder) -> None:
+    folder.path.mkdir()
+    (folder.path / name).touch()
+    for _ in range(2):
+        with pytest.raises(TensLoRAError, match=rf"/{name}: is of no run, and a run in this folder"), folder.claim():
+            pass
+    assert [file.name for file in folder.path.iterdir()] == [name]
+    folder.checkpoint.touch()
+    with folder.claim() as ours:
+        assert ours
+
+
 def test_a_claim_ends_when_its_process_is_killed(folder: RunFolder) -> None:
     with claimed_by_a_process(folder) as holder:
         assert folder.is_claimed()
