@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from tenslora.errors import TensLoRAError
+from tenslora.files import write_bytes
 from tenslora.harness.config import RunConfig
 from tenslora.harness.results.table import Row, percent_of_lora
 from tenslora.harness.tracking.tracker import SCORE, Tracker
@@ -54,7 +54,7 @@ class TensorBoardTracker(Tracker):
         _, start, _ = hparams(known, {})  # type: ignore[no-untyped-call]
         with self._writing():
             for file in folder.glob("events.out.tfevents.*"):
-                os.truncate(file, 0)
+                write_bytes(file, b"")  # not emptied in place: a backup may share the file by a hard link
             # A TensorBoard that is open meanwhile forgets everything that it has read from this step on.
             self._writer = SummaryWriter(str(folder), purge_step=0)
             self._write(start)

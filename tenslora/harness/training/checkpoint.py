@@ -107,6 +107,15 @@ class Course:
             raise TensLoRAError(f"history: must have the epochs and steps {shown(scored)}")
         check_history(history, self.scores, self.scored_on)
 
+    def in_order(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """An entry of the history with its names in the order in which `loop.fit` writes them; a checkpoint sorts them.
+
+        Args:
+            entry: the entry.
+        """
+        names = ("epoch", "step", "lr", "train_loss", f"{self.scored_on}_loss", *self.scores)
+        return {name: entry[name] for name in names}
+
     def _steps_after(self, epoch: int) -> int:
         return min(epoch * self.steps_per_epoch, self.steps)
 
@@ -243,7 +252,7 @@ def load_checkpoint(
     return TrainingState(
         header["epochs"],
         header["steps"],
-        header["history"],
+        [course.in_order(entry) for entry in header["history"]],
         {**TrainingState().seconds, **header["seconds"]},
         ranks=header["ranks"],
         start=course.start,

@@ -46,6 +46,17 @@ def test_a_reader_that_is_open_while_a_run_starts_anew_forgets_the_earlier_attem
     assert [event.step for event in reader.Scalars("score")] == [5]
 
 
+def test_a_backup_by_hard_links_keeps_the_curves_of_the_earlier_attempt(tmp_path: Path) -> None:
+    run, backup = configured("dataset=cola", "logger=tensorboard"), tmp_path / "backup"
+    start_tracker(run, tmp_path, FACTS).epoch(ENTRY)
+    (events,) = tmp_path.glob("events.*")
+    backup.mkdir()
+    (backup / events.name).hardlink_to(events)
+    start_tracker(run, tmp_path, FACTS)
+    assert events.stat().st_size == 0
+    assert read_events(backup).scalars["score"] == [(5, 0.25)]
+
+
 def test_settings_are_hyperparameters_by_their_names_on_the_command_line(tmp_path: Path) -> None:
     run = configured("dataset=cola", "rank_strategy=isorank", "optimizer.lr=0.01", "seed=3", "logger=tensorboard")
     with pytest.raises(KeyboardInterrupt), start_tracker(run, tmp_path, FACTS) as tracker:
