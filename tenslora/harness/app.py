@@ -28,6 +28,7 @@ from tenslora.harness.commands import (
     CARRIAGE_RETURN,
     FULL_ERROR,
     OUT_OF_REACH,
+    forget_missing_backend,
     is_text,
     open_missing_streams,
     require_asserts,
@@ -42,6 +43,12 @@ log = logging.getLogger(__name__)
 
 OF_LOGGING = "Unable to configure "
 """How Python's errors begin where the settings of the logs cannot be used."""
+
+_OPTIONS = (
+    "help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion", "config-path",
+    "config-name", "config-dir", "experimental-rerun", "info",
+)  # fmt: skip
+"""Hydra's options."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CONF = _ROOT / "conf"
@@ -67,6 +74,7 @@ def run_app(
     open_missing_streams()
     forget_all()
     require_asserts()
+    forget_missing_backend()
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]  # an empty line of a file of variables, which sets nothing
     for word in sys.argv[1:]:
@@ -84,11 +92,8 @@ def run_app(
             sys.exit(f"error: {TensLoRAError(word)}: must be left out; hydra.sweep.dir is the folder of all runs")
         if (group := re.match(r"\+*([a-z_]+)=\[[^,]*,", word)) and _takes_one(group[1]):
             sys.exit(f"error: {TensLoRAError(word)}: must be one option; several are written {group[1]}=a,b with -m")
-        if (option := re.match(r"--([\w.@/-]+)=", word)) and not _is_option(option[1]):
-            sys.exit(
-                f"error: {TensLoRAError(word)}: must be written {TensLoRAError(word[2:])}, without hyphens "
-                f"(W&B's agent: ${{args_no_hyphens}})"
-            )
+        if line := _not_an_option(word):
+            sys.exit(f"error: {TensLoRAError(line)}")
         if not is_text(word):
             sys.exit(f"error: {TensLoRAError(word)}: must be text in UTF-8")
         if not word:
@@ -107,6 +112,7 @@ def run_app(
     os.environ[FULL_ERROR] = "1"
     # A launcher starts jobs in other processes, perhaps on other machines, which have to find this package.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    os.environ["PYTHONSAFEPATH"] = "1"  # and not a file train.py or another clone in the current folder
     if not sys.stderr.isatty():  # the datasets library would fill a log with its progress bars
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, would print tracebacks
@@ -130,6 +136,8 @@ def run_app(
             sys.exit(130)
         if guarded.wants_traceback:
             raise
+        if any(word.startswith("query=") for word in sys.argv) and "COMP_LINE" in os.environ:
+            sys.exit(1)  # of half a line, whose quotes may be open, a shell shows no completions
         # Until the task begins, the mistake is in the command line, in conf/ or in the output folder.
         line = _line(error, None if guarded.started else config_name) or unforeseen(error)
         sys.exit(f"error: {line}")
@@ -210,10 +218,24 @@ def _refuse_hidden_files(sources: Any) -> None:
                 )
 
 
-def _is_option(name: str) -> bool:
-    """Whether argparse takes a word for one of Hydra's options that have a value, or for the beginning of one."""
-    options = ("cfg", "package", "config-path", "config-name", "config-dir", "experimental-rerun", "info")
-    return any(option.startswith(name) for option in options)
+def _not_an_option(word: str) -> str | None:
+    """The line for a word that begins with a hyphen and is none of Hydra's options, which argparse may shorten."""
+    if re.fullmatch("-[^-hcprmsi].*", word):
+        return f"{word}: is no option; --help lists all"
+    option = re.fullmatch(r"--([\w.@/-]+)(=.*)?", word)
+    if option is None:
+        return None
+    name = option[1]
+    meant = [each for each in _OPTIONS if each.startswith(name)]
+    if len(meant) == 1 or name in meant:
+        return None
+    if meant:
+        return f"{word}: must be one of {', '.join(f'--{each}' for each in meant)}"
+    if name in ("local-rank", "local_rank"):
+        return f"{word}: is what torch.distributed.launch adds; use torchrun"
+    if option[2]:
+        return f"{word}: must be written {word[2:]}, without hyphens (W&B's agent: ${{args_no_hyphens}})"
+    return f"{word}: is no option; a setting is written name=value, such as optimizer.lr=0.001"
 
 
 def _settings_together(words: Sequence[str]) -> list[str]:

@@ -43,6 +43,12 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
     [
         # Hydra's own
         (["tensor_mode=nope"], "tensor_mode=nope: must be one of att, att_depth"),
+        (["debug=null"], "debug=null: must be one of fast, overfit, profile; leave it out for none of them"),
+        (["trainer/epochs=1"], "trainer/epochs: there is no such setting; did you mean trainer.epochs?"),
+        (["--lr", "0.1"], "--lr: is no option; a setting is written name=value, such as optimizer.lr=0.001"),
+        (["--config", "a"], "--config: must be one of --config-path, --config-name, --config-dir"),
+        (["-v"], "-v: is no option; --help lists all"),
+        (["--local-rank=0"], "--local-rank=0: is what torch.distributed.launch adds; use torchrun"),
         (
             ["optimizer.learning_rate=1"],
             "optimizer.learning_rate: there is no such setting; did you mean optimizer.lr?",
@@ -112,6 +118,16 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
 def test_a_mistake_is_one_line(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert message in refused(monkeypatch, tmp_path, *words)
     assert not (tmp_path / "result.json").exists()
+
+
+def test_half_a_line_that_the_shell_asks_about_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", 'python train.py "a b')
+    monkeypatch.setattr(sys, "argv", ["train.py", "-sc", "query=bash"])
+    with pytest.raises(SystemExit) as ended:
+        run_app(train.main, "config")
+    assert (ended.value.code, *capsys.readouterr()) == (1, "", "")
 
 
 def test_a_python_that_skips_asserts_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -348,6 +348,8 @@ def test_jobs_in_other_processes_outlive_a_killed_sweep_and_have_the_same_result
     }
     for name in (*launchers, "diverged"):
         (tmp_path / name).mkdir()
+        # A script of the user's own, which a job must not take for the one that it needs.
+        (tmp_path / name / "train.py").write_text("raise SystemExit('another train.py')")
     # The report is written when the first of the two jobs has ended.
     started = [
         sweep_command(tmp_path / name, [TWO_JOBS, *words], accident="kill write report.html 1")
@@ -364,5 +366,7 @@ def test_jobs_in_other_processes_outlive_a_killed_sweep_and_have_the_same_result
     assert row["problem"].startswith("the training loss is nan at step ")
     again = commands.run_together([sweep_command(tmp_path / name, [TWO_JOBS]) for name in launchers])
     assert [(ended.status, ended.err) for ended in again] == [(0, "")] * 3
+    logs = [log.read_text() for log in (tmp_path / "submitit").rglob("*_log.err")]
+    assert logs and not any("another train.py" in log for log in logs)
     for name in launchers:
         assert table(tmp_path / name) == table(undisturbed)

@@ -364,6 +364,8 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
         folder.begin_anew()
         try:
             _train_as_far_as_possible(_as_job(run, table), folder, train)
+            if not folder.result.is_file():
+                raise TensLoRAError(f"{folder.result}: is not there, although the run has ended; somebody removed it")
         except Exception as error:
             if not folder.result.is_file():  # a run that diverged has left a record, which says so
                 folder.write_failure(error)

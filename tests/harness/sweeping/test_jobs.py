@@ -207,9 +207,8 @@ def test_a_record_of_other_settings_does_not_count(job: Job, tmp_path: Path) -> 
     look = job.look()
     assert (look.state, look.record) == (State.FAILED, None)
     assert f"{job.folder.result}: is of a run with other settings (its digest is" in str(look.problem)
-    trained = []
-    carry(job, lambda _, path: trained.append(path))
-    assert trained == [job.folder.path]
+    carry(job, lambda *_: complete(job))
+    assert job.look().state is State.DONE
 
 
 def test_sizes_are_counted_from_the_declared_geometry_before_there_is_a_record(tmp_path: Path) -> None:
@@ -317,6 +316,12 @@ def test_a_job_that_fails_leaves_the_reason_and_raises_the_error(error: Exceptio
     assert str(error) in str(job.look().problem)
 
 
+def test_a_job_whose_record_is_gone_has_failed(job: Job) -> None:
+    with pytest.raises(TensLoRAError, match=r"result\.json: is not there, although the run has ended"):
+        carry(job, lambda *_: None)
+    assert job.look().state is State.FAILED
+
+
 def test_a_diverged_run_leaves_no_failure_beside_its_record(job: Job) -> None:
     def train(*_: Any) -> None:
         diverge(job)
@@ -358,12 +363,22 @@ def test_a_job_resumes_and_tells_wandb_which_sweep_it_belongs_to(
 ) -> None:
     job = planned(tmp_path, *overrides)
     given: list[RunConfig] = []
-    carry(job, lambda run, _: given.append(run), table="sample")
+
+    def train(run: RunConfig, _: Path) -> None:
+        given.append(run)
+        complete(job)
+
+    carry(job, train, table="sample")
     logger = replace(job.run.logger, group=group, tags=tags)
     assert given == [replace(job.run, resume=True, logger=logger)]
 
 
 def test_without_a_logger_nothing_but_resume_is_set(job: Job) -> None:
     given: list[RunConfig] = []
-    carry(job, lambda run, _: given.append(run))
+
+    def train(run: RunConfig, _: Path) -> None:
+        given.append(run)
+        complete(job)
+
+    carry(job, train)
     assert given == [replace(job.run, resume=True)]
