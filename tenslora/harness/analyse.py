@@ -10,6 +10,8 @@ in a figure, one for each stage of the backbone.
 from __future__ import annotations
 
 if __name__ == "__main__":
+    if not __package__:
+        raise SystemExit("error: must be started as python -m tenslora.harness.analyse")
     import tenslora.harness.early  # catches Ctrl-C from here on
 
     tenslora.harness.early.stop_on_signals()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import importlib.util
 import io
 import logging
 import os
@@ -145,6 +146,16 @@ def open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
+def forget_missing_backend() -> None:
+    """Take away the backend of matplotlib that a notebook sets for all that it starts, if it is not installed here.
+
+    The commands write files alone.
+    """
+    kind, _, module = os.environ.get("MPLBACKEND", "").partition("://")
+    if kind == "module" and importlib.util.find_spec(module.partition(".")[0]) is None:
+        del os.environ["MPLBACKEND"]
+
+
 def require_asserts() -> None:
     """End a process whose Python leaves out assert statements, or docstrings too.
 
@@ -213,6 +224,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     """
     open_missing_streams()
     require_asserts()
+    forget_missing_backend()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     for chatty in QUIET:

@@ -10,6 +10,8 @@ sweep writes: table.md, table.tex, table.csv, against_lora.csv, claims.csv, repo
 from __future__ import annotations
 
 if __name__ == "__main__":
+    if not __package__:
+        raise SystemExit("error: must be started as python -m tenslora.harness.compare")
     import tenslora.harness.early  # catches Ctrl-C from here on
 
     tenslora.harness.early.stop_on_signals()

@@ -11,6 +11,8 @@ have others. Other images or texts of your own need no training examples; withou
 from __future__ import annotations
 
 if __name__ == "__main__":
+    if not __package__:
+        raise SystemExit("error: must be started as python -m tenslora.harness.evaluate")
     import tenslora.harness.early  # catches Ctrl-C from here on
 
     tenslora.harness.early.stop_on_signals()

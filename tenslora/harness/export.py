@@ -10,6 +10,8 @@ None of them loses anything: every update is a product of two thin matrices, and
 from __future__ import annotations
 
 if __name__ == "__main__":
+    if not __package__:
+        raise SystemExit("error: must be started as python -m tenslora.harness.export")
     import tenslora.harness.early  # catches Ctrl-C from here on
 
     tenslora.harness.early.stop_on_signals()

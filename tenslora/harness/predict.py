@@ -12,6 +12,8 @@ sentences, or a column of images' paths, which are relative to the file's folder
 from __future__ import annotations
 
 if __name__ == "__main__":
+    if not __package__:
+        raise SystemExit("error: must be started as python -m tenslora.harness.predict")
     import tenslora.harness.early  # catches Ctrl-C from here on
 
     tenslora.harness.early.stop_on_signals()

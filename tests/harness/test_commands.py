@@ -52,6 +52,28 @@ def test_an_output_that_cannot_take_it_all_is_no_traceback(to: str, status: int,
     assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
 
 
+@pytest.mark.parametrize(
+    ("backend", "left"),
+    [
+        ("module://backend_of_no_package.inline", None),
+        ("module://matplotlib.backends.backend_svg", "same"),
+        ("", "same"),
+    ],
+)
+def test_a_notebooks_backend_that_is_not_installed_is_forgotten(
+    backend: str, left: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", backend)
+    with mistakes_in_one_line():
+        assert os.environ.get("MPLBACKEND") == (backend if left else None)
+
+
+@pytest.mark.parametrize("command", ["analyse", "compare", "evaluate", "export", "predict"])
+def test_a_commands_file_says_how_it_is_started(command: str) -> None:
+    with pytest.raises(SystemExit, match=rf"^error: must be started as python -m tenslora\.harness\.{command}$"):
+        runpy.run_path(str(ROOT / "tenslora" / "harness" / f"{command}.py"), run_name="__main__")
+
+
 @pytest.mark.parametrize(("closed", "lines"), [("2>&-", 1), (">&- 2>&-", 0)])
 def test_closed_streams_stop_nothing(closed: str, lines: int) -> None:
     program = f"{shlex.join([sys.executable, 'train.py', '--cfg', 'job', '--package', 'seed'])} {closed}"

@@ -250,6 +250,9 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
     if isinstance(cause, TensLoRAError):  # from one of the dataclasses; it begins with the name of its field
         return TensLoRAError(as_typed(".".join([*path, str(cause)])))
     if kind == "unexpected_keyword_argument":
+        group, dot, rest = path[-1].partition(".")
+        if dot:  # of a config file
+            return TensLoRAError(f"{path[-1]}: must be written as {group}: and below it {rest}:")
         # A sweep sets how a run was tuned, not the user.
         settings = [name for name, _ in _settings_of(schema) if not name.startswith("tuned.")]
         if setting in settings:
@@ -265,6 +268,8 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
         reason = str(cause) if cause else _TYPES.get(kind.partition("_")[0], str(first["msg"]))
         if kind == "tuple_type" and isinstance(value, (str, int, float)):
             reason = f"must be a list, written [{shown(value)}]"
+    if value == "None":  # Python's word, which Hydra takes for a text
+        return TensLoRAError(f"{as_typed(setting)}=None: {reason}; no value is written null")
     return TensLoRAError(as_typed(f"{setting}={shown(value)}: {reason}"))
 
 
@@ -307,6 +312,8 @@ def no_such_setting(setting: str, settings: Sequence[str]) -> str:
     group, _, name = setting.rpartition(".")
     if setting in ("experiment", "debug"):
         return f"{setting}: is no setting; {needs_global(setting)}"
+    if (dotted := setting.replace("/", ".")) != setting and dotted in settings:
+        return f"{setting}: there is no such setting; did you mean {dotted}?"
     wanted = _NAMES_ELSEWHERE.get(name, name)
 
     def likeness(other: str) -> tuple[float, float]:
