@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import MethodType
 from typing import Any, ClassVar, NoReturn
@@ -49,6 +50,12 @@ class LayerUpdate:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is in none of the contexts of `disabled`, none of which would end for it.
+        if self.disabled:
+            warnings.warn(
+                "a copy or pickle that is made inside `disabled` has its adapter enabled: a process that gets it "
+                "computes with the adapter, and a cache by its content (joblib, datasets) returns adapted results",
+                stacklevel=2,
+            )
         return {**vars(self), "disabled": 0}
 
     @property

@@ -98,12 +98,15 @@ def attach(
         )
     updates = [module for module in model.modules() if isinstance(module, TensorUpdate)]
     of_updates = [parameter for update in updates for parameter in update.parameters() if parameter.requires_grad]
+    # An adapter may be kept in the model itself, as in a list of several.
+    in_model = {id(parameter) for parameter in model.parameters()}
+    kept = () if isinstance(adapter, AdapterConfig) else [own for own in adapter.parameters() if id(own) in in_model]
     if isinstance(adapter, AdapterConfig):
         with torch.device("cpu"):  # where the random streams are, whatever the default device is
             adapter = make_adapter(adapter, [stage.geometry for stage in stages])
     with undone_on_error(model):
         model.requires_grad_(False)
-        for parameter in (*(own for module in trained for own in module.parameters()), *of_updates):
+        for parameter in (*(own for module in trained for own in module.parameters()), *of_updates, *kept):
             parameter.requires_grad_(is_trainable(parameter))
         for parameter in model.parameters():
             if not parameter.requires_grad:
@@ -555,6 +558,8 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
     hint = f"; call this on a part that has one: {listed(parts)}" if parts else ""
     if not parts and _adapted_linears(model):
         hint = f", but its layers have; call this on the model that they belong to, whose {SUBMODULE} must be in place"
+    if isinstance(model, (Adapter, StagedAdapter)):
+        hint = ", because it is one; call this on the model that it is attached to"
     raise TensLoRAError(f"{type(model).__name__}: has no adapter{hint}")
 
 

@@ -388,8 +388,12 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
     of_adapter = f"{SUBMODULE}."
     # First of all, because fully_shard gives a module its own parameters back when it is asked for its state dict.
     kept = [name for name in model.state_dict() if not name.startswith(of_adapter)]
-    others = {name: each for name, each in model.named_parameters() if not name.startswith(of_adapter)}
-    beside = {uncompiled(name) for name in adapter_of(model).trained_beside}
+    adapter = adapter_of(model)
+    own = {id(factor) for factor in adapter.parameters()}  # in a list of adapters they have another name
+    others = {
+        name: each for name, each in model.named_parameters() if not name.startswith(of_adapter) and id(each) not in own
+    }
+    beside = {uncompiled(name) for name in adapter.trained_beside}
     trained: dict[str, Tensor] = {
         name: each for name, each in others.items() if each.requires_grad or uncompiled(name) in beside
     }

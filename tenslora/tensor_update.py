@@ -362,6 +362,12 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
     weight = dict(module.named_parameters(recurse=False)).get(name)
     if weight is None or weight.ndim < 2:
         valid = [other for other, parameter in module.named_parameters(recurse=False) if parameter.ndim >= 2]
+        path, dot, last = name.rpartition(".")
+        if dot and name in dict(module.named_parameters()):
+            raise TensLoRAError(
+                f"name={name}: must be a parameter of the module itself; give adapt_tensor "
+                f"model.get_submodule({path!r}) and {last!r}"
+            )
         raise TensLoRAError(
             f"name={name}: must be a parameter of {kind} with two dimensions or more"
             + (f", such as {', '.join(valid)}" if valid else ", which has none")

@@ -45,6 +45,7 @@ from tenslora import (
 from tenslora.adapted_linear import put_on
 from tenslora.attachment import adapter_of, handed_over
 from tenslora.constructions import CONSTRUCTIONS
+from tenslora.files import HEAD_FILE
 from tenslora.peft.to_lora import lora_weights, to_peft
 from tenslora.peft.to_tenslora import from_lora, to_tenslora
 from tenslora.peft.tuner import TensLoraConfig
@@ -1012,12 +1013,34 @@ def test_a_copy_of_a_model_with_a_disabled_adapter_has_an_enabled_one() -> None:
     model, batch = build("separate"), inputs("separate")
     attached(model, "qkv_depth")
     adapted = logits(model, batch)
-    with disabled(model):
+    with disabled(model), pytest.warns(UserWarning, match="^a copy or pickle that is made inside `disabled` has its"):
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         assert not torch.equal(logits(model, batch), adapted)
     for each in copies:
         assert torch.equal(logits(each, batch), adapted)
         merge(each)
+
+
+def test_adapters_that_are_kept_in_the_model_are_trained_and_saved_as_adapters(tmp_path: Path) -> None:
+    model = build("separate")
+    bank = nn.ModuleDict()
+    model.add_module("bank", bank)
+    for name in ("first", "second"):
+        attached(model, "qkv_depth")
+        bank[name] = detach(model)
+    first = attach(model, bank["first"])  # type: ignore[arg-type]
+    assert all(factor.requires_grad for factor in first.parameters())
+    assert not any(factor.requires_grad for factor in bank["second"].parameters())
+    save_pretrained(model, tmp_path)
+    assert not (tmp_path / HEAD_FILE).exists()
+
+
+def test_an_adapter_in_the_place_of_its_model_is_told() -> None:
+    adapter = attached(build("separate"), "qkv_depth")
+    with pytest.raises(
+        TensLoRAError, match=r"^Adapter: has no adapter, because it is one; call this on the model that"
+    ):
+        merge(adapter)
 
 
 def test_a_disabled_adapter_is_not_merged() -> None:

@@ -472,6 +472,14 @@ def test_a_weight_that_cannot_take_an_update_is_refused(make: Callable[[], nn.Mo
     assert cast(Tensor, module.weight).requires_grad
 
 
+def test_a_weight_of_a_part_of_the_module_is_told_with_the_call_that_takes_it() -> None:
+    model = nn.Sequential(nn.Linear(5, 6))
+    with pytest.raises(
+        TensLoRAError, match=r"^name=0\.weight: .* give adapt_tensor model\.get_submodule\('0'\) and 'w"
+    ):
+        adapt_tensor(model, "0.weight", 2)
+
+
 def test_updates_on_the_device_meta_are_merged() -> None:
     linear = nn.Linear(5, 6, device="meta")
     adapt_tensor(linear, "weight", 2)
