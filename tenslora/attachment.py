@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -117,8 +117,7 @@ def attach(
         adapter.train(model.training)
         forward_pass = ForwardPass(model)
         forward_pass.watched = SUBMODULE, adapter
-        hook = partial(_hold_what_was_loaded, forward_pass)  # where _take_off finds it, whatever becomes of the layers
-        model.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+        _watch_loading(model, forward_pass)
         for path, update in layer_updates(adapter, stages, forward_pass).items():
             put_on(model.get_submodule(path), update)
         adapter.trained_beside = frozenset(name for name, own in model.named_parameters() if id(own) in ids)
@@ -358,17 +357,22 @@ def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
     Args:
         model: with an adapter, which is taken off and given to the context.
     """
+    adapted = [(linear, linear.layer_update) for linear in _adapted_linears(model).values()]
+    passes, children = list(_forward_passes(not_compiled(model)).values()), dict(model._modules)
     with _gradients_back_on_error(model):
         adapter = detach(model)
-        beside = adapter.trained_beside
         try:
             with peft_undone_on_error(model):
                 yield adapter
         except BaseException:
-            adapter.trained_beside = frozenset()  # given back below, and what it names requires gradients again
-            with suppress(TensLoRAError):
-                attach(model, adapter)
-            adapter.trained_beside = beside
+            # The same updates on the same layers: attach would look for layers anew, and may find others by now.
+            for forward_pass in passes:
+                forward_pass.put_hooks(model)
+                _watch_loading(model, forward_pass)
+            for linear, update in adapted:
+                put_on(linear, update)
+            model._modules.clear()
+            model._modules.update(children)
             raise
 
 
@@ -643,14 +647,26 @@ def require_own_layers(model: nn.Module) -> None:
             one was replaced, or if they are in another order now.
     """
     require_all_layers(model)
-    stages, adapted = adapter_of(model).stages, _adapted_linears(model)
-    for path, linear in adapted.items():
+    require_no_copies(model)
+    require_in_order({path: linear.layer_update for path, linear in _adapted_linears(model).items()})
+
+
+def require_no_copies(model: nn.Module) -> None:
+    """Check that a model's adapted layers are those of its own adapter.
+
+    Args:
+        model: with an adapter.
+
+    Raises:
+        TensLoRAError: if one of them is a copy, which has an adapter of its own that is neither trained nor saved.
+    """
+    stages = adapter_of(model).stages
+    for path, linear in _adapted_linears(model).items():
         if not any(linear.layer_update.shared.group.adapter is stage for stage in stages):
             raise TensLoRAError(
                 f"{path}: is a copy of an adapted layer, and its update does not belong to the model's adapter; copy a "
                 f"part of a model before you attach, or after merge and detach"
             )
-    require_in_order({path: linear.layer_update for path, linear in adapted.items()})
 
 
 def require_in_order(updates: Mapping[str, LayerUpdate]) -> None:
@@ -1047,6 +1063,11 @@ def _backend(path: str, linear: AdaptedLinear, model: nn.Module) -> QuantisedWei
         return QuantisedWeights(linear, model)
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: {error}") from error
+
+
+def _watch_loading(model: nn.Module, forward_pass: ForwardPass) -> None:
+    hook = partial(_hold_what_was_loaded, forward_pass)  # where _take_off finds it, whatever becomes of the layers
+    model.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _hold_what_was_loaded(_: ForwardPass, model: nn.Module, __: object) -> None:

@@ -42,6 +42,14 @@ class ForwardPass:
         self._model = type(model).__name__
         self._calls: dict[str, list[LayerCall]] = {}  # by the name of a matrix
         self._checked = False
+        self.put_hooks(model)
+
+    def put_hooks(self, model: nn.Module) -> None:
+        """Put the hooks on the model, as again after `remove_hooks`.
+
+        Args:
+            model: the adapted model.
+        """
         self._hooks = (
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end, always_call=True),
