@@ -10,13 +10,13 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tenslora.errors import TensLoRAError
 from tenslora.forms import shown
 
 LONGEST = 1000
-"""The largest number of characters in a pattern."""
+"""The largest number of characters in a pattern that is more than names."""
 
 _MATCH = """
 import json, re, sys
@@ -48,7 +48,7 @@ def first_matches(
         TensLoRAError: if a pattern is no regular expression, or too long, or if matching takes too long.
     """
     for pattern in patterns:
-        if len(pattern) > LONGEST:
+        if len(pattern) > LONGEST and not _is_of_names(pattern):
             raise TensLoRAError(f"{shown(pattern)}: must have at most {LONGEST:,} characters")
     # replace, because format would take the braces of a pattern for its own
     expressions = [form.replace("{}", pattern) for pattern in patterns]
@@ -58,6 +58,22 @@ def first_matches(
     else:
         found = _in_another_process(patterns, expressions, names, seconds)
     return {name: patterns[index] for name, index in zip(names, found, strict=True) if index is not None}
+
+
+def _is_of_names(pattern: str) -> bool:
+    return re.fullmatch(r"[\w.|\\-]*", pattern) is not None  # nothing in it is repeated, so its length does no harm
+
+
+def of_paths(paths: Iterable[str]) -> str:
+    """A pattern for PEFT's target_modules that matches some paths. A list would match longer ones that end so, too.
+
+    >>> of_paths(["blocks.0.qkv", "blocks.1.qkv"])
+    'blocks\\\\.0\\\\.qkv|blocks\\\\.1\\\\.qkv'
+
+    Args:
+        paths: paths of modules.
+    """
+    return "|".join(map(re.escape, paths))
 
 
 def _in_another_process(

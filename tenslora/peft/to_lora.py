@@ -12,8 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tenslora.attachment import adapter_of, handed_over, not_compiled_anywhere, require_savable, updates_of
+from tenslora.attachment import (
+    adapter_of,
+    handed_over,
+    not_compiled_anywhere,
+    require_no_copies,
+    require_savable,
+    updates_of,
+)
 from tenslora.errors import TensLoRAError
+from tenslora.peft.patterns import of_paths
 from tenslora.projections import is_conv1d
 
 
@@ -53,8 +61,9 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
         The `peft.PeftModel`.
 
     Raises:
-        TensLoRAError: if there is no adapter, if the adapter is merged, if a module to save is not found, holds
-            adapted layers or is never called, or if PEFT is not installed. The model is then as it was.
+        TensLoRAError: if there is no adapter, if the adapter is merged, if a layer is a copy of an adapted one, if a
+            module to save is not found, holds adapted layers or is never called, or if PEFT is not installed. The model
+            is then as it was.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -62,6 +71,7 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
         raise TensLoRAError("peft: the package is not installed (pip install peft)") from error
     with not_compiled_anywhere(model) as own:
         weights = lora_weights(own)
+        require_no_copies(own)
         require_savable(own, modules_to_save)
         if rate := adapter_of(own).config.rank_dropout:
             warnings.warn(
@@ -72,16 +82,17 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
             ranks = {path: len(a) for path, (a, _) in weights.items()}
             rank = max(ranks.values())
             # A pattern matches every path that ends with it. One that is the end of another is tied to the beginning.
-            paths = set(ranks)
+            paths, ending_alike = set(ranks), tuple(f".{path}" for path in ranks)
             ends = {path for path in paths if any(other.endswith(f".{path}") for other in paths)}
             lower_ranks = {f"^{path}" if path in ends else path: r for path, r in ranks.items() if r != rank}
+            others = any(path.endswith(ending_alike) for path, _ in own.named_modules() if path not in paths)
             config = LoraConfig(
                 r=rank,
                 lora_alpha=rank,  # PEFT multiplies the update by lora_alpha / r, which is 1 here
                 lora_dropout=adapter.config.dropout,
                 rank_pattern=lower_ranks,
                 alpha_pattern=lower_ranks,
-                target_modules=list(weights),
+                target_modules=of_paths(weights) if others else list(weights),
                 modules_to_save=list(modules_to_save) or None,
                 fan_in_fan_out=any(is_conv1d(own.get_submodule(path)) for path in weights),
             )

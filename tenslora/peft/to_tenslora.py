@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from tenslora.attachment import (
 from tenslora.decomposition import Approximation, approximate
 from tenslora.errors import TensLoRAError, require_path, require_type
 from tenslora.forward_pass import listed
+from tenslora.peft.patterns import of_paths
 from tenslora.peft.saved_lora import PREFIX, WEIGHTS, read_others, read_updates
 from tenslora.peft.tuner import TensLoraConfig, choice, chosen_stages
+from tenslora.projections import find_projections
 from tenslora.ranks import RankStrategy
 
 
@@ -84,15 +86,27 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
             is never called. The model is then as it was.
     """
     with not_compiled_anywhere(model) as own:
-        updates_of(own)  # raises if the adapter is merged
+        adapted = updates_of(own)  # raises if the adapter is merged
         require_own_layers(own)
         require_savable(own, modules_to_save)
         adapter_of(own).require_as_declared()
+        chosen = _chosen_paths(own, adapted)
         with handed_over(own) as adapter:
-            peft_model = get_peft_model(own, peft_config(adapter, modules_to_save))  # type: ignore[arg-type]
+            config = peft_config(adapter, modules_to_save)
+            config.target_modules = chosen
+            peft_model = get_peft_model(own, config)  # type: ignore[arg-type]
             new = _in_modes(peft_model, own.training, adapter.training)
             new.to(next(adapter.parameters()).dtype).load_state_dict(adapter.state_dict())
     return peft_model
+
+
+def _chosen_paths(model: nn.Module, adapted: Mapping[str, object]) -> str | None:
+    # None if the adapter is on all that PEFT would choose; the model may have got further layers since attach.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's choice will tell of layers without attention
+        stages = find_projections(model, adapter_of(model).config.adapt)
+    found = {target.path for stage in stages for target in stage.targets}
+    return None if found == adapted.keys() else of_paths(adapted)
 
 
 def from_lora(model: nn.Module, folder: Path | str, config: TensLoraConfig) -> tuple[PeftModel, Approximation]:

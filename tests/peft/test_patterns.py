@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from tenslora.errors import TensLoRAError
-from tenslora.peft.patterns import first_matches
+from tenslora.peft.patterns import first_matches, of_paths
 
 NAMES = ["encoder.layer.0.query", "encoder.layer.1.query", "encoder.layer.1.key", "query", "xquery", "head"]
 
@@ -24,6 +26,14 @@ NAMES = ["encoder.layer.0.query", "encoder.layer.1.query", "encoder.layer.1.key"
 def test_the_first_pattern_that_matches_is_that_of_peft(patterns: list[str]) -> None:
     expected = {name: get_pattern_key(patterns, name) for name in NAMES}
     assert first_matches(patterns, NAMES) == {name: found for name, found in expected.items() if found in patterns}
+
+
+def test_a_pattern_of_paths_matches_these_and_no_longer_ones_however_many_they_are() -> None:
+    paths = [f"encoder.layer.{index}.query" for index in range(48)]
+    config = LoraConfig(target_modules=of_paths(paths))
+    for path in (*paths, f"memory.{paths[0]}", "encoder.layer.48.query", "encoder-layer.0.query"):
+        assert bool(check_target_module_exists(config, path)) == (path in paths)
+    assert first_matches([of_paths(paths)], paths, "(?:{})$").keys() == set(paths)
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$b", "(a|a)*b", "a*" * 30 + "b"])

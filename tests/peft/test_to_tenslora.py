@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import warnings
@@ -120,6 +121,38 @@ def test_paths_that_end_alike_are_told_apart(towers: str, prefix: str, width: in
         again, approximation = from_lora(fresh, tmp_path, TensLoraConfig(tensor_mode="lora", r=2))
         assert approximation.error < 1e-6
         torch.testing.assert_close(again(**inputs("separate")), model(**inputs("separate")), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("turn", [to_peft, to_tenslora])
+@pytest.mark.parametrize("beside", ["after attach", "without attention"])
+def test_layers_whose_paths_end_like_those_of_adapted_ones_are_not_adapted(
+    turn: Any, beside: str, tmp_path: Path
+) -> None:
+    model, other, batch = build("hf_bert"), build("hf_bert"), inputs("hf_bert")
+    if beside == "without attention":
+        for path in ("0", "1"):
+            del other.get_submodule(f"bert.encoder.layer.{path}.attention.self").key
+        model.add_module("other", other)
+    attached(model, "qkv_depth", adapt="qv")
+    expected, names = logits(model, batch), [name for name, _ in other.named_parameters()]
+    model.add_module("other", other.requires_grad_(False))
+    turned = turn(model)
+    assert [name for name, _ in other.named_parameters()] == names
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    torch.testing.assert_close(logits(turned, batch), expected, rtol=0, atol=1e-11)
+    turned.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("turn", [to_peft, to_tenslora])
+def test_a_copy_of_adapted_layers_leaves_the_adapter_on_the_model(turn: Any) -> None:
+    model = build("hf_bert")
+    adapter = attached(model, "qkv")
+    model.later = copy.deepcopy(model.bert)  # type: ignore[arg-type]
+    with pytest.raises(TensLoRAError, match=r"^later\..*query: is a copy of an adapted layer"):
+        turn(model)
+    assert model.get_submodule("tenslora") is adapter
 
 
 def lora(folder: Path) -> Any:
@@ -296,6 +329,7 @@ def test_a_head_that_cannot_be_copied_leaves_the_adapter_on_the_model(turn: Any)
     model.classifier = Head(24, 2).double()
     adapter = attach(model, AdapterConfig("qkv"), train=["pooler", "classifier"])
     randomised(adapter)
+    model.later = build("hf_bert").requires_grad_(False)  # attach would find its layers too
     expected, names = logits(model, inputs("hf_bert")), [name for name, _ in model.named_parameters()]
     for _ in range(2):
         with pytest.raises(RuntimeError, match="not today"):
