@@ -381,10 +381,11 @@ def peft_undone_on_error(model: nn.Module) -> Iterator[None]:
     """A context in which PEFT puts its layers on a model. After an error in it, they are off again.
 
     Args:
-        model: without an adapter.
+        model: without an adapter of this library. It may have one of another method of PEFT.
     """
     modules = [(path, part) for path, part in model.named_modules(remove_duplicate=False) if path]
-    passes = _hooked_passes(model)
+    passes, settings = _hooked_passes(model), getattr(model, "peft_config", None)
+    before = dict(settings or {})
     with _gradients_back_on_error(model):
         try:
             yield
@@ -395,7 +396,11 @@ def peft_undone_on_error(model: nn.Module) -> Iterator[None]:
                 if model.get_submodule(path) is not part:
                     model.set_submodule(path, part)
                 vars(part).pop("has_tenslora_adapter", None)
-            vars(model).pop("peft_config", None)
+            if settings is None:
+                vars(model).pop("peft_config", None)
+            else:  # into which PEFT writes those of every method
+                settings.clear()
+                settings.update(before)
             raise
 
 

@@ -32,6 +32,7 @@ from tenslora.attachment import (
     layer_updates,
     missing_matrices,
     not_compiled,
+    peft_undone_on_error,
     require_apart,
     require_called,
     require_in_order,
@@ -461,7 +462,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         own = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in own.items():
             _require_no_other_method(getattr(model, "peft_config", {}), name, config)
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        with peft_undone_on_error(model):
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _pre_injection_hook(self, *_: Any) -> None:
         self.peft_config = _SettingsOfAll(self.peft_config)

@@ -719,6 +719,29 @@ def test_a_second_call_on_one_model_is_refused_and_leaves_the_first_as_it_was(ag
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("beside", ["", "model", "PeftModel"])
+def test_ctrl_c_while_it_is_put_on_leaves_the_model_as_it_was(beside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    model: Any = build("hf_bert")
+    if beside:
+        peft_model = get_peft_model(model, PeftLora(target_modules=["dense"]), adapter_name="one")
+        model = peft_model if beside == "PeftModel" else model
+    before = [(name, type(part)) for name, part in model.named_modules()]
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("peft.tuners.tuners_utils.set_additional_trainable_modules", interrupted)
+        get_peft_model(model, TensLoraConfig())
+    assert [(name, type(part)) for name, part in model.named_modules()] == before
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert list(getattr(model, "peft_config", {})) == (["one"] if beside else [])
+    turned = trained(get_peft_model(model, TensLoraConfig()))
+    logits(turned, inputs("hf_bert"))  # whose hooks find the adapted layers
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.parametrize("order", [1, -1])
 def test_an_adapter_of_another_method_keeps_its_settings(order: int, tmp_path: Path) -> None:
     # PEFT lets both methods write into one dict.
