@@ -478,7 +478,8 @@ class RunFolder:
                     f"{self.lock}: cannot be locked ({os_reason(error)}); the folder of outputs must be on a file "
                     f"system that supports flock"
                 ) from error
-            raise TensLoRAError(f"{self.path}: cannot be written ({os_reason(error)})") from error
+            at_fault = self.lock if self.lock.is_symlink() else self.path
+            raise TensLoRAError(f"{at_fault}: cannot be written ({os_reason(error)})") from error
         try:
             if foreign:
                 self.lock.unlink()

@@ -43,6 +43,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
     [
         # Hydra's own
         (["tensor_mode=nope"], "tensor_mode=nope: must be one of att, att_depth"),
+        (["+tensor_mode=lora"], "+tensor_mode=lora: tensor_mode has an option already, which is changed without the +"),
         (["debug=null"], "debug=null: must be one of fast, overfit, profile; leave it out for none of them"),
         (["trainer/epochs=1"], "trainer/epochs: there is no such setting; did you mean trainer.epochs?"),
         (["--lr", "0.1"], "--lr: is no option; a setting is written name=value, such as optimizer.lr=0.001"),

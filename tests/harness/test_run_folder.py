@@ -141,6 +141,13 @@ def test_a_folder_that_holds_no_run_keeps_its_files(name: str, folder: RunFolder
         assert ours
 
 
+def test_a_lock_that_is_a_link_is_named(folder: RunFolder) -> None:
+    folder.path.mkdir()
+    folder.lock.symlink_to(folder.path / "cache")
+    with pytest.raises(TensLoRAError, match=rf"^{folder.lock}: cannot be written \("), folder.claim():
+        pass
+
+
 def test_a_claim_ends_when_its_process_is_killed(folder: RunFolder) -> None:
     with claimed_by_a_process(folder) as holder:
         assert folder.is_claimed()
