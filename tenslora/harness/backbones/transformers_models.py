@@ -114,7 +114,9 @@ def _max_tokens(model: nn.Module) -> int | None:
 
 def _embedding_sizes(model: PreTrainedModel) -> dict[str, int]:
     """The number of rows of the embeddings of tokens and of a pair's segments, by the input of the model."""
-    found = {"input_ids": model.get_input_embeddings()}
+    found: dict[str, Any] = {}
+    with suppress(NotImplementedError):  # CANINE hashes each character into several embeddings
+        found["input_ids"] = model.get_input_embeddings()
     for name, module in model.named_modules():
         if name.endswith("token_type_embeddings"):
             found["token_type_ids"] = module
@@ -201,8 +203,10 @@ def _build_random(
             if tokenizer is not None:
                 given = {"pad_token_id": tokenizer.pad_token_id}
             settings = transformers.AutoConfig.for_model(**{**config.options, **given}, num_labels=classes)
-        if tokenizer is not None and len(tokenizer) > settings.vocab_size:
-            raise ValueError(f"vocab_size must be at least {len(tokenizer)}, the number of the tokenizer's tokens")
+        if tokenizer is not None:
+            known = getattr(settings.get_text_config(), "vocab_size", None)  # CANINE reads any character
+            if known is not None and len(tokenizer) > known:
+                raise ValueError(f"vocab_size must be at least {len(tokenizer)}, the number of the tokenizer's tokens")
         model = _auto_class(config).from_config(settings, trust_remote_code=False)
         if config.quantization is not None:  # transformers quantises nothing but what it reads from a file
             with tempfile.TemporaryDirectory() as folder:
@@ -242,8 +246,11 @@ def _own_settings(config: ModelConfig, classes: int, tokenizer: PreTrainedTokeni
     if config.options and config.pretrained:  # otherwise the checkpoint would be blamed for them
         with building(config), torch.device("meta"), OwnStream(seed=0):
             _auto_class(config).from_config(own, trust_remote_code=False)
-    if tokenizer is not None and (own.pad_token_id is None or not config.pretrained):
-        own.pad_token_id = tokenizer.pad_token_id
+    if tokenizer is not None:
+        with fetching(config):
+            text = own.get_text_config()  # a model of images and texts has the settings of its texts there
+        if getattr(text, "pad_token_id", None) is None or not config.pretrained:
+            text.pad_token_id = tokenizer.pad_token_id
     return own
 
 

@@ -97,6 +97,33 @@ def test_a_text_models_positions_and_head(kind: str, tokens: int | None, head: s
     assert {name.rpartition(".")[0] for name in backbone.head_parameters()} == head
 
 
+@pytest.mark.parametrize("pretrained", ["true", "false"])
+def test_the_texts_of_a_model_of_images_and_texts_are_padded_as_its_tokenizer_pads(
+    pretrained: str, tmp_path: Path
+) -> None:
+    small = {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(trained_tokenizer())}
+    parts: dict[str, Any] = {
+        "text_config": {**SIZES, **small},
+        "vision_config": {**SIZES, "image_size": 8, "patch_size": 4},
+    }
+    words = save(tmp_path / "gemma", "Gemma3ForConditionalGeneration", mm_tokens_per_image=4, **parts)
+    backbone = load(*words, f"model.pretrained={pretrained}")
+    settings: Any = backbone.model.config
+    assert settings.text_config.pad_token_id == trained_tokenizer().pad_token_id
+
+
+@pytest.mark.parametrize(("pretrained", "blamed"), [("true", "model.checkpoint="), ("false", "model.options=")])
+def test_a_model_of_sounds_is_no_text_model(pretrained: str, blamed: str, tmp_path: Path) -> None:
+    words = save(tmp_path / "ast", "ASTModel", max_length=16, num_mel_bins=16)
+    with pytest.raises(TensLoRAError, match=rf"^{blamed}.* \(Unrecognized configuration class .*ASTConfig"):
+        load(*words, f"model.pretrained={pretrained}")
+
+
+def test_a_model_without_an_embedding_for_each_token_can_be_adapted(tmp_path: Path) -> None:
+    backbone = load(*save(tmp_path / "canine", "CanineModel", max_position_embeddings=64))
+    assert backbone.embedding_sizes == {"token_type_ids": 16}
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "side"),
     [
