@@ -378,13 +378,22 @@ def _require_tokens(tokens: TokensOf, examples: Examples) -> None:
 
 def _require_equal_ends(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
     # BART and T5 take their outputs from the last end token of a text, and want equally many in all texts of a batch.
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        counts = [ids.count(tokenizer.eos_token_id) for ids in tokens.columns["input_ids"]]
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        own = getattr(config, "eos_token_id", None)
+        end = own if isinstance(own, int) else tokenizer.eos_token_id
+        counts = [ids.count(end) for ids in tokens.columns["input_ids"]]
+        if 0 in counts and hasattr(model, "classification_head"):  # T5Gemma's has another name, and needs none
+            raise TensLoRAError(
+                f"example {counts.index(0):,}, from 0 on: the tokenizer does not end it with token {end}, by which the "
+                f"model knows the end of an example (config.json: eos_token_id); the folder of model.checkpoint must "
+                f"hold the model's own tokenizer"
+            )
         fewest = min(counts, default=0)
         if longer := [number for number, count in enumerate(counts) if count != fewest]:
             raise TensLoRAError(
-                f"example {longer[0]:,}, from 0 on, holds the text {tokenizer.eos_token}, which the model takes for "
-                f"the end of an example; take it out"
+                f"example {longer[0]:,}, from 0 on, holds the text {tokenizer.convert_ids_to_tokens(end)}, which the "
+                f"model takes for the end of an example; take it out"
             )
 
 

@@ -280,13 +280,16 @@ def encode_sentences(
     grouped: bool = False,
     embedding_sizes: Mapping[str, int] | None = None,
     is_encoder_decoder: bool = False,
+    end: int | None = None,
 ) -> tuple[Encoded, Encoded, Collate]:
     config = TextDatasetConfig(
         **DATASET, modality="text", max_length=max_length, padding=padding, group_by_length=grouped
     )
     examples = Examples(rows, [i % 2 for i in range(len(rows))])
     model: Any = torch.nn.Identity()
-    model.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder)
+    model.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder, eos_token_id=end)
+    if end is not None:
+        model.classification_head = torch.nn.Identity()
     backbone = Backbone(model, [], "ids", embedding_sizes=embedding_sizes or {})
     data = encode(Dataset(examples, examples, ()), config, backbone, tokenizer)
     return data.train, data.scored, data.collate
@@ -299,6 +302,13 @@ def test_a_text_that_holds_the_token_of_its_end_is_refused_where_the_model_looks
     encode_sentences(PAIRS, tokenizer, is_encoder_decoder=True)
     with pytest.raises(TensLoRAError, match=rf"^example 3, from 0 on, holds the text {tokenizer.eos_token}, which"):
         encode_sentences(rows, tokenizer, is_encoder_decoder=True)
+
+
+def test_a_tokenizer_without_the_end_token_of_its_model_is_refused() -> None:
+    tokenizer = load_tokenizer(transformers_text(), PAIRS)
+    encode_sentences(PAIRS, tokenizer, is_encoder_decoder=True, end=tokenizer.eos_token_id)
+    with pytest.raises(TensLoRAError, match=r"^example 0, from 0 on: the tokenizer does not end it with token 3, by"):
+        encode_sentences(PAIRS, tokenizer, is_encoder_decoder=True, end=tokenizer.unk_token_id)
 
 
 def test_a_text_without_a_token_is_refused() -> None:
