@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from tenslora.adapter import Adapter, StagedAdapter
@@ -138,7 +138,6 @@ def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[
     # All that can fail comes before the model is changed.
     to_save = config.modules_to_save or ()
     modules_named(model, to_save, "modules_to_save")
-    modules = [path for path, _ in model.named_modules() if path]
     stages = chosen_stages(model, config)
     adapter = config.make_adapter([stage.geometry for stage in stages])
     approximation = approximate(adapter, read_updates(folder, stages, choice(config)))
@@ -154,12 +153,8 @@ def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[
     with peft_undone_on_error(model):
         peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
         _in_modes(peft_model, model.training, model.training).load_state_dict(adapter.state_dict())
-        # For some tasks PEFT has added the names of a head.
-        to_save = peft_model.peft_config["default"].modules_to_save or ()
-        paths = tuple(f"{path}." for path in modules if any(path.endswith(name) for name in to_save))
-        # PEFT wants all weights of a module to save, or none.
-        kept = {PREFIX + name: weight for name, weight in own.items() if name.startswith(paths)}
-        wanted = {name: others.get(name, weight) for name, weight in kept.items()}
+        saved = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        wanted = {name: others.get(name, weight) for name, weight in saved.items()}  # PEFT wants all of them
         if left_out := [name for name in own if PREFIX + name in others.keys() - wanted.keys()]:
             warnings.warn(
                 f"{folder}: {listed(left_out)} are saved beside the LoRA, and are not loaded, because they would not "

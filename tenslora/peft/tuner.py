@@ -410,12 +410,24 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 class _SettingsOfAll(dict[str, PeftConfig]):
     """The settings by the adapter's name. A second method of PEFT on the same model writes its own into the same dict.
 
+    Args:
+        configs: the settings so far.
+        adapters: the model's TensLoRA adapters by name.
+
     Raises:
-        TensLoRAError: if the settings of one method would replace those of the other.
+        TensLoRAError: if the settings of one method would replace those of the other, or if a name would keep tensors
+            from being saved.
     """
+
+    adapters: Mapping[str, nn.Module] = {}  # until pickle has given them back
+
+    def __init__(self, configs: Mapping[str, PeftConfig], adapters: Mapping[str, nn.Module]) -> None:
+        super().__init__(configs)
+        self.adapters = adapters
 
     def __setitem__(self, name: str, config: PeftConfig) -> None:
         _require_no_other_method(self, name, config)
+        _require_names_apart(self.adapters, [name])
         super().__setitem__(name, config)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -466,8 +478,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _pre_injection_hook(self, *_: Any) -> None:
-        self.peft_config = _SettingsOfAll(self.peft_config)
         self.tenslora_adapters = nn.ModuleDict()
+        self.peft_config = _SettingsOfAll(self.peft_config, self.tenslora_adapters)  # type: ignore[arg-type]
         self._forward_passes: dict[str, ForwardPass] = {}
         self._planned: dict[str, LayerUpdate] = {}
         self._declared: dict[str, TensLoraConfig] = {}  # the settings that each adapter was made with
@@ -663,6 +675,48 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         raise NotImplementedError(
             "TensLoRA does not support add_weighted_adapter; base_model.set_adapter takes several."
         )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        # PEFT saves what it finds. A PeftModel around the inner model alone knows the adapter's settings, and has none
+        # of its tensors. A process that is not to save has an empty state dict.
+        own: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, *args, **kwargs
+        )
+        parts = [part for part in model.modules() if isinstance(part, (TensLoraModel, TensLoraLinear))]
+        adapter = next(
+            (each.tenslora_adapters[adapter_name] for each in parts if adapter_name in each.tenslora_adapters), None
+        )
+        count = 1 if adapter is None else len(list(adapter.parameters()))
+        found = sum(f"{_ADAPTERS}." in key for key in own)
+        if state_dict and found < count:
+            raise TensLoRAError(
+                f"{type(model).__name__}: has {found} of the {count} tensors of the adapter {adapter_name}, and PEFT "
+                f"would save it without the others; save it by the PeftModel that it was made with, and the others "
+                f"with selected_adapters"
+            )
+        return own
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # accelerate gives an empty state dict to each process but the first.
+        in_one_process = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if (state_dict or in_one_process) and not any(f"{_ADAPTERS}." in key for key in state_dict):
+            raise TensLoRAError(f"{_ADAPTERS}.{adapter_name}: the saved adapter does not fit: has none of its tensors")
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

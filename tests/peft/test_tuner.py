@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import pickle
 import warnings
 from functools import partial
 from pathlib import Path
@@ -797,6 +798,23 @@ def test_adaption_prompt_goes_around_it() -> None:
     torch.testing.assert_close(logits(get_peft_model(inner, config, "two"), inputs("llama")), expected)
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_an_adapter_is_neither_saved_nor_loaded_without_its_tensors(tmp_path: Path) -> None:
+    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
+    around: Any = get_peft_model(model.get_base_model(), PeftLora(target_modules=["dense"]), adapter_name="style")
+    with pytest.raises(TensLoRAError, match=r"^PeftModel: has 0 of the 5 tensors of the adapter default, and PEFT"):
+        around.save_pretrained(tmp_path)
+    around.save_pretrained(tmp_path, selected_adapters=["style"])
+    pickle.loads(pickle.dumps(model)).save_pretrained(tmp_path, selected_adapters=["default"])
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 5
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TensLoRAError, match="the saved adapter does not fit: has none of its tensors"):
+        PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_names_that_would_keep_tensors_from_being_saved_are_refused(tmp_path: Path) -> None:
     for mode, names, shared in (
         ("depth", ("0", "1"), "1"),
@@ -807,6 +825,9 @@ def test_names_that_would_keep_tensors_from_being_saved_are_refused(tmp_path: Pa
         with pytest.raises(TensLoRAError, match=rf"^adapter_name={shared}: is a part of tenslora_adapters\.") as caught:
             model.add_adapter(names[1], TensLoraConfig(seed=1))
         assert "\n" not in str(caught.value)
+        kind = "a part of" if shared == names[1] else "already the name of"
+        with pytest.raises(TensLoRAError, match=rf"^adapter_name={shared}: is {kind}"):
+            get_peft_model(model, PeftLora(target_modules=["dense"]), adapter_name=shared)
         assert list(model.peft_config) == list(model.base_model.tenslora_adapters) == [names[0]]
     trained(model, name="d_in").save_pretrained(tmp_path)  # alone it has no other's name
     again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path / "d_in"))
