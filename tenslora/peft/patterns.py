@@ -16,7 +16,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.forms import shown
 
 LONGEST = 1000
-"""The largest number of characters in a pattern that is more than names."""
+"""The largest number of characters in a pattern, unless it is names with | between them."""
 
 _MATCH = """
 import json, re, sys
@@ -48,7 +48,7 @@ def first_matches(
         TensLoRAError: if a pattern is no regular expression, or too long, or if matching takes too long.
     """
     for pattern in patterns:
-        if len(pattern) > LONGEST and not _is_of_names(pattern):
+        if len(pattern) > LONGEST and not _is_of_several_names(pattern):
             raise TensLoRAError(f"{shown(pattern)}: must have at most {LONGEST:,} characters")
     # replace, because format would take the braces of a pattern for its own
     expressions = [form.replace("{}", pattern) for pattern in patterns]
@@ -60,8 +60,8 @@ def first_matches(
     return {name: patterns[index] for name, index in zip(names, found, strict=True) if index is not None}
 
 
-def _is_of_names(pattern: str) -> bool:
-    return re.fullmatch(r"[\w.|\\-]*", pattern) is not None  # nothing in it is repeated, so its length does no harm
+def _is_of_several_names(pattern: str) -> bool:
+    return "|" in pattern and re.fullmatch(r"[\w.|\\-]*", pattern) is not None  # as of_paths makes of any number
 
 
 def of_paths(paths: Iterable[str]) -> str:
