@@ -14,7 +14,7 @@ if __name__ == "__main__":
         raise SystemExit("error: must be started as python -m tenslora.harness.analyse")
     import tenslora.harness.early  # catches Ctrl-C from here on
 
-    tenslora.harness.early.stop_on_signals()
+    tenslora.harness.early.start_command()
 
 import os
 from collections.abc import Mapping, Sequence

@@ -30,6 +30,7 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
 
 
 _stop: Stop | None = None
+_taken_away: list[str] = []
 _hook = sys.excepthook
 sys.excepthook = _end
 
@@ -39,10 +40,18 @@ from collections.abc import Iterator  # noqa: E402
 from tenslora.harness.stop import Stop  # noqa: E402
 
 
-def stop_on_signals() -> None:
-    """Let SIGTERM do what Ctrl-C does from here on. Only for a module that is run: a launcher ends its workers so."""
+def start_command() -> None:
+    """Let SIGTERM do what Ctrl-C does from here on, and take no file of the current folder for a library.
+
+    Only for a module that is run: a launcher ends its workers by SIGTERM. ``python -m`` looks for modules in the
+    current folder first, where a user may have a datasets.py or a peft.py.
+    """
     global _stop
     _stop = Stop().__enter__()
+    with contextlib.suppress(OSError):  # of a current folder that is gone
+        project = os.path.abspath(f"{__file__}/../../..")
+        if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()) and os.getcwd() != project:
+            _taken_away.append(sys.path.pop(0))
 
 
 @contextlib.contextmanager
@@ -66,5 +75,7 @@ def undone() -> Iterator[None]:
 def _undo() -> None:
     if _stop:
         _stop.__exit__()
+    sys.path[:0] = _taken_away
+    _taken_away.clear()
     if sys.excepthook is _end:
         sys.excepthook = _hook

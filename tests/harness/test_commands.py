@@ -68,10 +68,10 @@ def test_a_notebooks_backend_that_is_not_installed_is_forgotten(
         assert os.environ.get("MPLBACKEND") == (backend if left else None)
 
 
-@pytest.mark.parametrize("command", ["analyse", "compare", "evaluate", "export", "predict"])
+@pytest.mark.parametrize("command", ["analyse", "compare", "evaluate", "export", "predict", "tracking.dashboard"])
 def test_a_commands_file_says_how_it_is_started(command: str) -> None:
     with pytest.raises(SystemExit, match=rf"^error: must be started as python -m tenslora\.harness\.{command}$"):
-        runpy.run_path(str(ROOT / "tenslora" / "harness" / f"{command}.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "tenslora" / "harness" / f"{command.replace('.', '/')}.py"), run_name="__main__")
 
 
 @pytest.mark.parametrize(("closed", "lines"), [("2>&-", 1), (">&- 2>&-", 0)])
@@ -217,18 +217,26 @@ def test_a_command_in_a_thread_needs_no_handler() -> None:
 
 
 @pytest.mark.parametrize("end", ["--help", "--nosuch"])
-def test_a_program_that_runs_a_command_as_a_module_keeps_its_hooks(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", ["", None])
+def test_a_program_that_runs_a_command_as_a_module_keeps_its_hooks_and_its_path(
+    end: str, first: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def own(*_: object) -> None:
         pass
 
-    for module in ("tenslora.harness.early", "tenslora.harness.predict"):
+    (tmp_path / "csv.py").write_text("raise SystemExit('a file of the current folder in the place of a library')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path) if first is None else first, *sys.path])
+    path = list(sys.path)
+    for module in ("tenslora.harness.early", "tenslora.harness.predict", "csv"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(sys, "excepthook", own)
     monkeypatch.setattr(sys, "argv", ["predict", end])
     before = signal.signal(signal.SIGTERM, own)
     try:
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             runpy.run_module("tenslora.harness.predict", run_name="__main__")
-        assert (sys.excepthook, signal.getsignal(signal.SIGTERM)) == (own, own)
+        assert ended.value.code in (0, 2)
+        assert (sys.excepthook, signal.getsignal(signal.SIGTERM), sys.path) == (own, own, path)
     finally:
         signal.signal(signal.SIGTERM, before)

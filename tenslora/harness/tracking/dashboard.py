@@ -8,6 +8,13 @@ the finished tables. It also shows runs that finish later, so it has to be built
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    if not __package__:
+        raise SystemExit("error: must be started as python -m tenslora.harness.tracking.dashboard")
+    import tenslora.harness.early  # catches Ctrl-C from here on
+
+    tenslora.harness.early.start_command()
+
 import argparse
 import dataclasses
 import json
@@ -216,4 +223,5 @@ def _save(report: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with tenslora.harness.early.undone():
+        main()
