@@ -11,6 +11,8 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from pathlib import Path
 from typing import Any
 
+from tenslora.files import write_bytes
+
 
 @contextmanager
 def at_least(level: int, *loggers: str) -> Iterator[None]:
@@ -45,11 +47,19 @@ def streams_that_are_open() -> Iterator[None]:
 
 
 class LogFile(logging.FileHandler):
-    """A handler that writes to a file. A pipe of that name is refused, because to open it is to wait for a reader."""
+    """A handler that writes to a file. A pipe of that name is refused, because to open it is to wait for a reader.
+
+    A file that is also elsewhere, in a backup of hard links or in DVC's cache, becomes one of its own first. So do the
+    files in .hydra, which Hydra writes once the log is open.
+    """
 
     def _open(self) -> Any:
-        if Path(self.baseFilename).is_fifo():
+        path = Path(self.baseFilename)
+        if path.is_fifo():
             raise FileExistsError(errno.EEXIST, "Is a pipe", self.baseFilename)
+        for file in (path, *path.parent.glob(".hydra/*.yaml")):
+            if file.is_file() and (file.is_symlink() or file.stat().st_nlink > 1):
+                write_bytes(file, file.read_bytes())
         return super()._open()
 
 

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from tenslora.harness.console import LogFile
 from tests.running import CONF
 
 
@@ -51,3 +55,18 @@ def test_in_a_file_every_message_has_its_time_origin_and_level(
 def test_requests_to_the_hub_are_not_logged(name: str) -> None:
     loggers = OmegaConf.load(CONF / "hydra" / "job_logging" / f"{name}.yaml").loggers
     assert {loggers[one].level for one in ("httpx", "httpx2", "huggingface_hub", "urllib3")} == {"WARNING"}
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_what_hydra_writes_is_not_written_through_links(link: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    cached, log, settings = tmp_path / "cached", tmp_path / "train.log", tmp_path / ".hydra" / "config.yaml"
+    cached.write_text("an earlier run\n")
+    settings.parent.mkdir()
+    link(cached, log)
+    link(cached, settings)
+    handler = LogFile(str(log))
+    handler.emit(record(logging.INFO, "this run"))
+    handler.close()
+    settings.write_text("this run\n")
+    assert cached.read_text() == "an earlier run\n"
+    assert (log.read_text(), settings.read_text()) == ("an earlier run\nthis run\n", "this run\n")
