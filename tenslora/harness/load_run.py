@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import current_process
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,22 @@ from tenslora.pretrained import load, read_weights, running_statistics
 _MOVING = threading.Lock()
 """Held while a model is moved, so that threads that share it do not move it at once."""
 
+_OF_A_COMPUTATION = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    NameError,
+    OSError,
+    PickleError,  # of the workers' examples
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a computation may raise. Any other error is that of a program's signal handler, such as Celery's time limit."""
 
 _RUN = "_tenslora_run"
 """The attribute of a loaded model that holds the digest of its run. Copies and pickles of the model keep it."""
@@ -296,9 +313,9 @@ class LoadedRun:
             yield processes
         except torch.OutOfMemoryError as error:
             raise TensLoRAError(f"a single example does not fit into the memory of {processes.name}") from error
-        except TensLoRAError:
+        except (TensLoRAError, TimeoutError):  # an alarm of the program's
             raise
-        except Exception as error:  # whatever a model raises that a program may have changed
+        except _OF_A_COMPUTATION as error:  # of a model that a program may have changed
             raise TensLoRAError(
                 f"{type(self.backbone.model).__name__}: cannot compute its outputs ({first_line(error)}); if it was "
                 f"changed since it was loaded, load the run again"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -252,6 +253,21 @@ def test_a_model_that_was_changed_so_that_it_cannot_compute_is_told(digits_run: 
     for ask in (loaded.evaluate, lambda: loaded.predict([np.zeros((8, 8), np.uint8)])):
         with pytest.raises(TensLoRAError, match=r"^VisionTransformer: cannot compute its outputs \(.* run again$"):
             ask()
+
+
+@pytest.mark.parametrize("kind", [TimeoutError, type("SoftTimeLimitExceeded", (Exception,), {})])
+def test_the_exception_of_a_programs_signal_handler_comes_through(kind: type[Exception], digits_run: Path) -> None:
+    def end(*_: object) -> None:
+        raise kind("after a minute")
+
+    loaded = load_run(digits_run)
+    before = signal.signal(signal.SIGALRM, end)
+    loaded.backbone.model.register_forward_pre_hook(lambda *_: signal.raise_signal(signal.SIGALRM))
+    try:
+        with pytest.raises(kind, match=r"^after a minute$"):
+            loaded.predict([np.zeros((8, 8), np.uint8)])
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_run_is_not_loaded_without_numbers(digits_run: Path) -> None:
