@@ -204,7 +204,7 @@ def _build_random(
                 given = {"pad_token_id": tokenizer.pad_token_id}
             settings = transformers.AutoConfig.for_model(**{**config.options, **given}, num_labels=classes)
         if tokenizer is not None:
-            known = getattr(settings.get_text_config(), "vocab_size", None)  # CANINE reads any character
+            known = getattr(settings, "vocab_size", None)  # CANINE reads any character
             if known is not None and len(tokenizer) > known:
                 raise ValueError(f"vocab_size must be at least {len(tokenizer)}, the number of the tokenizer's tokens")
         model = _auto_class(config).from_config(settings, trust_remote_code=False)
@@ -238,6 +238,11 @@ def _own_settings(config: ModelConfig, classes: int, tokenizer: PreTrainedTokeni
             f"{source_setting(config)}: is a model of timm, whose head transformers does not tell from the rest; use "
             f"model=timm model.architecture={own.architecture}"
         )
+    if tokenizer is not None and not hasattr(own, "pad_token_id"):
+        raise TensLoRAError(
+            f"{source_setting(config)}: is of type {own.model_type}, which is not a model of texts alone; if it has "
+            f"one, save that to a folder of its own"
+        )
     for name, value in config.options.items():
         if not hasattr(own, name):
             raise TensLoRAError(f"model.options.{name}: the model's config.json ({own.model_type}) has no such setting")
@@ -246,11 +251,8 @@ def _own_settings(config: ModelConfig, classes: int, tokenizer: PreTrainedTokeni
     if config.options and config.pretrained:  # otherwise the checkpoint would be blamed for them
         with building(config), torch.device("meta"), OwnStream(seed=0):
             _auto_class(config).from_config(own, trust_remote_code=False)
-    if tokenizer is not None:
-        with fetching(config):
-            text = own.get_text_config()  # a model of images and texts has the settings of its texts there
-        if getattr(text, "pad_token_id", None) is None or not config.pretrained:
-            text.pad_token_id = tokenizer.pad_token_id
+    if tokenizer is not None and (own.pad_token_id is None or not config.pretrained):
+        own.pad_token_id = tokenizer.pad_token_id
     return own
 
 
