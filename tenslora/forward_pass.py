@@ -103,6 +103,10 @@ class ForwardPass:
         for hook in self._hooks:
             hook.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch cannot copy the handles of a model that no longer exists, where a part of it has outlived it.
+        return vars(self) | {"_hooks": tuple(hook for hook in self._hooks if hook.hooks_dict_ref() is not None)}
+
     def _begin(self, model: nn.Module, *_: Any) -> None:
         self.here.leave()
         if not torch.compiler.is_compiling():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 import warnings
 from collections.abc import Sequence
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenslora import AdapterConfig, TensLoRAError, attach, disabled
@@ -92,6 +94,19 @@ def test_an_adapter_that_is_off_and_a_part_that_ran_before_are_no_cause_for_a_wa
     twin.get_submodule("blocks.1").forward = lambda x: x
     with pytest.warns(UserWarning, match="calls 3 of the 6 adapted layers"):  # a copy is checked by itself
         twin(X)
+
+
+def test_a_part_that_outlives_its_model_is_copied_and_pickled() -> None:
+    model = PlainTransformer()
+    adapter = attach(model, AdapterConfig("qkv_depth"))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    blocks = nn.Sequential(*model.blocks)
+    del model
+    gc.collect()
+    for copied in (copy.deepcopy(blocks), copy.deepcopy(copy.deepcopy(blocks)), pickle.loads(pickle.dumps(blocks))):
+        assert torch.equal(copied(X), blocks(X))
 
 
 def test_a_failed_pass_is_not_checked() -> None:
