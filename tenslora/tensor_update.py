@@ -253,6 +253,7 @@ def detach_tensors(model: nn.Module) -> dict[str, TensorUpdate]:
         if len(_parametrizations(module, name)) > 1:
             raise TensLoRAError(f"{path}: has another parametrization beside the update; remove it first")
     for module, name, _ in adapted.values():
+        _leave_class_of_copies(module)
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     return {path: update for path, (_, _, update) in adapted.items()}
 
@@ -389,12 +390,20 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
 
 def _register(module: nn.Module, name: str, update: TensorUpdate) -> TensorUpdate:
     weight = _weight(module, name)
+    _leave_class_of_copies(module)
     parametrize.register_parametrization(module, name, update.to(weight.device))
     parametrizations = _parametrizations(module, name)
     parametrizations.register_load_state_dict_pre_hook(_hold_what_is_loaded)  # type: ignore[no-untyped-call]
     parametrizations.register_load_state_dict_post_hook(_hold_what_was_loaded)  # type: ignore[no-untyped-call]
     weight.requires_grad_(False)
     return update
+
+
+def _leave_class_of_copies(module: nn.Module) -> None:
+    # torch keeps the properties of computed weights in the module's class, which copies of the module share.
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
 
 
 def _hold_what_is_loaded(

@@ -381,6 +381,25 @@ def test_a_copy_of_a_model_has_updates_of_its_own() -> None:
     assert any("parametrizations" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("of_copy", [True, False])
+def test_a_copy_keeps_its_updates_when_the_others_come_and_go(of_copy: bool) -> None:
+    original = nn.GRUCell(3, 4)
+    randomised(adapt_tensor(original, "weight_ih", 2))
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    expected = original(x)
+    copied = copy.deepcopy(original)
+    changed, kept = (copied, original) if of_copy else (original, copied)
+    adapt_tensor(changed, "weight_hh", 2)
+    assert isinstance(kept.weight_hh, nn.Parameter) and torch.equal(kept(x), expected)
+    twin = copy.deepcopy(changed)
+    merge_tensors(changed)
+    detach_tensors(changed)
+    assert type(changed) is nn.GRUCell
+    torch.testing.assert_close(changed(x), expected)
+    assert torch.equal(kept(x), expected) and torch.equal(twin(x), expected)
+    assert list(detach_tensors(kept)) == ["weight_ih"]
+
+
 @pytest.mark.parametrize("factorization", FACTORIZATIONS)
 def test_saved_updates_are_loaded_as_they_were(factorization: str, tmp_path: Path) -> None:
     model, updates = adapted_block(factorization=factorization, scaling="first_step", alpha=0.3)
