@@ -47,19 +47,21 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
         The new ranks.
 
     Raises:
-        TensLoRAError: if the factorization has no such bases (CP), if even rank 1 exceeds the budget, or if the
-            optimizer keeps anything else of the parameters' shapes than AdamW's two moments, or if the adapter holds a
-            NaN or an infinity. Nothing is changed then.
+        TensLoRAError: if the factorization has no such bases (CP), if even rank 1 exceeds the budget, if the optimizer
+            keeps anything else of the parameters' shapes than AdamW's two moments, as plain tensors, or if the adapter
+            holds a NaN or an infinity. Nothing is changed then.
     """
     require_type("adapter", adapter, Adapter)
     require_type("budget", budget, int)
     for parameter in adapter.parameters():
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        kept = {name for name, value in state.items() if isinstance(value, Tensor) and value.ndim}
-        if kept and kept != _MOMENTS:
+        kept = {name: type(value) for name, value in state.items() if isinstance(value, Tensor) and value.ndim}
+        packed = {kind for kind in kept.values() if kind is not Tensor}
+        if packed or (kept and set(kept) != _MOMENTS):
+            form = f" as {' and '.join(sorted(kind.__name__ for kind in packed))}" if packed else ""
             raise TensLoRAError(
-                f"optimizer={type(optimizer).__name__}: keeps {', '.join(sorted(kept))}; must keep "
-                f"{' and '.join(sorted(_MOMENTS))} alone, as AdamW does, to be taken along"
+                f"optimizer={type(optimizer).__name__}: keeps {', '.join(sorted(kept))}{form}; must keep "
+                f"{' and '.join(sorted(_MOMENTS))} alone, in plain tensors, as AdamW does, to be taken along"
             )
     for name, parameter in adapter.named_parameters():
         require_finite(name, parameter)

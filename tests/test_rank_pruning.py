@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchao.optim.subclass_8bit import OptimState8bit
 
 from tenslora.adapter import Adapter, StagedAdapter, load_adapter
 from tenslora.adapter_config import AdapterConfig
@@ -226,6 +227,17 @@ def test_moments_that_cannot_be_taken_along_are_refused(optimizer: Any) -> None:
         prune(adapter, 60, training)
     assert adapter.ranks == ranks
     assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), before, strict=True))
+
+
+def test_moments_of_8_bits_are_refused() -> None:
+    adapter = build("qkv_depth", "tucker")
+    training, ranks = torch.optim.AdamW(adapter.parameters()), adapter.ranks
+    for parameter in adapter.parameters():  # as torchao's AdamW8bit keeps those of large parameters
+        zeros = OptimState8bit.zeros(parameter.shape, block_size=parameter.numel())
+        training.state[parameter] = {"exp_avg": zeros, "exp_avg_sq": torch.zeros_like(parameter)}
+    with pytest.raises(TensLoRAError, match=r"keeps exp_avg, exp_avg_sq as OptimState8bit; must keep .* in plain tensors"):
+        prune(adapter, 60, training)
+    assert adapter.ranks == ranks
 
 
 def test_an_optimizer_without_moments_has_none_to_take_along() -> None:
