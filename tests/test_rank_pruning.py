@@ -235,7 +235,7 @@ def test_moments_of_8_bits_are_refused() -> None:
     for parameter in adapter.parameters():  # as torchao's AdamW8bit keeps those of large parameters
         zeros = OptimState8bit.zeros(parameter.shape, block_size=parameter.numel())
         training.state[parameter] = {"exp_avg": zeros, "exp_avg_sq": torch.zeros_like(parameter)}
-    with pytest.raises(TensLoRAError, match=r"keeps exp_avg, exp_avg_sq as OptimState8bit; must keep .* in plain tensors"):
+    with pytest.raises(TensLoRAError, match=r"exp_avg_sq as OptimState8bit; must keep .* in plain tensors"):
         prune(adapter, 60, training)
     assert adapter.ranks == ranks
 
