@@ -471,7 +471,7 @@ class SharedInput:
         left_t, rights, ranks = self.group.of_layer(self.layer, dtype)
         if left_t.device.type == "meta" and tokens.device.type != "meta":  # h would be whatever the memory holds
             raise TensLoRAError("the adapter is on the device meta and has no numbers; give it those of a state dict")
-        if _is_dtensor(tokens) != _is_dtensor(left_t):
+        if is_dtensor(tokens) != is_dtensor(left_t):
             raise TensLoRAError(
                 "the input of an adapted layer is divided among processes (DTensor), as for tensor parallelism, under "
                 "which an adapter is not supported; merge and detach it first"
@@ -485,7 +485,12 @@ class SharedInput:
         return [h] if len(ranks) == 1 else list(torch.split(h, ranks, dim=1)), list(rights)
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is divided among processes.
+
+    Args:
+        tensor: any tensor.
+    """
     return not torch.compiler.is_compiling() and type(tensor).__name__ == "DTensor"  # whose import takes a second
 
 

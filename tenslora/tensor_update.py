@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tenslora.adapted_linear import AdaptedLinear
+from tenslora.adapted_linear import AdaptedLinear, is_dtensor
 from tenslora.adapter_config import LARGEST_SCALE
 from tenslora.attachment import (
     is_finite,
@@ -215,7 +215,8 @@ def merge_tensors(model: nn.Module) -> None:
 
     Raises:
         TensLoRAError: if there is no update, if one holds a NaN or an infinity, if a weight would hold one with its
-            update, or if another module uses the same weight. No weight is changed then.
+            update, if it is divided among processes, or if another module uses the same weight. No weight is changed
+            then.
     """
     _move(model, into_weights=True)
 
@@ -229,7 +230,7 @@ def unmerge_tensors(model: nn.Module) -> None:
         model: with updates on its weights; the weights are changed in place.
 
     Raises:
-        TensLoRAError: if there is no update.
+        TensLoRAError: if there is no update, or if a weight is divided among processes.
     """
     _move(model, into_weights=False)
 
@@ -246,12 +247,16 @@ def detach_tensors(model: nn.Module) -> dict[str, TensorUpdate]:
         The updates by the paths of their weights.
 
     Raises:
-        TensLoRAError: if there is no update, or if a weight has a second parametrization, which must be removed first.
+        TensLoRAError: if there is no update, if a weight is divided among processes, if it has a second
+            parametrization, which must be removed first, or if its module has been given a further class since.
     """
     adapted = _adapted(model)
+    _require_whole(adapted)
     for path, (module, name, _) in adapted.items():
         if len(_parametrizations(module, name)) > 1:
             raise TensLoRAError(f"{path}: has another parametrization beside the update; remove it first")
+        if name not in vars(type(module)):
+            raise TensLoRAError(f"{path}: its module has become a {type(module).__name__} since; undo that first")
     for module, name, _ in adapted.values():
         _leave_class_of_copies(module)
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
@@ -452,16 +457,27 @@ def _adapted(model: nn.Module) -> dict[str, tuple[nn.Module, str, TensorUpdate]]
     return adapted
 
 
+def _original(module: nn.Module, name: str) -> Tensor:
+    return cast(Tensor, cast(nn.Module, _parametrizations(module, name)).original)
+
+
+def _require_whole(adapted: dict[str, tuple[nn.Module, str, TensorUpdate]]) -> None:
+    for path, (module, name, _) in adapted.items():
+        if is_dtensor(_original(module, name)):
+            raise TensLoRAError(
+                f"{path}: is divided among processes (DTensor), as by fully_shard; do this before, or save_tensors and "
+                f"load_tensors on a model that is not divided"
+            )
+
+
 @torch.no_grad()
 def _move(model: nn.Module, into_weights: bool) -> None:
     adapted = _adapted(model)
+    _require_whole(adapted)
     for path, (_, _, update) in adapted.items():
         if into_weights and not all(map(is_finite, update.parameters())):
             raise TensLoRAError(f"{path}: its update holds a NaN or an infinity, which no unmerge could take out again")
-    weights = {
-        path: cast(Tensor, cast(nn.Module, _parametrizations(module, name)).original)
-        for path, (module, name, _) in adapted.items()
-    }
+    weights = {path: _original(module, name) for path, (module, name, _) in adapted.items()}
     if into_weights:
         require_own_weights(model, weights)
         for path, (_, _, update) in adapted.items():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 
 if TYPE_CHECKING:
     from tests.commands import Commands
@@ -34,6 +35,14 @@ hypothesis.settings.load_profile("ci")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """torch.distributed in this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import dispatch_model
 from accelerate.utils import compile_regions
 from peft import LoraConfig, get_peft_model
@@ -1071,13 +1070,6 @@ def test_the_adapter_in_a_list_of_layers_ignores_their_arguments() -> None:
     for layer in layers:  # the adapter among them
         y = layer(y, mask=None)
     torch.testing.assert_close(y, expected)
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")

@@ -18,6 +18,8 @@ from tensorly.cp_tensor import cp_to_tensor
 from tensorly.tt_tensor import tt_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torchvision.models.resnet import BasicBlock
@@ -379,6 +381,26 @@ def test_a_copy_of_a_model_has_updates_of_its_own() -> None:
     torch.testing.assert_close(other(x), model(x))
     detach_tensors(other)
     assert any("parametrizations" in name for name in model.state_dict())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_weights_that_are_divided_among_processes_are_neither_merged_nor_detached(tmp_path: Path) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    randomised(adapt_tensor(model[1], "weight", 2))
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    expected = model(x)
+    fully_shard(model, mesh=mesh)
+    for act in (merge_tensors, unmerge_tensors, detach_tensors):
+        with pytest.raises(TensLoRAError, match=r"^1\.weight: is divided among processes \(DTensor\), as by"):
+            act(model)
+    torch.testing.assert_close(model(x), expected)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    load_tensors(plain, save_tensors(model, tmp_path / "updates.safetensors"))  # which the message says
+    parts = nn.Sequential(plain[1])
+    fully_shard(parts[0], mesh=mesh).unshard()
+    with pytest.raises(TensLoRAError, match=r"^0\.weight: its module has become a FSDPParametrizedLinear since; undo"):
+        detach_tensors(parts)
 
 
 @pytest.mark.parametrize("of_copy", [True, False])
