@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ _PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 """What PEFT puts in front of the names of a model's own weights."""
 
-_Place = tuple[int, TargetLinear]  # the index of the stage, and the Linear
+_Prefix = tuple[str, str]  # of modules' paths: in the file, and in the model in its place
 
 # The values of PEFT's init_lora_weights that leave the backbone's own weights as they are.
 _INITS_OF_LORA_ALONE = (True, False, "gaussian", "eva", "orthogonal")
@@ -174,10 +174,11 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
         raise TensLoRAError(
             f"{path}: has no lora_A and no lora_B; must hold them as PEFT names them, not {min(tensors)}"
         )
-    saved = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", key.removeprefix(PREFIX)) for key in matrices}
+    saved = _modules(matrices)
     targets = {target.path: (index, target) for index, (_, of_stage) in enumerate(stages) for target in of_stage}
-    by_own_name = {uncompiled(name): name for name in saved}
-    found = {by_own_name[name]: place for name, place in _places(by_own_name.keys(), targets).items()}
+    prefixes = _prefixes(matrices, stages)
+    paths = [_paths(saved, prefix, targets) for prefix in prefixes]
+    found = {saved[name]: targets[path] for name, path in paths[0].items()}
     if named := [key for key in matrices if re.search(r"\.lora_[^.]+\.[^.]+\.weight$", key)]:
         raise TensLoRAError(
             f"{path}: {min(named)} has an adapter's name in it, as in a model's own state dict; save the LoRA with "
@@ -189,8 +190,16 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
         )
     if saved and not found:
         raise TensLoRAError(f"{folder}: adapts {min(saved)} and others; this model has none of them")
-    if left := saved - found.keys():
+    if nowhere := [name for name in saved if not name.startswith(prefixes[0][0])]:
+        raise TensLoRAError(f"{folder}: adapts {min(nowhere)}; this model has no such layer")
+    if left := set(saved.values()) - found.keys():
         raise _left_out(folder, min(left), stages, choice)
+    if len(prefixes) > 1:
+        name = min(saved)
+        raise TensLoRAError(
+            f"{folder}: adapts {name} and others, which may be this model's {paths[0][name]} or {paths[1][name]}; "
+            f"choose one of the two, in PEFT by target_modules"
+        )
     try:
         products = _products(config, matrices, {name: target for name, (_, target) in found.items()})
     except TensLoRAError as error:
@@ -226,21 +235,44 @@ def read_others(folder: Path) -> dict[str, Tensor]:
     return {uncompiled(name): weight for name, weight in weights.items() if ".lora_" not in name}
 
 
-def _places(saved: Set[str], targets: Mapping[str, _Place]) -> dict[str, _Place]:
-    # The places of the saved modules. A model with a head has a prefix in front of the backbone's paths, and either
-    # model may have a head: the LoRA's own, or the one that is adapted. The prefix is the same for all paths, and the
-    # shortest that will do: one tower may be called blocks, and another visual.blocks.
+def _modules(names: Iterable[str]) -> dict[str, str]:
+    # The saved modules' names in the file, by their names without torch.compile's wrappers.
+    modules = {re.sub(r"\.lora_[^.]+(\.weight)?$", "", name.removeprefix(PREFIX)) for name in names}
+    return {uncompiled(name): name for name in modules}
+
+
+def _paths(saved: Iterable[str], prefix: _Prefix, paths: Container[str]) -> dict[str, str]:
+    # The paths of the saved modules that a prefix leads to.
+    old, new = prefix
+    return {name: path for name in saved if name.startswith(old) and (path := new + name[len(old) :]) in paths}
+
+
+def _prefixes(matrices: Mapping[str, Tensor], stages: Sequence[Stage]) -> list[_Prefix]:
+    # A model with a head has a prefix in front of the backbone's paths, and either model may have a head: the LoRA's
+    # own, or the one that is adapted. The prefix is the same for all paths. It is the one with which most matrices have
+    # the sizes of the model's, and the shortest of these: one tower may be called blocks, and another visual.blocks.
+    # Further ones that do as well, as for towers called text and vision, come after it.
+    saved = _modules(matrices)
+    targets = {target.path: target for _, of_stage in stages for target in of_stage}
     prefixes = {
         (name.removesuffix(path), "") if _ends_with(name, path) else ("", path.removesuffix(name))
         for name in saved
         for path in targets
         if _ends_with(name, path) or _ends_with(path, name)
     }
-    placed = [
-        {name: targets[path] for name in saved if name.startswith(old) and (path := new + name[len(old) :]) in targets}
-        for old, new in sorted(prefixes, key=lambda pair: (len(pair[0] + pair[1]), pair))
-    ]
-    return max(placed, key=len, default={})
+
+    def fits(name: str, path: str) -> bool:
+        a, b = (matrices.get(f"{PREFIX}{saved[name]}.lora_{which}.weight") for which in "AB")
+        sizes = None if a is None or b is None else (*a.shape[1:], *b.shape[:1])
+        return sizes == features(targets[path].linear)
+
+    scores = {}
+    for prefix in sorted(prefixes, key=lambda pair: (len(pair[0] + pair[1]), pair)):
+        placed = _paths(saved, prefix, targets)
+        scores[prefix] = (sum(fits(*place) for place in placed.items()), len(placed))
+    first = max(scores, key=lambda prefix: scores[prefix], default=("", ""))
+    fitting = [prefix for prefix, score in scores.items() if score == scores[first] and score[0]]
+    return [first, *(each for each in fitting if not all(map(str.startswith, each, first)))]
 
 
 def _left_out(folder: Path, name: str, stages: Sequence[Stage], choice: str | None) -> TensLoRAError:

@@ -18,6 +18,7 @@ from tenslora import TensLoRAError
 from tenslora.peft.saved_lora import read_config, read_others, read_updates
 from tenslora.projections import find_projections
 from tests.models import build, compiled
+from tests.plain_transformer import PlainTransformer
 
 
 def save_random_lora(model: nn.Module, folder: Path, **settings: Any) -> nn.Module:
@@ -137,6 +138,24 @@ def test_a_lora_for_another_model_is_refused(tmp_path: Path) -> None:
     save_random_lora(build("hf_bert").float(), tmp_path, r=2, target_modules=["query"])
     with pytest.raises(TensLoRAError, match="this model has none of them"):
         read_updates(tmp_path, find_projections(build("timm_vit")))
+
+
+def test_a_lora_of_one_of_two_towers_is_put_on_the_one_that_it_fits(tmp_path: Path) -> None:
+    def towers(width: int) -> nn.Module:
+        return nn.ModuleDict({"text": PlainTransformer(), "vision": PlainTransformer(width=width)})
+
+    save_random_lora(PlainTransformer(width=36), tmp_path, r=2, target_modules=["query", "key", "value"])
+    [alone] = read_updates(tmp_path, find_projections(PlainTransformer(width=36)))
+    text, vision = read_updates(tmp_path, find_projections(towers(36)))
+    assert not any(update.any() for layer in text for update in layer)
+    assert all(torch.equal(torch.stack(ours), torch.stack(own)) for ours, own in zip(vision, alone, strict=True))
+    whole = towers(24)
+    save_random_lora(PlainTransformer(), tmp_path, r=2, target_modules=["query", "key", "value"])
+    with pytest.raises(TensLoRAError, match=r"may be .* text\.(blocks\.0\.\S+) or vision\.\1; choose one of the two"):
+        read_updates(tmp_path, find_projections(whole))
+    save_random_lora(whole, tmp_path, r=2, target_modules=["query", "key", "value"])
+    with pytest.raises(TensLoRAError, match=r"adapts vision\.blocks\.0\.\S+; this model has no such layer"):
+        read_updates(tmp_path, find_projections(whole.get_submodule("text")))
 
 
 def test_an_untrained_lora_is_refused(tmp_path: Path) -> None:
