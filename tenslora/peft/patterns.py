@@ -1,7 +1,8 @@
 """Matches the regular expressions of PEFT's settings, in limited time.
 
 A regular expression can take longer than anyone can wait, by trying every way of dividing a name among its parts, and
-Python's own cannot be interrupted in every thread. Those that are more than a name are matched by another process.
+Python's own cannot be interrupted in every thread. Those that are more than a name are matched by another process,
+unless no Python can be started, as where a program has Python built in: they then take the time that they take.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ expressions, names = json.load(sys.stdin)
 try:
     compiled = [re.compile(expression) for expression in expressions]
 except (re.error, RecursionError, OverflowError) as error:
-    sys.exit(f"not a regular expression ({error})")
-print(json.dumps([next((i for i, one in enumerate(compiled) if one.match(name)), None) for name in names]))
+    answer = f"not a regular expression ({error})"
+else:
+    answer = [next((i for i, one in enumerate(compiled) if one.match(name)), None) for name in names]
+print(json.dumps(answer))
 """
 
 
@@ -39,7 +42,7 @@ def first_matches(
         names: paths of modules.
         form: the expression that a pattern is put into, in the place of {}. By default it is PEFT's for rank_pattern
             and alpha_pattern: the pattern has to match the end of a path, from the beginning of one of its parts.
-        seconds: how long matching may take if any pattern is more than a name.
+        seconds: how long matching may take if any pattern is more than a name, and another process can match it.
 
     Returns:
         The pattern by the name. Names that no pattern matches are left out.
@@ -53,8 +56,7 @@ def first_matches(
     # replace, because format would take the braces of a pattern for its own
     expressions = [form.replace("{}", pattern) for pattern in patterns]
     if all(re.fullmatch(r"[\w.-]*", pattern) for pattern in patterns) and len(patterns) * len(names) < 100_000:
-        compiled = [re.compile(expression) for expression in expressions]
-        found = [next((i for i, one in enumerate(compiled) if one.match(name)), None) for name in names]
+        found = _in_this_process(patterns, expressions, names)
     else:
         found = _in_another_process(patterns, expressions, names, seconds)
     return {name: patterns[index] for name, index in zip(names, found, strict=True) if index is not None}
@@ -76,22 +78,32 @@ def of_paths(paths: Iterable[str]) -> str:
     return "|".join(map(re.escape, paths))
 
 
+def _in_this_process(patterns: Sequence[str], expressions: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    try:
+        compiled = [re.compile(expression) for expression in expressions]
+    except (re.error, RecursionError, OverflowError) as error:
+        raise TensLoRAError(f"{shown(list(patterns))}: not a regular expression ({error})") from error
+    return [next((i for i, one in enumerate(compiled) if one.match(name)), None) for name in names]
+
+
 def _in_another_process(
     patterns: Sequence[str], expressions: Sequence[str], names: Sequence[str], seconds: float
 ) -> list[int | None]:
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _MATCH],
+            [sys.executable or "", "-I", "-S", "-c", _MATCH],
             input=json.dumps([expressions, list(names)]),
             capture_output=True,
             text=True,
             timeout=seconds,
         )
+        answer: list[int | None] | str = json.loads(done.stdout) if done.returncode >= 0 else "cannot be matched"
     except subprocess.TimeoutExpired as error:
         raise TensLoRAError(
             f"{shown(list(patterns))}: matching the names of the modules takes more than {seconds:g} seconds"
         ) from error
-    if done.returncode:
-        raise TensLoRAError(f"{shown(list(patterns))}: {(done.stderr.splitlines() or ['cannot be matched'])[-1]}")
-    found: list[int | None] = json.loads(done.stdout)
-    return found
+    except (OSError, ValueError):  # sys.executable is empty, gone or no Python
+        return _in_this_process(patterns, expressions, names)
+    if isinstance(answer, str):
+        raise TensLoRAError(f"{shown(list(patterns))}: {answer}")
+    return answer

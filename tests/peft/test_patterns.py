@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -47,3 +49,13 @@ def test_what_is_no_regular_expression_is_refused_in_one_line(pattern: str) -> N
     with pytest.raises(TensLoRAError, match="not a regular expression") as caught:
         first_matches(["query", pattern], NAMES)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("program", ["", None, "/nowhere/python", "/bin/false", "/bin/echo"])
+def test_patterns_are_matched_where_no_python_can_be_started(
+    program: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    assert first_matches(["(que|ke)ry"], NAMES[:3]) == dict.fromkeys(NAMES[:2], "(que|ke)ry")
+    with pytest.raises(TensLoRAError, match=r'^\["\("\]: not a regular expression'):
+        first_matches(["("], NAMES)
