@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from tenslora.adapter_config import LARGEST_SCALE, AdapterConfig
 from tenslora.constructions import PROJECTION, SITE, Geometry, modes, stacked_axes, tensor_grid
@@ -364,15 +365,26 @@ class Adapter(_AnyAdapter):
             ranks: the ranks, in the order of `ranks.rank_limits`.
 
         Raises:
-            TensLoRAError: if they are not as many whole numbers from 1 up. Nothing is changed then.
+            TensLoRAError: if they are not as many whole numbers from 1 up, or if the adapter is in
+                DistributedDataParallel. Nothing is changed then.
         """
-        self.ranks = _require_ranks(ranks, self.config, self.geometry)
+        valid = _require_ranks(ranks, self.config, self.geometry)
+        in_graph = {parameter for parameter in self.parameters() if _is_in_graph(parameter)}
+        if in_graph and torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise TensLoRAError(
+                "the adapter's ranks cannot change while it is in DistributedDataParallel, or while its last loss or "
+                "output is kept; delete these first, and wrap the model anew"
+            )
+        self.ranks = valid
         for module in self.tensors:
             tensor = cast(FactorizedTensor, module)
             for name, shape in tensor.factorization.shapes(tensor.modes, self.ranks).items():
                 parameter = tensor.get_parameter(name)
                 parameter.grad = None
-                parameter.data = parameter.new_zeros(shape)
+                zeros = parameter.new_zeros(shape)
+                if parameter in in_graph:  # torch forgets a graph's node for the old shape only when the type changes
+                    parameter.data = zeros.to(torch.float16 if zeros.dtype is torch.float32 else torch.float32)
+                parameter.data = zeros
 
 
 class StagedAdapter(_AnyAdapter):
@@ -473,6 +485,18 @@ def _require_ranks(ranks: Sequence[int], config: AdapterConfig, geometry: Geomet
     if not len(whole) == len(ranks) == count:
         raise TensLoRAError(f"ranks={shown(ranks)}: must be {count} whole numbers from 1 up")
     return tuple(whole)
+
+
+def _is_in_graph(parameter: nn.Parameter) -> bool:
+    # Whether anything holds the node that gathers the parameter's gradient: a loss, an output, or what averages the
+    # gradients of several processes. Otherwise torch makes a new node each time, which knows of no mark.
+    if not parameter.requires_grad or parameter.is_inference() or torch.is_inference_mode_enabled():
+        return False
+    get_gradient_edge(parameter).node.metadata[_MARK] = True
+    return bool(get_gradient_edge(parameter).node.metadata.pop(_MARK, False))
+
+
+_MARK = "tenslora"
 
 
 def _require_neighbours(name: str, indices: range, size: int) -> None:

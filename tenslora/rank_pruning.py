@@ -48,8 +48,8 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
 
     Raises:
         TensLoRAError: if the factorization has no such bases (CP), if even rank 1 exceeds the budget, if the optimizer
-            keeps anything else of the parameters' shapes than AdamW's two moments, as plain tensors, or if the adapter
-            holds a NaN or an infinity. Nothing is changed then.
+            keeps anything else of the parameters' shapes than AdamW's two moments, as plain tensors, if the adapter
+            holds a NaN or an infinity, or if it is in DistributedDataParallel. Nothing is changed then.
     """
     require_type("adapter", adapter, Adapter)
     require_type("budget", budget, int)

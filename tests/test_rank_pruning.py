@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from tenslora.adapter import Adapter, StagedAdapter, load_adapter
@@ -227,6 +227,44 @@ def test_moments_that_cannot_be_taken_along_are_refused(optimizer: Any) -> None:
         prune(adapter, 60, training)
     assert adapter.ranks == ranks
     assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_that_is_kept_does_not_stop_the_training(dtype: torch.dtype) -> None:
+    trained, kept = [], []
+    for is_kept in (False, True):
+        torch.manual_seed(0)
+        model = PlainTransformer().to(dtype)
+        adapter, x = attached(model, "qkv_depth").to(dtype), torch.ones(2, 5, 24, dtype=dtype)
+        hooked: list[Tensor] = []
+        next(adapter.parameters()).register_hook(hooked.append)
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01)
+        for step in range(3):
+            loss = model(x).square().mean()
+            loss.backward()
+            if is_kept:
+                kept.append(loss)
+            del loss
+            optimizer.step()
+            optimizer.zero_grad()
+            if step < 2:
+                prune(adapter, (900, 600)[step], optimizer)
+        assert len(hooked) == 3
+        trained.append(torch.cat([parameter.detach().flatten() for parameter in adapter.parameters()]))
+    assert torch.equal(*trained)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_ranks_do_not_change_while_several_processes_average_gradients() -> None:
+    model = PlainTransformer()
+    adapter = attached(model, "qkv_depth")
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    before = adapter.ranks
+    with pytest.raises(TensLoRAError, match=r"^the adapter's ranks cannot change while it is in Distributed"):
+        prune(adapter, 600)
+    assert adapter.ranks == before
+    del wrapped
+    assert prune(adapter, 600) != before
 
 
 def test_moments_of_8_bits_are_refused() -> None:
