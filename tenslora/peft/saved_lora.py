@@ -222,17 +222,27 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
     return updates
 
 
-def read_others(folder: Path) -> dict[str, Tensor]:
+def read_others(folder: Path, stages: Sequence[Stage] = (), names: Container[str] = ()) -> dict[str, Tensor]:
     """Read what was trained and saved beside a LoRA, such as a head.
 
     Args:
         folder: a folder that PEFT's `save_pretrained` wrote.
+        stages: those of the model that the LoRA is for, whose paths may have another prefix than those in the file.
+        names: of the model's weights.
 
     Returns:
-        The weights by their names in the file, without those of torch.compile's wrappers.
+        The weights by their names in the file, without those of torch.compile's wrappers. A weight that is the model's
+        under the prefix of the stages has the name that PEFT would give it in the model.
     """
     weights = read_safetensors(folder / WEIGHTS)[1]
-    return {uncompiled(name): weight for name, weight in weights.items() if ".lora_" not in name}
+    old, new = _prefixes({name: weight for name, weight in weights.items() if ".lora_" in name}, stages)[0]
+    others = {}
+    for name, weight in weights.items():
+        saved = uncompiled(name)
+        own = new + saved.removeprefix(PREFIX + old)
+        if ".lora_" not in name:
+            others[PREFIX + own if saved.startswith(PREFIX + old) and own in names else saved] = weight
+    return others
 
 
 def _modules(names: Iterable[str]) -> dict[str, str]:

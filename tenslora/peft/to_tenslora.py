@@ -141,8 +141,8 @@ def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[
     stages = chosen_stages(model, config)
     adapter = config.make_adapter([stage.geometry for stage in stages])
     approximation = approximate(adapter, read_updates(folder, stages, choice(config)))
-    others = read_others(folder)
     own = model.state_dict()
+    others = read_others(folder, stages, own.keys())
     for name, weight in others.items():
         place = own.get(name.removeprefix(PREFIX))
         if place is not None and place.shape != weight.shape:
@@ -155,12 +155,16 @@ def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[
         _in_modes(peft_model, model.training, model.training).load_state_dict(adapter.state_dict())
         saved = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         wanted = {name: others.get(name, weight) for name, weight in saved.items()}  # PEFT wants all of them
-        if left_out := [name for name in own if PREFIX + name in others.keys() - wanted.keys()]:
-            warnings.warn(
-                f"{folder}: {listed(left_out)} are saved beside the LoRA, and are not loaded, because they would not "
-                f"be saved again; name their modules in modules_to_save",
-                stacklevel=3,
-            )
+        left_out = [name for name in own if PREFIX + name in others.keys() - wanted.keys()]
+        nowhere = sorted(name for name in others.keys() - wanted.keys() if name.removeprefix(PREFIX) not in own)
+        for names, why in (
+            (left_out, "because they would not be saved again; name their modules in modules_to_save"),
+            (nowhere, f"because {type(model).__name__} has no weights of these names"),
+        ):
+            if names:
+                warnings.warn(
+                    f"{folder}: {listed(names)} are saved beside the LoRA, and are not loaded, {why}", stacklevel=3
+                )
         with torch.no_grad():
             set_peft_model_state_dict(peft_model, {name: weight.clone() for name, weight in wanted.items()})
     return peft_model, approximation

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune as prune_weight
 
@@ -178,6 +179,21 @@ def test_a_lora_becomes_a_tenslora_adapter_and_a_lora_again(tmp_path: Path) -> N
     again = get_peft_model(model.unload(), lora_config)
     set_peft_model_state_dict(again, state)
     torch.testing.assert_close(logits(again, inputs("hf_bert")), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("of_wrapper", [True, False])
+def test_a_head_is_loaded_from_a_lora_whose_paths_have_another_prefix(of_wrapper: bool, tmp_path: Path) -> None:
+    trained = lora(tmp_path).classifier.modules_to_save.default.weight
+    model = build("hf_bert") if of_wrapper else nn.ModuleDict({"model": build("hf_bert")})
+    path = tmp_path / "adapter_model.safetensors"
+    old, new = "base_model.model.", "base_model.model.model." if of_wrapper else "base_model.model."
+    weights = {name.replace(old, new, 1): weight for name, weight in load_file(path).items()}
+    save_file({**weights, "base_model.model.other.weight": torch.zeros(1)}, path)
+    config = TensLoraConfig(ranks=[12, 12, 3, 2], modules_to_save=["classifier"])
+    with pytest.warns(UserWarning, match=r"model\.other\.weight are saved beside .* has no weights of these names$"):
+        turned, _ = from_lora(model, tmp_path, config)
+    [head] = [module for name, module in turned.named_modules() if name.endswith("classifier.modules_to_save.default")]
+    torch.testing.assert_close(head.weight, trained, rtol=0, atol=1e-7)
 
 
 def test_ranks_that_are_too_low_lose_something_and_say_how_much(tmp_path: Path) -> None:
