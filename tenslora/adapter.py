@@ -492,8 +492,13 @@ def _is_in_graph(parameter: nn.Parameter) -> bool:
     # gradients of several processes. Otherwise torch makes a new node each time, which knows of no mark.
     if not parameter.requires_grad or parameter.is_inference() or torch.is_inference_mode_enabled():
         return False
-    get_gradient_edge(parameter).node.metadata[_MARK] = True
-    return bool(get_gradient_edge(parameter).node.metadata.pop(_MARK, False))
+    _notes(parameter)[_MARK] = True
+    return bool(_notes(parameter).pop(_MARK, False))
+
+
+def _notes(parameter: nn.Parameter) -> dict[str, Any]:
+    # What torch lets a program write beside the node.
+    return cast(dict[str, Any], get_gradient_edge(parameter).node.metadata)
 
 
 _MARK = "tenslora"

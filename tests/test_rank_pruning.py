@@ -237,7 +237,7 @@ def test_a_loss_that_is_kept_does_not_stop_the_training(dtype: torch.dtype) -> N
         model = PlainTransformer().to(dtype)
         adapter, x = attached(model, "qkv_depth").to(dtype), torch.ones(2, 5, 24, dtype=dtype)
         hooked: list[Tensor] = []
-        next(adapter.parameters()).register_hook(hooked.append)
+        next(adapter.parameters()).register_hook(hooked.append)  # type: ignore[no-untyped-call]
         optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01)
         for step in range(3):
             loss = model(x).square().mean()
