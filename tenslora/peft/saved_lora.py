@@ -184,6 +184,8 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
             f"{path}: {min(named)} has an adapter's name in it, as in a model's own state dict; save the LoRA with "
             f"PEFT's save_pretrained, or take the name out"
         )
+    if biases := [key for key in matrices if key.endswith(".lora_B.bias")]:
+        raise TensLoRAError(f"{path}: {min(biases)} is a bias of lora_B, which a tensor of updates cannot hold")
     if wrapped := [key for key in matrices if key.startswith("module.")]:
         raise TensLoRAError(
             f"{path}: {min(wrapped)} begins with module., as under DistributedDataParallel; must begin with {PREFIX}"
@@ -287,7 +289,14 @@ def _prefixes(matrices: Mapping[str, Tensor], stages: Sequence[Stage]) -> list[_
 
 def _left_out(folder: Path, name: str, stages: Sequence[Stage], choice: str | None) -> TensLoRAError:
     choice = choice or f"adapt={stages[0].geometry.adapt}"
-    return TensLoRAError(f"{folder}: adapts {name}, which the choice of {choice} leaves out; choose it too")
+    if choice == "adapt=all":
+        return TensLoRAError(
+            f"{folder}: adapts {name}, which adapt=all cannot adapt; train the LoRA without it, or merge the LoRA into "
+            f"the model"
+        )
+    return TensLoRAError(
+        f"{folder}: adapts {name}, which the choice of {choice} leaves out; choose it too, or train the LoRA without it"
+    )
 
 
 def _ends_with(path: str, end: str) -> bool:

@@ -180,6 +180,9 @@ def test_a_matrix_that_only_the_lora_adapts_is_named(tmp_path: Path) -> None:
     save_random_lora(model, tmp_path, r=2, target_modules=["query", "output.dense"])
     with pytest.raises(TensLoRAError, match=r"adapts bert\..*output\.dense, which the choice of adapt=qkv leaves out"):
         read_updates(tmp_path, find_projections(model))
+    save_random_lora(model, tmp_path, r=2, target_modules=["query", "pooler.dense"])
+    with pytest.raises(TensLoRAError, match=r"pooler\.dense, which adapt=all cannot adapt; train the LoRA without it"):
+        read_updates(tmp_path, find_projections(model, "all"), "adapt=all")
 
 
 def test_other_sizes_and_other_kinds_of_adapter_are_refused(tmp_path: Path) -> None:
@@ -270,6 +273,7 @@ def test_settings_that_are_no_object_are_refused_in_one_line(content: str, tmp_p
         ("lora_A.weight", torch.zeros(24), r"lora_A.weight has the shape \(24,\), not \(2, 24\)"),
         ("lora_A.weight", torch.zeros(2, 24, dtype=torch.int64), "lora_A.weight has the type int64"),
         ("lora_B.weight", torch.zeros(24, 10**6), r"lora_B.weight has the shape \(24, 1000000\), not \(24, 2\)"),
+        ("lora_B.bias", torch.zeros(24), "lora_B.bias is a bias of lora_B, which a tensor of updates cannot hold"),
         ("lora_magnitude_vector", torch.zeros(24), "has .*lora_magnitude_vector, which does not belong there"),
     ],
 )
