@@ -88,8 +88,10 @@ def attach(
 
     stages, trained = stages_to_adapt(model, adapter), modules_named(model, train)
     ids = {id(parameter) for module in trained for parameter in module.parameters()}
-    before = () if isinstance(adapter, AdapterConfig) else adapter.trained_beside
-    left_out = sorted(name for name, own in model.named_parameters() if name in before and id(own) not in ids)
+    before = () if isinstance(adapter, AdapterConfig) else {uncompiled(name) for name in adapter.trained_beside}
+    left_out = sorted(
+        name for name, own in model.named_parameters() if uncompiled(name) in before and id(own) not in ids
+    )
     if left_out:
         warnings.warn(
             f"{listed(left_out)}: trained beside this adapter before, and frozen now; train=[...] names what is to be "
@@ -1116,12 +1118,14 @@ def not_compiled(model: nn.Module) -> nn.Module:
 
 
 def uncompiled(name: str) -> str:
-    """The name that a module or a weight has without the wrappers that torch.compile puts around parts of a model.
+    """The name that a module or a weight has without the wrappers that torch puts around parts of a model.
+
+    These are the wrappers of torch.compile and of torch's activation checkpointing.
 
     Args:
         name: a path in the model.
     """
-    return name.replace("_orig_mod.", "")
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _adapted_linears(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -289,10 +289,11 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
         running_mean, running_var and num_batches_tracked of every module that counts its batches, as each of torch's
         batch norms does, frozen or not; by their names in the model's state dict.
     """
-    kept, buffers = model.state_dict().keys(), dict(model.named_buffers())
+    kept = {uncompiled(name): name for name in model.state_dict()}
+    buffers = {uncompiled(name): each for name, each in model.named_buffers()}
     norms = [_owner(name) for name in buffers if name.rpartition(".")[2] == _COUNT]
     names = [f"{path}.{part}" if path else part for path in norms for part in ("running_mean", "running_var", _COUNT)]
-    return {name: buffers[name] for name in names if name in kept and name in buffers}
+    return {kept[name]: buffers[name] for name in names if name in kept and name in buffers}
 
 
 def require_statistics(statistics: Mapping[str, Tensor]) -> None:
@@ -387,26 +388,28 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
     # are trained, such as a parametrization's. Running statistics move without any.
     of_adapter = f"{SUBMODULE}."
     # First of all, because fully_shard gives a module its own parameters back when it is asked for its state dict.
-    kept = [name for name in model.state_dict() if not name.startswith(of_adapter)]
+    # Its names may lack the wrappers that those of the parameters have.
+    kept = [uncompiled(name) for name in model.state_dict() if not name.startswith(of_adapter)]
     adapter = adapter_of(model)
     own = {id(factor) for factor in adapter.parameters()}  # in a list of adapters they have another name
     others = {
-        name: each for name, each in model.named_parameters() if not name.startswith(of_adapter) and id(each) not in own
+        uncompiled(name): each
+        for name, each in model.named_parameters()
+        if not name.startswith(of_adapter) and id(each) not in own
     }
     beside = {uncompiled(name) for name in adapter.trained_beside}
-    trained: dict[str, Tensor] = {
-        name: each for name, each in others.items() if each.requires_grad or uncompiled(name) in beside
-    }
+    trained: dict[str, Tensor] = {name: each for name, each in others.items() if each.requires_grad or name in beside}
     with_frozen = {path for name in others.keys() - trained.keys() for path in _holders(name)}
     owners = {_owner(name) for name in trained}
     whole = {path for name in trained for path in _holders(name)} - with_frozen
-    buffers = dict(model.named_buffers())
+    buffers = {uncompiled(name): each for name, each in model.named_buffers()}
     of_trained = {
         name: buffers[name]
         for name in kept
         if name in buffers and (_owner(name) in owners or not whole.isdisjoint(_holders(name)))
     }
-    saved = {uncompiled(name): weight for name, weight in (trained | of_trained | running_statistics(model)).items()}
+    statistics = {uncompiled(name): each for name, each in running_statistics(model).items()}
+    saved = trained | of_trained | statistics
     _require_no_other_head(model, beside, saved.keys())
     return saved
 

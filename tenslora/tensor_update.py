@@ -344,15 +344,18 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def _without_wrapper(model: nn.Module) -> nn.Module:
-    while (inner := not_compiled(model.module if isinstance(model, _WRAPPERS) else model)) is not model:
+    while True:
+        inner = not_compiled(model.module if isinstance(model, _WRAPPERS) else model)
+        inner = inner._modules.get("_checkpoint_wrapped_module") or inner  # that of torch's activation checkpointing
+        if inner is model:
+            return model
         model = inner
-    return model
 
 
 def _holder(model: nn.Module, place: str) -> tuple[nn.Module, str]:
     path, _, name = uncompiled(place).rpartition(".")
     try:
-        return not_compiled(_without_wrapper(model).get_submodule(path)), name
+        return _without_wrapper(_without_wrapper(model).get_submodule(path)), name
     except AttributeError as error:
         raise TensLoRAError(f"{place}: there is no such weight") from error
 

@@ -27,6 +27,7 @@ import yaml
 from accelerate.utils import compile_regions
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations
@@ -710,6 +711,38 @@ def test_parts_that_are_compiled_are_saved_under_their_own_names(compiled: str, 
     torch.testing.assert_close(used(x), expected)
     detach(used)
     assert not hasattr(used, "tenslora") and not hasattr(model, "tenslora")
+
+
+@pytest.mark.parametrize("part", ["head", "blocks.1"])
+@pytest.mark.parametrize("before", [True, False])
+def test_parts_that_are_checkpointed_are_saved_under_their_own_names(part: str, before: bool, tmp_path: Path) -> None:
+    def wrap(model: PlainTransformer) -> PlainTransformer:
+        model.set_submodule(part, checkpoint_wrapper(model.get_submodule(part)))
+        return model
+
+    def build_model() -> PlainTransformer:
+        torch.manual_seed(0)
+        model = PlainTransformer()
+        model.head = nn.Sequential(nn.BatchNorm1d(24), nn.Linear(24, 2))  # type: ignore[assignment]
+        return model
+
+    model, x = build_model(), torch.randn(4, 5, 24, generator=torch.Generator().manual_seed(0))
+    if before:
+        wrap(model)
+    attach(model, AdapterConfig("qkv_depth"), train=["head", "norm1"])
+    if not before:
+        wrap(model)
+    scramble(model)
+    model.train()(x)  # which moves the statistics of the norm
+    expected = model.eval()(x)
+    save_pretrained(model, tmp_path)
+    assert not any("_checkpoint" in name for name in load_file(tmp_path / "head.safetensors"))
+    for other in (build_model(), wrap(build_model())):
+        load(other, tmp_path)
+        torch.testing.assert_close(other.eval()(x), expected)
+    adapter = detach(model)
+    with pytest.warns(UserWarning, match=r"trained beside this adapter before, and frozen"):
+        attach(build_model(), adapter)
 
 
 def _with_spectral_norm(model: PlainTransformer) -> None:

@@ -18,6 +18,7 @@ from tensorly.cp_tensor import cp_to_tensor
 from tensorly.tt_tensor import tt_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
@@ -646,12 +647,14 @@ def test_updates_are_not_loaded_where_their_numbers_would_be_lost(tmp_path: Path
         layer.weight  # noqa: B018
 
 
-@pytest.mark.parametrize("wrapped", ["model", "part", "parallel"])
+@pytest.mark.parametrize("wrapped", ["model", "part", "checkpointed", "parallel"])
 def test_the_names_of_saved_updates_are_those_without_a_wrapper(wrapped: str, tmp_path: Path) -> None:
     model, x = _two_updates(1), torch.randn(3, 5)
     expected, whole = model(x), model
     if wrapped == "part":
         model[2] = torch.compile(model[2], backend="eager")
+    elif wrapped == "checkpointed":
+        model[2] = checkpoint_wrapper(model[2])
     else:
         whole = nn.DataParallel(model) if wrapped == "parallel" else torch.compile(model)
     path = save_tensors(whole, tmp_path / "tensors.safetensors")
