@@ -251,10 +251,10 @@ class LoadedRun:
     def _require_drawn_as_in_the_run(self, dataset: Dataset, config: DatasetConfig) -> None:
         """Refuse data that has changed: other rows would be drawn for scoring, some of which the run has trained on."""
         record, counts = self.record, []
-        found = record["digest"]
+        found = record
         with suppress(TensLoRAError):  # a record that is no longer there
-            found = self.files.read_record()["digest"]
-        if found != record["digest"]:
+            found = self.files.read_record()
+        if any(found[name] != record[name] for name in ("digest", "sha256")):  # the latter where it was trained anew
             raise TensLoRAError(f"{self.files.path}: is the folder of another run; load the run again")
         if config.scored_on == self.run.dataset.scored_on:
             counts.append((config.scored_on, record[f"{config.scored_on}_examples"], len(dataset.scored)))

@@ -238,6 +238,16 @@ def test_parts_of_two_runs_do_not_make_one(digits_run: Path, sentences_run: Path
     assert len({loaded, other, loaded}) == 2
 
 
+def test_a_folder_that_was_trained_anew_is_told(regression_run: Path, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(regression_run, tmp_path / "run"))
+    loaded = load_run(folder.path)
+    record = json.loads(folder.result.read_text())
+    record["sha256"] = dict.fromkeys(record["sha256"], "0" * 64)
+    folder.result.write_text(json.dumps(record))
+    with pytest.raises(TensLoRAError, match=rf"^{folder.path}: is the folder of another run; load the run again$"):
+        loaded.evaluate()
+
+
 def test_a_tokenizer_that_was_changed_so_that_it_fails_is_told(
     sentences_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

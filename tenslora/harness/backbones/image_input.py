@@ -111,7 +111,8 @@ def resolve_image_input(config: ModelConfig, own: ImageInput) -> ImageInput:
         own: the images that the model takes according to its own files.
 
     Raises:
-        TensLoRAError: if the model's own mean or standard deviation is for another number of channels.
+        TensLoRAError: if the model takes neither grey images nor those of three colours, or if its own mean or standard
+            deviation is for another number of channels.
     """
     given: dict[str, Any] = {
         "size": config.image_size,
@@ -120,6 +121,11 @@ def resolve_image_input(config: ModelConfig, own: ImageInput) -> ImageInput:
         "std": config.std,
     }
     resolved = replace(own, **{name: value for name, value in given.items() if value is not None})
+    if resolved.channels not in (1, 3):
+        raise TensLoRAError(
+            f"model: {config.name} takes images of {resolved.channels} channels; must take 1 (grey) or 3 (red, green "
+            f"and blue)"
+        )
     for name, values in (("mean", resolved.mean), ("std", resolved.std)):
         if len(values) == resolved.channels:
             continue
@@ -140,7 +146,6 @@ def _require_usable(config: ModelConfig, images: ImageInput) -> None:
     """Check what the files of a model say of its images."""
     ranges = [
         ("size", [images.size], 1, 4096),
-        ("channels", [images.channels], 1, 4096),
         ("mean", images.mean, -1e6, 1e6),
         ("std", images.std, 1e-6, 1e6),
         ("crop_ratio", [images.crop_ratio], 0.01, 1),

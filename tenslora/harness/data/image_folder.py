@@ -100,6 +100,11 @@ def _in_split_folders(root: Path, config: ImageDatasetConfig) -> Dataset:
             listed = shortened(present) or "nothing"
             cause = "root" if getattr(config, setting) is None else setting
             value = root if cause == "root" else split
+            if cause != "root" and "/" in split:
+                raise TensLoRAError(
+                    f"dataset.{cause}={value}: must be the name of a folder in {root}, without a slash; there are "
+                    f"{listed}"
+                )
             raise TensLoRAError(
                 f"dataset.{cause}={value}: there is no folder {root / split}; {LAYOUT}. Folders there: {listed}"
             )

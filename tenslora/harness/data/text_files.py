@@ -338,7 +338,7 @@ def _read_tables(files: Sequence[Path]) -> Rows:
     tables = []
     for file in files:
         require_separator(file, separator)
-        _require_whole_quotes(file, separator)
+        _require_whole_cells(file, separator)
         head = pandas.read_csv(file, header=None, nrows=1, **as_strings)
         _require_different(head.iloc[0].tolist())
         table = pandas.read_csv(file, **as_strings)
@@ -446,9 +446,14 @@ def require_separator(file: Path, separator: str) -> None:
         )
 
 
-def _require_whole_quotes(file: Path, separator: str) -> None:
-    """Refuse a cell in quotes that goes on after them. pandas would drop the quotes, and take lines into the cell."""
+def _require_whole_cells(file: Path, separator: str) -> None:
+    """Refuse a cell in quotes that goes on after them, and one of NULs, which a loss of power can leave.
+
+    pandas would drop the quotes, and take lines into the cell.
+    """
     text = file.read_text(encoding="utf-8-sig")
+    if "\0" in text:
+        raise ValueError(f"line {text.count(chr(10), 0, text.index(chr(0))) + 1} of {file.name} holds a NUL")
     in_quotes = re.compile(rf'(?:\A|[{separator}\n])("[^"]*(?:""[^"]*)*") *([^{separator}\n ]?)')
     for cell in in_quotes.finditer(text):
         if cell[2]:

@@ -147,6 +147,12 @@ def test_a_mean_of_another_number_of_channels_is_refused(word: str, line: str) -
     assert_refused(generic(*words, word), line)
 
 
+def test_a_model_of_other_channels_than_images_have_is_refused() -> None:
+    words = ["model=timm", "model.architecture=vit_tiny_patch16_224", "model.pretrained=false", "model.image_size=32"]
+    words += ["+model.options.in_chans=4", "model.mean=[0,0,0,0]", "model.std=[1,1,1,1]"]
+    assert_refused(generic(*words), r"^model: \S+ takes images of 4 channels; must take 1 \(grey\) or 3")
+
+
 def test_patches_that_overlap_take_images_of_any_size() -> None:
     words = ["model=timm", "model.architecture=pvt_v2_b0", "model.pretrained=false", "model.image_size=32"]
     image_input = load_random_of(generic(*words))  # patches of 7 pixels, one every 4

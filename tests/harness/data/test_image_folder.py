@@ -174,6 +174,11 @@ def test_a_list_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     [
         ({"a": [1], "b": [2]}, {}, r"dataset\.root=\S+: there is no folder \S+/train; .*train_fraction.* there: a, b"),
         ({"train/a": [1]}, {}, r"dataset\.root=\S+: there is no folder \S+/test; "),
+        (
+            {"train/a": [1]},
+            {"train_splits": ("./train",)},
+            r"train_splits=\./train: must be .*, without a slash; there",
+        ),
         ({"train/a": [1]}, {"train_splits": ("more",)}, r"dataset\.train_splits=more: there is no folder \S+/more"),
         ({"train": [1], "test/a": [1]}, {}, r"\S+/train has no folders, but must have one for each class"),
         ({"train/a": [1], "train/b": [], "test/a": [1]}, {}, r"dataset\.root=.*\(\.jpg.*but there are none in b"),

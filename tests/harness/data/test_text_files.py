@@ -233,6 +233,7 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
          r"first line names 2 columns, .* more cells; a cell that holds commas must be in quotes\)$"),
         ({"train.tsv": 'text\tlabel\n"Hi\t1\nb\t2\nA 5"\t2\n'}, r"cell begins with a quotation mark that ends in an"),
         ({"train.csv": 'text,label\na,1\n"b,1\nc,2\n"d,1\n'}, r"in line 3 of train\.csv goes on after .*, in line 5; "),
+        ({"train.csv": "text,label\na,1\nb,2\n\0\0\0"}, r"\(line 4 of train\.csv holds a NUL\)"),
         ({"train.csv": 'label,text\n1,"A \\"b\\" c"\n2,d\n'}, r"in line 2 of train\.csv goes on after .*, in line 2; "),
         ({"train.csv": '"text", "label"\n"a, b", "x"\n"c", "y"\n'}, r'each cell of the column "label" has a blank be'),
         ({"train.csv": "text,label\na,1\ntext,label\nb,2\n"}, r"row 2 of train\.csv is the first line again, which"),
