@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tenslora.adapted_linear import is_dtensor
 from tenslora.adapter import Adapter
 from tenslora.errors import TensLoRAError, require_type
 from tenslora.factorizations.factorization import Basis
@@ -49,7 +50,7 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
     Raises:
         TensLoRAError: if the factorization has no such bases (CP), if even rank 1 exceeds the budget, if the optimizer
             keeps anything else of the parameters' shapes than AdamW's two moments, as plain tensors, if the adapter
-            holds a NaN or an infinity, or if it is in DistributedDataParallel. Nothing is changed then.
+            holds a NaN or an infinity, or if it is in DistributedDataParallel or fully_shard. Nothing is changed then.
     """
     require_type("adapter", adapter, Adapter)
     require_type("budget", budget, int)
@@ -64,6 +65,8 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
                 f"{' and '.join(sorted(_MOMENTS))} alone, in plain tensors, as AdamW does, to be taken along"
             )
     for name, parameter in adapter.named_parameters():
+        if is_dtensor(parameter):
+            raise TensLoRAError(f"{name}: is divided among processes (DTensor), as by fully_shard; prune before that")
         require_finite(name, parameter)
     tensors = [cast(FactorizedTensor, tensor) for tensor in adapter.tensors]
     bases = [t.factorization.bases({n: p.double() for n, p in t.named_parameters()}, t.modes) for t in tensors]

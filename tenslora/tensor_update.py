@@ -381,6 +381,8 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
             f"name={name}: must be a parameter of {kind} with two dimensions or more"
             + (f", such as {', '.join(valid)}" if valid else ", which has none")
         )
+    if is_dtensor(weight):
+        raise TensLoRAError(f"{name}: is divided among processes (DTensor), as by fully_shard; adapt it before that")
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         raise TensLoRAError(f"{name}: is quantised in {kind}, and an update cannot be added to it")
     if isinstance(module, torch.jit.ScriptModule):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from tenslora.adapter import Adapter, StagedAdapter, load_adapter
@@ -265,6 +267,11 @@ def test_the_ranks_do_not_change_while_several_processes_average_gradients() -> 
     assert adapter.ranks == before
     del wrapped
     assert prune(adapter, 600) != before
+    ranks = adapter.ranks
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(TensLoRAError, match=r"^tensors\.0\.core: is divided among processes.*; prune before"):
+        prune(adapter, 300)
+    assert adapter.ranks == ranks
 
 
 def test_moments_of_8_bits_are_refused() -> None:

@@ -385,7 +385,7 @@ def test_a_copy_of_a_model_has_updates_of_its_own() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_weights_that_are_divided_among_processes_are_neither_merged_nor_detached(tmp_path: Path) -> None:
+def test_weights_that_are_divided_among_processes_are_neither_adapted_nor_merged_nor_detached(tmp_path: Path) -> None:
     mesh = init_device_mesh("cpu", (1,))
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
     randomised(adapt_tensor(model[1], "weight", 2))
@@ -395,6 +395,8 @@ def test_weights_that_are_divided_among_processes_are_neither_merged_nor_detache
     for act in (merge_tensors, unmerge_tensors, detach_tensors):
         with pytest.raises(TensLoRAError, match=r"^1\.weight: is divided among processes \(DTensor\), as by"):
             act(model)
+    with pytest.raises(TensLoRAError, match=r"^weight: is divided among processes \(DTensor\).*; adapt it before"):
+        adapt_tensor(model[0], "weight", 2)
     torch.testing.assert_close(model(x), expected)
     plain = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
     load_tensors(plain, save_tensors(model, tmp_path / "updates.safetensors"))  # which the message says
