@@ -112,7 +112,8 @@ def run_app(
     os.environ[FULL_ERROR] = "1"
     # A launcher starts jobs in other processes, perhaps on other machines, which have to find this package.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-    os.environ["PYTHONSAFEPATH"] = "1"  # and not a file train.py or another clone in the current folder
+    # Python would look in the current folder first, where a user may have a train.py or another clone.
+    os.environ["PYTHONSAFEPATH"] = "1"
     if not sys.stderr.isatty():  # the datasets library would fill a log with its progress bars
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.raiseExceptions = False  # a log that cannot be written, as on a full disk, would print tracebacks
@@ -137,7 +138,7 @@ def run_app(
         if guarded.wants_traceback:
             raise
         if any(word.startswith("query=") for word in sys.argv) and "COMP_LINE" in os.environ:
-            sys.exit(1)  # of half a line, whose quotes may be open, a shell shows no completions
+            sys.exit(1)  # a shell asks about a half-typed line, and would show an error in the middle of it
         # Until the task begins, the mistake is in the command line, in conf/ or in the output folder.
         line = _line(error, None if guarded.started else config_name) or unforeseen(error)
         sys.exit(f"error: {line}")

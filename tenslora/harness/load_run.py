@@ -254,7 +254,8 @@ class LoadedRun:
         found = record
         with suppress(TensLoRAError):  # a record that is no longer there
             found = self.files.read_record()
-        if any(found[name] != record[name] for name in ("digest", "sha256")):  # the latter where it was trained anew
+        # The same settings may have been trained anew, which changes the weights and not the digest.
+        if any(found[name] != record[name] for name in ("digest", "sha256")):
             raise TensLoRAError(f"{self.files.path}: is the folder of another run; load the run again")
         if config.scored_on == self.run.dataset.scored_on:
             counts.append((config.scored_on, record[f"{config.scored_on}_examples"], len(dataset.scored)))

@@ -484,8 +484,8 @@ class RunFolder:
             if foreign:
                 self.lock.unlink()
                 raise TensLoRAError(
-                    f"{foreign}: is of no run, and a run in this folder would replace it; move it away, or choose "
-                    f"another folder"
+                    f"{foreign}: lies in a folder where no run has begun, and a run there would replace it; move it "
+                    f"away, or choose another folder"
                 )
             self._remove_leftovers()
             for name in self._claimed_files():

@@ -133,7 +133,7 @@ def test_a_folder_that_holds_no_run_keeps_its_files(name: str, folder: RunFolder
     folder.path.mkdir()
     (folder.path / name).touch()
     for _ in range(2):
-        with pytest.raises(TensLoRAError, match=rf"/{name}: is of no run, and a run in this folder"), folder.claim():
+        with pytest.raises(TensLoRAError, match=rf"/{name}: lies in a folder where no run has begun"), folder.claim():
             pass
     assert [file.name for file in folder.path.iterdir()] == [name]
     folder.checkpoint.touch()

@@ -269,7 +269,7 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
         if kind == "tuple_type" and isinstance(value, (str, int, float)):
             reason = f"must be a list, written [{shown(value)}]"
     if value == "None":  # Python's word, which Hydra takes for a text
-        return TensLoRAError(f"{as_typed(setting)}=None: {reason}; no value is written null")
+        return TensLoRAError(f"{as_typed(setting)}=None: {reason}; the word for no value is null")
     return TensLoRAError(as_typed(f"{setting}={shown(value)}: {reason}"))
 
 

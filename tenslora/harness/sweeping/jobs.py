@@ -365,7 +365,7 @@ def carry_out(run: RunConfig, folder: RunFolder, table: str, train: Callable[[Ru
         try:
             _train_as_far_as_possible(_as_job(run, table), folder, train)
             if not folder.result.is_file():
-                raise TensLoRAError(f"{folder.result}: is not there, although the run has ended; somebody removed it")
+                raise TensLoRAError(f"{folder.result}: is not there, although the run has ended")
         except Exception as error:
             if not folder.result.is_file():  # a run that diverged has left a record, which says so
                 folder.write_failure(error)

@@ -108,7 +108,7 @@ REFUSED = {
     # types
     "trainer.epochs=many": "trainer.epochs=many: must be a whole number",
     "trainer.epochs=1.5": "trainer.epochs=1.5: must be a whole number",
-    "trainer.clip_norm=None": "trainer.clip_norm=None: must be a number; no value is written null",
+    "trainer.clip_norm=None": "trainer.clip_norm=None: must be a number; the word for no value is null",
     "+trainer={optimizer.lr:1}": "optimizer.lr: must be written as optimizer: and below it lr:",
     "trainer.epochs=true": "trainer.epochs=true: must be a number",
     "optimizer.betas=[false,0.9]": "optimizer.betas=false: must be a number",
