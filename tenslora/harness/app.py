@@ -28,10 +28,8 @@ from tenslora.harness.commands import (
     CARRIAGE_RETURN,
     FULL_ERROR,
     OUT_OF_REACH,
-    forget_missing_backend,
     is_text,
-    open_missing_streams,
-    require_asserts,
+    prepare_process,
     unforeseen,
 )
 from tenslora.harness.stop import Stop
@@ -71,10 +69,8 @@ def run_app(
         sweep: decides which jobs of a multirun are carried out; see `hydra_plugins.tenslora_sweeps.TableSweeper`. None
             for an application without a table.
     """
-    open_missing_streams()
+    prepare_process()
     forget_all()
-    require_asserts()
-    forget_missing_backend()
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]  # an empty line of a file of variables, which sets nothing
     for word in sys.argv[1:]:

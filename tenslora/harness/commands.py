@@ -139,30 +139,22 @@ def path_argument(word: str) -> Path:
         raise argparse.ArgumentTypeError(str(error).removeprefix("=")) from error
 
 
-def open_missing_streams() -> None:
-    """Give a process whose standard output or error the shell has closed one that drops everything."""
+def prepare_process() -> None:
+    """Put right how this process was started, or end it in one line where that cannot be.
+
+    A standard output or error that the shell has closed becomes one that drops everything. The backend of matplotlib
+    that a notebook sets for all that it starts is taken away if it is not installed here: the commands write files
+    alone. Python must not leave out assert statements or docstrings: Hydra's parser reads words inside its assert
+    statements, and transformers builds docstrings from other docstrings.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-
-
-def forget_missing_backend() -> None:
-    """Take away the backend of matplotlib that a notebook sets for all that it starts, if it is not installed here.
-
-    The commands write files alone.
-    """
+    if sys.flags.optimize:
+        sys.exit("error: python -O and PYTHONOPTIMIZE: must be left out; Hydra and transformers need what they remove")
     kind, _, module = os.environ.get("MPLBACKEND", "").partition("://")
     if kind == "module" and importlib.util.find_spec(module.partition(".")[0]) is None:
         del os.environ["MPLBACKEND"]
-
-
-def require_asserts() -> None:
-    """End a process whose Python leaves out assert statements, or docstrings too.
-
-    Hydra's parser reads words inside its assert statements, and transformers builds docstrings from other docstrings.
-    """
-    if sys.flags.optimize:
-        sys.exit("error: python -O and PYTHONOPTIMIZE: must be left out; Hydra and transformers need what they remove")
 
 
 def is_text(word: str) -> bool:
@@ -222,9 +214,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     What the context prints belongs to it: characters that the terminal's encoding lacks are printed as in Python, and a
     reader that has gone, as of ``| head``, ends the process without a word.
     """
-    open_missing_streams()
-    require_asserts()
-    forget_missing_backend()
+    prepare_process()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     for chatty in QUIET:
