@@ -151,7 +151,7 @@ def _gradients_back_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for parameter, was_required, gradient in before:
-            parameter.requires_grad_(was_required)
+            parameter.requires_grad = was_required  # requires_grad_ refuses a parameter that has no size yet
             parameter.grad = gradient
         raise
 

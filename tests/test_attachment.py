@@ -384,6 +384,14 @@ def test_a_model_that_cannot_take_an_adapter_stays_as_it_was(change: Callable[[n
     assert not model._forward_hooks
 
 
+def test_a_model_with_a_layer_that_has_no_size_yet_stays_as_it_was_in_peft() -> None:
+    model = PlainTransformer()
+    lazy(model)
+    with pytest.raises(TensLoRAError, match=r"^head\.weight: has no size before the model's first forward pass"):
+        get_peft_model(model, TensLoraConfig())  # type: ignore[arg-type]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def pruned(tensor: nn.Module) -> None:
     prune.l1_unstructured(tensor, "core", 0.5)  # type: ignore[no-untyped-call]
 
