@@ -969,7 +969,7 @@ def require_called(model: nn.Module, modules_to_save: Sequence[str]) -> None:
 
 
 def require_savable(model: nn.Module, modules_to_save: Sequence[str]) -> None:
-    """Check the modules that PEFT is to save beside an adapter. It warns of those that it would leave out.
+    """Check an adapter and the modules that PEFT is to save beside it. It warns of those that it would leave out.
 
     Args:
         model: with an adapter.
@@ -977,9 +977,12 @@ def require_savable(model: nn.Module, modules_to_save: Sequence[str]) -> None:
 
     Raises:
         TensLoRAError: if one is not found, if it holds adapted layers, if it is never called, or if it has a trained
-            weight in common with a module that is not to be saved.
+            weight in common with a module that is not to be saved. Likewise if the adapter holds a NaN or an infinity.
     """
     modules = modules_named(model, modules_to_save, "modules_to_save")
+    for name, parameter in adapter_of(model).named_parameters():
+        if not is_finite(parameter.detach()):
+            raise TensLoRAError(f"{SUBMODULE}.{name}: holds a NaN or an infinity, which PEFT would save")
     require_apart(modules_to_save, _adapted_linears(model))
     require_called(model, modules_to_save)
     _require_both_ends(model, modules)

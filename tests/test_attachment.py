@@ -681,14 +681,15 @@ def test_a_part_of_an_adapted_model_and_what_holds_one_are_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_adapter_that_is_not_finite_is_not_merged(value: float) -> None:
+def test_an_adapter_that_is_not_finite_is_neither_merged_nor_given_to_peft(value: float) -> None:
     model = build("hf_bert")
     adapter = attach(model, AdapterConfig("qkv"))
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         next(adapter.parameters()).view(-1)[3] = value
-    with pytest.raises(TensLoRAError, match=r"^tenslora\.tensors\.0\.\w+: holds a NaN or an infinity"):
-        merge(model)
+    for refuse in (merge, to_peft, to_tenslora):
+        with pytest.raises(TensLoRAError, match=r"^tenslora\.tensors\.0\.\w+: holds a NaN or an infinity"):
+            refuse(model)
     assert all(
         torch.equal(before[name], weight)
         for name, weight in model.state_dict().items()

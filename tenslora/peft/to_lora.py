@@ -61,9 +61,9 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
         The `peft.PeftModel`.
 
     Raises:
-        TensLoRAError: if there is no adapter, if the adapter is merged, if a layer is a copy of an adapted one, if a
-            module to save is not found, holds adapted layers or is never called, or if PEFT is not installed. The model
-            is then as it was.
+        TensLoRAError: if there is no adapter, if it is merged or holds a NaN or an infinity, if a layer is a copy of an
+            adapted one, if a module to save is not found, holds adapted layers or is never called, or if PEFT is not
+            installed. The model is then as it was.
     """
     try:
         from peft import LoraConfig, get_peft_model

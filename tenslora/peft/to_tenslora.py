@@ -81,9 +81,9 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
         The PEFT model.
 
     Raises:
-        TensLoRAError: if there is no adapter, if the adapter is merged, if its scale, config or ranks were changed by
-            hand, if its layers are in another order now, or if a module to save is not found, holds adapted layers or
-            is never called. The model is then as it was.
+        TensLoRAError: if there is no adapter, if it is merged or holds a NaN or an infinity, if its scale, config or
+            ranks were changed by hand, if its layers are in another order now, or if a module to save is not found,
+            holds adapted layers or is never called. The model is then as it was.
     """
     with not_compiled_anywhere(model) as own:
         adapted = updates_of(own)  # raises if the adapter is merged

@@ -35,13 +35,14 @@ from tenslora.attachment import (
     peft_undone_on_error,
     require_apart,
     require_called,
+    require_finite_sum,
     require_in_order,
     require_no_other_adapter,
     require_stored_weight,
 )
 from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
-from tenslora.files import require_tensors
+from tenslora.files import require_finite, require_tensors
 from tenslora.forms import from_json, typed
 from tenslora.forward_pass import ForwardPass
 from tenslora.peft.patterns import first_matches
@@ -618,27 +619,40 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         if adapter_name in self.tenslora_adapters:
             del self.tenslora_adapters[adapter_name]
 
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the updates to the weights, as PEFT's other tuners do; a warning tells of the rounding of quantised ones.
 
         Args:
-            *args: as for PEFT's other tuners.
-            **kwargs: likewise.
-        """
-        with self._rounding_told():
-            super().merge_adapter(*args, **kwargs)
+            adapter_names: as for PEFT's other tuners.
+            safe_merge: likewise.
 
-    def _check_merge_allowed(self) -> None:
+        Raises:
+            TensLoRAError: if a weight is of a kind that cannot be quantised again, or would hold a NaN or an infinity
+                with its update. No weight is changed then.
+        """
+        self._require_mergeable(adapter_names)
+        with self._rounding_told():
+            super().merge_adapter(adapter_names, safe_merge)
+
+    @torch.no_grad()
+    def _require_mergeable(self, adapter_names: list[str] | None) -> None:
         # Every layer is looked at before the first weight is changed.
-        super()._check_merge_allowed()
-        for module in self.model.modules():
-            if isinstance(module, TensLoraLinear) and module.updates:  # their adapters may have been deleted
-                module.quantised_weights()
-                on_meta = any(own.is_meta for own in module.tenslora_adapters.parameters())
-                if on_meta and device_of(module.get_base_layer()).type != "meta":
-                    raise TensLoRAError(
-                        "the adapter is on the device meta and has no numbers; give it those of a state dict"
-                    )
+        for layer in (module for module in self.model.modules() if isinstance(module, TensLoraLinear)):
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in wanted if name in layer.updates and name not in layer.merged_adapters]
+            if not names:  # the layer's adapter may have been deleted, too
+                continue
+            linear, quantised = layer.get_base_layer(), layer.quantised_weights()
+            on_meta = any(own.is_meta for name in names for own in layer.tenslora_adapters[name].parameters())
+            if on_meta and device_of(linear).type != "meta":
+                raise TensLoRAError(
+                    "the adapter is on the device meta and has no numbers; give it those of a state dict"
+                )
+            path, (first, *others) = layer.updates[names[0]].call.path, map(layer.get_delta_weight, names)
+            if quantised is None:
+                require_finite_sum(path, cast(Tensor, linear.weight), sum(others, first))
+            else:
+                quantised.require_finite_sum(path, linear, sum(others, first))
 
     def unmerge_adapter(self) -> None:
         """Subtract the merged updates from the weights again."""
@@ -653,9 +667,11 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         for layer in layers:
             layer.rounding.clear()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._require_mergeable(kwargs.get("adapter_names"))
         with self._rounding_told():
-            model = super()._unload_and_optionally_merge(*args, **kwargs)
+            model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         for forward_pass in self._forward_passes.values():
             forward_pass.remove_hooks()
         return cast(nn.Module, model)
@@ -703,6 +719,9 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
                 f"would save it without the others; save it by the PeftModel that it was made with, and the others "
                 f"with selected_adapters"
             )
+        for key, tensor in own.items():
+            if f"{_ADAPTERS}." in key and not tensor.is_meta:
+                require_finite(f"cannot be saved: {key}", tensor)
         return own
 
     @classmethod

@@ -264,7 +264,29 @@ def test_layers_that_have_another_adapter_are_refused() -> None:
         get_peft_model(with_lora.get_base_model(), TensLoraConfig(), adapter_name="other")
 
 
-def test_a_safe_merge_looks_at_the_sum() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite_is_neither_saved_nor_merged(value: float, tmp_path: Path) -> None:
+    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path)
+    saved = (tmp_path / "adapter_model.safetensors").read_bytes()
+    model.add_adapter("other", TensLoraConfig())
+    with torch.no_grad():
+        depth = [own for name, own in adapter_of(model).named_parameters() if name.endswith("depth")]
+        depth[0][-1] = value  # that of the last layer
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TensLoRAError, match=r"^cannot be saved: .*tensors\.0\.depth holds a NaN or an infinity"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == saved
+    for merge in (model.merge_adapter, model.merge_and_unload, partial(model.merge_adapter, ["other", "default"])):
+        with pytest.raises(
+            TensLoRAError, match=r"layer\.1\.attention\.self\.query: its weight would hold a NaN or an inf"
+        ):
+            merge()
+        assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items() if "adapters" not in name)
+    model.merge_adapter(["other"])
+
+
+def test_a_merge_looks_at_the_sum() -> None:
     backbone: Any = build("hf_bert").half()
     query = backbone.bert.encoder.layer[1].attention.self.query
     query.weight.data.fill_(6e4)
@@ -273,8 +295,10 @@ def test_a_safe_merge_looks_at_the_sum() -> None:
         "bert.encoder.layer.1.attention.self.query"
     ).get_delta_weight("default").to(query.weight)
     assert torch.isinf(update).any()
+    with pytest.raises(TensLoRAError, match="its weight would hold a NaN or an infinity in float16"):
+        model.merge_adapter()
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
-        model.merge_adapter(safe_merge=True)
+        model.base_model.model.get_submodule("bert.encoder.layer.1.attention.self.query").merge(safe_merge=True)
     assert torch.equal(query.weight, torch.full_like(query.weight, 6e4))
 
 
