@@ -59,7 +59,10 @@ LARGEST_SEED = 2**53
 """Larger numbers are not exact in every reader of JSON."""
 
 OPTIONS_ELSEWHERE = {
-    **dict.fromkeys(("num_classes", "num_labels", "id2label", "label2id"), "dataset"),
+    **dict.fromkeys(("num_classes", "num_labels", "id2label", "label2id", "problem_type"), "dataset"),
+    **dict.fromkeys(("dtype", "torch_dtype", "use_bfloat16"), "trainer.precision"),
+    **dict.fromkeys(("device", "device_map"), "trainer.device"),
+    "quantization_config": "model.quantization",
     "pretrained": "model.pretrained",
     **dict.fromkeys(("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"), "model.checkpoint"),
 }
@@ -119,7 +122,8 @@ class ModelConfig:
             raise TensLoRAError(f"architecture={self.architecture}: must be the name of a model of timm")
         if self.architecture is None and self.checkpoint is None:
             raise TensLoRAError(f"checkpoint={self.checkpoint}: must be a folder, or a repository of the hub")
-        for name, decides in OPTIONS_ELSEWHERE.items():
+        of_files = {"model_type": "model.checkpoint"} if self.architecture is None else {}
+        for name, decides in {**OPTIONS_ELSEWHERE, **of_files}.items():
             if name in self.options:
                 raise TensLoRAError(
                     f"options.{name}={shown(self.options[name])}: must be left out; {decides} decides it"

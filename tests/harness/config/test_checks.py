@@ -119,7 +119,20 @@ REFUSED = {
     "resume=maybe": "resume=maybe: must be true or false",
     "rank_strategy.name=null": "rank_strategy=null: must be text",
     "+model.options.num_classes=0": "model.options.num_classes=0: must be left out; dataset decides it",
-    "+model.options.cache_dir=x": "model.options.cache_dir=x: must be left out; model.checkpoint decides it",
+    **{
+        f"+model.options.{name}=x": f"model.options.{name}=x: must be left out; {decides} decides it"
+        for name, decides in {
+            "cache_dir": "model.checkpoint",
+            "problem_type": "dataset",
+            "torch_dtype": "trainer.precision",
+            "dtype": "trainer.precision",
+            "device_map": "trainer.device",
+            "quantization_config": "model.quantization",
+        }.items()
+    },
+    "dataset=cola model=hf_text model.checkpoint=x +model.options.model_type=bert": (
+        "model.options.model_type=bert: must be left out; model.checkpoint decides it"
+    ),
     **{
         f"+model.options.{name}=true": f"model.options.{name}=true: must be left out; it is an argument of "
         "timm.create_model, and not one of the model"
