@@ -161,7 +161,7 @@ def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Pa
     file = tmp_path / "in.csv"
     file.write_text("id,text\n1,the cat\n")
     Path(f"{file}.ragged.csv").write_text("id,sentence\n1,the cat\n2,the cat, again\n")
-    Path(f"{file}.empty.csv").write_text("id,sentence\n1,the cat\n2\n")
+    Path(f"{file}.empty.csv").write_text("id,sentence\n1,the cat\n2,\n")
     Path(f"{file}.answered.csv").write_text("sentence,prediction\nthe cat,yes\n")
     Path(f"{file}.number.jsonl").write_text('{"sentence": 5}\n')
     os.mkfifo(f"{file}.pipe.csv")

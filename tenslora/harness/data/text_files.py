@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import re
@@ -347,6 +348,7 @@ def _read_tables(files: Sequence[Path]) -> Rows:
                 f"its first line names {len(head.columns)} columns, and its second line has more cells; a cell that "
                 f"holds {_SEPARATOR_NAMES[separator]} must be in quotes"
             )
+        _require_all_cells(file, separator)
         repeated = (table.to_numpy() == head.iloc[0].to_numpy()).all(axis=1).nonzero()[0]
         if len(repeated) and len(table.columns) > 1:  # with one column, as for predict, it may be a text
             raise ValueError(
@@ -462,6 +464,23 @@ def _require_whole_cells(file: Path, separator: str) -> None:
                 f"the cell that begins with a quotation mark in line {first} of {file.name} goes on after the next "
                 f"one, in line {last}; each quotation mark of a text must be written twice, and the text in quotes"
             )
+
+
+def _require_all_cells(file: Path, separator: str) -> None:
+    """Refuse a row of fewer cells than columns, such as a text that a line break has cut. pandas would fill it up."""
+    longest = csv.field_size_limit(2**31 - 1)  # by default a text of 128 kB is an error
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            rows = (row for row in csv.reader(lines, delimiter=separator) if len(row) > 1 or any(map(str.strip, row)))
+            columns = len(next(rows))
+            for number, row in enumerate(rows if columns > 1 else (), start=1):
+                if len(row) < columns:
+                    raise ValueError(
+                        f"row {number} of {file.name} has {len(row)} cell{'s' * (len(row) > 1)}, and the first line "
+                        f"names {columns} columns; a cell with a line break must be in quotes"
+                    )
+    finally:
+        csv.field_size_limit(longest)
 
 
 def _open_saved(setting: str, root: Path) -> Source:
