@@ -352,7 +352,8 @@ def _read_tables(files: Sequence[Path]) -> Rows:
         repeated = (table.to_numpy() == head.iloc[0].to_numpy()).all(axis=1).nonzero()[0]
         if len(repeated) and len(table.columns) > 1:  # with one column, as for predict, it may be a text
             raise ValueError(
-                f"row {repeated[0] + 1} of {file.name} is the first line again, which names the columns; remove it"
+                f"row {repeated[0] + 1} of {file.name} is the first line again, which names the columns; remove it, or "
+                f"write a first line that names them"
             )
         for name in table.columns if len(table) else ():
             if table[name].str.fullmatch(r'\s+".*"\s*', na=False).all():

@@ -236,7 +236,8 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
         ({"train.csv": "text,label\na,1\nb,2\n\0\0\0"}, r"\(line 4 of train\.csv holds a NUL\)"),
         ({"train.csv": 'label,text\n1,"A \\"b\\" c"\n2,d\n'}, r"in line 2 of train\.csv goes on after .*, in line 2; "),
         ({"train.csv": '"text", "label"\n"a, b", "x"\n"c", "y"\n'}, r'each cell of the column "label" has a blank be'),
-        ({"train.csv": "text,label\na,1\ntext,label\nb,2\n"}, r"row 2 of train\.csv is the first line again, which"),
+        ({"train.csv": "text,label\na,1\ntext,label\nb,2\n"}, r"row 2 of train\.csv is the first line again, which "
+         r"names the columns; remove it, or write a first line that names them\)$"),
         ({"train.tsv": "text\ttext\tlabel\na\tb\t1\n"}, r"cannot be read \(its first line names two columns text\)$"),
         ({"train.csv": "text,label\na,1\nb,\n"}, "the split train: row 2 has no label in the column label"),
         ({"train.csv": "text,label,n\n\na,1,2\n\nb\rc,1,3\n"}, r"\(row 2 of train\.csv has 1 cell, and the first lin"),
