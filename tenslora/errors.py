@@ -12,6 +12,9 @@ from typing import Any
 LARGEST_WHOLE = 2**53
 """A float holds every integer up to this one exactly. A number that counts something is far smaller."""
 
+LONGEST_MESSAGE = 2000
+"""The most characters of a message. What a message quotes may be an image or a whole text, which nobody would read."""
+
 
 class TensLoRAError(ValueError):
     """Something the user asked for cannot be done.
@@ -20,11 +23,13 @@ class TensLoRAError(ValueError):
 
     Args:
         message: the message. Line breaks and other characters that cannot be printed, which names in a file may have,
-            are written as in Python: ``\\n``.
+            are written as in Python: ``\\n``. Of more than `LONGEST_MESSAGE` characters, some in the middle are left
+            out: the name is at the beginning, and what would be valid at the end.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(str(message)))
+        text = printable(str(message))
+        super().__init__(text if len(text) <= LONGEST_MESSAGE else f"{text[:1500]}...{text[-400:]}")
 
 
 def printable(text: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import LONGEST_MESSAGE, TensLoRAError
 from tenslora.harness.data.unlabelled import unlabelled
 
 
@@ -44,6 +44,7 @@ def test_sentences_and_pairs() -> None:
         (["s3://b/a.png"], "image", "^image=s3://b/a.png: must be a path on disk, not an address$"),
         (["/dev/null"], "image", "/dev/null: must be a file, not a pipe or a device"),
         (["y" * 300], "image", r"y: cannot be read \(File name too long\)"),
+        (["y" * 99_000], "image", r"^y+\.\.\.y+: cannot be read \(File name too long\)$"),
         ([Path("/")], "image", r"/: is a folder; must be an image, such as each of /\*$"),
         ([np.zeros((3, 4))], "image", "an image of type ndarray: must be a path, a PIL image, or an array of bytes"),
         ([np.zeros((3, 4, 5), np.uint8)], "image", "an image of type ndarray: must be"),
@@ -55,6 +56,7 @@ def test_sentences_and_pairs() -> None:
         ([Image.new("L", (3, 0))], "image", "an image of width 3 and height 0: must have pixels"),
         ([7], "image", "an image of type int: must be"),
         ([7], "text", "7: must be a sentence, or a pair of sentences"),
+        ([{"text": "x" * 50_000}], "text", r"^{'text': 'x+\.\.\.x+'}: must be a sentence, or a pair of sentences$"),
         (["a", " "], "text", "a sentence: must not be empty"),
         (["a\udcff"], "text", r"'a\\udcff': must be text in UTF-8"),
         ([("a", "b", "c")], "text", "must be a sentence, or a pair of sentences"),
@@ -65,3 +67,4 @@ def test_anything_else_is_one_line(inputs: Any, modality: str, message: str) -> 
     with pytest.raises(TensLoRAError, match=message) as caught:
         unlabelled(inputs, modality)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= LONGEST_MESSAGE
