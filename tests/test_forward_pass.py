@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import get_peft_model
+from peft.functional import delete_adapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,9 +54,13 @@ def test_a_pass_that_calls_no_layer_of_a_kind_is_an_error() -> None:
 
 
 def test_a_peft_model_is_checked_too() -> None:
-    model = get_peft_model(reads_weights_of_query([0, 1]), TensLoraConfig())  # type: ignore[arg-type]
+    backbone = reads_weights_of_query([0, 1])
+    expected = backbone(X)
+    model = get_peft_model(backbone, TensLoraConfig())  # type: ignore[arg-type]
     with pytest.raises(TensLoRAError, match=NONE_OF_QUERY):
         model(X)
+    delete_adapter(backbone, "default", "tenslora_")  # the tuner does not hear of it
+    assert torch.equal(model(X), expected)
 
 
 def test_wavlm_which_reads_the_weights_of_its_projections_is_refused_when_it_runs() -> None:

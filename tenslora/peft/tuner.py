@@ -400,6 +400,16 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         # The copies would share the adapters' tensors, which no copy has as its own, across devices.
         raise TensLoRAError("DataParallel: cannot copy an adapter; start one process per device instead (torchrun)")
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from the layer, as `peft.functional.delete_adapter` does layer by layer.
+
+        Args:
+            adapter_name: its name.
+        """
+        if adapter_name in self.updates:
+            self.updates[adapter_name].call.called = True  # the first forward pass need not call the layer any more
+        super().delete_adapter(adapter_name)
+
     def supports_lora_conversion(self, *_: Any) -> bool:
         """Whether PEFT's `convert_to_lora` takes this layer: it does, for each of its adapters."""
         return True
