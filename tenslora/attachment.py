@@ -562,8 +562,8 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
         )
     if path := path_of_tuner_layer(model):
         raise TensLoRAError(
-            f"{type(model).__name__}: has its adapter in PEFT ({path}), where the methods of the PeftModel are used, "
-            f"such as merge_adapter, save_pretrained, disable_adapter and unload"
+            f"{type(model).__name__}: has its adapter in PEFT ({path}), where the methods of the PeftModel that it was "
+            f"made with are used, such as merge_adapter, save_pretrained, disable_adapter and unload"
         )
     parts = [path for path, module in model.named_modules() if module._modules.get(SUBMODULE) is not None]
     hint = f"; call this on a part that has one: {listed(parts)}" if parts else ""

@@ -225,7 +225,8 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
     require_sizes(model)
     if path := path_of_tuner_layer(model):
         raise TensLoRAError(
-            f"{path}: has a TensLoRA adapter in PEFT already; take it off first (merge_and_unload or unload)"
+            f"{path}: has a TensLoRA adapter in PEFT already; take it off first, with merge_and_unload or unload of "
+            f"the PeftModel that it was made with, or make the model anew"
         )
     blocks = list(_attention_blocks(model))
     if not blocks:

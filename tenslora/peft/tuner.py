@@ -480,7 +480,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         if any(isinstance(module, TensLoraLinear) for module in model.modules()):
             raise TensLoRAError(
                 f"{type(model).__name__}: has a TensLoRA adapter in PEFT already; take it off first with unload, or "
-                f"put another beside it with add_adapter or load_adapter"
+                f"put another beside it with add_adapter or load_adapter, each of the PeftModel that it was made with, "
+                f"or make the model anew"
             )
         own = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in own.items():
