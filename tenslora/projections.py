@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from numbers import Integral
@@ -245,6 +246,20 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
     _refuse_odd_weights(targets)
     _refuse_shared_weights(targets)
     return stages
+
+
+def paths_to_adapt(model: nn.Module) -> set[str]:
+    """The paths of all Linear layers that `find_projections` finds with one choice of matrices or another.
+
+    Args:
+        model: any Transformer.
+    """
+    paths: set[str] = set()
+    for adapt in ("qkv", "qkvo", "mlp"):
+        with warnings.catch_warnings(), suppress(TensLoRAError):  # the model's attention output may not be known
+            warnings.simplefilter("ignore")
+            paths |= {target.path for stage in find_projections(model, adapt) for target in stage.targets}
+    return paths
 
 
 def path_of_tuner_layer(model: nn.Module) -> str | None:

@@ -96,7 +96,7 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
         if run.warm_start is not None:
             from tenslora.peft.saved_lora import read_others, read_updates  # imports PEFT, which takes seconds
 
-            warm_start = approximate(adapter, read_updates(Path(run.warm_start), stages))
+            warm_start = approximate(adapter, read_updates(Path(run.warm_start), stages, model=model))
             log.info("warm start from %s: relative error %.4f", run.warm_start, warm_start.error)
             if others := sorted(read_others(Path(run.warm_start))):
                 log.warning(

@@ -82,7 +82,8 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> li
             f"{source}: must be a folder or hub name with a model's config ({first_line(error)}){remedy}"
         ) from error
     stages = find_projections(backbone, adapt)
-    return list(zip([stage.geometry for stage in stages], read_updates(folder, stages), strict=True))
+    updates = read_updates(folder, stages, model=backbone)
+    return list(zip([stage.geometry for stage in stages], updates, strict=True))
 
 
 def _require_adapter(files: RunFolder, of_lora: Path) -> None:

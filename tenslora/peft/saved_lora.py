@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tenslora.attachment import uncompiled
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_json, read_safetensors, require_finite, require_tensors
 from tenslora.forms import from_json, shown
 from tenslora.peft.patterns import first_matches
-from tenslora.projections import Stage, TargetLinear, features
+from tenslora.projections import Stage, TargetLinear, features, paths_to_adapt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files in the folder that PEFT's `save_pretrained` writes."""
@@ -147,13 +147,17 @@ def read_config(folder: Path) -> SavedLora:
     return lora
 
 
-def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = None) -> list[list[list[Tensor]]]:
+def read_updates(
+    folder: Path, stages: Sequence[Stage], choice: str | None = None, model: nn.Module | None = None
+) -> list[list[list[Tensor]]]:
     """Read the updates that a saved LoRA makes, PEFT's scaling included.
 
     Args:
         folder: a folder that PEFT's `save_pretrained` wrote.
         stages: those of the model that the LoRA is for, from `find_projections`.
         choice: the settings that chose the stages' matrices, for a message; None for adapt alone.
+        model: the model, by which a message tells matrices that could be chosen from those that cannot; None if it is
+            not at hand.
 
     Returns:
         ``updates[stage][layer][m]``, the update of the m-th of `Geometry.matrices` in that layer of the stage, with
@@ -195,6 +199,12 @@ def read_updates(folder: Path, stages: Sequence[Stage], choice: str | None = Non
     if nowhere := [name for name in saved if not name.startswith(prefixes[0][0])]:
         raise TensLoRAError(f"{folder}: adapts {min(nowhere)}; this model has no such layer")
     if left := set(saved.values()) - found.keys():
+        could_be_chosen = saved if model is None else _paths(saved, prefixes[0], paths_to_adapt(model))
+        if never := left - {saved[name] for name in could_be_chosen}:
+            raise TensLoRAError(
+                f"{folder}: adapts {min(never)}, which no choice of matrices can adapt; train the LoRA without it, or "
+                f"merge the LoRA into the model"
+            )
         raise _left_out(folder, min(left), stages, choice)
     if len(prefixes) > 1:
         name = min(saved)
@@ -289,11 +299,6 @@ def _prefixes(matrices: Mapping[str, Tensor], stages: Sequence[Stage]) -> list[_
 
 def _left_out(folder: Path, name: str, stages: Sequence[Stage], choice: str | None) -> TensLoRAError:
     choice = choice or f"adapt={stages[0].geometry.adapt}"
-    if choice == "adapt=all":
-        return TensLoRAError(
-            f"{folder}: adapts {name}, which adapt=all cannot adapt; train the LoRA without it, or merge the LoRA into "
-            f"the model"
-        )
     return TensLoRAError(
         f"{folder}: adapts {name}, which the choice of {choice} leaves out; choose it too, or train the LoRA without it"
     )

@@ -140,7 +140,7 @@ def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[
     modules_named(model, to_save, "modules_to_save")
     stages = chosen_stages(model, config)
     adapter = config.make_adapter([stage.geometry for stage in stages])
-    approximation = approximate(adapter, read_updates(folder, stages, choice(config)))
+    approximation = approximate(adapter, read_updates(folder, stages, choice(config), model))
     own = model.state_dict()
     others = read_others(folder, stages, own.keys())
     for name, weight in others.items():

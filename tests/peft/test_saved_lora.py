@@ -179,10 +179,26 @@ def test_a_matrix_that_only_the_lora_adapts_is_named(tmp_path: Path) -> None:
     model = build("hf_bert").float()
     save_random_lora(model, tmp_path, r=2, target_modules=["query", "output.dense"])
     with pytest.raises(TensLoRAError, match=r"adapts bert\..*output\.dense, which the choice of adapt=qkv leaves out"):
-        read_updates(tmp_path, find_projections(model))
-    save_random_lora(model, tmp_path, r=2, target_modules=["query", "pooler.dense"])
-    with pytest.raises(TensLoRAError, match=r"pooler\.dense, which adapt=all cannot adapt; train the LoRA without it"):
-        read_updates(tmp_path, find_projections(model, "all"), "adapt=all")
+        read_updates(tmp_path, find_projections(model), model=model)
+    save_random_lora(model, tmp_path, r=2, target_modules=["query", "output.dense", "pooler.dense"])
+    for adapt in ("q", "all"):
+        with pytest.raises(
+            TensLoRAError, match=r"pooler\.dense, which no choice of matrices can adapt; train the LoRA"
+        ):
+            read_updates(tmp_path, find_projections(model, adapt), model=model)
+
+
+def test_the_query_of_a_layer_without_a_key_of_its_own_is_no_matter_of_choice(tmp_path: Path) -> None:
+    model = PlainTransformer()
+    save_random_lora(model, tmp_path, r=2, target_modules=["query"])
+    del model.get_submodule("blocks.1.attention").key
+    with (
+        pytest.warns(UserWarning, match="1 of the 2 layers of blocks have attention projections"),
+        pytest.raises(
+            TensLoRAError, match=r"adapts blocks\.1\.attention\.query, which no choice of matrices can adapt"
+        ),
+    ):
+        read_updates(tmp_path, find_projections(model, "q"), model=model)
 
 
 def test_other_sizes_and_other_kinds_of_adapter_are_refused(tmp_path: Path) -> None:
