@@ -14,6 +14,7 @@ from tenslora.harness.backbones import load_backbone
 from tenslora.harness.export import export
 from tenslora.harness.load_run import load_run
 from tenslora.harness.training.checkpoint import save_checkpoint
+from tests.commands import Command, Commands, started_by_torchrun
 from tests.running import SHORT, record, run
 
 MOBILEVIT = [*SHORT, "model=timm", "model.architecture=mobilevit_xxs", "model.pretrained=false", "model.image_size=32"]
@@ -56,6 +57,16 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not_and_is_loaded_as_it_was
 def test_a_run_without_an_adapter_is_loaded_as_it_was(tensor_mode: str, tmp_path: Path) -> None:
     run(tmp_path, *MOBILEVIT, f"tensor_mode={tensor_mode}", "trainer.epochs=1")
     is_scored_as_recorded(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_score_with_the_statistics_that_are_saved(commands: Commands, tmp_path: Path) -> None:
+    words = [*MOBILEVIT, "trainer.epochs=1", f"hydra.run.dir={tmp_path}"]
+    ends = commands.run_together(started_by_torchrun(Command("train.py", words, tmp_path), 2))
+    assert [ended.status for ended in ends] == [0, 0], ends
+    loaded, last = load_run(tmp_path), record(tmp_path)["metrics"]["history"][-1]
+    evaluation = loaded.evaluate()
+    assert evaluation.loss == pytest.approx(last["test_loss"], abs=1e-5)
 
 
 def is_exported_to_peft(folder: Path, out: Path) -> None:

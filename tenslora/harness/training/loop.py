@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,7 @@ from tenslora.harness.data.encoding import EncodedDataset, TokensOf
 from tenslora.harness.quick_start import resume_garbage_collection
 from tenslora.harness.stages import as_in_files
 from tenslora.harness.training.checkpoint import Course, Start, TrainingState, load_checkpoint, save_checkpoint
-from tenslora.harness.training.evaluation import evaluate
+from tenslora.harness.training.evaluation import Evaluation, evaluate
 from tenslora.harness.training.metrics import score_names
 from tenslora.harness.training.parameter_groups import RATE_RATIO, parameter_groups
 from tenslora.harness.training.precision import autocast, round_frozen_weights
@@ -139,7 +138,12 @@ def fit(
             for entry in state.history:
                 on_epoch(entry)
 
-    evaluate_epoch = partial(evaluate, optimization.wrapped, data, trainer=run.trainer, processes=processes)
+    def evaluate_epoch() -> Evaluation:
+        # The wrapped model would exchange its buffers in each forward pass, of which one process may need more than
+        # another. The main process's statistics are those that are saved.
+        processes.take_from_main(running_statistics(model).values())
+        return evaluate(model, data, trainer=run.trainer, processes=processes)
+
     with (
         ProgressBar(steps, state.steps, show_progress) as bar,
         _memory_error_explained(run, processes),

@@ -7,7 +7,7 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,17 @@ class Processes:
         with self.answered():
             reduced: Tensor = self._accelerator.reduce(value, reduction="mean")
         return reduced
+
+    def take_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors the numbers that they have in the main process, in place.
+
+        Args:
+            tensors: as many on every process, of the same shapes.
+        """
+        if self._accelerator is not None:
+            with self.answered():
+                for tensor in tensors:
+                    torch.distributed.broadcast(tensor, src=0)
 
     def gather(self, items: Sequence[Any]) -> list[Any]:
         """The items of all processes, in process order, on every process."""

@@ -334,6 +334,21 @@ def test_a_metric_of_another_task_is_refused_before_the_first_step(metric: str, 
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_an_evaluation_exchanges_nothing_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # DistributedDataParallel sends buffers in every forward pass, of which the processes need different numbers.
+    class Exchanging(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs: Tensor) -> Any:
+            assert self.training
+            return self.module(**inputs)
+
+    monkeypatch.setattr(processes.Processes, "wrap", lambda _, model: Exchanging(model))
+    assert len(fit_toy(tmp_path).predictions) == 1
+
+
 @pytest.mark.parametrize(
     ("reason", "message"),
     [
