@@ -87,9 +87,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})  # for completion and help before the first use
 
 
-def __getattr__(name: str) -> Any:
-    # Names are imported on first use: checking settings and counting parameters then costs 0.05 s of imports, where
-    # torch costs 2.1 s.
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+if not TYPE_CHECKING:  # a type checker would take it for every name, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        # Names are imported on first use: checking settings and counting parameters then costs 0.05 s of imports, where
+        # torch costs 2.1 s.
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

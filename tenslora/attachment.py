@@ -903,7 +903,9 @@ def modules_named(model: nn.Module, names: Sequence[str], setting: str = "train"
     for name in names:
         require_type(f"a name in {setting}", name, str)
     holders = {
-        path: module for path, module in model.named_modules() if path and any(True for _ in module.parameters())
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if path and any(True for _ in module.parameters())
     }
     found = []
     for name in names:
@@ -923,7 +925,7 @@ def modules_named(model: nn.Module, names: Sequence[str], setting: str = "train"
                 f"{', '.join(candidates)}"
             )
         found += matching
-    return found
+    return list(dict.fromkeys(found))  # a module may have two names in the model
 
 
 def require_apart(modules_to_save: Sequence[str], paths: Iterable[str], otherwise: str = "") -> None:
@@ -1117,7 +1119,10 @@ def not_compiled(model: nn.Module) -> nn.Module:
     Returns:
         The wrapped model, with the weights' own names; any other model as it is.
     """
-    return model._modules.get("_orig_mod") or vars(model).get("_orig_mod") or model
+    for own in (model._modules.get("_orig_mod"), vars(model).get("_orig_mod")):
+        if own is not None:  # a model's own __len__ or __bool__ may say that it is empty
+            return own
+    return model
 
 
 def uncompiled(name: str) -> str:

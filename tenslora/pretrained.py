@@ -419,7 +419,7 @@ def _require_no_other_head(model: nn.Module, beside: Set[str], saved: Set[str]) 
     modules = {uncompiled(path): module for path, module in model.named_modules() if path}
     weights = {uncompiled(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     for gone in sorted(beside - weights):
-        path = next(filter(modules.get, _holders(gone)), None)
+        path = next((path for path in _holders(gone) if path in modules), None)
         if path is None:
             continue
         place = modules[path]

@@ -355,17 +355,17 @@ def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
 
 
 def _warn_of_skipped_layers(model: nn.Module, paths: Sequence[str]) -> None:
-    # In each list of layers (the outermost one on a path), the indices of those with an attention block.
-    found: dict[str, set[str]] = {}
-    for path in paths:
-        if match := re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", path):
-            found.setdefault(match[1] or "", set()).add(match[2])
-    for path, indices in found.items():
+    # In each list of layers (the outermost one on a path), those without an attention block.
+    blocks = {model.get_submodule(path) for path in paths}
+    matches = (re.match(r"(?:(.*?)\.)?\d+(?:\.|$)", path) for path in paths)
+    for path in dict.fromkeys(match[1] or "" for match in matches if match):
         layers = model.get_submodule(path)
-        # A layer that a list holds several times has been found once.
-        if isinstance(layers, nn.ModuleList) and len(indices) < (count := len(set(layers))):
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        own = set(layers)  # a layer that a list holds several times counts once
+        if (count := sum(not blocks.isdisjoint(layer.modules()) for layer in own)) < len(own):
             warnings.warn(
-                f"{type(model).__name__}: {len(indices)} of the {count} layers of {path or 'the model'} have "
+                f"{type(model).__name__}: {count} of the {len(own)} layers of {path or 'the model'} have "
                 f"attention projections; an adapter leaves the others alone",
                 stacklevel=3,
             )

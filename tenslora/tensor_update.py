@@ -346,7 +346,8 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 def _without_wrapper(model: nn.Module) -> nn.Module:
     while True:
         inner = not_compiled(model.module if isinstance(model, _WRAPPERS) else model)
-        inner = inner._modules.get("_checkpoint_wrapped_module") or inner  # that of torch's activation checkpointing
+        checkpointed = inner._modules.get("_checkpoint_wrapped_module")  # by torch's activation checkpointing
+        inner = inner if checkpointed is None else checkpointed
         if inner is model:
             return model
         model = inner

@@ -42,7 +42,7 @@ from tenslora import (
     unmerge,
 )
 from tenslora.adapted_linear import put_on
-from tenslora.attachment import adapter_of, handed_over
+from tenslora.attachment import adapter_of, handed_over, modules_named
 from tenslora.constructions import CONSTRUCTIONS
 from tenslora.files import HEAD_FILE
 from tenslora.peft.to_lora import lora_weights, to_peft
@@ -117,6 +117,24 @@ def test_a_wrapper_around_an_adapted_model_is_refused(tmp_path: Path) -> None:
     assert adapter_of(torch.compile(model, backend="eager")) is adapter  # type: ignore[arg-type]
     assert detach(torch.compile(model, backend="eager")) is adapter  # type: ignore[arg-type]
     assert not hasattr(model, "tenslora")
+
+
+def test_a_compiled_model_that_calls_itself_empty_is_a_model() -> None:
+    class Memory(PlainTransformer):
+        def __len__(self) -> int:
+            return 0
+
+    model = Memory()
+    adapter = attach(model, AdapterConfig("qkv"))
+    assert adapter_of(torch.compile(model, backend="eager")) is adapter  # type: ignore[arg-type]
+
+
+def test_a_module_is_trained_by_each_of_its_names() -> None:
+    model = PlainTransformer()
+    model.add_module("second", model.head)
+    attach(model, AdapterConfig("qkv"), train=["second"])
+    assert model.head.weight.requires_grad
+    assert len(modules_named(model, ["head", "second"])) == 1
 
 
 def test_the_backbones_weights_keep_their_names() -> None:

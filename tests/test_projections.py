@@ -275,6 +275,15 @@ def test_layers_without_attention_are_mentioned() -> None:
     assert geometry.layers == 1
 
 
+def test_a_layer_that_the_model_finds_under_another_name_first_has_attention_too() -> None:
+    model = PlainTransformer()
+    several = nn.ModuleDict({"last": model.blocks[1], "model": model})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [(geometry, _)] = find_projections(several)
+    assert geometry.layers == 2
+
+
 def test_a_layer_that_stands_in_a_list_several_times_is_one_layer() -> None:
     model = build("llama")
     layers = list(model.get_submodule("model.layers").children())
