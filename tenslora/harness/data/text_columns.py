@@ -38,8 +38,8 @@ INDICES = ("", "id", "idx", "index", "guid", "unnamed: 0", "__index_level_0__")
 ANSWERS = re.compile(r"prediction|probabilit(y_.*|ies)")
 """Names of the columns that tenslora.harness.predict adds to a table, which hold neither texts nor labels."""
 
-LARGEST = 3.4e38
-"""The largest value of a regression, which float32 can just hold."""
+LARGEST = 1e18
+"""The largest value of a regression. The loss is its square, whose mean over a batch float32 must hold."""
 
 _BEYOND_64_BITS = 2**63
 
@@ -299,14 +299,19 @@ def numbers_of(
             if type(value) not in (int, float):
                 raise TensLoRAError(f"{where}: must have numbers as labels, as for training, but has {_short(value)}")
             if not abs(value) <= LARGEST:
-                raise TensLoRAError(f"{where}: has the label {_short(value)}, but a label must be at most {LARGEST:g}")
+                raise TensLoRAError(
+                    f"{where}: has the label {_short(value)}, but a label must be from -{LARGEST:g} to "
+                    f"{LARGEST:g}; divide the labels so that they span a few units"
+                )
         return list(map(float, values))
     number = {name: index for index, name in enumerate(classes)}
     names = list(map(class_name, values))
     if unseen := set(names).difference(number):
+        are_numbers = known == "the training split" and all(map(_NUMBER.fullmatch, (*classes, *unseen)))
+        hint = "; if they are numbers to predict, set dataset.task=regression" if are_numbers else ""
         raise TensLoRAError(
             f"{where}: has labels that {known} does not have: {shortened(sorted(unseen))}; {known} has "
-            f"{shortened(classes)}"
+            f"{shortened(classes)}{hint}"
         )
     return [number[name] for name in names]
 
