@@ -419,7 +419,9 @@ def _input_of(processor: Any, config: ModelConfig, channels: int) -> ImageInput:
     # A processor multiplies pixels from 0 to 255 by a factor, usually 1 / 255, before it normalizes them.
     scale = 255 * (processor.rescale_factor if processor.do_rescale else 1)
     if processor.do_normalize:
-        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        of_channels = (processor.image_mean, processor.image_std)
+        # transformers takes one number for that of each channel.
+        mean, std = (tuple([own] * channels if isinstance(own, (int, float)) else own) for own in of_channels)
     resize = dict(processor.size or {})
     crops = getattr(processor, "do_center_crop", False) and processor.crop_size
     cut = dict(processor.crop_size) if crops else resize

@@ -44,6 +44,7 @@ PROCESSORS = {
     "squashed": SQUASHING,
     "cut": CUTTING,
     "not normalized": {**SQUASHING, "do_normalize": False},
+    "one number for all channels": {**SQUASHING, "image_mean": 0.4, "image_std": 0.3},
     "from 0 to 255": {**SQUASHING, "do_rescale": False, "image_mean": [120, 120, 120], "image_std": [60, 60, 60]},
     "from -1 to 1": {**SQUASHING, "rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]},
 }
