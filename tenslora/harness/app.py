@@ -87,7 +87,8 @@ def run_app(
         if sweep and re.match(r"\+*hydra\.sweep\.subdir=", word):  # the results are read from the runs' own folders
             sys.exit(f"error: {TensLoRAError(word)}: must be left out; hydra.sweep.dir is the folder of all runs")
         if (group := re.match(r"\+*([a-z_]+)=\[[^,]*,", word)) and _takes_one(group[1]):
-            sys.exit(f"error: {TensLoRAError(word)}: must be one option; several are written {group[1]}=a,b with -m")
+            several = "" if group[1] in ("table", "tune") else f"; several are written {group[1]}=a,b with -m"
+            sys.exit(f"error: {TensLoRAError(word)}: must be one option{several}")
         if line := _not_an_option(word):
             sys.exit(f"error: {TensLoRAError(line)}")
         if not is_text(word):
@@ -333,15 +334,21 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
         return f"{word}: {given_twice[1]} has an option already, which is changed without the +"
     several = (word for word in words if "--multirun" in str(error) and word in str(error))
     if word := next(several, None):  # Hydra's error for several values without -m
-        if config_name == "sweep":  # Hydra did not get as far as hydra.mode, because another word is wrong
-            other = _error_without(word, words, own) or error
-            return wrong_file(other) or _joined(other)
-        return f"{word}: is several values; add -m for a run of each, or use sweep.py; a list needs brackets, as [a,b]"
+        if config_name != "sweep":
+            way = "add -m for a run of each, or use sweep.py; a list needs brackets, as [a,b]"
+            return f"{word}: is several values; {way}"
+        # Hydra did not get as far as hydra.mode, because another word is wrong.
+        error = _error_without(word, words, own) or error
+        causes = list(_causes(error))
+        if line := wrong_file(error):
+            return line
     for word in sys.argv[1:]:
         odd = next((c for c in word if not c.isascii() and unicodedata.category(c)[0] not in "LMN"), None)
         if odd and not parsed(word):
             name = unicodedata.name(odd, f"U+{ord(odd):04X}")
             return f"{TensLoRAError(word)}: is no setting that Hydra can read; it holds {odd} ({name})"
+    if word := next((word for word in words if "=" not in word and not word.startswith("~")), None):
+        return f"{TensLoRAError(word)}: must be written name=value; several values have commas between them, as a=0,1"
     for word in words:
         if str(error) == f"Error merging override {word}" and any("Cannot merge" in str(cause) for cause in causes):
             return f"{word}: must be {'a dictionary' if word.partition('=')[2].startswith('[') else 'a list'}"

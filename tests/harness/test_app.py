@@ -48,6 +48,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["trainer/epochs=1"], "trainer/epochs: there is no such setting; did you mean trainer.epochs?"),
         (["--lr", "0.1"], "--lr: is no option; a setting is written name=value, such as optimizer.lr=0.001"),
         (["--config", "a"], "--config: must be one of --config-path, --config-name, --config-dir"),
+        (["seed=0", "1"], "1: must be written name=value; several values have commas between them, as a=0,1"),
         (["-v"], "-v: is no option; --help lists all"),
         (["--local-rank=0"], "--local-rank=0: is what torch.distributed.launch adds; use torchrun"),
         (
@@ -64,7 +65,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["seed=0,1"], "seed=0,1: is several values; add -m for a run of each, or use sweep.py; a list needs"),
         (["model=swin_tiny", "model.geometry={d_in:8}"], "model.geometry={d_in:8}: must be a list"),
         (["model=vit_base", "model.geometry=[{d_in:8}]"], "model.geometry=[{d_in:8}]: must be a dictionary"),
-        (["tensor_mode"], "missing EQUAL"),
+        (["tensor_mode"], "tensor_mode: must be written name=value"),
+        (["table=[digits,dtd]"], "table=[digits,dtd]: must be one option"),
         (["tensor_mode=[lora,att]"], "tensor_mode=[lora,att]: must be one option; several are written tensor_mode=a,b"),
         (["optimizer=null"], "optimizer=null: must be one of adamw"),
         (["trainer=nope"], "trainer=nope: "),

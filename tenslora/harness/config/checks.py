@@ -148,8 +148,9 @@ _NAMES_ELSEWHERE = {
     "gradient_accumulation_steps": "accumulation",
     "max_grad_norm": "clip_norm",
     "score_every": "evaluate",
+    "seeds": "seed",
 }
-"""What PEFT's LoraConfig, transformers' TrainingArguments and earlier versions of this project call some settings."""
+"""What people, PEFT's LoraConfig, transformers' TrainingArguments and earlier versions here call some settings."""
 
 _TYPES = {
     "int": "must be a whole number",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
@@ -93,6 +93,9 @@ def tune_config(composed: Mapping[str, Any]) -> TuneConfig | None:
     Raises:
         TensLoRAError: for an invalid setting. The message names it, its value and what would be valid.
     """
+    names = [field.name for field in fields(TuneConfig)]
+    if unknown := next((name for name in composed if name not in names), None):
+        raise TensLoRAError(f"tune.{unknown}: there is no such setting; a file in tune/ holds {', '.join(names)}")
     if composed.get("setting") is None:
         if composed.get("values"):
             raise TensLoRAError(f"tune.setting=null: must be the setting whose values are {shown(composed['values'])}")

@@ -37,6 +37,7 @@ from tests.running import CONF
         # beside a sweep
         ("lr=1 seed=0,1", "lr: there is no such setting; did you mean optimizer.lr?"),
         ("seed=0,1 optimizer.learning_rate=1,2", "did you mean optimizer.lr?"),
+        ("seeds=0,1", "seeds: there is no such setting; did you mean seed?"),
         ("tensor_mode=lora,qkv_dept seed=0,1", "; did you mean qkv_depth?"),
     ],
 )

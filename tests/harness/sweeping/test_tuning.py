@@ -181,6 +181,8 @@ def test_vtab_has_a_validation_split_of_its_own(tmp_path: Path) -> None:
         ("tune.setting=seed tune.values=[1,2]", "tune.setting=seed: must be another setting"),
         ("tune.setting=tensor_mode.name tune.values=[att,qkv]", ".*rows and columns of the table differ in it"),
         ("tune.setting=dataset.test_split tune.values=[test,train]", ".*rows and columns of the table differ in it"),
+        ("tune.setting=factorization tune.values=[cp,tucker]", "tune.setting=factorization: must be a single"),
+        ("tune=lr +tune.tune=1", "tune.tune: there is no such setting; a file in tune/ holds setting, values, seeds, "),
         ("tune.setting=lr tune.values=[1,2]", "tune.setting=lr: there is no such setting; did you mean optimizer.lr?"),
         (
             "tune.setting=trainer.workers tune.values=[1,2]",
