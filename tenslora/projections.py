@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -195,7 +195,12 @@ def is_plain(linear: nn.Module) -> bool:
     return plain and cast(Tensor, weight).dtype in FLOATS and {*cast(Tensor, weight).shape} == sizes
 
 
-def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[int] | None = None) -> list[Stage]:
+def find_projections(
+    model: nn.Module,
+    adapt: str = "qkv",
+    layers: Collection[int] | None = None,
+    chosen: Callable[[str], bool] | None = None,
+) -> list[Stage]:
     """Find the matrices to adapt in every layer of a model.
 
     An attention block is a module with three Linear layers for query, key and value (`SEPARATE`), with one that holds
@@ -213,6 +218,8 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
         adapt: which matrices, see `constructions.adapted_matrices`.
         layers: which of the model's layers to take, counted from 0 through all stages; None for all. The layers that
             are taken are numbered anew, in each stage from 0 and without gaps.
+        chosen: whether a Linear layer of some path is one to adapt, as far as that is known; None if all may be. An
+            attention block of a kind that cannot be adapted is passed over if it holds none of these.
 
     Returns:
         The stages, in the order of their first layers.
@@ -235,10 +242,20 @@ def find_projections(model: nn.Module, adapt: str = "qkv", layers: Collection[in
         raise TensLoRAError(
             f"{type(model).__name__}: no attention projections found; they must be nn.Linear children named {known}"
         )
+    refused = {at: why for at, (_, block, names) in enumerate(blocks) if (why := _reason_to_refuse(block, names[0]))}
+    may_choose = chosen if len(refused) < len(blocks) else None
+    for index, reason in refused.items():
+        path, block, _ = blocks[index]
+        linears = [f"{path}.{name}".lstrip(".") for name, part in block.named_modules() if _is_linear(part)]
+        elsewhere = layers is not None and index not in layers
+        if elsewhere or (may_choose and not any(map(may_choose, linears))):
+            continue
+        way_out = "; exclude_modules can leave it out" if may_choose else ""  # it is PEFT's settings that choose
+        raise TensLoRAError(f"{path or type(block).__name__}: {reason}{way_out}")
     _warn_of_skipped_layers(model, [path for path, _, _ in blocks])
     by_sizes: dict[_Sizes, list[_Layer]] = {}
     for index, (path, block, names) in enumerate(blocks):
-        if layers is None or index in layers:
+        if index not in refused and (layers is None or index in layers):
             layer = _inspect_layer(model, index, path, block, names, adapt)
             by_sizes.setdefault(layer.sizes, []).append(layer)
     stages = [_stage(sizes, of_stage, adapt) for sizes, of_stage in by_sizes.items()]
@@ -258,7 +275,8 @@ def paths_to_adapt(model: nn.Module) -> set[str]:
     for adapt in ("qkv", "qkvo", "mlp"):
         with warnings.catch_warnings(), suppress(TensLoRAError):  # the model's attention output may not be known
             warnings.simplefilter("ignore")
-            paths |= {target.path for stage in find_projections(model, adapt) for target in stage.targets}
+            stages = find_projections(model, adapt, chosen=lambda _: False)
+            paths |= {target.path for stage in stages for target in stage.targets}
     return paths
 
 
@@ -312,8 +330,6 @@ def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[
             if (names != KEY_AND_VALUE or hasattr(module, "sr")) and all(
                 _is_linear(getattr(module, name, None)) for name in names
             ):
-                if reason := _reason_to_refuse(module, names[0]):
-                    raise TensLoRAError(f"{path or type(module).__name__}: {reason}")
                 yield path, module, names[:3]
 
 

@@ -930,14 +930,17 @@ def _named(config: PeftConfig, names: Any) -> PeftConfig:
 
 def _widest(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     # All matrices among which target_modules can choose.
+    def chosen(path: str) -> bool:
+        return bool(check_target_module_exists(_named(config, config.target_modules or {path}), path))
+
     if config.adapt or not config.target_modules:
-        return find_projections(model, config.adapt or "qkv")
+        return find_projections(model, config.adapt or "qkv", chosen=chosen)
     for adapt in ("all", "qkvo"):
         try:
-            return find_projections(model, adapt)
+            return find_projections(model, adapt, chosen=chosen)
         except TensLoRAError:  # this model's feed-forward block, or its attention's output, is not known
             continue
-    return find_projections(model, "qkv")
+    return find_projections(model, "qkv", chosen=chosen)
 
 
 def _adapt_of(names: Sequence[str]) -> str:

@@ -510,6 +510,40 @@ def test_names_choose_matrices_and_layers(name: str, settings: dict[str, Any], a
 
 
 @pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"exclude_modules": r".*crossattention.*"}, None),
+        ({"target_modules": r".*\.attn\.c_attn"}, None),
+        ({}, r"is a cross-attention, .*, which is not supported; exclude_modules can leave it out$"),
+        (
+            {"exclude_modules": ["q_attn"]},
+            r"is a cross-attention, .*, which is not supported; exclude_modules can leave it out$",
+        ),
+        (
+            {"target_modules": ["c_attn"]},
+            r"is a cross-attention, .*, which is not supported; exclude_modules can leave it out$",
+        ),
+        (
+            {"exclude_modules": ["attn", "crossattention", "c_attn", "q_attn", "c_proj"]},
+            "must leave some of the model's attention",
+        ),
+    ],
+)
+def test_attention_of_a_kind_that_cannot_be_adapted_may_be_left_out(
+    settings: dict[str, Any], problem: str | None
+) -> None:
+    sizes = {"n_embd": 24, "n_layer": 2, "n_head": 3, "vocab_size": 50, "n_positions": 16}
+    backbone: Any = transformers.GPT2Model(transformers.GPT2Config(**sizes, add_cross_attention=True))
+    if problem is None:
+        model = get_peft_model(backbone, TensLoraConfig(**settings))
+        adapted = [path for path, module in model.named_modules() if isinstance(module, TensLoraLinear)]
+        assert adapted == [f"base_model.model.h.{layer}.attn.c_attn" for layer in range(2)]
+    else:
+        with pytest.raises(TensLoRAError, match=problem):
+            get_peft_model(backbone, TensLoraConfig(**settings))
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"tensor_mode": "nope"}, "nope"),
