@@ -167,7 +167,7 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
             skipped[suffix or "no suffix"] += 1
         return suffix in IMG_EXTENSIONS
 
-    _refuse_links_to_others(root, folder, classes)
+    _refuse_runs_and_links_to_others(root, folder, classes)
     numbers = {name: number for number, name in enumerate(classes)}
     samples: list[tuple[str, int]] = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
     labels = [label for _, label in samples]
@@ -186,8 +186,8 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
     return Examples(ImageFiles([Path(path) for path, _ in samples]), labels), tuple(classes)
 
 
-def _refuse_links_to_others(root: Path, folder: Path, classes: Iterable[str]) -> None:
-    """Refuse links by which images would count twice, in two classes, or without an end."""
+def _refuse_runs_and_links_to_others(root: Path, folder: Path, classes: Iterable[str]) -> None:
+    """Refuse links by which images would count twice, in two classes, or without an end, and the figures of runs."""
     found: dict[str, tuple[str, str]] = {}  # by the real path of a folder, the class and the path by which it is found
     links: list[tuple[str, str]] = []  # (class, path) of links to files
 
@@ -205,6 +205,11 @@ def _refuse_links_to_others(root: Path, folder: Path, classes: Iterable[str]) ->
                 here = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
             raise TensLoRAError(f"dataset.root={root}: {place} cannot be read ({error.strerror})") from error
+        if any(entry.name == ".hydra" for entry in here):
+            raise TensLoRAError(
+                f"dataset.root={root}: {folder / name} holds runs of train.py, and would be a class; move it, or the "
+                f"classes' folders to a folder of their own"
+            )
         to_visit += [(name, entry.path) for entry in here if entry.is_dir()]
         links += [(name, entry.path) for entry in here if entry.is_symlink() and not entry.is_dir()]
     labels: dict[str, str] = {}

@@ -202,6 +202,7 @@ def test_a_list_that_does_not_exist_is_refused(tmp_path: Path) -> None:
             r"train_fraction=0\.25: .* no image of (a|b) is for train",
         ),
         ({"a": [1], "b": [4]}, {"train_fraction": 0.1}, "no training examples"),
+        ({"a": [1], "outputs/run/.hydra": [1]}, {"train_fraction": 0.5}, r"\S+/outputs holds runs of train\.py"),
     ],
 )
 def test_folders_that_are_wrong_are_refused(
