@@ -18,6 +18,7 @@ from torch import nn
 
 from tenslora.attachment import SUBMODULE, keep_gradients
 from tenslora.errors import TensLoRAError, first_line
+from tenslora.forms import shown
 from tenslora.harness.backbones.head import Backbone
 from tenslora.harness.backbones.hub import (
     building,
@@ -39,8 +40,14 @@ from tenslora.harness.config import ModelConfig
 from tenslora.harness.console import at_least, streams_that_are_open
 from tenslora.projections import find_projections
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+_GENERIC = {"text": "hf_text", "image": "hf_image"}
+"""The generic model of each modality."""
 
 
 def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTokenizerBase | None) -> Backbone:
@@ -51,6 +58,8 @@ def load_transformers(config: ModelConfig, classes: int, tokenizer: PreTrainedTo
     with _quiet(config):
         build = _load_pretrained if config.pretrained else _build_random
         model, new = build(config, classes, tokenizer)
+        if config.architecture is not None and config.pretrained:
+            _warn_of_options_without_effect(config, model.config)
         keep_gradients(model)
         for module in model.modules():
             if getattr(getattr(module, "config", None), "return_dict", True) is False:  # a tuple has no logits
@@ -174,6 +183,17 @@ def _load_pretrained(
         if (first := re.sub(r"\.\d+\.", ".0.", name, count=1)) != name and first in own:
             raise wrong_checkpoint(config, source, f"it has {name}, and its config.json declares fewer layers")
     return model, [model.get_submodule(path) for path in sorted(new)]
+
+
+def _warn_of_options_without_effect(config: ModelConfig, own: PretrainedConfig) -> None:
+    # The options of a named model are for random weights. A checkpoint of its kind may differ from them.
+    for name, value in config.options.items():
+        if name != "model_type" and (kept := getattr(own, name, None)) != value:
+            log.warning(
+                "model.options.%s=%s: has no effect, because the checkpoint's config.json says %s; "
+                "model=%s replaces its settings",
+                *(name, shown(value), shown(kept), _GENERIC[config.modality]),
+            )
 
 
 def _with_adapter(config: ModelConfig, source: str) -> TensLoRAError:
@@ -322,9 +342,10 @@ def _require_config_of_its_files(config: ModelConfig, folder: Path, settings: Pr
         own = settings or read_hub_config(str(folder))
         declares = config.options.get("model_type", own.model_type)
         if config.architecture is not None and own.model_type != declares:
-            generic = {"text": "hf_text", "image": "hf_image"}[config.modality]
             raise wrong_checkpoint(
-                config, folder, f"it is of type {own.model_type}, not {declares}; use model={generic} for it"
+                config,
+                folder,
+                f"it is of type {own.model_type}, not {declares}; use model={_GENERIC[config.modality]} for it",
             )
         with torch.device("meta"):  # allocates nothing
             model = _auto_class(config).from_config(own, trust_remote_code=False)

@@ -4,6 +4,7 @@ import io
 import logging
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,17 @@ def test_a_named_models_checkpoint_is_of_its_type(tmp_path: Path) -> None:
     line = r"^model\.checkpoint=\S+: is not a checkpoint of tiny .*: it is of type roberta, not bert; use model=hf_text"
     assert_refused(saved_model("bert", tmp_path), line)
     load_backbone(saved_model("roberta", tmp_path), 3, 0)
+
+
+def test_an_option_that_a_checkpoint_overrules_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_random(tmp_path)
+    config = saved_model("vit", tmp_path)
+    same, other = {"attention_probs_dropout_prob": 0.0}, {"hidden_dropout_prob": 0.5}
+    load_backbone(replace(config, options={**config.options, **same, **other}), 3, 0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "model.options.hidden_dropout_prob=0.5: has no effect, because the checkpoint's config.json says 0.0; "
+        "model=hf_image replaces its settings"
+    ]
 
 
 @pytest.mark.parametrize("arguments", [None, {"depth": 2}])
