@@ -173,6 +173,7 @@ class Record(Form):
     test_examples: Count
     validation_examples: Count = 0
     more_test_examples: dict[str, Number] = {}
+    data_digest: Line | None = None
     task: Literal["classification", "regression"] = "classification"
     scores: list[str] | None = None
     classes: Annotated[list[str], AfterValidator(_check_different)]

@@ -396,17 +396,25 @@ def changed_data(table: Table) -> str | None:
         The note on the first such column; None if there is none.
     """
     for column in table.columns:
-        known: dict[str, tuple[Any, ...]] = {}
+        sizes: dict[str, tuple[Any, ...]] = {}
+        digests: dict[tuple[str, int | None], str] = {}  # by the seed too where it chooses among the examples
         for run in table.runs:
             if run.column != column or not run.record or not run.metrics:
                 continue
-            settings = json.dumps(run.record.get("config", {}).get("dataset"), sort_keys=True)
-            data = run.record.get("train_examples"), run.record.get("test_examples")
-            if (other := known.setdefault(settings, data)) != data:
+            dataset = run.record.get("config", {}).get("dataset") or {}
+            settings = json.dumps(dataset, sort_keys=True)
+            size = run.record.get("train_examples"), run.record.get("test_examples")
+            digest = run.record.get("data_digest")  # which records of earlier versions do not have
+            differ = ""
+            if (other := sizes.setdefault(settings, size)) != size:
+                differ = f"one had {other[0]} training and {other[1]} test examples, another {size[0]} and {size[1]}"
+            elif digest:
+                key = settings, run.seed if dataset.get("train_size") or dataset.get("validation") else None
+                differ = "their labels or texts differ" if digests.setdefault(key, digest) != digest else ""
+            if differ:
                 return (
-                    f"Not all runs on {column.label} had the same data: one had {other[0]} training and {other[1]} "
-                    f"test examples, another {data[0]} and {data[1]}. Files have changed between them; overwrite=true "
-                    f"trains all of them anew."
+                    f"Not all runs on {column.label} had the same data: {differ}. Files have changed between them; "
+                    f"overwrite=true trains all of them anew."
                 )
     return None
 

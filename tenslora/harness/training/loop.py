@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -212,6 +213,20 @@ def digest_of(data: EncodedDataset) -> str:
             for tokens in examples.encode.columns["input_ids"]:
                 digest.update(np.asarray([len(tokens), *tokens], dtype=np.int64).tobytes())
     return digest.hexdigest()[:12]
+
+
+def digest_in_any_order(data: EncodedDataset) -> str:
+    """A digest as `digest_of`, of the examples in any order, and however they are divided among the splits.
+
+    Args:
+        data: what a run trains on and is scored on.
+    """
+    each = []
+    for examples in (data.train, data.scored, *data.more_tests.values()):
+        tokens = examples.encode.columns["input_ids"] if isinstance(examples.encode, TokensOf) else repeat(())
+        for label, ids in zip(examples.labels, tokens):  # noqa: B905  repeat has no end
+            each.append(hashlib.sha256(np.asarray([label, *ids], dtype=np.float64).tobytes()).digest())
+    return hashlib.sha256(repr(data.classes).encode() + b"".join(sorted(each))).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

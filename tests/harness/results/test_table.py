@@ -157,5 +157,13 @@ def test_runs_whose_data_has_changed_between_them_are_noted() -> None:
     assert str(changed_data(make_table([runs[0], fewer]))).startswith(
         f"Not all runs on {DTD.label} had the same data: one had 1000 training and 400 test examples, another 900 and"
     )
+    first, edited = (
+        replace(run, record={**(run.record or {}), "data_digest": run.row.tensor_mode})
+        for run in (runs[0], make_run("att", "isorank", seed=1, epochs=[0.5]))
+    )
+    assert "same data: their labels or texts differ. Files have" in str(changed_data(make_table([first, edited])))
+    few = {"config": {"dataset": {"train_size": 900}}}  # which the seed chooses
+    first, edited = (replace(run, record={**(run.record or {}), **few}) for run in (first, edited))
+    assert changed_data(make_table([first, edited])) is None
     other = {**(fewer.record or {}), "config": {"dataset": {"train_size": 900}}}
     assert changed_data(make_table([runs[0], replace(fewer, record=other)])) is None

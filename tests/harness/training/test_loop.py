@@ -206,6 +206,23 @@ def test_a_run_is_not_resumed_on_texts_that_were_edited() -> None:
     assert digest([2, 5], [7]) in digests
 
 
+def test_one_digest_is_that_of_the_examples_in_every_division() -> None:
+    def ids(letter: str) -> list[int]:
+        return [ord(letter)]
+
+    def of(train: str, scored: str) -> str:
+        parts = [
+            Encoded(range(len(texts)), [ord(each) % 2 for each in texts], TokensOf({"input_ids": [*map(ids, texts)]}))
+            for texts in (train, scored)
+        ]
+        return loop.digest_in_any_order(
+            replace(toy_data(CLASSIFICATION, ("accuracy",), ()), train=parts[0], scored=parts[1])
+        )
+
+    assert of("abc", "de") == of("ed", "cba")
+    assert len({of("abc", "de"), of("abc", "d"), of("abd", "de"), of("ac", "de")}) == 4
+
+
 def test_a_run_resumed_after_its_last_epoch_makes_its_predictions_again(tmp_path: Path) -> None:
     whole = fit_toy(tmp_path).predictions["test"]
     resumed = fit_toy(tmp_path, "resume=true").predictions["test"]
