@@ -328,10 +328,11 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
                 return f"{word.partition('=')[0]}: must not be nested more than {DEEPEST} levels deep"
     if line := misspelt(words, _CONF, config_name, own) or wrong_file(error):
         return line
-    if (given_twice := re.match(r"Multiple values for (\S+)\. ", str(error))) and (
-        word := next((word for word in words if word.startswith(f"+{given_twice[1]}=")), None)
-    ):
-        return f"{word}: {given_twice[1]} has an option already, which is changed without the +"
+    if given_twice := re.match(r"Multiple values for (\S+)\. ", str(error)):
+        group = given_twice[1]
+        if word := next((word for word in words if word.startswith(f"+{group}=")), None):
+            return f"{word}: {group} has an option already, which is changed without the +"
+        return f"a config file's defaults choose {group} a second time; write it there as - override /{group}: ..."
     several = (word for word in words if "--multirun" in str(error) and word in str(error))
     if word := next(several, None):  # Hydra's error for several values without -m
         if config_name != "sweep":

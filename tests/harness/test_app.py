@@ -356,6 +356,10 @@ def test_a_config_file_of_ones_own_that_hydra_would_read_wrongly_is_named(
     [
         (b"  override /tensor_mode: att\n", "Invalid defaults list in 'experiment/own', defaults must be a list"),
         (b"  - own\n", "a config file's defaults name the file itself"),
+        (
+            b"  - /tensor_mode: att\n",
+            "a config file's defaults choose tensor_mode a second time; write it there as - ov",
+        ),
     ],
 )
 def test_defaults_of_ones_own_that_hydra_cannot_follow_are_one_line(
