@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Collection, Sequence
 from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,8 @@ _NAMES: dict[Any, str] = {
     type(None): "null",
     tuple: "a list",
     list: "a list",
+    Sequence: "a list",
+    Collection: "a list",
     dict: "an object",
 }
 
@@ -36,7 +39,8 @@ def from_json(form: type[Form], data: Any, *, ignore_others: bool = False) -> Fo
 
     Args:
         form: a dataclass. A field may be declared as bool, int, float, str or None; as another such dataclass; as
-            ``tuple[T, ...]``, ``list[T]`` or ``dict[str, T]`` of one of these; or as a union of them.
+            ``tuple[T, ...]``, ``list[T]``, ``Sequence[T]``, ``Collection[T]`` or ``dict[str, T]`` of one of these; or
+            as a union of them.
         data: what json.loads returned.
         ignore_others: whether `data` may have keys that are no fields of `form`. They are left out.
 
@@ -100,8 +104,9 @@ def typed(declared: Any, value: Any, name: str) -> Any:
                 return from_json(cast(type[Any], kind), value)
             except TensLoRAError as error:
                 raise TensLoRAError(f"{name}.{error}") from error
-        if kind in (tuple, list) and isinstance(value, list):
-            return kind(typed(parts[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+        if kind in (tuple, list, Sequence, Collection) and isinstance(value, list):
+            items = [typed(parts[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
+            return tuple(items) if kind is tuple else items
         if kind is dict and isinstance(value, dict):
             return {key: typed(parts[1], item, f"{name}[{shown(key)}]") for key, item in value.items()}
         if kind is float and isinstance(value, float) and math.isfinite(value):

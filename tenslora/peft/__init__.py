@@ -5,8 +5,9 @@ Importing this package makes PEFT know TensLoRA, so that `get_peft_model` takes 
 """
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-if find_spec("peft"):
+if TYPE_CHECKING or find_spec("peft"):  # type checkers would take __getattr__ for every name, misspelt ones too
     from tenslora.peft.tuner import TensLoraConfig, TensLoraLinear, TensLoraModel, register
 
     __all__ = ["TensLoraConfig", "TensLoraLinear", "TensLoraModel"]

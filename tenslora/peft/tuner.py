@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn, cast, get_type_hints
 
@@ -143,7 +143,7 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
     tensor_mode: str = "qkv_depth"
     rank_strategy: str = "isoparameters"
     r: int = 4
-    ranks: list[int | list[int]] | None = None
+    ranks: Sequence[int | Sequence[int]] | None = None
     rank_options: dict[str, Any] | None = None
     alpha: float = 4.0
     scaling: str = "direct"
@@ -155,11 +155,11 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
     seed: int = 0
     dropout: float = 0.0
     rank_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
+    target_modules: Collection[str] | str | None = None
+    exclude_modules: Collection[str] | str | None = None
+    layers_to_transform: Sequence[int] | int | None = None
+    layers_pattern: Sequence[str] | str | None = None
+    modules_to_save: Sequence[str] | None = None
     first_step: float | list[float] | None = None
 
     def __post_init__(self) -> None:
