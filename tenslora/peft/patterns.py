@@ -27,21 +27,22 @@ try:
 except (re.error, RecursionError, OverflowError) as error:
     answer = f"not a regular expression ({error})"
 else:
-    answer = [next((i for i, one in enumerate(compiled) if one.match(name)), None) for name in names]
+    answer = [next((i for i, one in enumerate(compiled) if one.fullmatch(name)), None) for name in names]
 print(json.dumps(answer))
 """
 
 
 def first_matches(
-    patterns: Sequence[str], names: Sequence[str], form: str = r"(.*\.)?({})$", seconds: float = 5.0
+    patterns: Sequence[str], names: Sequence[str], form: str = r"(.*\.)?({})", seconds: float = 5.0
 ) -> dict[str, str]:
     """Find the first pattern that matches each name.
 
     Args:
         patterns: regular expressions.
         names: paths of modules.
-        form: the expression that a pattern is put into, in the place of {}. By default it is PEFT's for rank_pattern
-            and alpha_pattern: the pattern has to match the end of a path, from the beginning of one of its parts.
+        form: the expression that a pattern is put into, in the place of {}, and that has to match a whole path. By
+            default it is PEFT's for rank_pattern and alpha_pattern: the pattern has to match the end of a path, from
+            the beginning of one of its parts.
         seconds: how long matching may take if any pattern is more than a name, and another process can match it.
 
     Returns:
@@ -83,7 +84,7 @@ def _in_this_process(patterns: Sequence[str], expressions: Sequence[str], names:
         compiled = [re.compile(expression) for expression in expressions]
     except (re.error, RecursionError, OverflowError) as error:
         raise TensLoRAError(f"{shown(list(patterns))}: not a regular expression ({error})") from error
-    return [next((i for i, one in enumerate(compiled) if one.match(name)), None) for name in names]
+    return [next((i for i, one in enumerate(compiled) if one.fullmatch(name)), None) for name in names]
 
 
 def _in_another_process(

@@ -777,9 +777,9 @@ def _require_timely_patterns(config: TensLoraConfig, paths: Sequence[str]) -> No
     # PEFT matches these by itself, for as long as it takes.
     for name in ("target_modules", "exclude_modules"):
         if isinstance(pattern := getattr(config, name), str):
-            _first_matches(name, [pattern], paths, "(?:{})$")
+            _first_matches(name, [pattern], paths, "{}")
     layers = config.layers_pattern or []
-    _first_matches("layers_pattern", [layers] if isinstance(layers, str) else layers, paths, r".*\.{}\.(\d+)\.")
+    _first_matches("layers_pattern", [layers] if isinstance(layers, str) else layers, paths, r".*\.{}\.(\d+)\..*")
 
 
 def _first_matches(setting: str, patterns: Sequence[str], paths: Sequence[str], form: str) -> None:

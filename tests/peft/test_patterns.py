@@ -35,7 +35,7 @@ def test_a_pattern_of_paths_matches_these_and_no_longer_ones_however_many_they_a
     config = LoraConfig(target_modules=of_paths(paths))
     for path in (*paths, f"memory.{paths[0]}", "encoder.layer.48.query", "encoder-layer.0.query"):
         assert bool(check_target_module_exists(config, path)) == (path in paths)
-    assert first_matches([of_paths(paths)], paths, "(?:{})$").keys() == set(paths)
+    assert first_matches([of_paths(paths)], paths, "{}").keys() == set(paths)
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$b", "(a|a)*b", "a*" * 30 + "b"])

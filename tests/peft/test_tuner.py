@@ -485,6 +485,8 @@ def test_several_adapters_are_switched_added_up_and_deleted() -> None:
     [
         ("hf_bert", {"target_modules": ["query", "value"]}, ("qv", 2)),
         ("hf_bert", {"target_modules": r".*layer\.1\..*(query|key|value)"}, ("qkv", 1)),
+        ("hf_bert", {"target_modules": "(?i).*(QUERY|KEY)"}, ("qk", 2)),
+        ("hf_bert", {"exclude_modules": "(?ix) .* KEY  # with a comment"}, ("qv", 2)),
         ("hf_bert", {"layers_to_transform": [0]}, ("qkv", 1)),
         ("hf_bert", {"exclude_modules": ["key"]}, ("qv", 2)),
         ("llama", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, ("qkvo", 2)),
