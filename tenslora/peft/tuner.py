@@ -179,7 +179,7 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         for step in self.first_step if isinstance(self.first_step, list) else [self.first_step]:
             if step is not None and step <= 0:
                 raise TensLoRAError(f"first_step={step}: must be above 0")
-        self.adapter_config(self.adapt or "qkv")
+        self.adapter_config("qkv" if self.adapt is None else self.adapt)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "r" and getattr(self, "ranks", None) is not None and value != self.r:
@@ -526,7 +526,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             config.ranks = list(ranks[0]) if len(stages) == 1 else [list(each) for each in ranks]
         config.first_step, config.adapt = steps[0] if len(stages) == 1 else steps, adapter.config.adapt
         names: Any = {_last_name(target) for stage in stages for target in stage.targets}
-        config.target_modules = config.target_modules or names  # PEFT keeps a set, and saves it as a list
+        if config.target_modules is None:
+            config.target_modules = names  # PEFT keeps a set, and saves it as a list
         self.peft_config[adapter_name] = config
         on_meta = any(parameter.is_meta for parameter in adapter.parameters())  # low_cpu_mem_usage; loading fills them
         for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
@@ -876,13 +877,18 @@ def choice(config: TensLoraConfig) -> str:
         config: the settings.
     """
     patterns = _patterns(config)
-    by_letters = [] if config.target_modules and not config.adapt else [f"adapt={config.adapt or 'qkv'}"]
+    by_letters = [] if config.target_modules is not None and not config.adapt else [f"adapt={config.adapt or 'qkv'}"]
     return ", ".join([*by_letters, *([patterns] if patterns else [])])
 
 
 def _patterns(config: TensLoraConfig) -> str:
     settings = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_to_transform")}
-    given = {name: value for name, value in settings.items() if value or value == 0}
+    # In PEFT an empty exclude_modules or layers_to_transform has no effect, and an empty target_modules leaves nothing.
+    given = {
+        name: value
+        for name, value in settings.items()
+        if value or value == 0 or (name == "target_modules" and value is not None)
+    }
     return ", ".join(f"{name}={_shown(value)}" for name, value in given.items())
 
 
@@ -897,7 +903,7 @@ def _chosen(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     if not (shown := _patterns(config)):
         return stages
     last_names = {_last_name(target) for stage in stages for target in stage.targets}
-    matching = _named(config, config.target_modules or last_names)
+    matching = _named(config, last_names if config.target_modules is None else config.target_modules)
     layers: dict[int, list[str]] = {}
     for geometry, targets in stages:
         for target in targets:
@@ -931,9 +937,10 @@ def _named(config: PeftConfig, names: Any) -> PeftConfig:
 def _widest(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     # All matrices among which target_modules can choose.
     def chosen(path: str) -> bool:
-        return bool(check_target_module_exists(_named(config, config.target_modules or {path}), path))
+        return bool(check_target_module_exists(_named(config, {path} if named is None else named), path))
 
-    if config.adapt or not config.target_modules:
+    named = config.target_modules
+    if config.adapt or named is None:
         return find_projections(model, config.adapt or "qkv", chosen=chosen)
     for adapt in ("all", "qkvo"):
         try:
