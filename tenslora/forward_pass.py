@@ -131,10 +131,13 @@ class ForwardPass:
                     break
             else:
                 paths = [call.path for call in calls]
+                others, anew = "adapt", "attach(model, detach(model))"
+                if self.watched is None:
+                    others, anew = "adapt or target_modules", "unload() and get_peft_model"
                 raise TensLoRAError(
                     f"{self._model}: its forward pass calls none of the layers that hold the {name} matrices "
-                    f"({listed(paths)}), so an adapter there has no effect; choose other matrices with adapt, or "
-                    f"attach(model, detach(model)) if layers were replaced since"
+                    f"({listed(paths)}), so an adapter there has no effect; choose other matrices with {others}, or "
+                    f"{anew} if layers were replaced since"
                 )
 
     def _warn_of_uncalled_layers(self) -> None:
