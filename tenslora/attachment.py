@@ -219,7 +219,8 @@ def require_no_other_adapter(stages: Sequence[Stage]) -> None:
         if hasattr(target.linear, "get_base_layer"):
             raise TensLoRAError(
                 f"{target.path}: is a layer of another adapter ({type(target.linear).__name__} of PEFT), which would "
-                f"take this one along when it is merged; take that off first (merge_and_unload or unload)"
+                f"take this one along when it is merged; take that off first with merge_and_unload or unload of the "
+                f"PeftModel that it was made with, or make the model anew (delete_adapter leaves the layer)"
             )
         if isinstance(target.linear, AdaptedLinear):
             raise TensLoRAError(f"{target.path}: has an adapter already; detach it first from the model that holds it")

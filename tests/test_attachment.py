@@ -384,12 +384,19 @@ def with_a_lora(model: nn.Module) -> None:
     model.requires_grad_(True)
 
 
+def with_what_transformers_leaves_of_a_lora(model: nn.Module) -> None:
+    lora = get_peft_model(model, LoraConfig(target_modules=["query"]))  # type: ignore[arg-type]
+    lora.delete_adapter("default")  # as its own delete_adapter does
+    model.requires_grad_(True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (parametrized, r"^blocks\.1\.attention\.key: its bias has a parametrization"),
         (lazy, r"^head\.weight: has no size before the model's first forward pass"),
         (with_another_child, "^PlainTransformer: has something else under the name tenslora"),
+        (with_what_transformers_leaves_of_a_lora, r"query: is a layer of another adapter .* or make the model anew \("),
         (with_a_lora, r"^blocks\.0\.attention\.query: is a layer of another adapter \(Linear of PEFT\)"),
     ],
 )
