@@ -88,7 +88,8 @@ class LayerUpdate:
                 return y.addmm_(hs[0], rights[0]) if in_place else y.addmm(hs[0], rights[0])
             rights = [rights[columns.matrix] for columns in self.columns]
             hs = hs if len(hs) == 1 else [hs[columns.matrix] for columns in self.columns]
-        if in_place:
+        # torch.compile fuses the additions itself, and traces no second Function of this kind that changes its input.
+        if in_place and not torch.compiler.is_compiling():
             updated: Tensor = _AddToColumns.apply(y, self.columns, *rights, *hs)
             return updated
         for number, (columns, right) in enumerate(zip(self.columns, rights, strict=True)):

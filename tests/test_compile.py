@@ -43,3 +43,13 @@ def test_a_compiled_model_is_one_graph_for_all_shapes(name: str, mode: str, fact
     larger = {key: torch.cat([value, value])[:3] for key, value in batch.items()}
     compiled(**{key: value[:, :5].contiguous() if key == "input_ids" else value for key, value in larger.items()})
     assert len(graphs) == 1
+
+
+def test_a_model_that_is_compiled_for_inference_is_one_graph() -> None:
+    model, batch = build("fused"), inputs("fused")
+    randomised(attach(model, AdapterConfig("att_site", adapt="qv")))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = logits(model, batch)
+        output = torch.compile(model, backend="eager", fullgraph=True)(**batch)
+    torch.testing.assert_close(getattr(output, "logits", output), expected, rtol=0, atol=1e-12)
