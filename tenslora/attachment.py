@@ -275,7 +275,8 @@ def _warn_of_lost_gradients(model: nn.Module) -> None:
     # torchao's weights that quantise their input too have no derivative. One weight of each type is tried.
     kinds: dict[type, tuple[str, nn.Module]] = {}
     for path, module in model.named_modules():
-        if type(module).forward is nn.Linear.forward and type(module.weight) not in (nn.Parameter, Tensor):
+        forward = getattr(type(module), "forward", None)  # a scripted module's class cannot tell it
+        if forward is nn.Linear.forward and type(module.weight) not in (nn.Parameter, Tensor):
             kinds.setdefault(type(module.weight), (path, module))
     for kind, (path, linear) in kinds.items():
         weight = cast(Tensor, linear.weight)

@@ -33,9 +33,11 @@ class ForwardPass:
 
     Attributes:
         watched: the adapter that the layers use, and its name in the model; None in PEFT.
+        in_ddp: whether the latest pass was inside DistributedDataParallel, in any thread.
     """
 
     watched: tuple[str, nn.Module] | None = None
+    in_ddp = False
 
     def __init__(self, model: nn.Module) -> None:
         self.here = _InThisThread()
@@ -111,6 +113,8 @@ class ForwardPass:
         self.here.leave()
         if not torch.compiler.is_compiling():
             self.require_own_adapter(model)
+            ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+            self.in_ddp = ddp is not None and not ddp.static_graph
             self.here.frame = sys._getframe(1)  # that of torch's Module.__call__
         self.here.products = {}
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tenslora.adapter import Adapter
+from tenslora.errors import TensLoRAError
 from tenslora.forward_pass import ForwardPass
 
 
@@ -93,7 +94,13 @@ class MatrixGroup:
         # Activation checkpointing sets hooks. It runs a block a second time during the backward pass, when the forward
         # pass is over and its cache is gone, and expects the same operations. So a checkpointed block never uses the
         # cache.
-        if cached is None or saved_tensors_hooks() is not None:
+        hooks = saved_tensors_hooks()
+        if cached is None and hooks is None and self.forward_pass.in_ddp and _is_backward():
+            raise TensLoRAError(
+                "activation checkpointing with use_reentrant=True: must be False in DistributedDataParallel, which "
+                "exchanges an adapter's gradients after the first checkpoint unless it has static_graph=True"
+            )
+        if cached is None or hooks is not None:
             return self._compute(range(layer, layer + 1), dtype)[0]
         key = *self.key, dtype, torch.is_grad_enabled()
         if key not in cached or any(own._version != version for own, version in cached[key][1]):
@@ -129,6 +136,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     # The meta device has no autocast, and is named here because torch.compile of torch 2.6 cannot trace the question
     # whether a device has autocast.
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _is_backward() -> bool:
+    # A forward pass inside a backward pass, whose results are differentiated there and then.
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
 
 
 def saved_tensors_hooks() -> object:

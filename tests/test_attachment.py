@@ -129,6 +129,14 @@ def test_a_compiled_model_that_calls_itself_empty_is_a_model() -> None:
     assert adapter_of(torch.compile(model, backend="eager")) is adapter  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is (deprecated|not supported)")
+def test_a_part_that_is_scripted_and_not_adapted_may_stand_beside() -> None:
+    model = PlainTransformer()
+    model.add_module("other", torch.jit.script(nn.LayerNorm(4)))
+    attach(model, AdapterConfig("qkv"))
+    merge(model)
+
+
 def test_a_module_is_trained_by_each_of_its_names() -> None:
     model = PlainTransformer()
     model.add_module("second", model.head)

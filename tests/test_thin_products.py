@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from tenslora import Adapter, RankStrategy, detach, merge
 from tenslora.adapted_linear import AdaptedLinear
 from tenslora.attachment import adapter_of
+from tenslora.errors import TensLoRAError
 from tenslora.factorizations import FACTORIZATIONS
 from tests.models import attached, build, inputs, linear_at, logits, tensor_of
 
@@ -113,6 +114,24 @@ def test_activations_may_be_recomputed_in_the_backward_pass(name: str, reentrant
         gradients.append([parameter.grad for parameter in adapter.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_gradients_that_ddp_would_exchange_too_early_are_refused(static_graph: bool) -> None:
+    model: Any = build("hf_vit").train()
+    adapter = attached(model, "qkv_depth")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.vit.embeddings.cls_token.requires_grad_(True)
+    ddp = nn.parallel.DistributedDataParallel(model, static_graph=static_graph)
+    loss = logits(ddp, inputs("hf_vit")).square().sum()
+    if static_graph:  # in which torch waits for all of them
+        torch.autograd.backward(loss)
+        assert all(parameter.grad is not None for parameter in adapter.parameters())
+        return
+    with pytest.raises(TensLoRAError, match=r"^activation checkpointing with use_reentrant=True: must be False in Di"):
+        torch.autograd.backward(loss)
 
 
 @pytest.mark.parametrize("mode", ["lora", "depth", "qkv_depth"])
