@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,6 +241,9 @@ def _open_hub(name: str, configuration: str | None) -> Source:
     setting = f"dataset.hub={name}"
     if Path(name).exists():
         raise TensLoRAError(f"{setting}: there is a local file or folder of that name; set dataset.root to read it")
+    # The library's own modules, such as csv, would read whatever lies in the current folder.
+    if name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}"):
+        raise TensLoRAError(f"{setting}: must be the name of a dataset on the hub; set dataset.root to read files")
     try:
         splits = load_from_hub(name, configuration)
     except Exception as error:  # OSError, and the types of the hub's client and of its HTTP library
@@ -349,12 +353,8 @@ def _read_tables(files: Sequence[Path]) -> Rows:
                 f"holds {_SEPARATOR_NAMES[separator]} must be in quotes"
             )
         _require_all_cells(file, separator)
-        repeated = (table.to_numpy() == head.iloc[0].to_numpy()).all(axis=1).nonzero()[0]
-        if len(repeated) and len(table.columns) > 1:  # with one column, as for predict, it may be a text
-            raise ValueError(
-                f"row {repeated[0] + 1} of {file.name} is the first line again, which names the columns; remove it, or "
-                f"write a first line that names them"
-            )
+        if len(table.columns) > 1:  # with one column, as for predict, a name may be a text
+            _require_one_first_line(file, head.iloc[0].tolist(), table.to_numpy().tolist())
         for name in table.columns if len(table) else ():
             if table[name].str.fullmatch(r'\s+".*"\s*', na=False).all():
                 raise ValueError(f"each cell of the column {name.strip()} has a blank before its quotes; remove it")
@@ -422,6 +422,21 @@ def _require_different(names: Sequence[str]) -> None:
     for number, name in enumerate(names):
         if name and name in names[:number]:
             raise ValueError(f"its first line names two columns {name}")
+
+
+def _require_one_first_line(file: Path, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Refuse rows among which the names of the columns come again, as where two files were joined into one."""
+
+    def plain(cell: str) -> str:  # a second file may begin with a byte order mark, or write its names in other letters
+        return cell.strip('\ufeff" ').lower()
+
+    wanted = list(map(plain, names))
+    for number, row in enumerate(rows, start=1):
+        if plain(row[0]) == wanted[0] and list(map(plain, row)) == wanted:
+            raise ValueError(
+                f"row {number} of {file.name} is the first line again, which names the columns; remove it, or write a "
+                f"first line that names them"
+            )
 
 
 def require_separator(file: Path, separator: str) -> None:

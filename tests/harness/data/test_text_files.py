@@ -238,6 +238,7 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
         ({"train.csv": '"text", "label"\n"a, b", "x"\n"c", "y"\n'}, r'each cell of the column "label" has a blank be'),
         ({"train.csv": "text,label\na,1\ntext,label\nb,2\n"}, r"row 2 of train\.csv is the first line again, which "
          r"names the columns; remove it, or write a first line that names them\)$"),
+        ({"train.csv": 'text,label\na,1\n\ufeff"Text","LABEL"\nb,2\n'}, r"\(row 2 of train\.csv is the first line ag"),
         ({"train.tsv": "text\ttext\tlabel\na\tb\t1\n"}, r"cannot be read \(its first line names two columns text\)$"),
         ({"train.csv": "text,label\na,1\nb,\n"}, "the split train: row 2 has no label in the column label"),
         ({"train.csv": "text,label,n\n\na,1,2\n\nb\rc,1,3\n"}, r"\(row 2 of train\.csv has 1 cell, and the first lin"),
@@ -290,6 +291,14 @@ def test_the_hub_is_not_asked_for_a_local_folder(tmp_path: Path, monkeypatch: py
         r"dataset\.hub=user/name: there is a local file or folder of that name; set dataset\.root",
         hub="user/name",
     )
+
+
+@pytest.mark.parametrize("name", ["csv", "json", "imagefolder"])
+def test_a_module_of_the_datasets_library_is_no_dataset(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write(tmp_path / "root", {"train.csv": table()}))
+    refused(None, rf"^dataset\.hub={name}: must be the name of a dataset on the hub; set dataset\.root", hub=name)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
