@@ -272,16 +272,21 @@ def _name_of_model(checkpoint: Any, architecture: Any) -> str:
     """
     source = str(checkpoint or architecture or "")
     if checkpoint is None or not os.path.exists(source):
-        return re.sub(r"[^\w.-]+", "-", source.strip("./").replace("/", "--"), flags=re.ASCII) or "model"
+        return _name_of_repository(source) or "model"
     # A file that is named as all files of weights are says less than its folder.
     parent, name = os.path.split(source)
     return _name_after(parent if name in ("model.safetensors", "pytorch_model.bin") else source, "model.checkpoint")
+
+
+def _name_of_repository(source: str) -> str:
+    """The name for what is no repository is a valid one as well, so that a complaint is about the setting itself."""
+    return re.sub(r"[^\w.-]+", "-", source.strip("./").replace("/", "--"), flags=re.ASCII)[:100]
 
 
 def _name_of_dataset(dataset: dict[str, Any]) -> str:
     """The name of a user's own data: "reviews.csv" gives "reviews", "user/name" on the hub "user--name"."""
     root, hub = dataset.get("root"), dataset.get("hub")
     if root is None and hub is not None:
-        return str(hub).replace("/", "--")
+        return _name_of_repository(str(hub)) or "hub"
     name = _name_after(str(root or dataset["source"]), "dataset.root")
     return re.sub(r"(?i)\.(csv|tsv|jsonl|json|ndjson|parquet)$", "", name)

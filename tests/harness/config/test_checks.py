@@ -63,6 +63,12 @@ REFUSED = {
     "begin with '.', and not tables",
     "dataset.name=..": "dataset.name=..: must be a name of at most 100 letters, digits, '.', '_' and '-' that does not "
     "begin with '.', and not tables",
+    **{
+        f"dataset=text dataset.hub={hub} model=minilm": (
+            f"dataset.hub={hub}: must be the name of a dataset on the hub, such as user/name"
+        )
+        for hub in ("https://huggingface.co/datasets/a/" + "b" * 90, "./d", "a/b@main")
+    },
     "logger=wandb logger.project=a/b": (
         "logger.project=a/b: must be a name of at most 128 characters, without / \\ # ? % and :"
     ),
