@@ -184,8 +184,10 @@ def _inputs(given: argparse.Namespace, rows: Sequence[Row], known: Sequence[Sequ
     if columns is None:
         missing = f"--file {given.file}" if given.columns is None else f"--columns {given.columns}"
         looked_for = " or ".join(", ".join(names) for names in choices)
+        from tenslora.harness.data.examples import shortened
+
         hint = "" if given.columns is not None else "; name the input's with --columns"
-        raise TensLoRAError(f"{missing}: has no column {looked_for}; the columns are {', '.join(present)}{hint}")
+        raise TensLoRAError(f"{missing}: has no column {looked_for}; the columns are {shortened(present)}{hint}")
     for number, row in enumerate(rows, start=1):
         for name in columns:
             if row[name] is not None and not isinstance(row[name], str):

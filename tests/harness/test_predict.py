@@ -150,6 +150,7 @@ def test_a_path_that_is_too_long_is_one_line(digits_run: Path) -> None:
         (["--file", "in.csv"], "--file in.csv: no such file"),
         (["--file", "{}"], "has no column sentence; the columns are id, text; name the input's with --columns"),
         (["--file", "{}", "--columns", "words"], "--columns words: has no column words; the columns are id, text"),
+        (["--file", "{}.wide.csv"], r"the columns are a0, .*, a11 and 88 more; name the input's"),
         (["--file", "{}.ragged.csv"], "cannot be read .Error tokenizing data.*line 3"),
         (["--file", "{}.empty.csv"], "row 2 has no text in the column sentence"),
         (["--file", "{}.answered.csv"], "has a column prediction, which the answer would replace"),
@@ -160,6 +161,7 @@ def test_a_path_that_is_too_long_is_one_line(digits_run: Path) -> None:
 def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Path, tmp_path: Path) -> None:
     file = tmp_path / "in.csv"
     file.write_text("id,text\n1,the cat\n")
+    Path(f"{file}.wide.csv").write_text("\n".join([",".join(f"a{n}" for n in range(100)), ",".join("x" * 100)]))
     Path(f"{file}.ragged.csv").write_text("id,sentence\n1,the cat\n2,the cat, again\n")
     Path(f"{file}.empty.csv").write_text("id,sentence\n1,the cat\n2,\n")
     Path(f"{file}.answered.csv").write_text("sentence,prediction\nthe cat,yes\n")

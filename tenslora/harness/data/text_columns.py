@@ -102,7 +102,7 @@ def choose_columns(
     if not text_columns:
         raise TensLoRAError(
             f"dataset.text_columns=null: must be the one or two columns that hold the texts, such as "
-            f"[{(left or columns)[0]}]; there are {listed}"
+            f"[{shortened((left or columns)[:1])}]; there are {listed}"
         )
     if label_column is None:
         there = shortened(left) or "no columns"
@@ -110,7 +110,7 @@ def choose_columns(
             there = f"only a model's answers; dataset.label_column={answers[0]} takes them for labels"
         raise TensLoRAError(
             f"dataset.label_column=null: must be the column that holds the labels; besides the texts "
-            f"({', '.join(text_columns)}) there are {there}"
+            f"({shortened(text_columns)}) there are {there}"
         )
     return tuple(text_columns), label_column
 

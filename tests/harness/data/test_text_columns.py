@@ -62,6 +62,7 @@ def test_given_columns_are_taken() -> None:
         ("text label", None, "lab", r"dataset\.label_column=lab: must be one of the columns text, label$"),
         ("Text text label", None, None, r"dataset\.text_columns=null: .* there are Text, text, label$"),
         ("text\tlabel", None, None, r"dataset\.text_columns=null: "),
+        ("a" * 99 + " b", None, None, r" such as \[a{57}\.\.\.\]; there are a{57}\.\.\., b$"),
         (
             "gj04 1 * sailed",
             None,
