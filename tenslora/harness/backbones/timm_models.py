@@ -37,7 +37,7 @@ def load_timm(config: ModelConfig, classes: int) -> Backbone:
         options["in_chans"] = config.channels
     takes_any = config.declares_images and {"dynamic_img_size", "strict_img_size"} & config.options.keys()
     if config.image_size is not None and not takes_any:
-        declared = timm.get_pretrained_cfg(config.architecture)
+        declared = timm.get_pretrained_cfg(_current_name(timm, config))
         if declared is not None and declared.fixed_input_size:  # other models take images of any size
             options["img_size"] = config.image_size
     options |= config.options
@@ -121,6 +121,12 @@ def _plain_attributes(model: nn.Module) -> list[Any]:
     ]
 
 
+def _current_name(timm: Any, config: ModelConfig) -> str:
+    """The name by which timm knows the model. A deprecated one makes it, and tells nothing else."""
+    name = str(config.architecture)
+    return timm.models.get_deprecated_models().get(name) or name
+
+
 def _require_known(timm: Any, config: ModelConfig, from_hub: bool) -> None:
     """Refuse a name that timm does not have, or that has no weights if they are to come from the hub."""
     name = str(config.architecture)
@@ -135,6 +141,10 @@ def _require_known(timm: Any, config: ModelConfig, from_hub: bool) -> None:
         raise TensLoRAError(
             f"model.architecture={name}: timm {timm.__version__} has no such weights; "
             f"{'it has ' + ', '.join(with_weights) if with_weights else f'it has none for {architecture}'}"
+        )
+    if from_hub and (current := _current_name(timm, config)) != name:
+        raise TensLoRAError(
+            f"model.architecture={name}: must be {current}, as timm calls the model and its weights now"
         )
     if from_hub and not timm.is_model_pretrained(name):
         raise TensLoRAError(

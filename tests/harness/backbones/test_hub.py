@@ -107,6 +107,8 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
     ("config", "message"),
     [
         (timm_vit(architecture="vit_gigantic"), r"model\.architecture=vit_gigantic: timm .* no such model"),
+        (timm_vit(architecture="vit_tiny_patch16_224_in21k", pretrained=True),
+         r"^model\.architecture=vit_tiny_patch16_224_in21k: must be vit_tiny_patch16_224\.augreg_in21k, as timm calls"),
         (timm_vit(options={**VIT_DIGITS, "widths": 3}), r"model\.options=.*widths"),
         (timm_vit(options={**VIT_DIGITS, "num_heads": 5}), r"model\.options=.*'num_heads': 5.*divi"),
         (timm_vit(options={**VIT_DIGITS, "num_heads": 0}), r"model\.options=.*'num_heads': 0.*zero"),
@@ -118,6 +120,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
     ],
     ids=[
         "unknown name",
+        "deprecated name",
         "unknown option",
         "heads",
         "no heads",
@@ -127,6 +130,6 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
         "hf heads",
         "vocabulary",
     ],
-)
+)  # fmt: skip
 def test_options_that_do_not_make_a_model(config: ModelConfig, message: str) -> None:
     assert_refused(config, message, trained_tokenizer() if config.modality == "text" else None)

@@ -179,9 +179,10 @@ def test_the_embedded_checkpoint_fits_only_its_model() -> None:
     assert_refused(config, r"is not a checkpoint of vit_digits .*lacks blocks\.4\.")
 
 
-def test_a_model_is_built_for_the_size_of_the_images_also_where_all_of_them_is_declared() -> None:
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_patch16_224_in21k"])  # the latter is deprecated
+def test_a_model_is_built_for_the_size_of_the_images_also_where_all_of_them_is_declared(name: str) -> None:
     run = configured(
-        "model=timm", "model.architecture=vit_tiny_patch16_224", "model.pretrained=false", "+model.options.depth=1",
+        "model=timm", f"model.architecture={name}", "model.pretrained=false", "+model.options.depth=1",
         "model.image_size=32", "model.channels=1", "model.mean=[0.5]", "model.std=[0.5]",
     )  # fmt: skip
     backbone = load_backbone(run.model, 3, 0)
