@@ -278,7 +278,8 @@ class LoadedRun:
                     own = self.run.dataset
                     data = encode(load_dataset(own, self.run.seed), own, self.backbone, self.tokenizer)
                     if digest_of(data) != header["start"]["data"]:
-                        changes.append("other examples, or the same in another order")
+                        tokenizer = ", or another tokenizer" if own.modality == "text" else ""
+                        changes.append(f"other examples, or the same in another order{tokenizer}")
         if changes:
             raise TensLoRAError(
                 f"dataset={config.name}: has changed since the run, which had {changes[0]}; what is drawn from it now "

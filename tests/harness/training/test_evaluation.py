@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,11 +124,20 @@ def test_a_run_that_cannot_evaluate_a_single_example_says_so(tmp_path: Path) -> 
         fit_toy(tmp_path, model=SmallDevice(room=0))
 
 
-def test_a_worker_that_is_killed_is_one_line() -> None:
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("fork", r" \(DataLoader"), ("spawn", "; or, with the start method spawn, the program has no `if")],
+)
+def test_a_worker_that_is_killed_is_one_line(method: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+
     class Model(LinearModel):
         def forward(self, x: Tensor) -> Tensor:  # noqa: ARG002
             # torch raises it wherever the program is.
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
 
-    with pytest.raises(TensLoRAError, match=r"^trainer\.workers=0: a process that reads examples was killed"):
+    with pytest.raises(
+        TensLoRAError,
+        match=rf"^trainer\.workers=0: a process that reads examples was killed, as where memory is short{words}",
+    ):
         evaluated(Model())
