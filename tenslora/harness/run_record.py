@@ -286,6 +286,7 @@ def _git() -> dict[str, Any] | None:
         return asked.stdout.strip()
 
     try:
+        ask("ls-files", "--error-unmatch", Path(__file__).name)  # a copy of the code may lie in another repository
         commit = ask("rev-parse", "HEAD")
         if not re.fullmatch("[0-9a-f]{40,64}", commit):  # a wrapper of a site's own may print more
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,6 +94,25 @@ def test_the_commit_is_the_codes_also_where_git_is_told_of_another_repository(
     monkeypatch.setenv("GIT_DIR", str(tmp_path))
     run_record._git.cache_clear()
     assert run_record._git() == commit  # None outside a clone
+
+
+def test_a_repository_that_does_not_track_the_code_is_not_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True)
+
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "mine")
+    code = tmp_path / "copied" / "run_record.py"
+    code.parent.mkdir()
+    code.touch()
+    monkeypatch.setattr(run_record, "__file__", str(code))
+    assert run_record._git.__wrapped__() is None
+    git("add", "copied")
+    tracked = run_record._git.__wrapped__()
+    assert tracked is not None
+    assert tracked["changed"]
 
 
 def test_what_is_no_commit_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
