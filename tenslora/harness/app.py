@@ -22,7 +22,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenslora.errors import TensLoRAError, os_reason
+from tenslora.errors import TensLoRAError, first_line, os_reason
 from tenslora.harness.cache import forget_all
 from tenslora.harness.commands import (
     CARRIAGE_RETURN,
@@ -84,6 +84,8 @@ def run_app(
             sys.exit(f"error: {TensLoRAError(word)}: must be MULTIRUN for sweep.py; train.py carries out single runs")
         if re.fullmatch(r"\+*hydra\.job\.chdir=(?!(false|null)$).*", word, re.IGNORECASE | re.DOTALL):
             sys.exit(f"error: {TensLoRAError(word)}: must be false, because paths are relative to the current folder")
+        if sweep and re.match(r"\+*hydra/sweeper=(?!table$)", word):
+            sys.exit(f"error: {TensLoRAError(word)}: must be table for sweep.py; train.py -m takes other sweepers")
         if sweep and re.match(r"\+*hydra\.sweep\.subdir=", word):  # the results are read from the runs' own folders
             sys.exit(f"error: {TensLoRAError(word)}: must be left out; hydra.sweep.dir is the folder of all runs")
         if (group := re.match(r"\+*([a-z_]+)=\[[^,]*,", word)) and _takes_one(group[1]):
@@ -353,6 +355,8 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     for word in words:
         if str(error) == f"Error merging override {word}" and any("Cannot merge" in str(cause) for cause in causes):
             return f"{word}: must be {'a dictionary' if word.partition('=')[2].startswith('[') else 'a list'}"
+        if str(error) == f"Error merging override {word}" and len(causes) > 1:
+            return f"{word}: cannot be set ({first_line(causes[1])})"
     if word := next((word for word in words if "=" in word and not parsed(word)), None):
         return unreadable(word)
     # Errors of Hydra's code, which do not name the setting.

@@ -27,9 +27,9 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 CARRIAGE_RETURN = "ends in a carriage return, as every line of a file from Windows does; take it out (dos2unix)"
 """What is wrong with a word of the command line whose last character nobody sees."""
 
-QUIET = ("transformers", "torch.utils._pytree", "bitsandbytes")
-"""Loggers whose warnings do not help a user of the commands. transformers warns of a new head, torch of its next
-release when torchao is imported, and bitsandbytes of kernels that are not installed."""
+QUIET = ("torch.utils._pytree", "bitsandbytes")
+"""Loggers whose warnings help nobody here: torch's of its next release when torchao is imported, and bitsandbytes' of
+kernels that are not installed."""
 
 OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
 """The numbers of the system's errors for a path that a user may not use, has no space for, or that is too long."""
@@ -142,10 +142,10 @@ def path_argument(word: str) -> Path:
 def prepare_process() -> None:
     """Put right how this process was started, or end it in one line where that cannot be.
 
-    A standard output or error that the shell has closed becomes one that drops everything. The backend of matplotlib
-    that a notebook sets for all that it starts is taken away if it is not installed here: the commands write files
-    alone. Python must not leave out assert statements or docstrings: Hydra's parser reads words inside its assert
-    statements, and transformers builds docstrings from other docstrings.
+    A standard output or error that the shell has closed becomes one that drops everything. The loggers in `QUIET` are
+    silenced. The backend of matplotlib that a notebook sets for all that it starts is taken away if it is not installed
+    here: the commands write files alone. Python must not leave out assert statements or docstrings: Hydra's parser
+    reads words inside its assert statements, and transformers builds docstrings from other docstrings.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -155,6 +155,8 @@ def prepare_process() -> None:
     kind, _, module = os.environ.get("MPLBACKEND", "").partition("://")
     if kind == "module" and importlib.util.find_spec(module.partition(".")[0]) is None:
         del os.environ["MPLBACKEND"]
+    for chatty in QUIET:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
 def is_text(word: str) -> bool:
@@ -217,8 +219,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     prepare_process()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    for chatty in QUIET:
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # which warns of a new head
     with Stop() as stop:
         try:
             _require_current_folder()
