@@ -113,7 +113,8 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         r: for isorank, the rank; for isoparameters, the LoRA rank whose number of parameters is matched.
         ranks: the rank of each mode, or for a model of several stages a list of them for each stage; None lets
             rank_strategy choose. The ranks that isoparameters has chosen are saved here, so that a saved adapter does
-            not depend on the rule that chose them.
+            not depend on the rule that chose them. Set them and first_step to None before the settings of a saved
+            adapter make one for another model.
         rank_options: further fields of `ranks.RankStrategy`, such as {"rule": "uniform"}.
         alpha: multiplies the update; unlike lora_alpha, it is not divided by the rank.
         scaling: "direct", or "first_step" to give the adapter the first step of LoRA at rank r.
@@ -165,6 +166,7 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[METHOD.upper()]
+        self.made_for: list[Geometry] | None = None  # no field, so it is not saved
         types = get_type_hints(TensLoraConfig)
         for name in vars(TensLoraConfig)["__annotations__"]:
             value = _of_python(getattr(self, name))
@@ -519,12 +521,15 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         adapted = [target.path for stage in stages for target in stage.targets]
         require_apart(config.modules_to_save or (), adapted, ", or leave this one out with exclude_modules")
         require_called(self.model, config.modules_to_save or ())
-        adapter = config.make_adapter([stage.geometry for stage in stages])
+        geometries = [stage.geometry for stage in stages]
+        adapter = config.make_adapter(geometries)
         _require_names_apart({**self.tenslora_adapters, adapter_name: adapter}, self.peft_config)
+        _warn_of_another_model(given, geometries)
         ranks, steps = ([getattr(each, name) for each in adapter.stages] for name in ("ranks", "unscaled_first_step"))
         if config.rank_strategy == "isoparameters":
             config.ranks = list(ranks[0]) if len(stages) == 1 else [list(each) for each in ranks]
         config.first_step, config.adapt = steps[0] if len(stages) == 1 else steps, adapter.config.adapt
+        config.made_for = geometries
         names: Any = {_last_name(target) for stage in stages for target in stage.targets}
         if config.target_modules is None:
             config.target_modules = names  # PEFT keeps a set, and saves it as a list
@@ -781,6 +786,17 @@ def _require_timely_patterns(config: TensLoraConfig, paths: Sequence[str]) -> No
             _first_matches(name, [pattern], paths, "{}")
     layers = config.layers_pattern or []
     _first_matches("layers_pattern", [layers] if isinstance(layers, str) else layers, paths, r".*\.{}\.(\d+)\..*")
+
+
+def _warn_of_another_model(config: TensLoraConfig, geometries: Sequence[Geometry]) -> None:
+    # Whoever has set first_step to None knows of it.
+    if config.first_step is not None and config.made_for not in (None, geometries):
+        kept = [f"{name}={value}" for name in ("ranks", "first_step") if (value := getattr(config, name)) is not None]
+        warnings.warn(
+            f"{', '.join(kept)}: taken over from an adapter of a model of other dimensions; set ranks and first_step "
+            f"to None to have them chosen for this one",
+            stacklevel=2,
+        )
 
 
 def _first_matches(setting: str, patterns: Sequence[str], paths: Sequence[str], form: str) -> None:

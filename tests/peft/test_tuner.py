@@ -57,6 +57,7 @@ from tests.hub_server import repository
 from tests.models import build, inputs, logits
 from tests.operations import RecordedOperations
 from tests.peft.train_in_trainer import main as train_in_trainer
+from tests.plain_transformer import PlainTransformer
 
 NAMES = ["hf_bert", "hf_roberta", "hf_vit", "llama", "qwen2", "gemma", "gpt2", "hf_swin"]
 CASES = [
@@ -242,6 +243,23 @@ def test_another_r_beside_ranks_that_were_chosen_already_is_refused(tmp_path: Pa
     config.ranks = config.first_step = None
     config.r = 5
     model, expected = (get_peft_model(build("hf_bert"), each) for each in (config, TensLoraConfig(r=5)))
+    assert adapter_of(model).stages[0].ranks == adapter_of(expected).stages[0].ranks
+
+
+def test_what_was_chosen_for_a_model_of_other_dimensions_is_told(tmp_path: Path) -> None:
+    config = get_peft_model(build("hf_bert"), TensLoraConfig()).peft_config["default"]
+    config.save_pretrained(str(tmp_path))
+    assert "made_for" not in (tmp_path / "adapter_config.json").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(build("hf_bert"), config)
+    with pytest.warns(UserWarning, match=r"^ranks=\[.*\], first_step=.*: taken over from an adapter of a model of"):
+        get_peft_model(PlainTransformer(layers=3), config)  # type: ignore[arg-type]
+    config.ranks = config.first_step = None  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = get_peft_model(PlainTransformer(layers=3), config)  # type: ignore[arg-type]
+    expected = get_peft_model(PlainTransformer(layers=3), TensLoraConfig())  # type: ignore[arg-type]
     assert adapter_of(model).stages[0].ranks == adapter_of(expected).stages[0].ranks
 
 
