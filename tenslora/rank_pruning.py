@@ -54,6 +54,12 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
     """
     require_type("adapter", adapter, Adapter)
     require_type("budget", budget, int)
+    for inner in vars(optimizer).values() if optimizer is not None else ():
+        if isinstance(inner, torch.optim.Optimizer) and inner.state is not getattr(optimizer, "state", None):
+            raise TensLoRAError(
+                f"optimizer={type(optimizer).__name__}: steps another one inside it, {type(inner).__name__}, which "
+                f"keeps the moments; must be the AdamW that keeps them"
+            )
     for parameter in adapter.parameters():
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         kept = {name: type(value) for name, value in state.items() if isinstance(value, Tensor) and value.ndim}

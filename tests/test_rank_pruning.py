@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -217,6 +218,7 @@ def test_an_adapter_that_is_cut_while_it_is_merged_leaves_nothing_in_the_weights
         partial(torch.optim.AdamW, amsgrad=True),
         torch.optim.RMSprop,
         torch.optim.Adafactor,
+        lambda parameters, lr: timm.optim.Lookahead(torch.optim.AdamW(parameters, lr=lr)),
     ],
 )
 def test_moments_that_cannot_be_taken_along_are_refused(optimizer: Any) -> None:
@@ -225,7 +227,9 @@ def test_moments_that_cannot_be_taken_along_are_refused(optimizer: Any) -> None:
     backpropagate(adapter)
     training.step()
     ranks, before = adapter.ranks, [p.detach().clone() for p in adapter.parameters()]
-    with pytest.raises(TensLoRAError, match=r"^optimizer=\w+: keeps .*; must keep exp_avg and exp_avg_sq alone"):
+    with pytest.raises(
+        TensLoRAError, match=r"^optimizer=\w+: .*(must keep exp_avg and exp_avg_sq alone|steps another)"
+    ):
         prune(adapter, 60, training)
     assert adapter.ranks == ranks
     assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), before, strict=True))
