@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EMBEDDED", "Backbone", "load_backbone", "load_tokenizer", "recorded_answer"]
 
-_ONE_AT_A_TIME = threading.Lock()
+_ONE_AT_A_TIME = threading.RLock()  # a signal's handler may load a run while its thread does
 """transformers replaces functions of torch.nn.init while it reads weights, in all threads."""
 
 

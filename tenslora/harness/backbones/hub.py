@@ -27,11 +27,17 @@ def folder_or_repository(config: ModelConfig) -> str:
         config: the model's settings.
 
     Raises:
-        TensLoRAError: if there is no such folder. The libraries would take its path for the name of a repository.
+        TensLoRAError: if there is no such folder, or if it holds an adapter alone. The libraries would take its path
+            for the name of a repository.
     """
     if config.checkpoint is None:
         return str(config.architecture)
-    if Path(config.checkpoint).is_dir():
+    if (folder := Path(config.checkpoint)).is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise TensLoRAError(
+                f"model.checkpoint={config.checkpoint}: holds an adapter of PEFT and no model; must be the folder of a "
+                f"model, such as the adapter's base model with the adapter merged into it"
+            )
         return config.checkpoint
     if config.architecture is not None:
         raise TensLoRAError(f"model.checkpoint={config.checkpoint}: no such folder")

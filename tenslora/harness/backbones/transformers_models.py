@@ -166,6 +166,10 @@ def _load_pretrained(
                 source,
                 f"it holds an adapter ({name}); merge the adapter and detach it before you save the model",
             )
+        if config.quantization is None and re.search(r"weight(_scale(_inv)?|_zero_point|\.absmax)$", name):
+            raise wrong_checkpoint(
+                config, source, f"its weights are quantised ({name}), and its config.json has no quantization_config"
+            )
     _head_of(config, model)  # before its weights are taken for those of the Transformer
     # transformers 5 gives (name, shape in the checkpoint, shape in the model) for a mismatch, transformers 4 the name.
     mismatched = [entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]]

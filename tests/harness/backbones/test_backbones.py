@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
+from tenslora.harness.backbones.timm_models import load_timm
 from tenslora.harness.cache import forget_all
 from tenslora.harness.training.tasks import outputs_of
 from tenslora.random_streams import stream_seed
@@ -91,3 +93,19 @@ def test_a_random_model_runs_and_learns(kind: str) -> None:
     for name, parameter in backbone.head_parameters().items():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_model_may_be_loaded_while_its_thread_loads_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a signal's handler does that loads a run anew.
+    begun: list[int] = []
+
+    def interrupted(*arguments: Any) -> Any:
+        begun.append(1)
+        if len(begun) == 1:
+            assert weights_of(load_random("timm vit", seed=8))
+        return load_timm(*arguments)
+
+    monkeypatch.setattr("tenslora.harness.backbones.load_timm", interrupted)
+    forget_all()
+    load_random("timm vit", seed=7)
+    assert len(begun) == 2

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tenslora import AdapterConfig, RankStrategy, attach
@@ -154,6 +155,23 @@ def test_a_model_with_an_adapter_of_peft_beside_it_is_refused(settings: Any, tmp
     get_peft_model(plain, settings).save_pretrained(str(tmp_path / "bert"))
     with pytest.raises(
         TensLoRAError, match=r"is not a checkpoint of bert: it holds an adapter of PEFT too, adapter_conf"
+    ):
+        load(*words)
+
+
+def test_an_adapter_of_peft_alone_is_no_model(tmp_path: Path) -> None:
+    words = save(tmp_path / "bert", "BertModel")
+    (tmp_path / "bert" / "config.json").rename(tmp_path / "bert" / "adapter_config.json")
+    with pytest.raises(TensLoRAError, match=r"model\.checkpoint=\S+: holds an adapter of PEFT and no model; must be"):
+        load(*words)
+
+
+def test_scales_of_quantised_weights_that_nothing_would_read_are_refused(tmp_path: Path) -> None:
+    words, file = save(tmp_path / "bert", "BertModel"), tmp_path / "bert" / "model.safetensors"
+    name = "encoder.layer.0.attention.self.query.weight"
+    save_file({**load_file(file), f"{name}_scale_inv": torch.ones(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        TensLoRAError, match=rf"its weights are quantised \({name}_scale_inv\), and its config\.json has"
     ):
         load(*words)
 
