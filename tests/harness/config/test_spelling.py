@@ -31,6 +31,7 @@ from tests.running import CONF
         ("tensor_mode=qkv_dept", "; did you mean qkv_depth?"),
         ("dataset=null", "dataset=null: must be one of cifar10, cola"),
         ("hydra/launcher=slrm", "; did you mean slurm?"),
+        ("hydra/sweeper=optuna", "; another one is there once its plugin of Hydra is installed"),
         ("experiment=paper/dt", ", lotr, paper/cola, paper/dtd, paper/eurosat, "),
         ("experiment=paper/dt", "; did you mean paper/dtd?"),
         ("dataset=vtab/kity", "; did you mean vtab/kitti?"),
