@@ -211,7 +211,8 @@ def find_projections(
     Layers of equal sizes form one stage, whether they follow one another or not: a tensor that stacks layers needs the
     same dimensions in all of them.
 
-    A warning says so if layers of the same list have no such block, as in models that mix attention with other layers.
+    A warning says so if layers of the same list have no such block, as in models that mix attention with other layers,
+    and if the numbers in the layers' names are not in the order of the model's modules.
 
     Args:
         model: any Transformer.
@@ -253,6 +254,7 @@ def find_projections(
         way_out = "; exclude_modules can leave it out" if may_choose else ""  # it is PEFT's settings that choose
         raise TensLoRAError(f"{path or type(block).__name__}: {reason}{way_out}")
     _warn_of_skipped_layers(model, [path for path, _, _ in blocks])
+    _warn_of_falling_numbers(model, [path for path, _, _ in blocks])
     by_sizes: dict[_Sizes, list[_Layer]] = {}
     for index, (path, block, names) in enumerate(blocks):
         if index not in refused and (layers is None or index in layers):
@@ -385,6 +387,26 @@ def _warn_of_skipped_layers(model: nn.Module, paths: Sequence[str]) -> None:
                 f"attention projections; an adapter leaves the others alone",
                 stacklevel=3,
             )
+
+
+def _warn_of_falling_numbers(model: nn.Module, paths: Sequence[str]) -> None:
+    # A saved adapter knows layers by their order alone. Of two models with the same numbered layers in different
+    # orders, the numbers fall in at least one.
+    latest: dict[str, str] = {}
+    for path in paths:
+        before = latest.setdefault(re.sub(r"\d+", "#", path), path)
+        if _numbers(path) < _numbers(before):
+            warnings.warn(
+                f"{type(model).__name__}: has {path} after {before}, and an adapter counts layers in this order; once "
+                f"saved, it is right only on models that register their layers in the same order",
+                stacklevel=3,
+            )
+            return
+        latest[re.sub(r"\d+", "#", path)] = path
+
+
+def _numbers(path: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", path)]
 
 
 def _is_linear(module: object) -> bool:

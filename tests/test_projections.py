@@ -294,6 +294,18 @@ def test_a_layer_that_stands_in_a_list_several_times_is_one_layer() -> None:
     assert geometry.layers == 2
 
 
+def test_layers_whose_numbers_fall_are_told_because_a_saved_adapter_counts_them() -> None:
+    first, second = PlainTransformer().blocks
+    for order in (["1", "0"], ["layer_10", "layer_2"]):
+        model = nn.ModuleDict(dict(zip(order, (first, second), strict=True)))
+        message = rf"^ModuleDict: has {order[1]}\.attention after {order[0]}\.attention, and an adapter counts layers"
+        with pytest.warns(UserWarning, match=message):
+            find_projections(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_projections(nn.ModuleDict({"layer_2": first, "layer_10": second}))
+
+
 def _distributed(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
