@@ -898,8 +898,9 @@ def choice(config: TensLoraConfig) -> str:
 
 
 def _patterns(config: TensLoraConfig) -> str:
-    settings = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "layers_to_transform")}
-    # In PEFT an empty exclude_modules or layers_to_transform has no effect, and an empty target_modules leaves nothing.
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    settings = {name: getattr(config, name) for name in names}
+    # In PEFT an empty target_modules leaves nothing, and the others have no effect if they are empty.
     given = {
         name: value
         for name, value in settings.items()

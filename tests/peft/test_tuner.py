@@ -584,6 +584,10 @@ def test_attention_of_a_kind_that_cannot_be_adapted_may_be_left_out(
         ({"target_modules": ""}, r"^target_modules=: must leave some of the model's"),
         ({"adapt": ""}, "^adapt=: must be"),
         ({"layers_to_transform": [7]}, r"^layers_to_transform=\[7\]: must leave some of the model's attention"),
+        (
+            {"layers_to_transform": [0], "layers_pattern": "layers"},
+            r"^layers_to_transform=\[0\], layers_pattern=layers: must leave some of the model's attention",
+        ),
         ({"target_modules": ["layer.0.attention.self.query", "layer.1.attention.self.key"]}, "the same matrices"),
         ({"target_modules": ["intermediate.dense"]}, "or the whole feed-forward block"),
         (
