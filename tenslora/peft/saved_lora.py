@@ -174,7 +174,7 @@ def read_updates(
         )
     tensors = read_safetensors(path)[1]
     matrices = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
-    if tensors and not matrices:
+    if tensors and not any(re.search(r"\.lora_(embedding_)?[AB]\b", key) for key in matrices):
         raise TensLoRAError(
             f"{path}: has no lora_A and no lora_B; must hold them as PEFT names them, not {min(tensors)}"
         )
@@ -194,9 +194,14 @@ def read_updates(
         raise TensLoRAError(
             f"{path}: {min(wrapped)} begins with module., as under DistributedDataParallel; must begin with {PREFIX}"
         )
-    if saved and not found:
-        raise TensLoRAError(f"{folder}: adapts {min(saved)} and others; this model has none of them")
-    if nowhere := [name for name in saved if not name.startswith(prefixes[0][0])]:
+    with_prefix = {name for name in saved if name.startswith(prefixes[0][0])}
+    existing = with_prefix if model is None else _paths(saved, prefixes[0], dict(model.named_modules())).keys()
+    if saved and not found and (model is None or not existing):
+        raise TensLoRAError(
+            f"{folder}: adapts {min(saved)} and others; this model has none of them; names of an older transformers "
+            f"may become the model's own if PEFT loads the LoRA and saves it again"
+        )
+    if nowhere := saved.keys() - existing:
         raise TensLoRAError(f"{folder}: adapts {min(nowhere)}; this model has no such layer")
     if left := set(saved.values()) - found.keys():
         could_be_chosen = saved if model is None else _paths(saved, prefixes[0], paths_to_adapt(model))

@@ -136,7 +136,7 @@ def test_an_adapted_part_of_a_fused_linear_that_the_geometry_leaves_out_is_named
 
 def test_a_lora_for_another_model_is_refused(tmp_path: Path) -> None:
     save_random_lora(build("hf_bert").float(), tmp_path, r=2, target_modules=["query"])
-    with pytest.raises(TensLoRAError, match="this model has none of them"):
+    with pytest.raises(TensLoRAError, match=r"this model has none of them; names of an older transformers may .* PEFT"):
         read_updates(tmp_path, find_projections(build("timm_vit")))
 
 
@@ -169,10 +169,11 @@ def test_a_lora_whose_matrices_have_other_names_is_not_called_untrained(tmp_path
     model = build("hf_bert").float()
     save_random_lora(model, tmp_path, r=2, target_modules=["query"])
     file = tmp_path / "adapter_model.safetensors"
-    save_file({name.replace("lora_A", "lora.down"): tensor for name, tensor in load_file(file).items()
-               if "lora_A" in name}, file)  # fmt: skip
-    with pytest.raises(TensLoRAError, match=r"has no lora_A and no lora_B; must hold them .*, not \S+lora\.down"):
-        read_updates(tmp_path, find_projections(model))
+    matrices = {name: tensor for name, tensor in load_file(file).items() if "lora_A" in name}
+    for other in ("lora.down", "lora_linear_layer.down"):
+        save_file({name.replace("lora_A", other): tensor for name, tensor in matrices.items()}, file)
+        with pytest.raises(TensLoRAError, match=rf"has no lora_A and no lora_B; must hold them .*, not \S+{other}"):
+            read_updates(tmp_path, find_projections(model))
 
 
 def test_a_matrix_that_only_the_lora_adapts_is_named(tmp_path: Path) -> None:
@@ -185,6 +186,14 @@ def test_a_matrix_that_only_the_lora_adapts_is_named(tmp_path: Path) -> None:
         with pytest.raises(
             TensLoRAError, match=r"pooler\.dense, which no choice of matrices can adapt; train the LoRA"
         ):
+            read_updates(tmp_path, find_projections(model, adapt), model=model)
+
+
+def test_a_layer_that_a_shallower_model_lacks_is_no_matter_of_choice(tmp_path: Path) -> None:
+    save_random_lora(PlainTransformer(layers=3), tmp_path, r=2, target_modules=["query"])
+    model = PlainTransformer()
+    for adapt in ("q", "kv"):
+        with pytest.raises(TensLoRAError, match=r"adapts blocks\.2\.attention\.query; this model has no such layer$"):
             read_updates(tmp_path, find_projections(model, adapt), model=model)
 
 
