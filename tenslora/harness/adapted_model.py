@@ -94,6 +94,7 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
     if run.adapter:
         adapter = attach(model, make_adapter(run.adapter, geometries, [run.start_ranks(each) for each in geometries]))
         if run.warm_start is not None:
+            _require_no_run(run.warm_start)
             from tenslora.peft.saved_lora import read_others, read_updates  # imports PEFT, which takes seconds
 
             warm_start = approximate(adapter, read_updates(Path(run.warm_start), stages, model=model))
@@ -141,3 +142,12 @@ def check_geometries(declared: Sequence[Geometry] | None, actual: Sequence[Geome
                     f"model.geometry.{place}{name}={value}: the backbone that was loaded has {getattr(loaded, name)}; "
                     f"{advice}"
                 )
+
+
+def _require_no_run(warm_start: str) -> None:
+    folder = Path(warm_start)
+    if (folder / "result.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise TensLoRAError(
+            f"warm_start={warm_start}: must be the folder of a LoRA that PEFT saved, and is that of a run; python -m "
+            f"tenslora.harness.export {warm_start} --format peft makes one of it"
+        )

@@ -428,7 +428,7 @@ class RunFolder:
             _remove(file)
 
     def remove_logs(self, events: bool) -> None:
-        """Remove what the loggers csv and tensorboard have written of an earlier run.
+        """Remove what the loggers csv, tensorboard and profile have written of an earlier run.
 
         Args:
             events: whether to remove TensorBoard's files too. Its own logger tells a reader which of them are obsolete.
@@ -436,7 +436,8 @@ class RunFolder:
         Raises:
             TensLoRAError: if a file cannot be removed.
         """
-        for file in (self.metrics, self.steps, *(self.path.glob("events.out.tfevents.*") if events else ())):
+        profile = self.profile_table, self.profile_trace
+        for file in (self.metrics, self.steps, *profile, *(self.path.glob("events.out.tfevents.*") if events else ())):
             _remove(file)
 
     def remove_results(self) -> None:

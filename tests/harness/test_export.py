@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import signal
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ def images_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = transformers.ViTConfig(image_size=8, patch_size=4, **sizes)
     torch.manual_seed(0)
     transformers.ViTForImageClassification(settings).save_pretrained(root / "vit")
+    config = root / "vit" / "config.json"  # transformers reads this setting, and does not write it
+    config.write_text(json.dumps({**json.loads(config.read_text()), "output_attentions": True}))
     random = np.random.default_rng(0)
     for index in range(48):
         red = (index % 2) * 255

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.adapted_model import adapted_model
 from tenslora.harness.backbones import load_backbone
 from tenslora.harness.export import main as export
@@ -16,6 +17,8 @@ from tests.running import SHORT, configured, run
 def test_a_run_may_start_from_a_lora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path / "lora", *SHORT, "tensor_mode=lora", "optimizer.lr=0.05", "trainer.epochs=2")
     export([str(tmp_path / "lora"), "--format", "peft"])
+    with pytest.raises(TensLoRAError, match=r"^warm_start=\S+/lora: must be the folder of a LoRA .* --format peft "):
+        run(tmp_path / "a", *SHORT, f"warm_start={tmp_path / 'lora'}")
     start = [f"warm_start={tmp_path / 'lora' / 'peft'}", "optimizer.lr=0", "optimizer.min_lr=0", "trainer.max_steps=1"]
     exact = run(tmp_path / "a", *SHORT, "tensor_mode=lora", *start)
     approximate = run(tmp_path / "b", *SHORT, "tensor_mode=qkv_depth", *start)

@@ -45,7 +45,7 @@ def test_a_run_without_a_logger_needs_no_wandb(logger: LoggerConfig, watch: bool
 
 
 def test_a_run_that_is_trained_anew_leaves_nothing_of_the_earlier_runs_logs(tmp_path: Path) -> None:
-    names = {"metrics.csv", "steps.csv", "events.out.tfevents.1.host.2.0"}
+    names = {"metrics.csv", "steps.csv", "profile.txt", "profile.json.gz", "events.out.tfevents.1.host.2.0"}
 
     def left(*words: str) -> set[str]:
         for name in names:
