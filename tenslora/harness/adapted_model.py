@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def check_geometries(declared: Sequence[Geometry] | None, actual: Sequence[Geome
 
 def _require_no_run(warm_start: str) -> None:
     folder = Path(warm_start)
-    if (folder / "result.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if os.path.isfile(folder / "result.json") and not os.path.isfile(folder / "adapter_config.json"):  # of any name
         raise TensLoRAError(
             f"warm_start={warm_start}: must be the folder of a LoRA that PEFT saved, and is that of a run; python -m "
             f"tenslora.harness.export {warm_start} --format peft makes one of it"
