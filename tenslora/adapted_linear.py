@@ -88,7 +88,7 @@ class LayerUpdate:
                 return y.addmm_(hs[0], rights[0]) if in_place else y.addmm(hs[0], rights[0])
             rights = [rights[columns.matrix] for columns in self.columns]
             hs = hs if len(hs) == 1 else [hs[columns.matrix] for columns in self.columns]
-        # torch.compile fuses the additions itself, and traces no second Function of this kind that changes its input.
+        # Without gradients torch.compile traces no Function that changes its input, and it fuses the additions itself.
         if in_place and not torch.compiler.is_compiling():
             updated: Tensor = _AddToColumns.apply(y, self.columns, *rights, *hs)
             return updated

@@ -139,7 +139,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _is_backward() -> bool:
-    # A forward pass inside a backward pass, whose results are differentiated there and then.
+    # Whether a reentrant checkpoint computes its block again, which is a forward pass inside the backward pass.
     return not torch.compiler.is_compiling() and torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
 
 

@@ -95,9 +95,9 @@ def adapted_model(run: RunConfig, backbone: Backbone, device: torch.device) -> A
     if run.adapter:
         adapter = attach(model, make_adapter(run.adapter, geometries, [run.start_ranks(each) for each in geometries]))
         if run.warm_start is not None:
-            _require_no_run(run.warm_start)
-            from tenslora.peft.saved_lora import read_others, read_updates  # imports PEFT, which takes seconds
+            from tenslora.peft.saved_lora import CONFIG, read_others, read_updates  # imports PEFT, which takes seconds
 
+            _require_no_run(run.warm_start, CONFIG)
             warm_start = approximate(adapter, read_updates(Path(run.warm_start), stages, model=model))
             log.info("warm start from %s: relative error %.4f", run.warm_start, warm_start.error)
             if others := sorted(read_others(Path(run.warm_start))):
@@ -145,9 +145,9 @@ def check_geometries(declared: Sequence[Geometry] | None, actual: Sequence[Geome
                 )
 
 
-def _require_no_run(warm_start: str) -> None:
-    folder = Path(warm_start)
-    if os.path.isfile(folder / "result.json") and not os.path.isfile(folder / "adapter_config.json"):  # of any name
+def _require_no_run(warm_start: str, config_of_lora: str) -> None:
+    # os.path, for which a name that is too long is simply that of no file
+    if os.path.isfile(RunFolder(Path(warm_start)).result) and not os.path.isfile(Path(warm_start, config_of_lora)):
         raise TensLoRAError(
             f"warm_start={warm_start}: must be the folder of a LoRA that PEFT saved, and is that of a run; python -m "
             f"tenslora.harness.export {warm_start} --format peft makes one of it"

@@ -97,7 +97,8 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
         from transformers import PreTrainedModel
 
         assert isinstance(model, PreTrainedModel)
-        if model.config._attn_implementation != "eager":  # transformers saves no config that asks for what it lacks
+        if model.config._attn_implementation != "eager":
+            # Such an implementation returns no attentions, and transformers saves no config that asks for them.
             model.config.output_attentions = False
         if classes:
             model.config.id2label = dict(enumerate(classes))

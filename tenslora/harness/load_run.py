@@ -34,7 +34,6 @@ from tenslora.harness.forms import Record, read_form
 from tenslora.harness.predictions import Prediction, Predictions, by_name
 from tenslora.harness.run_folder import RunFolder
 from tenslora.harness.training.evaluation import Evaluation, evaluate, predict
-from tenslora.harness.training.loop import digest_of
 from tenslora.harness.training.precision import round_frozen_weights
 from tenslora.harness.training.processes import Processes, most_threads
 from tenslora.harness.training.tasks import TASKS
@@ -277,7 +276,7 @@ class LoadedRun:
                 if header.get("digest") == record["digest"] and header.get("start"):
                     own = self.run.dataset
                     data = encode(load_dataset(own, self.run.seed), own, self.backbone, self.tokenizer)
-                    if digest_of(data) != header["start"]["data"]:
+                    if data.digest() != header["start"]["data"]:
                         tokenizer = ", or another tokenizer" if own.modality == "text" else ""
                         changes.append(f"other examples, or the same in another order{tokenizer}")
         if changes:

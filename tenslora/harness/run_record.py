@@ -64,8 +64,6 @@ def facts_of(
     Returns:
         The facts, under the names that they have in the record.
     """
-    from tenslora.harness.training.loop import digest_in_any_order
-
     model, adapter, warm_start = adapted.model, adapted.adapter, adapted.warm_start
     factorization = None
     if run.adapter:
@@ -96,7 +94,7 @@ def facts_of(
         "test_examples": len(dataset.scored) if run.dataset.scored_on == "test" else 0,
         "validation_examples": len(dataset.scored) if run.dataset.scored_on == "validation" else 0,
         "more_test_examples": {split: len(examples) for split, examples in dataset.more_tests.items()},
-        "data_digest": digest_in_any_order(data),
+        "data_digest": data.digest_in_any_order(),
         "task": dataset.task,
         "scores": score_names(data.metrics, dataset.more_tests),
         "classes": list(dataset.classes),

@@ -27,8 +27,8 @@ def folder_or_repository(config: ModelConfig) -> str:
         config: the model's settings.
 
     Raises:
-        TensLoRAError: if there is no such folder, or if it holds an adapter alone. The libraries would take its path
-            for the name of a repository.
+        TensLoRAError: if there is no such folder, whose path the libraries would take for the name of a repository, or
+            if the folder holds an adapter and no model.
     """
     if config.checkpoint is None:
         return str(config.architecture)

@@ -122,7 +122,7 @@ def _plain_attributes(model: nn.Module) -> list[Any]:
 
 
 def _current_name(timm: Any, config: ModelConfig) -> str:
-    """The name by which timm knows the model. A deprecated one makes it, and tells nothing else."""
+    """The name by which timm knows the model. Under a deprecated one it only builds the model."""
     name = str(config.architecture)
     return timm.models.get_deprecated_models().get(name) or name
 

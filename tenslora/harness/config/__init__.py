@@ -279,7 +279,7 @@ def _name_of_model(checkpoint: Any, architecture: Any) -> str:
 
 
 def _name_of_repository(source: str) -> str:
-    """The name for what is no repository is a valid one as well, so that a complaint is about the setting itself."""
+    """A valid name made of any text, so that a complaint about the text names the setting that the user has typed."""
     return re.sub(r"[^\w.-]+", "-", source.strip("./").replace("/", "--"), flags=re.ASCII)[:100]
 
 

@@ -181,10 +181,10 @@ def _not_an_option(loader: ConfigLoader, group: str, value: Any) -> str | None:
     options = options_of(loader, group)
     if isinstance(value, str) and option in loader.get_group_options(f"{group}/{folder}" if folder else group):
         return None
-    none = "; leave it out for none of them" if value is None and group in ("experiment", "debug") else ""
+    hint = "; leave it out for none of them" if value is None and group in ("experiment", "debug") else ""
     if group in ("hydra/launcher", "hydra/sweeper"):
-        none = "; another one is there once its plugin of Hydra is installed"
-    return f"{group}={shown(value)}: must be one of {', '.join(options)}{did_you_mean(name, options)}{none}"
+        hint = "; another one is there once its plugin of Hydra is installed"
+    return f"{group}={shown(value)}: must be one of {', '.join(options)}{did_you_mean(name, options)}{hint}"
 
 
 def _settings(config: DictConfig, group: str = "") -> Iterator[str]:

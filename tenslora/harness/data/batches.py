@@ -200,11 +200,12 @@ def workers_explained(workers: int) -> Iterator[None]:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         method = multiprocessing.get_start_method()
-        # Only a process that is forked does not begin with the program's main file.
-        guard = f'; or, with the start method {method}, the program has no `if __name__ == "__main__":`'
+        guard = ""
+        if method != "fork":  # the process has begun with the program's main file
+            guard = f'; or, with the start method {method}, the program has no `if __name__ == "__main__":`'
         raise TensLoRAError(
             f"trainer.workers={workers}: a process that reads examples was killed, as where memory is short"
-            f"{guard * (method != 'fork')} ({first_line(error)}); resume=true goes on with a run that has a checkpoint"
+            f"{guard} ({first_line(error)}); resume=true goes on with a run that has a checkpoint"
         ) from error
 
 

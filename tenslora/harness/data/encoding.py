@@ -6,10 +6,12 @@ receives these objects by pickle, which cannot send closures.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -235,6 +237,28 @@ class EncodedDataset:
     scored_on: str = "test"
     image_input: ImageInput | None = None
     classes: tuple[str, ...] = ()
+
+    def digest(self) -> str:
+        """A digest of the classes, of all labels and of the tokens of texts. That of images would take reading all."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for examples in self._parts():
+            digest.update(np.asarray(list(examples.labels), dtype=np.float64).tobytes())
+            if isinstance(examples.encode, TokensOf):
+                for tokens in examples.encode.columns["input_ids"]:
+                    digest.update(np.asarray([len(tokens), *tokens], dtype=np.int64).tobytes())
+        return digest.hexdigest()[:12]
+
+    def digest_in_any_order(self) -> str:
+        """A digest of the same. It depends neither on the order of the examples nor on the split that each is in."""
+        each = []
+        for examples in self._parts():
+            tokens = examples.encode.columns["input_ids"] if isinstance(examples.encode, TokensOf) else repeat(())
+            for label, ids in zip(examples.labels, tokens):  # noqa: B905  repeat has no end
+                each.append(hashlib.sha256(np.asarray([label, *ids], dtype=np.float64).tobytes()).digest())
+        return hashlib.sha256(repr(self.classes).encode() + b"".join(sorted(each))).hexdigest()[:12]
+
+    def _parts(self) -> tuple[Encoded, ...]:
+        return (self.train, self.scored, *self.more_tests.values())
 
 
 def encode(

@@ -39,7 +39,7 @@ ANSWERS = re.compile(r"prediction|probabilit(y_.*|ies)")
 """Names of the columns that tenslora.harness.predict adds to a table, which hold neither texts nor labels."""
 
 LARGEST = 1e18
-"""The largest value of a regression. The loss is its square, whose mean over a batch float32 must hold."""
+"""The largest label of a regression. float32 has to hold the mean of squared errors over a batch."""
 
 _BEYOND_64_BITS = 2**63
 
@@ -278,16 +278,14 @@ def class_name(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def numbers_of(
-    values: Sequence[Any], classes: Sequence[str], where: str, known: str = "the training split"
-) -> list[float]:
+def numbers_of(values: Sequence[Any], classes: Sequence[str], where: str, of_run: bool = False) -> list[float]:
     """The numbers that a model is trained on: those of the classes, or the values of a regression.
 
     Args:
         values: the labels, as `labels_of` gives them.
         classes: the names of the classes; () for a regression.
         where: the split and where it comes from, for messages.
-        known: what has `classes`, for messages.
+        of_run: whether `classes` are those of a finished run, and not of the training split, for messages.
 
     Raises:
         TensLoRAError: for labels that are not in `classes`, and for values beyond `LARGEST`.
@@ -307,8 +305,9 @@ def numbers_of(
     number = {name: index for index, name in enumerate(classes)}
     names = list(map(class_name, values))
     if unseen := set(names).difference(number):
-        are_numbers = known == "the training split" and all(map(_NUMBER.fullmatch, (*classes, *unseen)))
-        hint = "; if they are numbers to predict, set dataset.task=regression" if are_numbers else ""
+        known, hint = "the run" if of_run else "the training split", ""
+        if not of_run and all(map(_NUMBER.fullmatch, (*classes, *unseen))):
+            hint = "; if they are numbers to predict, set dataset.task=regression"
         raise TensLoRAError(
             f"{where}: has labels that {known} does not have: {shortened(sorted(unseen))}; {known} has "
             f"{shortened(classes)}{hint}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import re
@@ -151,7 +152,7 @@ def load_test_texts(config: TextDatasetConfig, classes: tuple[str, ...]) -> Data
     for split, table in tables.items():
         of_split, values = _texts_and_labels(source, split, table, texts, label)
         sentences += of_split
-        numbers += numbers_of(values, classes, f"{source.setting}: the split {split}", known="the run")
+        numbers += numbers_of(values, classes, f"{source.setting}: the split {split}", of_run=True)
     task = "classification" if classes else "regression"
     return Dataset(NO_EXAMPLES, Examples(sentences, numbers), classes, task, text_columns=texts)
 
@@ -343,7 +344,8 @@ def _read_tables(files: Sequence[Path]) -> Rows:
     tables = []
     for file in files:
         require_separator(file, separator)
-        _require_whole_cells(file, separator)
+        text = file.read_text(encoding="utf-8-sig")
+        _require_whole_cells(file, text, separator)
         head = pandas.read_csv(file, header=None, nrows=1, **as_strings)
         _require_different(head.iloc[0].tolist())
         table = pandas.read_csv(file, **as_strings)
@@ -352,7 +354,7 @@ def _read_tables(files: Sequence[Path]) -> Rows:
                 f"its first line names {len(head.columns)} columns, and its second line has more cells; a cell that "
                 f"holds {_SEPARATOR_NAMES[separator]} must be in quotes"
             )
-        _require_all_cells(file, separator)
+        _require_all_cells(file, text, separator)
         if len(table.columns) > 1:  # with one column, as for predict, a name may be a text
             _require_one_first_line(file, head.iloc[0].tolist(), table.to_numpy().tolist())
         for name in table.columns if len(table) else ():
@@ -464,12 +466,11 @@ def require_separator(file: Path, separator: str) -> None:
         )
 
 
-def _require_whole_cells(file: Path, separator: str) -> None:
+def _require_whole_cells(file: Path, text: str, separator: str) -> None:
     """Refuse a cell in quotes that goes on after them, and one of NULs, which a loss of power can leave.
 
     pandas would drop the quotes, and take lines into the cell.
     """
-    text = file.read_text(encoding="utf-8-sig")
     if "\0" in text:
         raise ValueError(f"line {text.count(chr(10), 0, text.index(chr(0))) + 1} of {file.name} holds a NUL")
     in_quotes = re.compile(rf'(?:\A|[{separator}\n])("[^"]*(?:""[^"]*)*") *([^{separator}\n ]?)')
@@ -482,19 +483,19 @@ def _require_whole_cells(file: Path, separator: str) -> None:
             )
 
 
-def _require_all_cells(file: Path, separator: str) -> None:
+def _require_all_cells(file: Path, text: str, separator: str) -> None:
     """Refuse a row of fewer cells than columns, such as a text that a line break has cut. pandas would fill it up."""
     longest = csv.field_size_limit(2**31 - 1)  # by default a text of 128 kB is an error
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = (row for row in csv.reader(lines, delimiter=separator) if len(row) > 1 or any(map(str.strip, row)))
-            columns = len(next(rows))
-            for number, row in enumerate(rows if columns > 1 else (), start=1):
-                if len(row) < columns:
-                    raise ValueError(
-                        f"row {number} of {file.name} has {len(row)} cell{'s' * (len(row) > 1)}, and the first line "
-                        f"names {columns} columns; a cell with a line break must be in quotes"
-                    )
+        every = csv.reader(io.StringIO(text), delimiter=separator)
+        rows = (row for row in every if len(row) > 1 or any(map(str.strip, row)))  # pandas passes over empty lines
+        columns = len(next(rows))
+        for number, row in enumerate(rows if columns > 1 else (), start=1):
+            if len(row) < columns:
+                raise ValueError(
+                    f"row {number} of {file.name} has {len(row)} cell{'s' * (len(row) > 1)}, and the first line "
+                    f"names {columns} columns; a cell with a line break must be in quotes"
+                )
     finally:
         csv.field_size_limit(longest)
 

@@ -351,9 +351,11 @@ def _check(jobs: Sequence[Job], tune: TuneConfig) -> None:
     configs = {id(job.composed): job.composed for job in jobs}.values()
     names = dict.fromkeys(setting for config in configs for setting in _settings(config))
     settings = [name for name in names if name.partition(".")[0] not in ("hydra", *SWEEP_KEYS)]
-    if any(tune.setting in config for config in configs) and tune.setting not in settings:
-        raise TensLoRAError(f"tune.setting={tune.setting}: must be a single setting, such as optimizer.lr, not a group")
     if tune.setting not in settings:
+        if any(tune.setting in config for config in configs):
+            raise TensLoRAError(
+                f"tune.setting={tune.setting}: must be a single setting, such as optimizer.lr, not a group"
+            )
         raise TensLoRAError(f"tune.setting={no_such_setting(tune.setting, settings)}")
     for job in jobs:
         if job.run.dataset.scored_on != "test":

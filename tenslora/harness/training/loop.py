@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
@@ -11,11 +10,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +21,7 @@ from tenslora.attachment import SUBMODULE, adapter_of
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import RankScheduleConfig, RunConfig
 from tenslora.harness.data.batches import Batch, TrainBatches, workers_explained
-from tenslora.harness.data.encoding import EncodedDataset, TokensOf
+from tenslora.harness.data.encoding import EncodedDataset
 from tenslora.harness.quick_start import resume_garbage_collection
 from tenslora.harness.stages import as_in_files
 from tenslora.harness.training.checkpoint import Course, Start, TrainingState, load_checkpoint, save_checkpoint
@@ -120,7 +117,7 @@ def fit(
     steps = min(run.trainer.epochs * batches.steps_per_epoch, run.trainer.max_steps or sys.maxsize)
     scores = tuple(score_names(data.metrics, data.more_tests))
     norms = [float(parameter.detach().norm()) for parameter in optimization.parameters.values()]
-    start = Start(digest_of(data), norms, None if backbone_answer is None else list(backbone_answer))
+    start = Start(data.digest(), norms, None if backbone_answer is None else list(backbone_answer))
     course = Course(batches.steps_per_epoch, steps, run.trainer.evaluate_every, scores, data.scored_on, start)
     pruning = _pruning(model, run, processes, last_epoch=math.ceil(steps / batches.steps_per_epoch))
     state = TrainingState(ranks=None if pruning is None else [], start=start)
@@ -198,35 +195,6 @@ def fit(
         if not state.predictions:  # the checkpoint is of the last epoch, so no epoch was left to evaluate
             state.predictions = evaluate_epoch().predictions
     return state
-
-
-def digest_of(data: EncodedDataset) -> str:
-    """A digest of the classes, of all labels and of the tokens of texts. That of images would take reading them all.
-
-    Args:
-        data: what a run trains on and is scored on.
-    """
-    digest = hashlib.sha256(repr(data.classes).encode())
-    for examples in (data.train, data.scored, *data.more_tests.values()):
-        digest.update(np.asarray(list(examples.labels), dtype=np.float64).tobytes())
-        if isinstance(examples.encode, TokensOf):
-            for tokens in examples.encode.columns["input_ids"]:
-                digest.update(np.asarray([len(tokens), *tokens], dtype=np.int64).tobytes())
-    return digest.hexdigest()[:12]
-
-
-def digest_in_any_order(data: EncodedDataset) -> str:
-    """A digest as `digest_of`, of the examples in any order, and however they are divided among the splits.
-
-    Args:
-        data: what a run trains on and is scored on.
-    """
-    each = []
-    for examples in (data.train, data.scored, *data.more_tests.values()):
-        tokens = examples.encode.columns["input_ids"] if isinstance(examples.encode, TokensOf) else repeat(())
-        for label, ids in zip(examples.labels, tokens):  # noqa: B905  repeat has no end
-            each.append(hashlib.sha256(np.asarray([label, *ids], dtype=np.float64).tobytes()).digest())
-    return hashlib.sha256(repr(data.classes).encode() + b"".join(sorted(each))).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.harness.data.encoding import Encoded, TokensOf
-from tenslora.harness.training import loop, processes
+from tenslora.harness.training import processes
 from tenslora.harness.training.loop import Diverged
 from tenslora.harness.training.tasks import CLASSIFICATION
 from tests.running import SHORT, configured, record, run
@@ -199,7 +199,7 @@ def test_a_run_is_not_resumed_from_weights_that_were_replaced(tmp_path: Path) ->
 def test_a_run_is_not_resumed_on_texts_that_were_edited() -> None:
     def digest(*texts: list[int]) -> str:
         of_texts = Encoded(range(2), [0, 1], TokensOf({"input_ids": list(texts)}))
-        return loop.digest_of(replace(toy_data(CLASSIFICATION, ("accuracy",), ()), train=of_texts))
+        return replace(toy_data(CLASSIFICATION, ("accuracy",), ()), train=of_texts).digest()
 
     digests = {digest([2, 5], [7]), digest([2], [5, 7]), digest([2, 5], [8]), digest([7], [2, 5])}
     assert len(digests) == 4
@@ -215,9 +215,8 @@ def test_one_digest_is_that_of_the_examples_in_every_division() -> None:
             Encoded(range(len(texts)), [ord(each) % 2 for each in texts], TokensOf({"input_ids": [*map(ids, texts)]}))
             for texts in (train, scored)
         ]
-        return loop.digest_in_any_order(
-            replace(toy_data(CLASSIFICATION, ("accuracy",), ()), train=parts[0], scored=parts[1])
-        )
+        data = replace(toy_data(CLASSIFICATION, ("accuracy",), ()), train=parts[0], scored=parts[1])
+        return data.digest_in_any_order()
 
     assert of("abc", "de") == of("ed", "cba")
     assert len({of("abc", "de"), of("abc", "d"), of("abd", "de"), of("ac", "de")}) == 4
