@@ -78,7 +78,7 @@ class _Merged(torch.autograd.Function):
         return F.linear(x, merged, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
         x, merged, left, right = ctx.saved_tensors
         tokens = x.flatten(0, -2)

@@ -164,7 +164,7 @@ def test_other_layouts_and_names_take_any_matrices_too(name: str, adapt: str, mo
 def test_lora_is_pefts_lora(name: str) -> None:
     names = {"hf_distilbert": ["q_lin", "k_lin", "v_lin"]}.get(name, ["query", "key", "value"])
     model, config = build(name), LoraConfig(r=4, lora_alpha=16, target_modules=names)
-    peft_model: Any = get_peft_model(copy.deepcopy(model), config).double().eval()  # type: ignore[arg-type]
+    peft_model: Any = get_peft_model(copy.deepcopy(model), config).double().eval()
     adapter = attached(model, "lora")
     layers: list[Any] = [module for module in peft_model.modules() if hasattr(module, "lora_A")]
     order = [(projection, layer) for layer in range(2) for projection in range(3)]
@@ -468,7 +468,7 @@ def test_a_forward_that_was_put_on_the_layer_itself_is_called_with_the_update() 
         plain: Tensor = own(x)
         return plain
 
-    linear.forward = counted  # type: ignore[method-assign]
+    linear.forward = counted
     attached(model, "qkv_depth")
     adapted = linear_at(model, "blocks.0.attention.query")
     x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -592,7 +592,7 @@ def test_a_function_put_around_an_adapted_layer_outlives_it() -> None:
     plain = query(x)
     attached(model, "qkv_depth")
     inner, adapted = query.forward, query(x)
-    query.forward = lambda x: 2 * inner(x)  # type: ignore[method-assign]
+    query.forward = lambda x: 2 * inner(x)
     torch.testing.assert_close(query(x), 2 * adapted, rtol=0, atol=1e-12)
     detach(model)
     torch.testing.assert_close(query(x), 2 * plain, rtol=0, atol=1e-12)

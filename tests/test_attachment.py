@@ -106,7 +106,7 @@ class PassesOn(nn.Module):
 def test_a_wrapper_around_an_adapted_model_is_refused(tmp_path: Path) -> None:
     model = PlainTransformer()
     adapter = attach(model, AdapterConfig("qkv"), train=["head"])
-    with_lora = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["fc1"]))  # type: ignore[arg-type]
+    with_lora = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["fc1"]))
     for wrapper in (PassesOn(model), with_lora):
         before = [type(module) for module in wrapper.modules()]
         for call in (detach, merge, adapter_of, lambda wrapper: save_pretrained(wrapper, tmp_path / "new")):
@@ -380,20 +380,20 @@ def parametrized(model: nn.Module) -> None:
 
 
 def lazy(model: nn.Module) -> None:
-    model.head = nn.LazyLinear(2)  # type: ignore[assignment]
+    model.head = nn.LazyLinear(2)
 
 
 def with_another_child(model: nn.Module) -> None:
-    model.tenslora = nn.Linear(2, 2)  # type: ignore[assignment]
+    model.tenslora = nn.Linear(2, 2)
 
 
 def with_a_lora(model: nn.Module) -> None:
-    get_peft_model(model, LoraConfig(target_modules=["query"]))  # type: ignore[arg-type]
+    get_peft_model(model, LoraConfig(target_modules=["query"]))
     model.requires_grad_(True)
 
 
 def with_what_transformers_leaves_of_a_lora(model: nn.Module) -> None:
-    lora = get_peft_model(model, LoraConfig(target_modules=["query"]))  # type: ignore[arg-type]
+    lora = get_peft_model(model, LoraConfig(target_modules=["query"]))
     lora.delete_adapter("default")  # as its own delete_adapter does
     model.requires_grad_(True)
 
@@ -421,7 +421,7 @@ def test_a_model_with_a_layer_that_has_no_size_yet_stays_as_it_was_in_peft() -> 
     model = PlainTransformer()
     lazy(model)
     with pytest.raises(TensLoRAError, match=r"^head\.weight: has no size before the model's first forward pass"):
-        get_peft_model(model, TensLoraConfig())  # type: ignore[arg-type]
+        get_peft_model(model, TensLoraConfig())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -650,7 +650,7 @@ def test_a_second_adapter_and_a_missing_one_are_refused() -> None:
 
 def test_a_model_whose_adapter_is_in_peft_is_told_from_one_without_any(tmp_path: Path) -> None:
     config = TensLoraConfig(layers_to_transform=[0])
-    model: Any = get_peft_model(build("hf_bert"), config)  # type: ignore[arg-type]
+    model: Any = get_peft_model(build("hf_bert"), config)
     before = {name: id(module) for name, module in model.named_modules()}
     path = r"(base_model\.model\.)?bert\.encoder\.layer\.0\.attention\.self\.query"
     of_library: list[Callable[[nn.Module], Any]] = [detach, merge, to_peft, to_tenslora]
@@ -659,7 +659,7 @@ def test_a_model_whose_adapter_is_in_peft_is_told_from_one_without_any(tmp_path:
         for each in (model, model.get_base_model()):
             with pytest.raises(TensLoRAError, match=rf": has its adapter in PEFT \({path}\), where the methods of"):
                 call(each)
-    lora = get_peft_model(build("hf_bert"), LoraConfig(target_modules=["query"]))  # type: ignore[arg-type]
+    lora = get_peft_model(build("hf_bert"), LoraConfig(target_modules=["query"]))
     lora.save_pretrained(str(tmp_path))
     for put in (lambda model: attach(model, AdapterConfig()), lambda model: from_lora(model, tmp_path, config)):
         for each in (model, model.get_base_model()):
@@ -799,7 +799,7 @@ def test_a_layer_that_computes_with_something_else_than_its_weight_is_not_merged
     with pytest.raises(TensLoRAError, match=rf"value: a {kind.__name__} does not multiply its input by its weight"):
         merge(model)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
-    peft_model = get_peft_model(detached(model), TensLoraConfig())  # type: ignore[arg-type]
+    peft_model = get_peft_model(detached(model), TensLoraConfig())
     with pytest.raises(TensLoRAError, match=rf"value: a {kind.__name__} does not multiply its input by its weight"):
         peft_model.merge_adapter()
 
@@ -1277,5 +1277,5 @@ def test_a_model_takes_a_memory_format_of_images(mode: str) -> None:
     model = build("timm_vit")
     attached(model, mode)
     expected = logits(model, inputs("timm_vit"))
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(logits(model, inputs("timm_vit")), expected)

@@ -56,7 +56,7 @@ def test_a_pass_that_calls_no_layer_of_a_kind_is_an_error() -> None:
 def test_a_peft_model_is_checked_too() -> None:
     backbone = reads_weights_of_query([0, 1])
     expected = backbone(X)
-    model = get_peft_model(backbone, TensLoraConfig())  # type: ignore[arg-type]
+    model = get_peft_model(backbone, TensLoraConfig())
     in_peft = r"choose other matrices with adapt or target_modules, or unload\(\) and get_peft_model if"
     with pytest.raises(TensLoRAError, match=in_peft):
         model(X)

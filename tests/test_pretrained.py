@@ -171,8 +171,8 @@ def test_weights_that_a_state_dict_puts_in_place_are_those_that_are_saved(tmp_pa
     def divided(module: nn.Module, *_: Any) -> None:
         hook.remove()
         before = module.get_submodule("head").weight
-        module.get_submodule("head").weight = nn.Parameter(before.detach().clone())  # type: ignore[arg-type, operator]
-        before.data.fill_(float("nan"))  # type: ignore[operator, union-attr]
+        module.get_submodule("head").weight = nn.Parameter(before.detach().clone())  # type: ignore[operator]
+        before.data.fill_(float("nan"))  # type: ignore[operator]
 
     hook = model.register_state_dict_pre_hook(divided)  # type: ignore[no-untyped-call]
     load(again := build("separate"), save_pretrained(model, tmp_path))
@@ -756,7 +756,7 @@ def _with_orthogonal_weight(model: PlainTransformer) -> None:
 def _with_a_centre(model: PlainTransformer) -> None:
     centre = nn.Module()
     centre.register_buffer("centre", torch.randn(24))
-    centre.forward = lambda x: x - centre.centre  # type: ignore[method-assign, assignment]
+    centre.forward = lambda x: x - centre.centre
     model.head = nn.Sequential(centre, nn.Linear(24, 2))  # type: ignore[assignment]
 
 

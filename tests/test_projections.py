@@ -311,7 +311,7 @@ def _distributed(model: nn.Module) -> nn.Module:
 
 
 def _sharded(model: nn.Module) -> nn.Module:
-    sharded: nn.Module = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))  # type: ignore[assignment]
+    sharded: nn.Module = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     return sharded
 
 

@@ -81,7 +81,7 @@ def test_a_head_whose_weights_are_no_parameters_any_more_is_not_left_out(tmp_pat
     model = build("separate").float()
     attach(model, AdapterConfig(), train=["head"])
     quantised_head = nn.Sequential(model.get_submodule("head"))
-    torch.ao.quantization.quantize_dynamic(quantised_head, inplace=True)  # type: ignore[no-untyped-call]
+    torch.ao.quantization.quantize_dynamic(quantised_head, inplace=True)
     model.head = quantised_head[0]
     problem = r"^head\.bias: was trained beside the adapter, and head\.scale, .* in its place would not be saved; save "
     with pytest.raises(
@@ -96,7 +96,7 @@ def attached(model: nn.Module) -> nn.Module:
 
 
 def in_peft(model: nn.Module) -> nn.Module:
-    adapter: nn.Module = get_peft_model(model, TensLoraConfig()).base_model.tenslora_adapters["default"]  # type: ignore[arg-type]
+    adapter: nn.Module = get_peft_model(model, TensLoraConfig()).base_model.tenslora_adapters["default"]
     return adapter
 
 
@@ -140,7 +140,7 @@ def test_gradients_are_those_of_the_backbone_with_the_rounded_weights(kind: str)
     for path, linear in model.named_modules():
         if hasattr(linear, "in_features") and "head" not in path:
             rounded = linear(torch.eye(linear.in_features)).T - (0 if linear.bias is None else linear.bias[:, None])
-            plain.get_submodule(path).weight.data.copy_(rounded)  # type: ignore[union-attr, operator]
+            plain.get_submodule(path).weight.data.copy_(rounded)  # type: ignore[operator]
     gradients = []
     for each in (model, plain):
         adapter = attach(each, AdapterConfig("att_qkv_depth", adapt="all"))
@@ -218,8 +218,8 @@ def test_a_weight_that_cannot_be_quantised_again_is_left_alone() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
 def test_a_layer_that_was_quantised_under_an_adapter_is_named_as_it_is_not_merged_into() -> None:
-    model: Any = get_peft_model(build("llama").float(), TensLoraConfig())  # type: ignore[arg-type]
-    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})  # type: ignore[no-untyped-call]
+    model: Any = get_peft_model(build("llama").float(), TensLoraConfig())
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     with pytest.raises(TensLoRAError, match=r"^model\.layers\.0\.self_attn\.q_proj: Linear: an update cannot be added"):
         model.merge_and_unload()
 

@@ -42,8 +42,8 @@ def compare(mode: str, peft: bool) -> None:
 
             from tenslora.peft import TensLoraConfig
 
-            model = get_peft_model(model, TensLoraConfig(tensor_mode=mode))  # type: ignore[arg-type,assignment]
-            adapter: Any = model.base_model.tenslora_adapters["default"]  # type: ignore[union-attr,index]
+            model = get_peft_model(model, TensLoraConfig(tensor_mode=mode))
+            adapter: Any = model.base_model.tenslora_adapters["default"]
         else:
             adapter = attach(model, AdapterConfig(mode)).double()
         randomised(adapter)

@@ -96,7 +96,7 @@ def to_peft(model: nn.Module, modules_to_save: Sequence[str] = ()) -> Any:
                 modules_to_save=list(modules_to_save) or None,
                 fan_in_fan_out=any(is_conv1d(own.get_submodule(path)) for path in weights),
             )
-            peft_model = get_peft_model(own, config)  # type: ignore[arg-type]
+            peft_model = get_peft_model(own, config)
             peft_model.training = peft_model.base_model.training = own.training
             with torch.no_grad():
                 for path, (a, b) in weights.items():

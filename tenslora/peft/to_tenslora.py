@@ -94,7 +94,7 @@ def to_tenslora(model: nn.Module, modules_to_save: Sequence[str] = ()) -> PeftMo
         with handed_over(own) as adapter:
             config = peft_config(adapter, modules_to_save)
             config.target_modules = chosen
-            peft_model = get_peft_model(own, config)  # type: ignore[arg-type]
+            peft_model = get_peft_model(own, config)
             new = _in_modes(peft_model, own.training, adapter.training)
             new.to(next(adapter.parameters()).dtype).load_state_dict(adapter.state_dict())
     return peft_model
@@ -151,7 +151,7 @@ def _from_lora(model: nn.Module, folder: Path, config: TensLoraConfig) -> tuple[
                 f"{tuple(place.shape)}"
             )
     with peft_undone_on_error(model):
-        peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+        peft_model = get_peft_model(model, config)
         _in_modes(peft_model, model.training, model.training).load_state_dict(adapter.state_dict())
         saved = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
         wanted = {name: others.get(name, weight) for name, weight in saved.items()}  # PEFT wants all of them

@@ -85,8 +85,8 @@ def register() -> None:
     try:
         member = str.__new__(PeftType, name)
         member._name_, member._value_ = name, name
-        member._sort_order_ = len(PeftType)  # type: ignore[attr-defined]
-        member.__objclass__ = PeftType  # type: ignore[attr-defined]
+        member._sort_order_ = len(PeftType)
+        member.__objclass__ = PeftType
         PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
         PeftType._member_names_.append(name)
         type.__setattr__(PeftType, name, member)
@@ -497,8 +497,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         self._forward_passes: dict[str, ForwardPass] = {}
         self._planned: dict[str, LayerUpdate] = {}
         self._declared: dict[str, TensLoraConfig] = {}  # the settings that each adapter was made with
-        self.register_state_dict_pre_hook(_describe_adapters)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_require_adapters_tensors)  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(_describe_adapters)
+        self.register_load_state_dict_pre_hook(_require_adapters_tensors)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Make an adapter and put it on the model.
@@ -576,7 +576,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
     def _prepare_adapter_config(self, peft_config: PeftConfig, *_: Any) -> PeftConfig:
         return peft_config  # PEFT would choose target_modules by the model's type
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> bool:
         if key in self._planned:
             return True
         if not self._planned:  # PEFT's inspect_matched_modules asks once the adapter is on

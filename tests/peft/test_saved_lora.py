@@ -46,7 +46,7 @@ def test_a_lora_of_a_compiled_model_is_read_under_the_models_own_names(tmp_path:
     for model, layer in ((plain, "layer.1"), (of_part, "layer.1._orig_mod"), (whole, "layer.1")):
         ranks = {rf".*{layer}\..*": 3}
         config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], rank_pattern=ranks)
-        of_peft: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+        of_peft: Any = get_peft_model(model, config)
         for name, parameter in of_peft.named_parameters():
             if "lora_" in name:
                 nn.init.constant_(parameter, 0.1)

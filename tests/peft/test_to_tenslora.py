@@ -36,7 +36,7 @@ def test_an_adapter_of_the_library_is_saved_by_peft(name: str, strategy: RankStr
     peft_model = to_tenslora(model)
     assert torch.equal(logits(peft_model, inputs(name)), expected)
     peft_model.save_pretrained(str(tmp_path))
-    again: Any = PeftModel.from_pretrained(build(name), str(tmp_path))  # type: ignore[arg-type]
+    again: Any = PeftModel.from_pretrained(build(name), str(tmp_path))
     torch.testing.assert_close(logits(again, inputs(name)), expected, rtol=0, atol=1e-12)
     assert sum(p.numel() for p in again.base_model.tenslora_adapters.parameters()) == count
 
@@ -49,7 +49,7 @@ def test_an_adapter_of_several_stages_is_saved_by_peft(strategy: RankStrategy, t
     peft_model = to_tenslora(model)
     assert torch.equal(logits(peft_model, batch), expected)
     peft_model.save_pretrained(str(tmp_path))
-    again: Any = PeftModel.from_pretrained(build("hf_swin"), str(tmp_path))  # type: ignore[arg-type]
+    again: Any = PeftModel.from_pretrained(build("hf_swin"), str(tmp_path))
     torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-12)
     assert [stage.ranks for stage in again.base_model.tenslora_adapters["default"].stages] == ranks
 
@@ -67,13 +67,13 @@ def test_an_adapter_whose_ranks_were_cut_keeps_its_scale_in_peft(
     peft_model = to_tenslora(model)
     assert torch.equal(logits(peft_model, batch), expected)
     peft_model.save_pretrained(str(tmp_path))
-    again: Any = PeftModel.from_pretrained(build(name), str(tmp_path))  # type: ignore[arg-type]
+    again: Any = PeftModel.from_pretrained(build(name), str(tmp_path))
     torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-12)
 
 
 def test_a_lora_on_several_stages_becomes_a_tenslora_adapter(tmp_path: Path) -> None:
     batch, targets = inputs("hf_swin"), ["query", "value", "q_proj", "v_proj"]  # as transformers' versions name them
-    of_peft = get_peft_model(build("hf_swin"), LoraConfig(r=1, target_modules=targets))  # type: ignore[arg-type]
+    of_peft = get_peft_model(build("hf_swin"), LoraConfig(r=1, target_modules=targets))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in of_peft.parameters():
@@ -110,9 +110,7 @@ def test_paths_that_end_alike_are_told_apart(towers: str, prefix: str, width: in
         def forward(self, x: torch.Tensor) -> Any:
             return self.model(x)
 
-    model: Any = get_peft_model(  # type: ignore[arg-type]
-        WithPrefix() if prefix else two_towers(width), LoraConfig(r=2, target_modules=towers)
-    )
+    model: Any = get_peft_model(WithPrefix() if prefix else two_towers(width), LoraConfig(r=2, target_modules=towers))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -142,7 +140,7 @@ def test_layers_whose_paths_end_like_those_of_adapted_ones_are_not_adapted(
     assert not any(parameter.requires_grad for parameter in other.parameters())
     torch.testing.assert_close(logits(turned, batch), expected, rtol=0, atol=1e-11)
     turned.save_pretrained(str(tmp_path))
-    again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))  # type: ignore[arg-type]
+    again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))
     torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-6)
 
 
@@ -150,7 +148,7 @@ def test_layers_whose_paths_end_like_those_of_adapted_ones_are_not_adapted(
 def test_a_copy_of_adapted_layers_leaves_the_adapter_on_the_model(turn: Any) -> None:
     model = build("hf_bert")
     adapter = attached(model, "qkv")
-    model.later = copy.deepcopy(model.bert)  # type: ignore[arg-type]
+    model.later = copy.deepcopy(model.bert)
     with pytest.raises(TensLoRAError, match=r"^later\..*query: is a copy of an adapted layer"):
         turn(model)
     assert model.get_submodule("tenslora") is adapter
@@ -158,7 +156,7 @@ def test_a_copy_of_adapted_layers_leaves_the_adapter_on_the_model(turn: Any) -> 
 
 def lora(folder: Path) -> Any:
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["query", "key", "value"], modules_to_save=["classifier"])
-    model = get_peft_model(build("hf_bert"), config)  # type: ignore[arg-type]
+    model = get_peft_model(build("hf_bert"), config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -365,7 +363,7 @@ def test_where_warnings_are_errors_a_lora_that_starts_an_adapter_and_warns_chang
     again, _ = from_lora(model, tmp_path, TensLoraConfig(ranks=[12, 12, 3, 2], modules_to_save=["classifier"]))
     torch.testing.assert_close(logits(again, inputs("hf_bert")), expected)
     with pytest.raises(TensLoRAError, match=r"^config: must be of type TensLoraConfig, and is of type LoraConfig"):
-        from_lora(build("hf_bert"), tmp_path, LoraConfig())  # type: ignore[arg-type]
+        from_lora(build("hf_bert"), tmp_path, LoraConfig())
 
 
 @pytest.mark.parametrize("turn", [to_peft, to_tenslora])
@@ -386,7 +384,7 @@ def test_what_is_compiled_is_saved_under_the_models_own_names(turn: Any, part: s
     turned.save_pretrained(str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # such as PEFT's of weights that it does not find
-        again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))  # type: ignore[arg-type]
+        again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))
     torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-6)
 
 
@@ -489,6 +487,6 @@ def test_a_head_that_is_not_to_be_saved_is_not_loaded_from_the_lora(tmp_path: Pa
         else:
             assert torch.equal(head.weight, own) and "classifier.weight, classifier.bias are saved" in ours[0]
         turned.save_pretrained(str(tmp_path / "again"))
-        again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path / "again"))  # type: ignore[arg-type]
+        again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path / "again"))
         batch = inputs("hf_bert")
         torch.testing.assert_close(logits(again.eval(), batch), logits(turned.eval(), batch), rtol=0, atol=1e-6)

@@ -254,12 +254,12 @@ def test_what_was_chosen_for_a_model_of_other_dimensions_is_told(tmp_path: Path)
         warnings.simplefilter("error", UserWarning)
         get_peft_model(build("hf_bert"), config)
     with pytest.warns(UserWarning, match=r"^ranks=\[.*\], first_step=.*: taken over from an adapter of a model of"):
-        get_peft_model(PlainTransformer(layers=3), config)  # type: ignore[arg-type]
-    config.ranks = config.first_step = None  # type: ignore[attr-defined]
+        get_peft_model(PlainTransformer(layers=3), config)
+    config.ranks = config.first_step = None
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model = get_peft_model(PlainTransformer(layers=3), config)  # type: ignore[arg-type]
-    expected = get_peft_model(PlainTransformer(layers=3), TensLoraConfig())  # type: ignore[arg-type]
+        model = get_peft_model(PlainTransformer(layers=3), config)
+    expected = get_peft_model(PlainTransformer(layers=3), TensLoraConfig())
     assert adapter_of(model).stages[0].ranks == adapter_of(expected).stages[0].ranks
 
 
@@ -284,7 +284,7 @@ def test_layers_that_have_another_adapter_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_adapter_that_is_not_finite_is_neither_saved_nor_merged(value: float, tmp_path: Path) -> None:
-    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))  # type: ignore[arg-type]
+    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
     model.save_pretrained(tmp_path)
     saved = (tmp_path / "adapter_model.safetensors").read_bytes()
     model.add_adapter("other", TensLoraConfig())
@@ -347,7 +347,7 @@ def test_layers_whose_adapter_was_deleted_are_merged_as_with_lora() -> None:
     expected = logits(model, batch)
     model.delete_adapter("default")
     lora_config, state = convert_to_lora(model, rank=24, adapter_name="other")
-    again = get_peft_model(build("gpt2"), lora_config)  # type: ignore[arg-type]
+    again = get_peft_model(build("gpt2"), lora_config)
     set_peft_model_state_dict(again, state)
     torch.testing.assert_close(logits(again, batch), expected, rtol=0, atol=1e-4)
     with pytest.raises(TensLoRAError, match=r"^adapter_name=default: is no adapter of this model, which has other$"):
@@ -701,7 +701,7 @@ def test_a_copy_trains_apart_from_its_original() -> None:
 
 def test_a_new_head_is_trained_beside_it_as_beside_lora() -> None:
     def others(config: PeftConfig) -> set[str]:
-        model = get_peft_model(build("hf_bert"), config)  # type: ignore[arg-type]
+        model = get_peft_model(build("hf_bert"), config)
         return {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
 
     ours = {n for n in others(TensLoraConfig(task_type="SEQ_CLS")) if "tenslora" not in n}
@@ -713,7 +713,7 @@ def test_the_method_is_registered_once() -> None:
 
     tenslora.peft.tuner.register()
     assert [str(member.value) for member in PeftType].count("TENSLORA") == 1
-    assert PeftType("TENSLORA") is PeftType.TENSLORA is copy.deepcopy(PeftType["TENSLORA"])  # type: ignore[attr-defined]
+    assert PeftType("TENSLORA") is PeftType.TENSLORA is copy.deepcopy(PeftType["TENSLORA"])
 
 
 def test_a_prepared_model_starts_unchanged() -> None:
@@ -738,7 +738,7 @@ def test_two_processes_under_the_trainer_train_what_one_does(commands: Commands,
 
 
 def test_an_adapter_whose_name_is_refused_leaves_the_others_at_work() -> None:
-    model = get_peft_model(build("hf_bert"), TensLoraConfig())  # type: ignore[arg-type]
+    model = get_peft_model(build("hf_bert"), TensLoraConfig())
     for name in ("a.b", "update"):  # torch allows neither in a ModuleDict
         with pytest.raises(KeyError):
             model.add_adapter(name, TensLoraConfig())
@@ -782,7 +782,7 @@ def test_hooks_on_a_linear_see_its_own_output_as_with_lora(everywhere: bool) -> 
 @pytest.mark.parametrize("again", ["backbone", "PeftModel"])
 def test_a_second_call_on_one_model_is_refused_and_leaves_the_first_as_it_was(again: str) -> None:
     base = build("hf_bert")
-    model = trained(get_peft_model(base, TensLoraConfig()))  # type: ignore[arg-type]
+    model = trained(get_peft_model(base, TensLoraConfig()))
     before = logits(model, inputs("hf_bert"))
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name in ("default", "other"):
@@ -791,7 +791,7 @@ def test_a_second_call_on_one_model_is_refused_and_leaves_the_first_as_it_was(ag
             pytest.raises(TensLoRAError, match=r"has a TensLoRA adapter in PEFT already; .*, or make the model anew$"),
         ):
             get_peft_model(
-                base if again == "backbone" else model,  # type: ignore[arg-type]
+                base if again == "backbone" else model,
                 TensLoraConfig(seed=1),
                 adapter_name=name,
             )
@@ -939,7 +939,7 @@ def test_an_adapter_that_is_added_or_loaded_freezes_no_other(is_trainable: bool,
 
 def test_a_copy_for_another_device_is_refused() -> None:
     # As torch.nn.DataParallel does it in a forward pass on several devices, such as the Trainer's.
-    model = get_peft_model(build("hf_bert"), TensLoraConfig())  # type: ignore[arg-type]
+    model = get_peft_model(build("hf_bert"), TensLoraConfig())
     layers = [module for module in model.modules() if isinstance(module, TensLoraLinear)]
     assert layers
     for layer in layers:
@@ -949,7 +949,7 @@ def test_a_copy_for_another_device_is_refused() -> None:
 
 @pytest.mark.parametrize("taken_off", ["unload", "merge_and_unload"])
 def test_the_weight_below_an_adapter_takes_no_update_of_its_own_until_it_is_unloaded(taken_off: str) -> None:
-    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))  # type: ignore[arg-type]
+    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
     path = "bert.encoder.layer.0.attention.self.query"
     before = logits(model, inputs("hf_bert"))
     layer = model.base_model.model.get_submodule(path)
@@ -989,20 +989,20 @@ def test_an_adapter_that_was_pruned_in_peft_is_loaded_again(
 ) -> None:
     if name == "hf_swin" and "ranks" in settings:
         settings = {"ranks": [[4, 4, 2, 2], [4, 4, 2, 1]]}
-    model = trained(get_peft_model(build(name), TensLoraConfig(**settings)))  # type: ignore[arg-type]
+    model = trained(get_peft_model(build(name), TensLoraConfig(**settings)))
     for stage in adapter_of(model).stages:
         prune(stage, sum(parameter.numel() for parameter in stage.parameters()) // 2)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(build(name), tmp_path)  # type: ignore[arg-type]
+    again = PeftModel.from_pretrained(build(name), tmp_path)
     torch.testing.assert_close(logits(again, inputs(name)), logits(model, inputs(name)), rtol=0, atol=1e-6)
 
 
 def test_what_peft_would_save_wrongly_is_refused(tmp_path: Path) -> None:
-    model: Any = trained(get_peft_model(build("timm_vit"), TensLoraConfig()))  # type: ignore[arg-type]
-    scale, adapter_of(model).scale = adapter_of(model).scale, 1.0  # type: ignore[union-attr]
+    model: Any = trained(get_peft_model(build("timm_vit"), TensLoraConfig()))
+    scale, adapter_of(model).scale = adapter_of(model).scale, 1.0
     with pytest.raises(TensLoRAError, match=r"^scale=1: is not that of the adapter's config"):
         model.save_pretrained(tmp_path)
-    adapter_of(model).scale = scale  # type: ignore[union-attr]
+    adapter_of(model).scale = scale
     blocks = model.base_model.model.blocks
     blocks.append(copy.deepcopy(blocks[1]))
     with pytest.raises(TensLoRAError, match=r"blocks\.2\.attn\.qkv: is a copy of an adapted layer"):
@@ -1036,7 +1036,7 @@ def test_what_peft_would_save_wrongly_is_refused(tmp_path: Path) -> None:
 def test_settings_that_were_changed_after_the_adapter_was_made_are_not_saved(
     setting: str, value: Any, tmp_path: Path
 ) -> None:
-    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig(scaling="first_step")))  # type: ignore[arg-type]
+    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig(scaling="first_step")))
     model.add_adapter("other", TensLoraConfig())
     config = model.peft_config["default"]
     before = copy.copy(getattr(config, setting))
@@ -1048,7 +1048,7 @@ def test_settings_that_were_changed_after_the_adapter_was_made_are_not_saved(
         before = sorted(before)
     setattr(config, setting, before)
     copy.deepcopy(model).save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(build("hf_bert"), tmp_path)  # type: ignore[arg-type]
+    again = PeftModel.from_pretrained(build("hf_bert"), tmp_path)
     torch.testing.assert_close(logits(again, inputs("hf_bert")), logits(model, inputs("hf_bert")), rtol=0, atol=1e-6)
     model.delete_adapter("other")
 
@@ -1057,7 +1057,7 @@ def test_an_adapter_on_weights_stored_in_8_bits_is_trained_in_32() -> None:
     model = build("hf_bert").float()
     hooks: Any = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
     attach_layerwise_casting_hooks(model, **hooks, skip_modules_pattern=["LayerNorm"])
-    adapted = trained(get_peft_model(model, TensLoraConfig()))  # type: ignore[arg-type]
+    adapted = trained(get_peft_model(model, TensLoraConfig()))
     assert {parameter.dtype for parameter in adapter_of(adapted).parameters()} == {torch.float32}
     with adapted.disable_adapter():
         plain = logits(adapted, inputs("hf_bert"))
@@ -1123,7 +1123,7 @@ def test_an_adapter_without_numbers_is_not_merged(method: str) -> None:
 
 def test_a_saved_adapter_that_does_not_fit_changes_nothing() -> None:
     config = TensLoraConfig(ranks=[4, 4, 2, 2], modules_to_save=["classifier"])
-    model: Any = trained(get_peft_model(build("hf_bert"), config))  # type: ignore[arg-type]
+    model: Any = trained(get_peft_model(build("hf_bert"), config))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     saved = {name: tensor + 1 for name, tensor in get_peft_model_state_dict(model).items()}
     core = next(name for name in saved if name.endswith("core"))

@@ -83,7 +83,7 @@ def test_the_registry_is_read_without_torch_or_scikit_learn() -> None:
 
 def test_a_metric_of_ones_own_returns_a_number_in_its_range() -> None:
     def score(value: object, outputs: float = 0.0, highest: float = 1.0) -> float:
-        metric = Metric("own", lambda *_: value, highest=highest)  # type: ignore[arg-type, return-value]
+        metric = Metric("own", lambda *_: value, highest=highest)  # type: ignore[arg-type]
         return metric.score(np.zeros(1), np.full((1, 2), outputs))
 
     for number in (np.float32(0.5), np.float64(0.5), np.array(0.5)):
