@@ -29,6 +29,7 @@ from tenslora.harness.commands import (
     FULL_ERROR,
     OUT_OF_REACH,
     is_text,
+    line_of_the_environment,
     prepare_process,
     unforeseen,
 )
@@ -124,6 +125,8 @@ def run_app(
 
         register_resolvers()
         name_files_at_fault()
+        if sweep and _given().config_name == "config":
+            sys.exit("error: --config-name config: is the file of train.py; sweep.py reads sweep")
         if {"-sc", "--shell-completion"}.intersection(sys.argv):
             from tenslora.harness.completion import check_completion, complete_options_in_folders
 
@@ -294,6 +297,8 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     for cause in causes:
         if isinstance(cause, TensLoRAError):
             return _joined(cause)
+        if line := line_of_the_environment(cause):
+            return line
     if config_name and (pickled := _given().experimental_rerun):
         return f"--experimental-rerun {pickled}: must be a config.pickle that Hydra has written ({_joined(error)})"
     for cause in causes:

@@ -172,14 +172,18 @@ def is_text(word: str) -> bool:
     return True
 
 
-def line_without_temporary_folder(error: BaseException) -> str | None:
-    """The line for Python's error where no folder for temporary files can be written; None for any other error.
+def line_of_the_environment(error: BaseException) -> str | None:
+    """The line for an error in how Python was started; None for any other error.
 
     Args:
-        error: the error. It arises when torch is imported.
+        error: the error, such as torch's import raises where no folder for temporary files can be written, or where
+            every warning is to be an error.
     """
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
         return "TMPDIR: must be a folder that can be written; there is no other for temporary files"
+    if isinstance(error, Warning) and sys.warnoptions:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        return f"PYTHONWARNINGS and python -W: must not make errors of the libraries' warnings ({said})"
     return None
 
 
@@ -193,7 +197,7 @@ def unforeseen(error: BaseException) -> str:
         error: the error, as it was caught.
     """
     message = first_line(error)
-    if line := line_without_temporary_folder(error):
+    if line := line_of_the_environment(error):
         return line
     kind = type(error).__name__
     installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))

@@ -1,6 +1,6 @@
 """Ctrl-C or SIGTERM while a command still imports its libraries: one line and status 130, as later. Imported first.
 
-Without a folder for temporary files torch cannot be imported, which is one line too.
+Without a folder for temporary files torch cannot be imported, nor where every warning is an error. Both are one line.
 
 What is imported before the hook is set takes time in which Ctrl-C would print a traceback, so it is only what Python
 itself has loaded.
@@ -13,10 +13,10 @@ import sys
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    if isinstance(error, FileNotFoundError) and os.environ.get("HYDRA_FULL_ERROR") != "1":
-        from tenslora.harness.commands import line_without_temporary_folder
+    if isinstance(error, FileNotFoundError | Warning) and os.environ.get("HYDRA_FULL_ERROR") != "1":
+        from tenslora.harness.commands import line_of_the_environment
 
-        if line := line_without_temporary_folder(error):
+        if line := line_of_the_environment(error):
             print(f"error: {line}", file=sys.stderr)
             return
     if not issubclass(kind, KeyboardInterrupt) and not (_stop and _stop.asked):

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tenslora.errors import TensLoRAError, first_line, printable, require_path
-from tenslora.files import require_no_device, write_bytes
+from tenslora.files import require_file, require_no_device, write_bytes
 from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line, path_argument
 
 Row = Mapping[str, Any]
@@ -63,8 +63,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
     if file.suffix.lower() not in FILES:
         raise TensLoRAError(f"--file {file}: must end in one of {', '.join(FILES)}")
-    if not file.is_file():
-        raise TensLoRAError(f"--file {file}: no such file")
+    try:
+        require_file(file)
+    except TensLoRAError as error:
+        raise TensLoRAError(f"--file {error}") from error
     try:
         rows: list[dict[str, Any]] = read_tables([file]).to_list()
     except Exception as error:  # OSError, and the types of the datasets library, of pandas and of pyarrow

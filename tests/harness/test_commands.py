@@ -113,6 +113,18 @@ def test_no_folder_for_temporary_files_is_one_line(command: str) -> None:
     assert (done.returncode, done.stderr) == (1, message)
 
 
+def test_a_librarys_warning_that_is_made_an_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
+    command = [sys.executable, *strict, "-m", "tenslora.harness.export", "run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    line = "error: PYTHONWARNINGS and python -W: must not make errors of the libraries' warnings "
+    assert done.stderr.startswith(f"{line}(EncodingWarning: ") and done.stderr.count("\n") == 1  # of torch's import
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    with pytest.raises(SystemExit) as ended, mistakes_in_one_line():
+        raise UserWarning("a word")
+    assert ended.value.code == f"{line}(UserWarning: a word)"
+
+
 def test_a_word_that_ends_as_a_line_of_windows_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command_parser("export", None).parse_args(["run\r"])

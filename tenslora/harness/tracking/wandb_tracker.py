@@ -151,9 +151,9 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
         if mode == "auto":
             own = wandb.setup().settings.mode  # `wandb offline` and `wandb disabled` leave one
             mode = os.environ.get("WANDB_MODE") or (own if own != "online" else "online" if has_key else "offline")
-        if (copies := os.environ.get("WANDB_DATA_DIR")) and mode != "disabled":
+        if mode != "disabled":
             try:  # W&B looks at it when the run has trained
-                check_writable(Path(copies))
+                check_writable(Path(wandb.env.get_data_dir()))
             except TensLoRAError as error:
                 raise TensLoRAError(f"WANDB_DATA_DIR={error}") from error
         return wandb.init(

@@ -218,12 +218,17 @@ def test_wandbs_own_variables_are_the_defaults(monkeypatch: pytest.MonkeyPatch) 
     assert configured("logger=wandb").digest() == configured().digest()
 
 
-def test_a_folder_for_copies_that_is_a_file_is_refused_before_the_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("variable", "folder", "reason"),
+    [("WANDB_DATA_DIR", "file", "is a file; must be a folder"), ("XDG_DATA_HOME", "file/wandb", "Not a directory")],
+)
+def test_a_folder_for_copies_that_cannot_be_written_is_refused_before_the_run(
+    variable: str, folder: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "file"))
-    line = rf"^WANDB_DATA_DIR={tmp_path}/file: cannot be written \(is a file; must be a folder\)$"
+    monkeypatch.delenv("WANDB_DATA_DIR", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    line = rf"^WANDB_DATA_DIR={tmp_path}/{folder}: cannot be written \({reason}\)$"
     with pytest.raises(TensLoRAError, match=line):
         start_tracker(replace(configured("dataset=cola"), logger=OFFLINE), tmp_path, FACTS)
 
