@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from tenslora.constructions import DEPTH, PROJECTION, SITE
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations.factorization import Factorization
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # torch 2.6 has none
 
 
 class FactorizedTensor(nn.Module):
@@ -165,6 +168,14 @@ def thin_slices(
     def one_layer(parameters: Mapping[str, Tensor]) -> Any:
         return assemble(*factorization.slices(parameters, head_layout))
 
+    if _is_exporting():
+        # What vmap leaves in a graph does not outlive a pass over it that drops unused steps, such as torchao's.
+        each_layer = []
+        for number in range(len(layers)):
+            dims = batch_dims.items()
+            own = {name: batch[name] if at is None else batch[name].select(at, number) for name, at in dims}
+            each_layer.append(one_layer(own))
+        return tree_map(lambda *same: torch.stack(same), *each_layer)
     return torch.vmap(one_layer, in_dims=(batch_dims,))(batch)
 
 

@@ -53,3 +53,19 @@ def test_a_model_that_is_compiled_for_inference_is_one_graph() -> None:
         expected = logits(model, batch)
         output = torch.compile(model, backend="eager", fullgraph=True)(**batch)
     torch.testing.assert_close(getattr(output, "logits", output), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mode", "factorization"),
+    [("lora", "tucker"), ("qkv_depth", "tucker"), ("qkv", "cp"), ("att_site", "tensor_train")],
+)
+def test_an_exported_model_outlives_a_pass_over_its_graph(mode: str, factorization: str) -> None:
+    model, batch = build("separate"), inputs("separate")
+    randomised(attach(model, AdapterConfig(mode, factorization=factorization)))
+    expected = logits(model, batch)
+    exported = torch.export.export(model, (), batch).module()
+    for part in exported.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            part.graph.eliminate_dead_code()
+            part.recompile()
+    torch.testing.assert_close(logits(exported, batch), expected, rtol=0, atol=1e-12)
