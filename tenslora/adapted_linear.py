@@ -266,13 +266,13 @@ def adapted_class(plain: type[nn.Module]) -> type[AdaptedLinear]:
         plain: the layer's own class.
 
     Raises:
-        TensLoRAError: if no class can derive from it, or if it copies or pickles its layers in a way of its own, which
-            would lose their updates.
+        TensLoRAError: if no class can derive from it, or if it copies, pickles or compares its layers in a way of its
+            own.
     """
     if plain not in _CLASSES:
-        for name in _COPYING:
+        for name, effect in _REFUSED.items():
             if getattr(plain, name, None) is not getattr(nn.Linear, name, None):
-                raise TensLoRAError(f"{plain.__name__} has a {name} of its own, which would lose the layer's update")
+                raise TensLoRAError(f"{plain.__name__} has a {name} of its own, {effect}")
         try:
             made = type(f"Adapted{plain.__name__}", (AdaptedLinear, plain), {"plain_class": plain})
         except Exception as error:
@@ -282,6 +282,10 @@ def adapted_class(plain: type[nn.Module]) -> type[AdaptedLinear]:
 
 
 _COPYING = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__setstate__")
+_REFUSED = {
+    **dict.fromkeys(_COPYING, "which would lose the layer's update"),
+    "__eq__": "by which torch takes layers that are equal for one, and leaves out the others",
+}
 
 
 def _new(plain: type[nn.Module]) -> AdaptedLinear:

@@ -615,7 +615,10 @@ def _refuse_shared_weights(targets: Iterable[TargetLinear]) -> None:
     # Layers may be tied, or one feed-forward block may follow two attention blocks.
     owners: dict[int, TargetLinear] = {}
     for target in targets:
-        owner = owners.setdefault(id(target.linear.weight), target)
+        weight = target.linear.weight
+        if weight is not target.linear.weight:  # it is computed at each read, and its memory is used again afterwards
+            continue
+        owner = owners.setdefault(id(weight), target)
         if owner is not target:
             raise TensLoRAError(
                 f"{target.path}: would be adapted twice, for layers {owner.model_layer} and {target.model_layer} "

@@ -515,10 +515,22 @@ def test_a_layer_that_refuses_unknown_attributes_can_be_adapted_and_copied() -> 
         assert torch.equal(twin(x), before)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(Copied, "__deepcopy__"), (Stated, "__setstate__")])
-def test_a_layer_that_copies_itself_in_a_way_of_its_own_is_refused(kind: type[nn.Linear], name: str) -> None:
+class Alike(nn.Linear):
+    """A Linear that equals any other of its sizes."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alike) and self.weight.shape == other.weight.shape
+
+    def __hash__(self) -> int:
+        return hash(self.weight.shape)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Copied, "__deepcopy__"), (Stated, "__setstate__"), (Alike, "__eq__")])
+def test_a_layer_that_copies_or_compares_itself_in_a_way_of_its_own_is_refused(
+    kind: type[nn.Linear], name: str
+) -> None:
     model = replaced(PlainTransformer(), kind)
-    message = rf"^blocks\.0\.attention\.query: {kind.__name__} has a {name} of its own, which would lose the"
+    message = rf"^blocks\.0\.attention\.query: {kind.__name__} has a {name} of its own, (which would|by which)"
     with pytest.raises(TensLoRAError, match=message):
         attach(model, AdapterConfig("qkv"))
     assert not any(isinstance(module, AdaptedLinear) for module in model.modules())

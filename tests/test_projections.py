@@ -123,6 +123,26 @@ def test_a_weight_that_two_layers_share_is_refused() -> None:
         find_projections(nn.Sequential(one, other))
 
 
+class _Computed(nn.Linear):
+    """A Linear whose weight is a new tensor at each read, as in a compressed backbone."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.codes = nn.Parameter(torch.ones(outputs, inputs))
+        del self._parameters["weight"]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.codes * 2
+
+
+def test_weights_that_are_computed_are_not_taken_for_shared() -> None:
+    blocks = [_Fused(8, 24, 2) for _ in range(4)]
+    for block in blocks:
+        block.qkv = _Computed(8, 24)
+    assert find_projections(nn.Sequential(*blocks))[0].geometry.layers == 4
+
+
 def test_a_feed_forward_block_behind_two_attention_blocks_is_refused() -> None:
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
     model = hf.BertModel(hf.BertConfig(**sizes, is_decoder=True, add_cross_attention=True))
