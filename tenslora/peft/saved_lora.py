@@ -23,6 +23,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 """The file of the weights as PEFT wrote it before it knew safetensors."""
 
+_PARTS = "adapter_model-*-of-*.safetensors"
+"""The files of the weights that transformers writes where they are larger than its max_shard_size."""
+
 PREFIX = "base_model.model."
 """What PEFT puts in front of the names of a model's own weights."""
 
@@ -171,6 +174,11 @@ def read_updates(
     if not path.exists() and (folder / _PICKLE).exists():
         raise TensLoRAError(
             f"{folder / _PICKLE}: is a pickle, which could run code; save the LoRA again in safetensors"
+        )
+    if not path.exists() and (parts := sorted(folder.glob(_PARTS))):
+        raise TensLoRAError(
+            f"{parts[0]}: is one of {len(parts)} parts of the LoRA; save it again in one file, with a larger "
+            f"max_shard_size"
         )
     tensors = read_safetensors(path)[1]
     matrices = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}

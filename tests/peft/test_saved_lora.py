@@ -241,6 +241,11 @@ def test_a_lora_that_was_not_saved_by_peft_as_it_is_today_says_so(tmp_path: Path
     path.rename(tmp_path / "adapter_model.bin")
     with pytest.raises(TensLoRAError, match=r"adapter_model\.bin: is a pickle, which could run code; save the LoRA"):
         read_updates(tmp_path, stages)
+    path.with_name("adapter_model.bin").rename(tmp_path / "adapter_model-00001-of-00002.safetensors")
+    with pytest.raises(
+        TensLoRAError, match=r"00001-of-00002\.safetensors: is one of 1 parts of the LoRA; save it again"
+    ):
+        read_updates(tmp_path, stages)
 
 
 def edited(folder: Path, changes: dict[str, Any]) -> None:
