@@ -220,7 +220,8 @@ def find_projections(
         layers: which of the model's layers to take, counted from 0 through all stages; None for all. The layers that
             are taken are numbered anew, in each stage from 0 and without gaps.
         chosen: whether a Linear layer of some path is one to adapt, as far as that is known; None if all may be. An
-            attention block of a kind that cannot be adapted is passed over if it holds none of these.
+            attention block of a kind that cannot be adapted is passed over if it holds none of these. Whether layers
+            share a weight is not checked then: not all that are found need be adapted.
 
     Returns:
         The stages, in the order of their first layers.
@@ -261,9 +262,9 @@ def find_projections(
             layer = _inspect_layer(model, index, path, block, names, adapt)
             by_sizes.setdefault(layer.sizes, []).append(layer)
     stages = [_stage(sizes, of_stage, adapt) for sizes, of_stage in by_sizes.items()]
-    targets = sorted((target for stage in stages for target in stage.targets), key=lambda target: target.model_layer)
-    _refuse_odd_weights(targets)
-    _refuse_shared_weights(targets)
+    _refuse_odd_weights(_in_order(stages))
+    if chosen is None:
+        require_weights_of_their_own(stages)
     return stages
 
 
@@ -278,6 +279,7 @@ def paths_to_adapt(model: nn.Module) -> set[str]:
         with warnings.catch_warnings(), suppress(TensLoRAError):  # the model's attention output may not be known
             warnings.simplefilter("ignore")
             stages = find_projections(model, adapt, chosen=lambda _: False)
+            require_weights_of_their_own(stages)
             paths |= {target.path for stage in stages for target in stage.targets}
     return paths
 
@@ -611,16 +613,30 @@ def _refuse_odd_weights(targets: Iterable[TargetLinear]) -> None:
             )
 
 
-def _refuse_shared_weights(targets: Iterable[TargetLinear]) -> None:
-    # Layers may be tied, or one feed-forward block may follow two attention blocks.
+def require_weights_of_their_own(stages: Sequence[Stage]) -> None:
+    """Check that no weight would be adapted twice.
+
+    Layers may be tied, or one feed-forward block may follow two attention blocks.
+
+    Args:
+        stages: the matrices to adapt.
+
+    Raises:
+        TensLoRAError: if two of their Linear layers share a weight.
+    """
     owners: dict[int, TargetLinear] = {}
-    for target in targets:
+    for target in _in_order(stages):
         weight = target.linear.weight
         if weight is not target.linear.weight:  # it is computed at each read, and its memory is used again afterwards
             continue
         owner = owners.setdefault(id(weight), target)
         if owner is not target:
+            where = "for two attention blocks" if owner.path == target.path else f"here and as {owner.path}"
             raise TensLoRAError(
-                f"{target.path}: would be adapted twice, for layers {owner.model_layer} and {target.model_layer} "
-                f"(there as {owner.path}), but a weight can take only one update; choose the matrices with adapt"
+                f"{target.path}: would be adapted twice, {where}, but a weight can take only one update; leave one of "
+                f"the two out by adapt or, where whole layers share their weights, by exclude_modules in PEFT"
             )
+
+
+def _in_order(stages: Sequence[Stage]) -> list[TargetLinear]:
+    return sorted((target for stage in stages for target in stage.targets), key=lambda target: target.model_layer)

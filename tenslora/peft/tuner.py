@@ -38,6 +38,7 @@ from tenslora.attachment import (
     require_finite_sum,
     require_in_order,
     require_no_other_adapter,
+    require_own_weights,
     require_stored_weight,
 )
 from tenslora.constructions import Geometry, adapted_matrices
@@ -47,7 +48,15 @@ from tenslora.forms import from_json, typed
 from tenslora.forward_pass import ForwardPass
 from tenslora.peft.patterns import first_matches
 from tenslora.peft.quantised import QuantisedWeights, warn_of_rounding
-from tenslora.projections import Stage, TargetLinear, features, find_projections, is_conv1d, is_plain
+from tenslora.projections import (
+    Stage,
+    TargetLinear,
+    features,
+    find_projections,
+    is_conv1d,
+    is_plain,
+    require_weights_of_their_own,
+)
 from tenslora.ranks import RankStrategy, explicit
 from tenslora.tensor_update import TensorUpdate
 
@@ -644,8 +653,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             safe_merge: likewise.
 
         Raises:
-            TensLoRAError: if a weight is of a kind that cannot be quantised again, or would hold a NaN or an infinity
-                with its update. No weight is changed then.
+            TensLoRAError: if a weight is of a kind that cannot be quantised again, is another module's too, or would
+                hold a NaN or an infinity with its update. No weight is changed then.
         """
         self._require_mergeable(adapter_names)
         with self._rounding_told():
@@ -654,6 +663,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
     @torch.no_grad()
     def _require_mergeable(self, adapter_names: list[str] | None) -> None:
         # Every layer is looked at before the first weight is changed.
+        weights: dict[str, Tensor] = {}
         for layer in (module for module in self.model.modules() if isinstance(module, TensLoraLinear)):
             wanted = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in wanted if name in layer.updates and name not in layer.merged_adapters]
@@ -667,9 +677,11 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
                 )
             path, (first, *others) = layer.updates[names[0]].call.path, map(layer.get_delta_weight, names)
             if quantised is None:
-                require_finite_sum(path, cast(Tensor, linear.weight), sum(others, first))
+                weights[path] = cast(Tensor, linear.weight)
+                require_finite_sum(path, weights[path], sum(others, first))
             else:
                 quantised.require_finite_sum(path, linear, sum(others, first))
+        require_own_weights(self.model, weights)
 
     def unmerge_adapter(self) -> None:
         """Subtract the merged updates from the weights again."""
@@ -918,6 +930,7 @@ def _chosen(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     # leave. PEFT's own function matches the names.
     stages = _widest(model, config)
     if not (shown := _patterns(config)):
+        require_weights_of_their_own(stages)
         return stages
     last_names = {_last_name(target) for stage in stages for target in stage.targets}
     matching = _named(config, last_names if config.target_modules is None else config.target_modules)

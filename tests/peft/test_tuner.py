@@ -564,6 +564,33 @@ def test_attention_of_a_kind_that_cannot_be_adapted_may_be_left_out(
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"exclude_modules": r"blocks\.0.*"},
+        {"target_modules": r"blocks\.1.*(query|key|value)"},
+    ],
+)
+def test_a_layer_that_shares_its_weights_is_adapted_alone(settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    tied, x = PlainTransformer(), torch.randn(2, 5, 24)
+    for name in ("query", "key", "value"):
+        tied.get_submodule(f"blocks.1.attention.{name}").weight = tied.get_parameter(
+            f"blocks.0.attention.{name}.weight"
+        )
+    untied = PlainTransformer()
+    untied.load_state_dict(tied.state_dict())
+    with pytest.raises(
+        TensLoRAError, match=r"1\.attention\.query: would be adapted twice, here and as blocks\.0\.attent"
+    ):
+        get_peft_model(copy.deepcopy(tied), TensLoraConfig(adapt="q"))
+    dense = trained(get_peft_model(untied, TensLoraConfig(**settings))).merge_and_unload()
+    model = trained(get_peft_model(tied, TensLoraConfig(**settings)))
+    torch.testing.assert_close(model(x), dense(x))
+    with pytest.raises(TensLoRAError, match=r"^blocks\.1\.attention\.query: its weight is shared by blocks\.0\.att"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"tensor_mode": "nope"}, "nope"),
