@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from types import UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -22,7 +22,7 @@ _NAMES: dict[Any, str] = {
     tuple: "a list",
     list: "a list",
     Sequence: "a list",
-    Collection: "a list",
+    Set: "a list",
     dict: "an object",
 }
 
@@ -39,7 +39,7 @@ def from_json(form: type[Form], data: Any, *, ignore_others: bool = False) -> Fo
 
     Args:
         form: a dataclass. A field may be declared as bool, int, float, str or None; as another such dataclass; as
-            ``tuple[T, ...]``, ``list[T]``, ``Sequence[T]``, ``Collection[T]`` or ``dict[str, T]`` of one of these; or
+            ``tuple[T, ...]``, ``list[T]``, ``Sequence[T]``, ``Set[T]`` or ``dict[str, T]`` of one of these; or
             as a union of them.
         data: what json.loads returned.
         ignore_others: whether `data` may have keys that are no fields of `form`. They are left out.
@@ -104,7 +104,7 @@ def typed(declared: Any, value: Any, name: str) -> Any:
                 return from_json(cast(type[Any], kind), value)
             except TensLoRAError as error:
                 raise TensLoRAError(f"{name}.{error}") from error
-        if kind in (tuple, list, Sequence, Collection) and isinstance(value, list):
+        if kind in (tuple, list, Sequence, Set) and isinstance(value, list):
             items = [typed(parts[0], item, f"{name}[{index}]") for index, item in enumerate(value)]
             return tuple(items) if kind is tuple else items
         if kind is dict and isinstance(value, dict):
@@ -117,5 +117,5 @@ def typed(declared: Any, value: Any, name: str) -> Any:
             return value
     if type(value) is int and int in options and abs(value) > LARGEST_WHOLE:
         raise TensLoRAError(f"{name}={shown(value)}: must be from -{LARGEST_WHOLE:,} to {LARGEST_WHOLE:,}")
-    wanted = " or ".join(_NAMES.get(get_origin(option) or option, "an object") for option in options)
-    raise TensLoRAError(f"{name}={shown(value)}: must be {wanted}")
+    wanted = dict.fromkeys(_NAMES.get(get_origin(option) or option, "an object") for option in options)
+    raise TensLoRAError(f"{name}={shown(value)}: must be {' or '.join(wanted)}")

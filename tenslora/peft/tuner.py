@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn, cast, get_type_hints
 
@@ -165,8 +165,8 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
     seed: int = 0
     dropout: float = 0.0
     rank_dropout: float = 0.0
-    target_modules: Collection[str] | str | None = None
-    exclude_modules: Collection[str] | str | None = None
+    target_modules: Sequence[str] | Set[str] | str | None = None
+    exclude_modules: Sequence[str] | Set[str] | str | None = None
     layers_to_transform: Sequence[int] | int | None = None
     layers_pattern: Sequence[str] | str | None = None
     modules_to_save: Sequence[str] | None = None

@@ -40,6 +40,7 @@ from peft import (
 from peft import LoraConfig as PeftLora
 from peft.tuners.tuners_utils import BaseTunerLayer, inspect_matched_modules
 from peft.utils.hotswap import hotswap_adapter
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune as prune_weight
@@ -988,6 +989,14 @@ def test_the_weight_below_an_adapter_takes_no_update_of_its_own_until_it_is_unlo
     adapt_tensor(backbone.get_submodule(path), "weight", ranks=2)
     if taken_off == "merge_and_unload":
         torch.testing.assert_close(logits(backbone, inputs("hf_bert")), before)
+
+
+@pytest.mark.parametrize("given", [["query", "value"], ("query", "value"), {"query", "value"}, ".*query|.*value"])
+def test_pydantic_reads_and_writes_settings(given: Any) -> None:
+    schema = TypeAdapter(TensLoraConfig)
+    config = schema.validate_python({"target_modules": given, "ranks": [[2, 2], [3, 2]], "first_step": [1.0, 2.0]})
+    assert config == TensLoraConfig(target_modules=given, ranks=[[2, 2], [3, 2]], first_step=[1.0, 2.0])
+    assert schema.validate_json(schema.dump_json(config)) == config
 
 
 def test_settings_may_be_those_of_hydra_and_numpy(tmp_path: Path) -> None:
