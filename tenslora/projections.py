@@ -131,7 +131,8 @@ class Columns(NamedTuple):
             (tokens, outputs).
         """
         after = outputs // self.parts - self.start - self.width
-        return F.pad(own.reshape(len(own), self.parts, self.width), (self.start, after)).flatten(1)
+        # Not len(own), which torch.export would take for a constant.
+        return F.pad(own.reshape(own.shape[0], self.parts, self.width), (self.start, after)).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -56,16 +56,24 @@ def test_a_model_that_is_compiled_for_inference_is_one_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "factorization"),
-    [("lora", "tucker"), ("qkv_depth", "tucker"), ("qkv", "cp"), ("att_site", "tensor_train")],
+    ("name", "mode", "factorization", "adapt"),
+    [
+        ("separate", "lora", "tucker", "qkv"),
+        ("fused", "qkv_depth", "tucker", "qv"),
+        ("separate", "qkv", "cp", "qkv"),
+        ("timm_vit", "att_site", "tensor_train", "all"),
+    ],
 )
-def test_an_exported_model_outlives_a_pass_over_its_graph(mode: str, factorization: str) -> None:
-    model, batch = build("separate"), inputs("separate")
-    randomised(attach(model, AdapterConfig(mode, factorization=factorization)))
-    expected = logits(model, batch)
-    exported = torch.export.export(model, (), batch).module()
+def test_an_exported_model_takes_any_batch_and_outlives_a_pass_over_its_graph(
+    name: str, mode: str, factorization: str, adapt: str
+) -> None:
+    model, batch = build(name), inputs(name)
+    randomised(attach(model, AdapterConfig(mode, factorization=factorization, adapt=adapt)))
+    larger = {key: torch.cat([value, value])[1:] for key, value in batch.items()}
+    any_batch = {key: {0: torch.export.Dim("batch")} for key in batch}
+    exported = torch.export.export(model, (), batch, dynamic_shapes=any_batch).module()
     for part in exported.modules():
         if isinstance(part, torch.fx.GraphModule):
             part.graph.eliminate_dead_code()
             part.recompile()
-    torch.testing.assert_close(logits(exported, batch), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits(exported, larger), logits(model, larger), rtol=0, atol=1e-12)
