@@ -67,7 +67,7 @@ class Metric:
         """
         import numpy as np
 
-        value: Any = self.function(labels, outputs)
+        value: Any = self.function(labels.copy(), outputs.copy())  # other metrics and the run's predictions need both
         if not np.isfinite(outputs).all():  # the run has diverged, which the training loop says
             return float(value)
         with contextlib.suppress(TypeError, ValueError, OverflowError, RuntimeError):
