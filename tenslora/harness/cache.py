@@ -43,11 +43,10 @@ def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
             if _reads_anew.get():
                 return load(*args, **kwargs)
             call = (args, kwargs)
-            for entry in latest:
-                if entry[0] == call:
-                    latest.remove(entry)
-                    latest.append(entry)
-                    return entry[1]
+            for place, (earlier, result) in enumerate(latest):
+                if _are_equal(earlier, call):
+                    latest.append(latest.pop(place))
+                    return result
             del latest[: max(0, len(latest) - size + 1)]
             result = load(*args, **kwargs)
             latest.append((call, result))
@@ -56,6 +55,13 @@ def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return cached
 
     return decorate
+
+
+def _are_equal(one: object, other: object) -> bool:
+    try:
+        return bool(one == other)
+    except ValueError:  # of arrays, which numpy and torch compare number by number
+        return False
 
 
 def forget_all() -> None:

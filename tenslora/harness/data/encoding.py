@@ -81,7 +81,12 @@ class ResizedImages(Sequence[Any]):
         return self._results[index]
 
     def _make(self, index: int) -> Any:
-        return np.asarray(self.prepare(self.images[index])).reshape(self.shape)
+        from PIL import Image
+
+        image = self.images[index]
+        if not isinstance(image, Image.Image):  # what a data source of somebody's own returns
+            raise TensLoRAError(f"input {index} of the data: is of type {type(image).__name__}; must be a PIL image")
+        return np.asarray(self.prepare(image)).reshape(self.shape)
 
 
 class Encoded(TorchDataset[Item]):
@@ -386,6 +391,12 @@ def longest_text(config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase, 
 
 @cache_latest(4)  # the splits of a dataset
 def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokensOf:
+    for number, example in enumerate(examples.inputs):
+        is_tuple = isinstance(example, tuple) and len(example) in (1, 2)
+        if not is_tuple or not all(isinstance(sentence, str) for sentence in example):
+            raise TensLoRAError(
+                f"input {number} of the data: is {shown(example)}; must be a tuple of one sentence, or of two"
+            )
     sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
     return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))
 

@@ -401,6 +401,19 @@ def test_a_pair_for_a_model_of_one_segment_is_refused(request: pytest.FixtureReq
         encode_sentences(PAIRS, tokenizer, embedding_sizes={"token_type_ids": 1})
 
 
+@pytest.mark.parametrize("image", [(Image.new("RGB", (8, 8)), 0), None, np.zeros((8, 8, 3), np.uint8)])
+def test_an_input_of_a_source_of_ones_own_that_is_no_image_is_named(image: Any) -> None:
+    train, _, _ = encode_pictures(Examples([image], [0]), backbone_of())
+    with pytest.raises(TensLoRAError, match=r"^input 0 of the data: is of type \w+; must be a PIL image$"):
+        train[0]
+
+
+@pytest.mark.parametrize("text", ["ab", ("a", "b", "c"), ("a", 1)])
+def test_an_input_of_a_source_of_ones_own_that_is_no_text_is_named(text: Any, tokenizer: Any) -> None:
+    with pytest.raises(TensLoRAError, match=r"^input 1 of the data: is .*; must be a tuple of one sentence, or"):
+        encode_sentences([("a", "b"), text], tokenizer)
+
+
 def test_an_image_file_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
     examples = Examples(ImageFiles([tmp_path / "later.png"]), [0])
     train, _, collate = encode_pictures(examples, backbone_of())
