@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
@@ -48,9 +49,10 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if it has no message.
 
     A first line that ends with a colon only announces the next one, which is then added. A line of more than 400
-    characters, such as one that quotes a file, is cut.
+    characters, such as one that quotes a file, is cut. What makes a terminal write in bold or in colours is left out.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
     return line if len(line) <= 400 else f"{line[:397]}..."
 

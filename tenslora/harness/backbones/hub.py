@@ -89,6 +89,10 @@ def fetching(config: ModelConfig) -> Iterator[None]:
         if isinstance(error, TypeError) and config.library == "timm":
             raise
         reason = first_line(error)
+        if reason.startswith("Weights only load failed"):
+            reason = (
+                "its weights are a pickle of other things than tensors, such as a whole model; save its state_dict()"
+            )
         if is_local:
             raise TensLoRAError(
                 f"model.checkpoint={config.checkpoint}: is not a checkpoint of {config.name} ({reason})"

@@ -129,6 +129,10 @@ class ImageFiles(Sequence["Image"]):
             raise TensLoRAError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error
 
 
+_SAMPLES_PER_PIXEL = 277
+"""The tag of a TIFF file that holds its number of channels."""
+
+
 def to_rgb(image: Image, name: str) -> Image:
     """Convert an image to RGB.
 
@@ -137,7 +141,8 @@ def to_rgb(image: Image, name: str) -> Image:
         name: what a message calls it.
 
     Raises:
-        TensLoRAError: if it is grey and its pixels have more than 8 bits, or if PIL cannot read or convert it.
+        TensLoRAError: if it is grey and its pixels have more than 8 bits, if it has more than four channels, or if PIL
+            cannot read or convert it.
     """
     if image.mode.startswith(("I", "F")):
         # PIL would clip these pixels at 255, which makes most of them white.
@@ -145,6 +150,9 @@ def to_rgb(image: Image, name: str) -> Image:
     has_no_file = getattr(image, "fp", image) is None  # as behind `with Image.open(path) as image`
     try:
         image.load()
+        channels = getattr(image, "tag_v2", {}).get(_SAMPLES_PER_PIXEL)
+        if isinstance(channels, int) and channels > 4:  # of which PIL has read the first three
+            raise ValueError(f"it has {channels} channels; must have at most 4")
         if isinstance(image.info.get("transparency"), bytes):  # which RGB has not: PIL drops it with a warning
             image = image.copy()
             del image.info["transparency"]

@@ -330,6 +330,7 @@ def _read_tables(files: Sequence[Path]) -> Rows:
         read = datasets.Dataset.from_parquet if suffix == ".parquet" else datasets.Dataset.from_json
         if suffix == ".parquet":
             files = _with_rows(files)
+            _require_known_types(files)
         else:
             _require_no_null(files)
         # The library's own cache knows a file by its path and its time alone, and an edited file may keep both.
@@ -377,6 +378,20 @@ def _with_rows(files: Sequence[Path]) -> list[Path]:
     if not found:
         raise ValueError(f"{files[0].name} has no rows")
     return found
+
+
+def _require_known_types(files: Sequence[Path]) -> None:
+    """Refuse a column of a type that the datasets library cannot hold. Its own error does not name the column."""
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    for file in files:
+        for column in parquet.read_schema(file):
+            try:
+                datasets.Features.from_arrow_schema(pyarrow.schema([column]))
+            except ValueError:
+                raise ValueError(f"the column {column.name} is of a type that cannot be read: {column.type}") from None
 
 
 def _require_no_null(files: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,11 @@ def test_an_image_that_pil_cannot_convert_is_named() -> None:
     cut_off = Image.open(io.BytesIO(file.getvalue()[:-40]))
     with pytest.raises(TensLoRAError, match=r"^image 3: not a readable image \("):
         to_rgb(cut_off, "image 3")
-    for image in (Image.new("La", (2, 2)), closed):
+    bands = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(bands, "tiff")
+    of_a_satellite: Any = Image.open(bands)
+    of_a_satellite.tag_v2[277] = 5  # PIL reads the first three
+    for image in (Image.new("La", (2, 2)), closed, of_a_satellite):
         with pytest.raises(TensLoRAError, match=r"^image 3: cannot be converted to RGB \("):
             to_rgb(image, "image 3")
 

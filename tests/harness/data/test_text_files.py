@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pandas
+import pyarrow
 import pytest
 
 from tenslora.errors import TensLoRAError
@@ -46,6 +47,10 @@ def refused(root: Path | None, message: str, **changes: Any) -> None:
     with pytest.raises(TensLoRAError, match=message) as caught:
         load(root, **changes)
     assert "\n" not in str(caught.value)
+
+
+_MAP = pandas.ArrowDtype(pyarrow.map_(pyarrow.string(), pyarrow.int32()))
+MARKS: Any = pandas.Series([[("a", 1)]] * 10, dtype=_MAP)  # of a type that datasets has not
 
 
 def table(texts: list[str] = TEXTS, labels: list[Any] = NAMES) -> pandas.DataFrame:
@@ -251,6 +256,7 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
         ({"train.jsonl": '\ufeff\n null\n{"text": "a", "label": 1}'}, r"\(line 2 of train\.jsonl is null; must be an "),
         ({"train.jsonl": '{"text": "a", "label": 1}\nnull\n'}, r"\(line 2 of train\.jsonl is null; must be an "),
         ({"train.parquet": table()[:0]}, r"the split train cannot be read \(train\.parquet has no rows\)$"),
+        ({"train.parquet": table().assign(marks=MARKS)}, r"\(the column marks is of a type that cannot be read: map<"),
         ({"train.parquet": "no Parquet"}, "the split train cannot be read .*[Pp]arquet"),
         ({"train.csv": "text,label\na,1\n", "test.jsonl": "{}"}, r"must hold files of one kind, but holds \.csv, \.js"),
         ({"train.csv": "text,label\na,1\nb,2\n", "test.csv": "sentence,label\na,1\n"},
