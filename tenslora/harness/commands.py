@@ -35,6 +35,10 @@ OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQU
 """The numbers of the system's errors for a path that a user may not use, has no space for, or that is too long."""
 
 
+NO_MORE_PROCESSES = ("can't start new thread", os.strerror(errno.EAGAIN))
+"""What Python says where the system allows no more threads, and no more processes."""
+
+
 def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
     """A parser for the command line of a module.
 
@@ -181,6 +185,8 @@ def line_of_the_environment(error: BaseException) -> str | None:
     """
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
         return "TMPDIR: must be a folder that can be written; there is no other for temporary files"
+    if isinstance(error, (OSError, RuntimeError)) and any(words in str(error) for words in NO_MORE_PROCESSES):
+        return "the system allows no more threads or processes (ulimit -u, or the limit of a container)"
     if isinstance(error, Warning) and sys.warnoptions:
         said = f"{type(error).__name__}: {first_line(error)}"
         return f"PYTHONWARNINGS and python -W: must not make errors of the libraries' warnings ({said})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import os
 import re
@@ -123,6 +124,15 @@ def test_a_librarys_warning_that_is_made_an_error_is_one_line(monkeypatch: pytes
     with pytest.raises(SystemExit) as ended, mistakes_in_one_line():
         raise UserWarning("a word")
     assert ended.value.code == f"{line}(UserWarning: a word)"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't start new thread"), BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")]
+)
+def test_a_limit_on_processes_is_named(error: Exception) -> None:
+    line = r"^error: the system allows no more threads or processes \("
+    with pytest.raises(SystemExit, match=line), mistakes_in_one_line():
+        raise error
 
 
 def test_a_word_that_ends_as_a_line_of_windows_is_named(capsys: pytest.CaptureFixture[str]) -> None:
