@@ -266,6 +266,8 @@ def read_others(folder: Path, stages: Sequence[Stage] = (), names: Container[str
         saved = uncompiled(name)
         own = new + saved.removeprefix(PREFIX + old)
         if ".lora_" not in name:
+            if weight.is_floating_point():  # and not the number of batches that a batch norm has seen
+                require_finite(f"{folder / WEIGHTS}: {name}", weight)
             others[PREFIX + own if saved.startswith(PREFIX + old) and own in names else saved] = weight
     return others
 

@@ -490,3 +490,16 @@ def test_a_head_that_is_not_to_be_saved_is_not_loaded_from_the_lora(tmp_path: Pa
         again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path / "again"))
         batch = inputs("hf_bert")
         torch.testing.assert_close(logits(again.eval(), batch), logits(turned.eval(), batch), rtol=0, atol=1e-6)
+
+
+def test_a_head_beside_a_lora_that_holds_a_nan_is_refused(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
+    get_peft_model(build("hf_bert"), config).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights["base_model.model.classifier.bias"][0] = torch.nan
+    save_file(weights, path)
+    with pytest.raises(
+        TensLoRAError, match=r"adapter_model\.safetensors: base_model\.model\.classifier\.bias holds a N"
+    ):
+        from_lora(build("hf_bert"), tmp_path, TensLoraConfig(adapt="q", modules_to_save=["classifier"]))
