@@ -220,8 +220,8 @@ def find_projections(
         adapt: which matrices, see `constructions.adapted_matrices`.
         layers: which of the model's layers to take, counted from 0 through all stages; None for all. The layers that
             are taken are numbered anew, in each stage from 0 and without gaps.
-        chosen: whether a Linear layer of some path is one to adapt, as far as that is known; None if all may be. An
-            attention block of a kind that cannot be adapted is passed over if it holds none of these. Whether layers
+        chosen: whether a Linear layer of some path is one to adapt, as far as that is known; None if all may be. A
+            layer that cannot be adapted is passed over if its attention holds none of these. Whether layers
             share a weight is not checked then: not all that are found need be adapted.
 
     Returns:
@@ -245,23 +245,26 @@ def find_projections(
         raise TensLoRAError(
             f"{type(model).__name__}: no attention projections found; they must be nn.Linear children named {known}"
         )
-    refused = {at: why for at, (_, block, names) in enumerate(blocks) if (why := _reason_to_refuse(block, names[0]))}
-    may_choose = chosen if len(refused) < len(blocks) else None
-    for index, reason in refused.items():
-        path, block, _ = blocks[index]
-        linears = [f"{path}.{name}".lstrip(".") for name, part in block.named_modules() if _is_linear(part)]
-        elsewhere = layers is not None and index not in layers
-        if elsewhere or (may_choose and not any(map(may_choose, linears))):
+    found, failed = [], []
+    for index, (path, block, names) in enumerate(blocks):
+        if layers is not None and index not in layers:
             continue
-        way_out = "; exclude_modules can leave it out" if may_choose else ""  # it is PEFT's settings that choose
-        raise TensLoRAError(f"{path or type(block).__name__}: {reason}{way_out}")
+        try:
+            if reason := _reason_to_refuse(block, names[0]):
+                raise TensLoRAError(f"{path or type(block).__name__}: {reason}")
+            found.append(_inspect_layer(model, index, path, block, names, adapt))
+        except TensLoRAError as error:
+            failed.append((path, block, error))
+    for path, block, failure in failed:
+        if chosen is None or not found:
+            raise failure
+        if any(chosen(f"{path}.{name}".lstrip(".")) for name, part in block.named_modules() if _is_linear(part)):
+            raise TensLoRAError(f"{failure}; exclude_modules can leave it out")  # it is PEFT's settings that choose
     _warn_of_skipped_layers(model, [path for path, _, _ in blocks])
     _warn_of_falling_numbers(model, [path for path, _, _ in blocks])
     by_sizes: dict[_Sizes, list[_Layer]] = {}
-    for index, (path, block, names) in enumerate(blocks):
-        if index not in refused and (layers is None or index in layers):
-            layer = _inspect_layer(model, index, path, block, names, adapt)
-            by_sizes.setdefault(layer.sizes, []).append(layer)
+    for layer in found:
+        by_sizes.setdefault(layer.sizes, []).append(layer)
     stages = [_stage(sizes, of_stage, adapt) for sizes, of_stage in by_sizes.items()]
     _refuse_odd_weights(_in_order(stages))
     if chosen is None:

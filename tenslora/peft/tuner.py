@@ -45,7 +45,7 @@ from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.errors import TensLoRAError
 from tenslora.files import require_finite, require_tensors
 from tenslora.forms import from_json, typed
-from tenslora.forward_pass import ForwardPass
+from tenslora.forward_pass import ForwardPass, listed
 from tenslora.peft.patterns import first_matches
 from tenslora.peft.quantised import QuantisedWeights, warn_of_rounding
 from tenslora.projections import (
@@ -935,11 +935,13 @@ def _chosen(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     last_names = {_last_name(target) for stage in stages for target in stage.targets}
     matching = _named(config, last_names if config.target_modules is None else config.target_modules)
     layers: dict[int, list[str]] = {}
+    gated = set()
     for geometry, targets in stages:
         for target in targets:
             if check_target_module_exists(matching, target.path):
                 names = [geometry.matrices[target.group[columns.matrix]] for columns in target.columns]
                 layers.setdefault(target.model_layer, []).extend(names)
+                gated.add(geometry.gated)
     if not layers:
         raise TensLoRAError(
             f"{shown}: must leave some of the model's attention projections, such as {stages[0].targets[0].path}"
@@ -951,7 +953,27 @@ def _chosen(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
                 f"{shown}: must leave the same matrices in every layer, but leave {', '.join(layers[first])} in layer "
                 f"{first} and {', '.join(names)} in layer {layer}"
             )
-    return find_projections(model, _adapt_of(layers[first]), layers)
+    found = find_projections(model, _adapt_of(layers[first], gated), layers)
+    _warn_of_others(model, config, {target.path for stage in found for target in stage.targets})
+    return found
+
+
+def _warn_of_others(model: nn.Module, config: TensLoraConfig, adapted: set[str]) -> None:
+    if config.target_modules is None:
+        return
+    others = [
+        path
+        for path, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or is_conv1d(module))
+        and path not in adapted
+        and check_target_module_exists(config, path)
+    ]
+    if others:
+        warnings.warn(
+            f"target_modules also match {listed(others)}, which can have no adapter here: only attention projections "
+            f"and feed-forward blocks that the library knows can have one",
+            stacklevel=2,
+        )
 
 
 def _last_name(target: TargetLinear) -> str:
@@ -980,10 +1002,10 @@ def _widest(model: nn.Module, config: TensLoraConfig) -> list[Stage]:
     return find_projections(model, "qkv", chosen=chosen)
 
 
-def _adapt_of(names: Sequence[str]) -> str:
+def _adapt_of(names: Sequence[str], gated: Iterable[bool]) -> str:
     letters = "".join(letter for letter in "qkvo" if adapted_matrices(letter)[0] in names)
     for adapt in (letters, "mlp", "all"):
-        if adapt and any(set(adapted_matrices(adapt, gated)) == set(names) for gated in (False, True)):
+        if adapt and all(set(adapted_matrices(adapt, each)) == set(names) for each in gated):
             return adapt
     raise TensLoRAError(
         f"target_modules: match {', '.join(names)}; must match some of query, key, value and output, or the whole "

@@ -530,6 +530,27 @@ def test_names_choose_matrices_and_layers(name: str, settings: dict[str, Any], a
     assert all(module.updates for module in held)
 
 
+def test_a_tower_that_is_left_out_may_be_of_any_kind() -> None:
+    model = nn.ModuleDict({"text": PlainTransformer(), "odd": PlainTransformer()})
+    model.get_submodule("odd.blocks.0.attention").key = nn.Linear(20, 24)
+    way_out = r"^odd\.blocks\.0\.attention\.key: has 20 inputs, .*; exclude_modules can leave it out$"
+    with pytest.raises(TensLoRAError, match=way_out):
+        get_peft_model(model, TensLoraConfig())
+    names = get_peft_model(model, TensLoraConfig(exclude_modules=r"odd\..*")).base_model.targeted_module_names
+    assert names and all(name.startswith("text.") for name in names)
+
+
+def test_a_gate_that_is_left_out_is_not_adapted() -> None:
+    for settings in ({"target_modules": ["up_proj", "down_proj"]}, {"adapt": "all", "exclude_modules": ["gate_proj"]}):
+        with pytest.raises(TensLoRAError, match="must match some of query, key, value and output, or the whole feed-f"):
+            get_peft_model(build("llama"), TensLoraConfig(**settings))
+
+
+def test_modules_that_match_and_get_no_adapter_are_named() -> None:
+    with pytest.warns(UserWarning, match="^target_modules also match classifier, which can have no adapter here: "):
+        get_peft_model(build("hf_bert"), TensLoraConfig(target_modules=["query", "value", "classifier"]))
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
