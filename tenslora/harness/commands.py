@@ -180,13 +180,15 @@ def line_of_the_environment(error: BaseException) -> str | None:
     """The line for an error in how Python was started; None for any other error.
 
     Args:
-        error: the error, such as torch's import raises where no folder for temporary files can be written, or where
-            every warning is to be an error.
+        error: the error, such as torch's import raises where no folder for temporary files can be written, where
+            every warning is to be an error, or where there is no torch.
     """
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
         return "TMPDIR: must be a folder that can be written; there is no other for temporary files"
     if isinstance(error, (OSError, RuntimeError)) and any(words in str(error) for words in NO_MORE_PROCESSES):
         return "the system allows no more threads or processes (ulimit -u, or the limit of a container)"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{sys.executable}: {first_line(error)}; sh run.sh python uses an environment that has every package"
     if isinstance(error, Warning) and sys.warnoptions:
         said = f"{type(error).__name__}: {first_line(error)}"
         return f"PYTHONWARNINGS and python -W: must not make errors of the libraries' warnings ({said})"

@@ -1,6 +1,6 @@
 """Ctrl-C or SIGTERM while a command still imports its libraries: one line and status 130, as later. Imported first.
 
-Without a folder for temporary files torch cannot be imported, nor where every warning is an error. Both are one line.
+Where a library cannot be imported, such as torch without a folder for temporary files, one line says why.
 
 What is imported before the hook is set takes time in which Ctrl-C would print a traceback, so it is only what Python
 itself has loaded.
@@ -13,7 +13,10 @@ import sys
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    if isinstance(error, FileNotFoundError | Warning) and os.environ.get("HYDRA_FULL_ERROR") != "1":
+    if (
+        isinstance(error, FileNotFoundError | ModuleNotFoundError | Warning)
+        and os.environ.get("HYDRA_FULL_ERROR") != "1"
+    ):
         from tenslora.harness.commands import line_of_the_environment
 
         if line := line_of_the_environment(error):

@@ -126,6 +126,19 @@ def test_a_librarys_warning_that_is_made_an_error_is_one_line(monkeypatch: pytes
     assert ended.value.code == f"{line}(UserWarning: a word)"
 
 
+def test_a_package_that_is_missing_is_one_line() -> None:
+    program = (
+        "import runpy, sys\n"
+        "sys.modules['torch'] = None\n"
+        "sys.argv = ['export', 'run']\n"
+        "runpy.run_module('tenslora.harness.export', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {sys.executable}: ") and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("; sh run.sh python uses an environment that has every package\n")
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("can't start new thread"), BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")]
 )

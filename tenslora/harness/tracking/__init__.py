@@ -1,16 +1,21 @@
-"""Loggers: CSV, TensorBoard, W&B and a profiler. A logger's library is imported only for a run that asks for it."""
+"""Loggers: CSV, TensorBoard, W&B and a profiler. A logger's library is imported only for a run that asks for it.
+
+Nothing else is imported here either: `python -m tenslora.harness.tracking.dashboard` imports this first, before it can
+say in one line that a package is missing.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.config import LoggerConfig, RunConfig
-from tenslora.harness.results.table import Table
-from tenslora.harness.run_folder import RunFolder
-from tenslora.harness.tracking.tracker import Tracker, Trackers
+
+if TYPE_CHECKING:
+    from tenslora.harness.config import LoggerConfig, RunConfig
+    from tenslora.harness.results.table import Table
+    from tenslora.harness.tracking.tracker import Tracker
 
 
 def start_tracker(run: RunConfig, folder: Path, facts: dict[str, Any], watch: bool = True) -> Tracker:
@@ -28,6 +33,9 @@ def start_tracker(run: RunConfig, folder: Path, facts: dict[str, Any], watch: bo
     Raises:
         TensLoRAError: if a logger refuses the run.
     """
+    from tenslora.harness.run_folder import RunFolder
+    from tenslora.harness.tracking.tracker import Trackers
+
     started = Trackers([])
     if not watch:
         return started
