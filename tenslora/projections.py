@@ -131,7 +131,7 @@ class Columns(NamedTuple):
             (tokens, outputs).
         """
         after = outputs // self.parts - self.start - self.width
-        # Not len(own), which torch.export would take for a constant.
+        # To torch.export, len(own) would be a constant.
         return F.pad(own.reshape(own.shape[0], self.parts, self.width), (self.start, after)).flatten(1)
 
 
@@ -220,9 +220,9 @@ def find_projections(
         adapt: which matrices, see `constructions.adapted_matrices`.
         layers: which of the model's layers to take, counted from 0 through all stages; None for all. The layers that
             are taken are numbered anew, in each stage from 0 and without gaps.
-        chosen: whether a Linear layer of some path is one to adapt, as far as that is known; None if all may be. A
-            layer that cannot be adapted is passed over if its attention holds none of these. Whether layers
-            share a weight is not checked then: not all that are found need be adapted.
+        chosen: whether a Linear layer of some path is one to adapt, as far as that is known; None if all may be. With
+            it, a layer that cannot be adapted is passed over if no Linear of its attention is chosen, and layers may
+            share weights, because not all that are found need be adapted.
 
     Returns:
         The stages, in the order of their first layers.
@@ -258,7 +258,7 @@ def find_projections(
     for path, block, failure in failed:
         if chosen is None or not found:
             raise failure
-        if any(chosen(f"{path}.{name}".lstrip(".")) for name, part in block.named_modules() if _is_linear(part)):
+        if any(chosen(f"{path}.{name}".lstrip(".")) for name, part in block.named_modules() if is_linear(part)):
             raise TensLoRAError(f"{failure}; exclude_modules can leave it out")  # it is PEFT's settings that choose
     _warn_of_skipped_layers(model, [path for path, _, _ in blocks])
     _warn_of_falling_numbers(model, [path for path, _, _ in blocks])
@@ -336,7 +336,7 @@ def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[
     for path, module in model.named_modules():
         for names in (*SEPARATE, *[(name,) for name in FUSED], KEY_AND_VALUE):
             if (names != KEY_AND_VALUE or hasattr(module, "sr")) and all(
-                _is_linear(getattr(module, name, None)) for name in names
+                is_linear(getattr(module, name, None)) for name in names
             ):
                 yield path, module, names[:3]
 
@@ -352,7 +352,7 @@ def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
     if getattr(block, "q_bias", None) is not None and not getattr(block, "qkv_bias_separate", False):
         # timm's BEiT and EVA read the weight and add biases of their own.
         return f"does not call its Linear {name}, so an adapter there has no effect"
-    if name == "c_attn" and _is_linear(getattr(block, "q_attn", None)):  # transformers' GPT-2 beside an encoder
+    if name == "c_attn" and is_linear(getattr(block, "q_attn", None)):  # transformers' GPT-2 beside an encoder
         return f"is a cross-attention, whose {name} holds key and value alone, which is not supported"
     side_by_side = name in FUSED and not FUSED[name].by_head
     one_head_after_the_other = (
@@ -372,7 +372,7 @@ def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
         # transformers' Reformer: its layers compute their inputs again from their outputs, in a backward pass of their
         # own, which no shared tensor's gradient leaves.
         return "belongs to reversible layers (Reformer), through which an adapter would get no gradient"
-    if _is_linear(getattr(block, f"{name}_global", None)):
+    if is_linear(getattr(block, f"{name}_global", None)):
         # Longformer and LED: its global tokens use these instead, and in the last layer nothing else is read.
         return f"has a {name}_global beside {name}, which an adapter would leave out"
     return None
@@ -415,8 +415,12 @@ def _numbers(path: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path)]
 
 
-def _is_linear(module: object) -> bool:
-    # Quantised Linear layers of some packages are no nn.Linear, but have its sizes.
+def is_linear(module: object) -> bool:
+    """Whether a module is a Linear layer or transformers' Conv1D. A quantised Linear may be one by its sizes alone.
+
+    Args:
+        module: any object.
+    """
     sizes = all(isinstance(getattr(module, name, None), Integral) for name in ("in_features", "out_features"))
     return isinstance(module, nn.Module) and (sizes or is_conv1d(module))
 
@@ -475,7 +479,7 @@ def _inspect_layer(
             raise TensLoRAError(
                 f"{path_of(names[0])}: its {outputs} outputs do not divide into query, key and value of {heads} heads"
             )
-        reads = [features(child)[0] for name, child in block.named_children() if name in OUTPUT and _is_linear(child)]
+        reads = [features(child)[0] for name, child in block.named_children() if name in OUTPUT and is_linear(child)]
         if known is None and not _is_count(d_head) and outputs not in [3 * each for each in (d_in, *reads)]:
             raise TensLoRAError(
                 f"{path_of(names[0])}: has {d_in} inputs and {outputs} outputs, among which key and value may have "
@@ -558,7 +562,7 @@ def _look_up(model: nn.Module, path: str, choices: Iterable[Mapping[str, str]], 
         for name, place in choice.items():
             dots = len(place) - len(place.lstrip("."))
             paths[name] = f"{bases[dots]}.{place.lstrip('.')}".lstrip(".")
-        if all(_is_linear(modules.get(each)) for each in paths.values()):
+        if all(is_linear(modules.get(each)) for each in paths.values()):
             return {name: _Matrix(each, modules[each]) for name, each in paths.items()}
         tried.append("/".join(paths.values()))
     raise TensLoRAError(

@@ -126,7 +126,7 @@ def run_app(
         register_resolvers()
         name_files_at_fault()
         if sweep and _given().config_name == "config":
-            sys.exit("error: --config-name config: is the file of train.py; sweep.py reads sweep")
+            sys.exit("error: --config-name config: is for train.py; leave it out")
         if {"-sc", "--shell-completion"}.intersection(sys.argv):
             from tenslora.harness.completion import check_completion, complete_options_in_folders
 

@@ -54,6 +54,7 @@ from tenslora.projections import (
     features,
     find_projections,
     is_conv1d,
+    is_linear,
     is_plain,
     require_weights_of_their_own,
 )
@@ -964,9 +965,7 @@ def _warn_of_others(model: nn.Module, config: TensLoraConfig, adapted: set[str])
     others = [
         path
         for path, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or is_conv1d(module))
-        and path not in adapted
-        and check_target_module_exists(config, path)
+        if is_linear(module) and path not in adapted and check_target_module_exists(config, path)
     ]
     if others:
         warnings.warn(
