@@ -169,7 +169,7 @@ def thin_slices(
         return assemble(*factorization.slices(parameters, head_layout))
 
     if _is_exporting():
-        # In a graph, nothing uses the step that begins vmap. Passes such as torchao's drop it, and the graph then fails.
+        # In a graph, nothing uses the step that begins vmap. Passes such as torchao's drop it; then the graph fails.
         each_layer = []
         for number in range(len(layers)):
             dims = batch_dims.items()
