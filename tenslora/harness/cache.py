@@ -60,7 +60,7 @@ def cache_latest(size: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def _are_equal(one: object, other: object) -> bool:
     try:
         return bool(one == other)
-    except ValueError:  # of arrays, which numpy and torch compare number by number
+    except Exception:  # of arrays, which numpy and torch compare number by number, and whatever a user's own class says
         return False
 
 

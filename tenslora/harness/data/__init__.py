@@ -16,7 +16,15 @@ from tenslora.forms import shown
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.commands import is_text
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig
-from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw, shortened, user_path
+from tenslora.harness.data.examples import (
+    NO_EXAMPLES,
+    Dataset,
+    Examples,
+    draw,
+    require_sequences,
+    shortened,
+    user_path,
+)
 from tenslora.harness.data.image_folder import load_test_images
 from tenslora.harness.data.images import load_images
 from tenslora.harness.data.text_files import load_test_texts, load_text_files
@@ -67,7 +75,7 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
         else:
             assert isinstance(config, ImageDatasetConfig)
             dataset = load_images(config, seed)
-    _check(f"dataset={config.name}", dataset)
+    dataset = _checked(f"dataset={config.name}", dataset)
     available = len(dataset.train)
     if config.train_size is not None and config.train_size > available:
         log.warning(
@@ -123,14 +131,16 @@ def load_tests(config: DatasetConfig, seed: int, classes: tuple[str, ...]) -> Da
     return dataset
 
 
-def _check(setting: str, dataset: Dataset) -> None:
+def _checked(setting: str, dataset: Dataset) -> Dataset:
     """Check what a function that loads a dataset has handed over, which may be anybody's own."""
     if twice := [name for name, count in Counter(dataset.classes).items() if count > 1]:
         raise TensLoRAError(f"{setting}: the name of a class must be given once, and {twice[0]} is given twice")
     if unreadable := [name for name in dataset.classes if not is_text(name)]:  # the record of a run could not hold it
         raise TensLoRAError(f"{setting}: the name of a class must be text in UTF-8, and one is {unreadable[0]}")
     count = len(dataset.classes)
-    for split, examples in {"training": dataset.train, "test": dataset.test, **dataset.more_tests}.items():
+    splits = {"training": dataset.train, "test": dataset.test, **dataset.more_tests}
+    for split, examples in splits.items():
+        require_sequences(f"{setting}: the {split} split", inputs=examples.inputs, labels=examples.labels)
         if len(examples.inputs) != len(examples.labels):
             raise TensLoRAError(
                 f"{setting}: the {split} split has {len(examples.inputs)} inputs and {len(examples.labels)} labels"
@@ -146,6 +156,9 @@ def _check(setting: str, dataset: Dataset) -> None:
                     f"{setting}: the labels must be {must}, and that of input {number} of the {split} split is "
                     f"{shown(label)}"
                 )
+    # A pandas Series has an order, and an index of its own by which it would answer for labels[0].
+    train, test, *more = [replace(examples, labels=list(examples.labels)) for examples in splits.values()]
+    return replace(dataset, train=train, test=test, more_tests=dict(zip(dataset.more_tests, more, strict=True)))
 
 
 def _require_examples(setting: str, splits: Mapping[str, Examples]) -> None:

@@ -23,6 +23,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import Backbone
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.cache import cache_latest
+from tenslora.harness.commands import is_text
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig, TransformConfig
 from tenslora.harness.config.checks import shown
 from tenslora.harness.data.examples import Dataset, Examples
@@ -391,13 +392,21 @@ def longest_text(config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase, 
 
 @cache_latest(4)  # the splits of a dataset
 def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokensOf:
-    for number, example in enumerate(examples.inputs):
+    inputs = list(examples.inputs)
+    for number, example in enumerate(inputs):
         is_tuple = isinstance(example, tuple) and len(example) in (1, 2)
         if not is_tuple or not all(isinstance(sentence, str) for sentence in example):
             raise TensLoRAError(
                 f"input {number} of the data: is {shown(example)}; must be a tuple of one sentence, or of two"
             )
-    sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
+        if len(example) != len(inputs[0]):
+            raise TensLoRAError(
+                f"input {number} of the data: has another number of sentences than input 0; all must have one, or all "
+                f"two"
+            )
+        if not any(map(str.strip, example)) or not all(map(is_text, example)):
+            raise TensLoRAError(f"input {number} of the data: is {shown(example)}; must be text in UTF-8, not empty")
+    sentences = [list(column) for column in zip(*inputs, strict=True)]
     return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))
 
 

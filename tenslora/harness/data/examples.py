@@ -184,6 +184,23 @@ NO_EXAMPLES = Examples((), ())
 """A split that is not loaded."""
 
 
+def require_sequences(where: str, **parts: Any) -> None:
+    """Check that the parts of a split can be counted and read by number, which a generator or a dict cannot.
+
+    Args:
+        where: the split, for the message.
+        **parts: each part, by its name.
+
+    Raises:
+        TensLoRAError: for a part that is no sequence.
+    """
+    for name, given in parts.items():
+        if isinstance(given, Mapping) or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+            raise TensLoRAError(
+                f"{where} has {name} of type {type(given).__name__}; must be a sequence, such as a list"
+            )
+
+
 def user_path(given: str) -> Path:
     """A path in the settings, with the user's home in place of ~. That of a user who does not exist stays as it is.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.cache import cache_latest
-from tenslora.harness.data.examples import Examples, ImageArrays, ImageFiles, warn_of_another_size
+from tenslora.harness.data.examples import Examples, ImageArrays, ImageFiles, require_sequences, warn_of_another_size
 
 DOWNLOADS = Path("data")
 
@@ -108,6 +108,7 @@ def read_split(name: str, root: str | None, split: str | None) -> tuple[Examples
             f"dataset.root={root}: no {name} in torchvision's layout there, which is {source.layout} "
             f"({first_line(error)})"
         ) from error
+    require_sequences(f"dataset={name}: the {split or 'only'} split", images=images, labels=labels)
     warn_of_another_size(name, split or "only", len(labels), source.sizes[split])
     if len(images) != len(labels):
         raise TensLoRAError(

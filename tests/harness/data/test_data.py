@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pandas
 import pytest
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.data import Examples, load_dataset, load_tests
+from tenslora.harness.cache import reading_anew
+from tenslora.harness.data import Dataset, Examples, load_dataset, load_tests
+from tenslora.harness.data.examples import NO_EXAMPLES
 from tests.harness.data.image_folders import load, paint, reds, write_eurosat
 from tests.running import SHORT, configured, run
 
@@ -55,6 +58,24 @@ def test_a_class_without_a_training_example_is_named(tmp_path: Path, caplog: pyt
             dataset = load_dataset(configured("dataset=text", f"dataset.root={tmp_path / 'own.csv'}").dataset, seed)
         assert ("own: no training example is of z" in caplog.text) == (2 not in dataset.train.labels)
         caplog.clear()
+
+
+@pytest.mark.parametrize(("inputs", "kind"), [((name for name in "ab"), "generator"), ({0: "a", 1: "b"}, "dict")])
+def test_inputs_of_a_source_of_ones_own_are_a_sequence(inputs: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Dataset(Examples(inputs, [0, 1]), NO_EXAMPLES, ("a", "b"))
+    monkeypatch.setattr("tenslora.harness.data.load_images", lambda *_: own)
+    message = f"^dataset=digits: the training split has inputs of type {kind}; must be a sequence, such as a list$"
+    with reading_anew(), pytest.raises(TensLoRAError, match=message):
+        load("digits", None)
+
+
+def test_labels_of_a_source_of_ones_own_are_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: Any = pandas.Series([0, 0, 1], index=[2, 1, 0])  # as of a shuffled table
+    own = Dataset(Examples(["a", "b", "c"], labels), Examples(["d"], [0]), ("x", "y"))
+    monkeypatch.setattr("tenslora.harness.data.load_images", lambda *_: own)
+    with reading_anew():
+        train = load("digits", None).train
+    assert [train.labels[number] for number in range(3)] == [0, 0, 1]
 
 
 def test_data_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

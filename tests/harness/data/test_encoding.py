@@ -408,10 +408,24 @@ def test_an_input_of_a_source_of_ones_own_that_is_no_image_is_named(image: Any) 
         train[0]
 
 
-@pytest.mark.parametrize("text", ["ab", ("a", "b", "c"), ("a", 1)])
-def test_an_input_of_a_source_of_ones_own_that_is_no_text_is_named(text: Any, tokenizer: Any) -> None:
-    with pytest.raises(TensLoRAError, match=r"^input 1 of the data: is .*; must be a tuple of one sentence, or"):
+@pytest.mark.parametrize(
+    ("text", "must"),
+    [
+        *((text, "is .*; must be a tuple of one sentence, or of two") for text in ("ab", ("a", "b", "c"), ("a", 1))),
+        (("a",), "has another number of sentences than input 0; all must have one, or all two"),
+        *((text, "is .*; must be text in UTF-8, not empty") for text in (("", " "), ("a", "\ud800"))),
+    ],
+)
+def test_an_input_of_a_source_of_ones_own_that_is_no_text_is_named(text: Any, must: str, tokenizer: Any) -> None:
+    with pytest.raises(TensLoRAError, match=f"^input 1 of the data: {must}$"):
         encode_sentences([("a", "b"), text], tokenizer)
+
+
+def test_images_that_cannot_be_compared_are_named_all_the_same() -> None:
+    for count in (2, 3):  # torch raises an error where two sizes differ
+        train, _, _ = encode_pictures(Examples(torch.zeros(count, 3, 8, 8), [0] * count), backbone_of())
+        with pytest.raises(TensLoRAError, match=r"^input 0 of the data: is of type Tensor; must be a PIL image$"):
+            train[0]
 
 
 def test_an_image_file_is_read_when_it_is_asked_for(tmp_path: Path) -> None:

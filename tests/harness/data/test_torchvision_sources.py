@@ -118,10 +118,11 @@ def test_a_label_that_is_no_variant_is_refused(tmp_path: Path) -> None:
         ([0.0, 1.0, 0.0], "ab", "split is 0.0"),
         (["a", "b", "a"], "ab", 'split is "a"'),
         ([0, 1, 2], "abb", "the name of a class must be given once, and b is given twice"),
+        (iter([0, 1, 2]), "abc", "the train split has labels of type list_iterator; must be a sequence, such as a"),
     ],
 )
 def test_what_a_source_of_ones_own_hands_over_is_checked(
-    labels: list[Any], classes: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    labels: Any, classes: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     source = Source(lambda *_: (ImageArrays(pixels), labels, [*classes]), "", {"train": 3, "test": 3})
