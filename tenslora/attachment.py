@@ -124,6 +124,7 @@ def attach(
             put_on(model.get_submodule(path), update)
         adapter.trained_beside = frozenset(name for name, own in model.named_parameters() if id(own) in ids)
         model.add_module(SUBMODULE, adapter)
+        forward_pass.put_hooks(model)
         _MODELS[adapter] = weakref.ref(model)
     return adapter
 
@@ -370,13 +371,13 @@ def handed_over(model: nn.Module) -> Iterator[Adapter | StagedAdapter]:
                 yield adapter
         except BaseException:
             # The same updates on the same layers: attach would look for layers anew, and may find others by now.
-            for forward_pass in passes:
-                forward_pass.put_hooks(model)
-                _watch_loading(model, forward_pass)
             for linear, update in adapted:
                 put_on(linear, update)
             model._modules.clear()
             model._modules.update(children)
+            for forward_pass in passes:
+                forward_pass.put_hooks(model)
+                _watch_loading(model, forward_pass)
             raise
 
 

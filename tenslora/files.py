@@ -252,20 +252,54 @@ def read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
+def read_hashed_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Read a safetensors file, and the SHA-256 of what was read, also where another file takes its place meanwhile.
+
+    Args:
+        path: the file's path. It is read into memory whole.
+
+    Returns:
+        The header and the tensors, as from `read_safetensors`, and the SHA-256.
+
+    Raises:
+        TensLoRAError: if the file is missing or damaged.
+    """
+    from safetensors.torch import load
+
+    require_file(path)
+    with _readable(path):
+        data = path.read_bytes()
+        tensors = dict(sorted(load(data).items()))  # first, because it checks the length of what is before them
+        before = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return _own_header(before.get("__metadata__")), tensors, hashlib.sha256(data).hexdigest()
+
+
 @contextlib.contextmanager
 def _opened(path: Path, framework: str) -> Iterator[tuple[dict[str, Any], Any]]:
     """The header of a safetensors file, and the open file."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     require_file(path)
-    try:
+    with _readable(path):
         with open(path, "rb"):  # safe_open calls it a missing file where the process may open no more
             pass
         with safe_open(path, framework=framework) as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-            if not isinstance(header, dict):
-                raise ValueError(f"its header must be an object, not {shown(header)}")
-            yield header, file
+            yield _own_header(file.metadata()), file
+
+
+def _own_header(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    header = json.loads((metadata or {}).get(_HEADER, "{}"))
+    if not isinstance(header, dict):
+        raise ValueError(f"its header must be an object, not {shown(header)}")
+    return header
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:  # the last one torch's
         raise TensLoRAError(f"{path}: not a readable safetensors file ({first_line(error)})") from error
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.errors import TensLoRAError
@@ -44,10 +45,10 @@ class ForwardPass:
         self._model = type(model).__name__
         self._calls: dict[str, list[LayerCall]] = {}  # by the name of a matrix
         self._checked = False
-        self.put_hooks(model)
+        self._hooks: tuple[RemovableHandle, ...] = ()
 
     def put_hooks(self, model: nn.Module) -> None:
-        """Put the hooks on the model, as again after `remove_hooks`.
+        """Put the hooks on the model, once its layers are adapted: another thread may be in a forward pass of it.
 
         Args:
             model: the adapted model.
@@ -119,10 +120,11 @@ class ForwardPass:
         self.here.products = {}
 
     def _end(self, _model: nn.Module, _inputs: Any, output: Any) -> None:
+        is_whole = self.here.products is not None  # and no pass into whose middle a program has put the adapter
         self.here.leave()
         if torch.compiler.is_compiling():  # which warns if a hook looks at the output
             self._require_every_kind()
-        elif output is not None and not self._checked:  # None after an exception
+        elif is_whole and output is not None and not self._checked:  # None after an exception
             self._require_every_kind()
             self._checked = True
             self._warn_of_uncalled_layers()

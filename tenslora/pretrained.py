@@ -47,6 +47,7 @@ from tenslora.files import (
     ADAPTER_FILE,
     HEAD_FILE,
     elsewhere,
+    read_hashed_safetensors,
     read_safetensors,
     require_finite,
     sha256_of,
@@ -183,14 +184,8 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
             f"{listed(sorted(adapter.trained_beside))}; "
             f"load(model, {str(folder / ADAPTER_FILE)!r}) loads the adapter alone and freezes all else"
         )
-    head = read_weights(folder / HEAD_FILE, model) if os.path.lexists(folder / HEAD_FILE) else {}
-    if adapter.beside_sha256 and adapter.beside_sha256 != sha256_of(folder / HEAD_FILE):
-        raise TensLoRAError(
-            f"{folder / HEAD_FILE}: is not the one that was saved with {ADAPTER_FILE}. If the folder is being written "
-            f"to, try again; if you have changed it, load(model, {str(folder / ADAPTER_FILE)!r}), give the model these "
-            f"weights with load_state_dict(..., strict=False), and let them require gradients, or they will not be "
-            f"saved with the adapter"
-        )
+    has_head = os.path.lexists(folder / HEAD_FILE)
+    head = read_weights(folder / HEAD_FILE, model, adapter.beside_sha256) if has_head else {}
     places = _places(model)
     before = {name: places[name].detach().clone() for name in head}
     try:
@@ -211,22 +206,23 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
     return adapter
 
 
-def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+def read_weights(path: Path, model: nn.Module, sha256: str | None = None) -> dict[str, Tensor]:
     """Read the weights and the running statistics that were saved beside an adapter.
 
     Args:
         path: the file, such as the head.safetensors of `save_pretrained`.
         model: the model that they are for. It is not changed.
+        sha256: the one that the adapter beside the file has for it; None if the file is not checked.
 
     Returns:
         The weights by their names in the model.
 
     Raises:
         TensLoRAError: if the file is missing or damaged, if a weight is not in the model or has another shape or type
-            there, if one holds a NaN or an infinity, if two differ that are one in the model, or if a running variance
-            or a count of batches is negative.
+            there, if one holds a NaN or an infinity, if two differ that are one in the model, if a running variance
+            or a count of batches is negative, or if it is the file of another adapter.
     """
-    header, saved_weights = read_safetensors(path)
+    header, saved_weights, digest = read_hashed_safetensors(path) if sha256 else (*read_safetensors(path), None)
     weights = {uncompiled(name): weight for name, weight in saved_weights.items()}
     require_sizes(model)
     places = _places(model)
@@ -276,6 +272,13 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
         require_statistics({name: weights[name] for name in statistics if name in weights})
     except TensLoRAError as error:
         raise TensLoRAError(f"{path}: {error}") from error
+    if digest != sha256:
+        raise TensLoRAError(
+            f"{path}: is not the one that was saved with {ADAPTER_FILE}. If the folder is being written "
+            f"to, try again; if you have changed it, load(model, {str(path.parent / ADAPTER_FILE)!r}), give the model "
+            f"these weights with load_state_dict(..., strict=False), and let them require gradients, or they will not "
+            f"be saved with the adapter"
+        )
     return weights
 
 

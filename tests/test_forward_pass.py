@@ -123,6 +123,17 @@ def test_a_failed_pass_is_not_checked() -> None:
     model(X)
 
 
+def test_a_pass_that_was_under_way_when_the_adapter_was_put_on_is_not_checked() -> None:
+    # As by another thread of a server, which loads an adapter while this one computes.
+    model = reads_weights_of_query([0, 1])
+    model.register_forward_hook(lambda *_: None)  # without any hook, torch does not look for one at the end of a pass
+    late = model.head.register_forward_pre_hook(lambda *_: attach(model, AdapterConfig("qkv_depth")) and None)
+    model(X)
+    late.remove()
+    with pytest.raises(TensLoRAError, match=NONE_OF_QUERY):
+        model(X)
+
+
 def test_a_compiled_model_is_checked() -> None:
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []

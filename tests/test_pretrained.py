@@ -43,6 +43,7 @@ from tenslora import (
     load,
     load_tensors,
     merge,
+    pretrained,
     push_to_hub,
     save_pretrained,
     save_tensors,
@@ -592,6 +593,28 @@ def test_a_head_that_was_saved_with_another_adapter_is_not_loaded(tmp_path: Path
     with pytest.raises(TensLoRAError, match=r"head\.safetensors: is not the one that was saved with adapter"):
         load(other, tmp_path / "earlier")
     assert not hasattr(other, "tenslora")
+
+
+def test_a_head_that_is_replaced_while_it_is_read_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where rsync brings a later adapter, and then its head.
+    model, other = trained(), build("hf_bert")
+    earlier = save_pretrained(model, tmp_path / "earlier")
+    with torch.no_grad():
+        model.get_parameter("classifier.bias").add_(1)
+    later = save_pretrained(model, tmp_path / "later")
+    shutil.copy(later / "adapter.safetensors", earlier)
+    places = pretrained._places
+
+    def after_the_head_was_read(model: nn.Module) -> dict[str, Tensor]:
+        shutil.copy(later / "head.safetensors", earlier)
+        return places(model)
+
+    monkeypatch.setattr(pretrained, "_places", after_the_head_was_read)
+    with pytest.raises(TensLoRAError, match=r"head\.safetensors: is not the one that was saved with adapter"):
+        load(other, earlier)
+    assert load(other, earlier)
 
 
 @pytest.mark.parametrize("name", ["classifier.bias", "tenslora.tensors.0.core"])

@@ -565,6 +565,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         try:
             self.tenslora_adapters[adapter_name] = adapter
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            forward_pass.put_hooks(model)
             self._declared[adapter_name] = copy.deepcopy(config)
         except BaseException:
             self._forget(adapter_name)
