@@ -75,7 +75,8 @@ def run_app(
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]  # an empty line of a file of variables, which sets nothing
     for word in sys.argv[1:]:
-        if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|''|\"\")?", word):  # Hydra would write into the current folder
+        # Hydra would write into the current folder, or into one that is called None.
+        if re.fullmatch(r"hydra\.(run|sweep)\.dir=(null|\?\?\?|''|\"\")?", word):
             sys.exit(f"error: {word}: must be a folder")
         if re.match(r"""\+*hydra\.(run|sweep)\.dir=["']*~""", word):  # Hydra would make a folder of that name
             sys.exit(f"error: {TensLoRAError(word)}: must be written without ~, such as with $HOME in its place")
@@ -299,6 +300,10 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
             return _joined(cause)
         if line := line_of_the_environment(cause):
             return line
+    from tenslora.harness.launch_check import unresolved
+
+    if line := next(filter(None, map(unresolved, causes)), None):
+        return line
     if config_name and (pickled := _given().experimental_rerun):
         return f"--experimental-rerun {pickled}: must be a config.pickle that Hydra has written ({_joined(error)})"
     for cause in causes:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.config.checks import shown
@@ -39,8 +46,10 @@ class LaunchCheck(Callback):
     """
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        _require_launcher(config)
-        if not _in_order(config):
+        with _ends_in_one_line():
+            _require_launcher(config)
+            in_order = _in_order(config)
+        if not in_order:
             name = config.hydra.runtime.choices["hydra/launcher"]
             print(
                 f"hydra/launcher={name}: has no effect on a single run, which starts here and now; add -m to launch it",
@@ -48,14 +57,14 @@ class LaunchCheck(Callback):
             )
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        _require_launcher(config)
-        try:
+        with _ends_in_one_line():
+            _require_launcher(config)
+            for setting in ("hydra.sweep.dir", "hydra.launcher", "hydra.sweeper"):
+                _resolve(OmegaConf.select(config, setting, throw_on_missing=True))
             for setting in _NUMBERS:
                 _check_number(config, setting)
             _check_folder(config)
             _check_backend(config)
-        except TensLoRAError as error:
-            sys.exit(f"error: {error}")  # because Hydra only warns of another error of a callback
         count = os.environ.get("WORLD_SIZE", "1")
         if count == "1" or (_in_order(config) and not config.hydra.sweeper._target_.endswith("TableSweeper")):
             return
@@ -66,9 +75,50 @@ class LaunchCheck(Callback):
         )
 
 
+def unresolved(error: BaseException) -> str | None:
+    """The line for a setting of Hydra that has no value, or that refers to something without one.
+
+    Args:
+        error: what was raised when the setting was read.
+
+    Returns:
+        The line; None for any other error.
+    """
+    of_values = (InterpolationResolutionError, UnsupportedInterpolationType, MissingMandatoryValue)
+    if not isinstance(error, of_values) or not str(error.full_key).startswith("hydra."):
+        return None
+    reason = re.sub(r"^\w+ (raised )?while resolving interpolation: ", "", first_line(error))
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key}: is missing"
+    of_jobs = re.fullmatch(r"Missing mandatory value: (hydra\.job\.\w+)", reason)
+    if of_jobs or reason == "HydraConfig was not set":
+        known = of_jobs[1] if of_jobs else "${hydra:...}"
+        reason = f"{known} has no value before a job of a multirun begins; ${{hydra.runtime.cwd}}, with a dot, has one"
+    written: Any = OmegaConf.to_container(error.parent_node._get_root()) if error.parent_node else None
+    for key in str(error.full_key).split("."):
+        written = written.get(key) if isinstance(written, dict) else None
+    return f"{error.full_key}{f'={shown(written)}' if written else ''}: {reason}"
+
+
+@contextlib.contextmanager
+def _ends_in_one_line() -> Iterator[None]:
+    # Hydra only warns of any other error of a callback, and goes on.
+    try:
+        yield
+    except (OmegaConfBaseException, TensLoRAError) as error:
+        sys.exit(f"error: {TensLoRAError(unresolved(error) or first_line(error))}")
+
+
+def _resolve(node: Any) -> None:
+    """Read every setting in a config, for the error of one that cannot be read. Hydra's own would not name it."""
+    for key in range(len(node)) if isinstance(node, ListConfig) else node if isinstance(node, DictConfig) else ():
+        if not OmegaConf.is_missing(node, key):
+            _resolve(node[key])
+
+
 def _require_launcher(config: DictConfig) -> None:
     if not isinstance(config.hydra.launcher, DictConfig):
-        sys.exit(f"error: hydra.launcher={shown(config.hydra.launcher)}: must be the settings of a launcher")
+        raise TensLoRAError(f"hydra.launcher={shown(config.hydra.launcher)}: must be the settings of a launcher")
 
 
 def _in_order(config: DictConfig) -> bool:
@@ -77,10 +127,7 @@ def _in_order(config: DictConfig) -> bool:
 
 
 def _check_number(config: DictConfig, setting: str) -> None:
-    try:
-        value = OmegaConf.select(config, setting, default=1)
-    except OmegaConfBaseException as error:
-        raise TensLoRAError(f"{setting}: {first_line(error)}") from error
+    value = OmegaConf.select(config, setting, default=1)
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value, re.ASCII):  # as ${oc.env:...} gives it
         value = int(value)
         with read_write(config), open_dict(config):

@@ -71,6 +71,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
         (["optimizer=null"], "optimizer=null: must be one of adamw"),
         (["trainer=nope"], "trainer=nope: "),
         (["hydra.run.dir="], "hydra.run.dir=: must be a folder"),
+        (["hydra.run.dir=???"], "hydra.run.dir=???: must be a folder"),
+        (["hydra.run.dir=a/${no}"], "hydra.run.dir=a/${no}: Interpolation key 'no' not found"),
+        (["hydra.verbose=${no}"], "hydra.verbose=${no}: Interpolation key 'no' not found"),
+        (["hydra.launcher._target_=${no}"], "hydra.launcher._target_=${no}: Interpolation key 'no' not found"),
         (["-sc", "install=tcsh"], "install=tcsh: must be one of bash, fish, zsh"),
         (
             ["--shell-completion"],

@@ -41,7 +41,17 @@ def test_a_launcher_under_torchrun_is_refused(launcher: str, monkeypatch: pytest
         ("hydra/launcher=gpus hydra.launcher.jobs_per_gpu=1.5", "jobs_per_gpu=1.5: must be a whole number from 1"),
         (
             "hydra/launcher=gpus hydra.launcher.jobs_per_gpu=${oc.env:NO}",
-            "jobs_per_gpu: KeyError raised while",
+            """jobs_per_gpu=${oc.env:NO}: "Environment variable 'NO' not found\"""",
+        ),
+        ("hydra/launcher=basic hydra.launcher._target_=${no}", "_target_=${no}: Interpolation key 'no' not found"),
+        ("hydra/launcher=basic hydra.sweeper._target_=${no}", "_target_=${no}: Interpolation key 'no' not found"),
+        (
+            "hydra.sweep.dir=${hydra:runtime.cwd}/a",
+            "dir=${hydra:runtime.cwd}/a: ${hydra:...} has no value before a job of a multirun begins; ${hydra.runtime.",
+        ),
+        (
+            "hydra.sweep.dir=a/${hydra.job.num}",
+            "dir=a/${hydra.job.num}: hydra.job.num has no value before a job of a multirun begins; ${hydra.runtime.cw",
         ),
         ("hydra/launcher=basic hydra.sweeper.max_batch_size=0", "max_batch_size=0: must be a whole number from 1, or"),
         ("hydra/launcher=submitit_local hydra.sweep.dir=a%jb", "a%jb: must not contain %j, which submitit and Slurm "),
@@ -52,6 +62,14 @@ def test_what_a_launcher_cannot_use_is_one_line(name: str, words: str, message: 
     with pytest.raises(SystemExit) as ended:
         LaunchCheck().on_multirun_start(config)
     assert re.match(rf"error: hydra\.\w+\.(dir=/\S*)?{re.escape(message)}", str(ended.value.code))
+
+
+def test_a_folder_may_refer_to_what_is_known_before_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "a")
+    config = composed("hydra.sweep.dir=${hydra.runtime.cwd}/${oc.env:PLACE}", config_name="sweep", with_hydra=True)
+    config.hydra.runtime.cwd = "/here"  # as Hydra sets it for a command
+    LaunchCheck().on_multirun_start(config)
+    assert config.hydra.sweep.dir == "/here/a"
 
 
 def test_a_number_may_be_written_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
