@@ -181,14 +181,16 @@ def line_of_the_environment(error: BaseException) -> str | None:
 
     Args:
         error: the error, such as torch's import raises where no folder for temporary files can be written, where
-            every warning is to be an error, or where there is no torch.
+            every warning is to be an error, or where there is no torch or an older one.
     """
     if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
         return "TMPDIR: must be a folder that can be written; there is no other for temporary files"
     if isinstance(error, (OSError, RuntimeError)) and any(words in str(error) for words in NO_MORE_PROCESSES):
         return "the system allows no more threads or processes (ulimit -u, or the limit of a container)"
-    if isinstance(error, ModuleNotFoundError):
-        return f"{sys.executable}: {first_line(error)}; sh run.sh python uses an environment that has every package"
+    # Of a package that is missing, or whose version has other names. Of this project's own names, the place matters.
+    if isinstance(error, ImportError) and error.name and error.name.partition(".")[0] != "tenslora":
+        remedy = "sh run.sh python uses an environment that has every package in its version"
+        return f"{sys.executable}: {first_line(error)}; {remedy}"
     if isinstance(error, Warning) and sys.warnoptions:
         said = f"{type(error).__name__}: {first_line(error)}"
         return f"PYTHONWARNINGS and python -W: must not make errors of the libraries' warnings ({said})"

@@ -1,6 +1,7 @@
 """Ctrl-C or SIGTERM while a command still imports its libraries: one line and status 130, as later. Imported first.
 
-Where a library cannot be imported, such as torch without a folder for temporary files, one line says why.
+Where a library cannot be imported, such as torch without a folder for temporary files or an older PEFT, one line says
+why.
 
 What is imported before the hook is set takes time in which Ctrl-C would print a traceback, so it is only what Python
 itself has loaded.
@@ -13,23 +14,23 @@ import sys
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    if issubclass(kind, KeyboardInterrupt) or (_stop and _stop.asked):
+        from tenslora.harness.stop import ignore_signals
+
+        ignore_signals()
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # Python would end with the signal's own status
     if (
-        isinstance(error, FileNotFoundError | ModuleNotFoundError | Warning)
+        isinstance(error, FileNotFoundError | ImportError | ValueError | Warning)
         and os.environ.get("HYDRA_FULL_ERROR") != "1"
     ):
+        from tenslora.errors import TensLoRAError
         from tenslora.harness.commands import line_of_the_environment
 
-        if line := line_of_the_environment(error):
+        if line := str(error) if isinstance(error, TensLoRAError) else line_of_the_environment(error):
             print(f"error: {line}", file=sys.stderr)
             return
-    if not issubclass(kind, KeyboardInterrupt) and not (_stop and _stop.asked):
-        sys.__excepthook__(kind, error, trace)  # type: ignore[arg-type]
-        return
-    from tenslora.harness.stop import ignore_signals
-
-    ignore_signals()
-    print("interrupted", file=sys.stderr, flush=True)
-    os._exit(130)  # Python would end with the signal's own status
+    sys.__excepthook__(kind, error, trace)  # type: ignore[arg-type]
 
 
 _stop: Stop | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import importlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness.commands import command_parser, mistakes_in_one_line, path_argument
 from tests.commands import interrupt_import
 from tests.conftest import ROOT
@@ -111,7 +113,7 @@ NO_TORCH = "sys.modules['torch'] = None"
         ("evaluate", NO_FOLDER, "TMPDIR: must be a folder that can be written; there is no other for temporary files"),
         # export imports torch before it reads its arguments.
         ("export", NO_FOLDER, "TMPDIR: must be a folder that can be written; there is no other for temporary files"),
-        ("export", NO_TORCH, r".*python\S*: .*torch.*; sh run\.sh python uses an environment that has every package"),
+        ("export", NO_TORCH, r".*python\S*: .*torch.*; sh run\.sh python uses an environment that has every .*"),
     ],
 )
 def test_a_library_that_cannot_be_imported_is_one_line(command: str, fault: str, line: str) -> None:
@@ -124,6 +126,30 @@ def test_a_library_that_cannot_be_imported_is_one_line(command: str, fault: str,
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert re.fullmatch(f"error: {line}\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("statement", "line"),
+    [
+        (
+            "from torch import nosuch",
+            r"\S*python\S*: cannot import name 'nosuch' from 'torch' .*; sh run\.sh .*",
+        ),
+        ("from tenslora import nosuch", None),  # where it is matters
+        ("raise TensLoRAError('peft 0.18.0: must be 0.21 or later')", r"peft 0\.18\.0: must be 0\.21 or later"),
+    ],
+)
+def test_a_library_of_an_older_version_is_one_line(
+    statement: str, line: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.delitem(sys.modules, "tenslora.harness.early", raising=False)
+    importlib.import_module("tenslora.harness.early")
+    with pytest.raises((ImportError, TensLoRAError)) as raised:
+        exec(statement)
+    sys.excepthook(raised.type, raised.value, raised.tb)
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"error: {line}\n" if line else r"(?s)Traceback .*", said), said
 
 
 def test_a_librarys_warning_that_is_made_an_error_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

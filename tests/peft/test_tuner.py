@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import json
 import pickle
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -763,6 +765,19 @@ def test_the_method_is_registered_once() -> None:
     tenslora.peft.tuner.register()
     assert [str(member.value) for member in PeftType].count("TENSLORA") == 1
     assert PeftType("TENSLORA") is PeftType.TENSLORA is copy.deepcopy(PeftType["TENSLORA"])
+
+
+def test_an_older_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("tenslora.peft")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("peft.utils.get_quantization_kwargs")
+    with pytest.raises(ImportError, match="get_quantization_kwargs"):
+        importlib.import_module("tenslora.peft")
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.18.0")
+    with pytest.raises(
+        TensLoRAError, match=r"^peft 0\.18\.0: must be 0\.21 or later for tenslora\.peft \(cannot import"
+    ):
+        importlib.import_module("tenslora.peft")
 
 
 def test_a_prepared_model_starts_unchanged() -> None:
