@@ -496,8 +496,14 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
                 f"or make the model anew"
             )
         own = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        settings = getattr(model, "peft_config", {})
+        if not isinstance(settings, Mapping):  # PEFT would add the new adapter's to them
+            raise TensLoRAError(
+                f"{type(model).__name__}: its attribute peft_config is of type {type(settings).__name__}; must be "
+                f"PEFT's, or absent (a __getattr__ must raise AttributeError for a name that it does not know)"
+            )
         for name, config in own.items():
-            _require_no_other_method(getattr(model, "peft_config", {}), name, config)
+            _require_no_other_method(settings, name, config)
         with peft_undone_on_error(model):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 

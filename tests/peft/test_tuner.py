@@ -780,6 +780,20 @@ def test_an_older_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         importlib.import_module("tenslora.peft")
 
 
+def test_a_model_that_answers_none_for_names_that_it_does_not_know_is_named() -> None:
+    class Anything(PlainTransformer):
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return None
+
+    with pytest.raises(
+        TensLoRAError, match=r"^Anything: its attribute peft_config is of type NoneType; must be PEFT's"
+    ):
+        get_peft_model(Anything(), TensLoraConfig())
+
+
 def test_a_prepared_model_starts_unchanged() -> None:
     backbone = build("llama")
     expected = logits(backbone, inputs("llama"))
