@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from tenslora.adapter import Adapter, StagedAdapter
-from tenslora.constructions import DEPTH, HEAD, PROJECTION, SITE, Geometry, modes, stacked_axes, tensor_grid
-from tenslora.errors import TensLoRAError, require_type
+from tenslora.constructions import (
+    DEPTH,
+    HEAD,
+    HEAD_LAYOUTS,
+    PROJECTION,
+    SITE,
+    Geometry,
+    modes,
+    stacked_axes,
+    tensor_grid,
+)
+from tenslora.errors import TensLoRAError, require_one_of, require_type
 from tenslora.factorizations import factorization_of
 from tenslora.factorizations.factorization import leading_vectors
 
@@ -104,7 +114,12 @@ def approximate(adapter: Adapter | StagedAdapter, updates: Sequence[Updates]) ->
         TensLoRAError: if the factorization has no direct method (CP), if alpha is zero, if all updates are zero, or if
             they are not those of the adapter's stages, layers and matrices. The adapter is not changed then.
     """
-    _require_shapes(adapter, updates)
+    require_type("adapter", adapter, Adapter, StagedAdapter)
+    require_type("updates", updates, Sequence)
+    if len(updates) != len(adapter.stages):
+        raise TensLoRAError(f"updates: are of {len(updates)} stages; must be of {len(adapter.stages)}, each a list")
+    for index, (stage, of_stage) in enumerate(zip(adapter.stages, updates, strict=True)):
+        _require_updates(f"updates[{index}]", of_stage, stage.geometry)
     if adapter.config.alpha == 0:
         raise TensLoRAError("alpha=0: must not be 0, because an adapter with alpha 0 can only give updates of zero")
     total = _energy(updates)
@@ -119,18 +134,18 @@ def approximate(adapter: Adapter | StagedAdapter, updates: Sequence[Updates]) ->
     return Approximation((squared_error / total) ** 0.5, {name: value / total for name, value in energy.items()})
 
 
-def _require_shapes(adapter: Adapter | StagedAdapter, updates: Sequence[Updates]) -> None:
-    require_type("updates", updates, Sequence)
-    if len(updates) != len(adapter.stages):
-        raise TensLoRAError(f"updates: are of {len(updates)} stages; must be of {len(adapter.stages)}, each a list")
-    for index, (stage, layers) in enumerate(zip(adapter.stages, updates, strict=True)):
-        if len(layers) != stage.geometry.layers:
-            raise TensLoRAError(f"updates[{index}]: has {len(layers)} layers; must have {stage.geometry.layers}")
-        wanted = [(stage.geometry.d_in, width) for width in stage.geometry.widths]
-        for layer, matrices in enumerate(layers):
-            shapes = [tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__ for own in matrices]
-            if shapes != wanted:
-                raise TensLoRAError(f"updates[{index}][{layer}]: is {shapes}; must be tensors of shapes {wanted}")
+def _require_updates(name: str, updates: Updates, geometry: Geometry) -> None:
+    require_type(name, updates, Sequence)
+    if len(updates) != geometry.layers:
+        raise TensLoRAError(f"{name}: has {len(updates)} layers; must have {geometry.layers}")
+    wanted = [(geometry.d_in, width) for width in geometry.widths]
+    for layer, matrices in enumerate(updates):
+        require_type(f"{name}[{layer}]", matrices, Sequence)
+        shapes = [tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__ for own in matrices]
+        if shapes != wanted:
+            raise TensLoRAError(f"{name}[{layer}]: is {shapes}; must be tensors of shapes {wanted}")
+        if not all(own.is_floating_point() and own.layout is torch.strided and not own.is_meta for own in matrices):
+            raise TensLoRAError(f"{name}[{layer}]: must be dense tensors of floating-point numbers")
 
 
 def _decompose(adapter: Adapter, updates: Updates) -> dict[str, float]:
@@ -173,8 +188,11 @@ def spectra(updates: Updates, geometry: Geometry, head_layout: str = "aligned") 
         their sum. The first r add up to the share of ||X||^2 that is left if only that axis is compressed to rank r.
 
     Raises:
-        TensLoRAError: if all updates are zero.
+        TensLoRAError: if all updates are zero, or if they are not those of the stage's layers and matrices.
     """
+    require_type("geometry", geometry, Geometry)
+    _require_updates("updates", updates, geometry)
+    require_one_of("head_layout", head_layout, HEAD_LAYOUTS)
     _energy([updates])
     in_double = [[update.double() for update in layer] for layer in updates]
     shares: dict[str, Tensor] = {}

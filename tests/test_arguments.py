@@ -17,6 +17,8 @@ from torch import nn
 
 import tenslora
 from tenslora import Adapter, AdapterConfig, Geometry, RankStrategy, StagedAdapter, TensLoRAError
+from tenslora.decomposition import approximate, spectra
+from tenslora.harness.analyse import updates_in
 from tests.plain_transformer import PlainTransformer
 
 GEOMETRY = Geometry(d_in=16, heads=2, d_head=8, layers=2)
@@ -111,6 +113,16 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "AdapterConfig": (AdapterConfig, lambda: defaults(AdapterConfig())),
     "RankStrategy": (RankStrategy, lambda: defaults(RankStrategy())),
     "Geometry": (Geometry, lambda: defaults(GEOMETRY)),
+    # These are in no list, and the pages show them.
+    "decomposition.approximate": (
+        approximate,
+        lambda: {"adapter": Adapter(AdapterConfig(), GEOMETRY), "updates": [[[torch.ones(16, 16)] * 3] * 2]},
+    ),
+    "decomposition.spectra": (
+        spectra,
+        lambda: {"updates": [[torch.ones(16, 16)] * 3] * 2, "geometry": GEOMETRY, "head_layout": "aligned"},
+    ),
+    "analyse.updates_in": (updates_in, lambda: {"folder": "adapter", "model": None, "adapt": "qkv"}),
 }
 
 
@@ -153,6 +165,16 @@ def test_an_argument_of_a_wrong_kind_is_taken_or_refused_in_one_line(
         (
             lambda: tenslora.save_pretrained(adapted(), 3),  # type: ignore[arg-type]
             "folder: must be text or a Path, and is of type int",
+        ),
+        (
+            lambda: approximate(
+                Adapter(AdapterConfig(), GEOMETRY), [[[torch.ones(16, 16, dtype=torch.complex64)] * 3] * 2]
+            ),
+            "updates[0][0]: must be dense tensors of floating-point numbers",
+        ),
+        (
+            lambda: spectra([[torch.ones(16, 16)] * 3, None], GEOMETRY),  # type: ignore[list-item]
+            "updates[1]: must be of type Sequence, and is None",
         ),
         (
             lambda: tenslora.save_pretrained(adapted(), "s3://bucket/run 1"),

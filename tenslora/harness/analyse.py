@@ -25,9 +25,9 @@ import torch
 from matplotlib.figure import Figure
 
 from tenslora.adapter import load_adapter
-from tenslora.constructions import Geometry
+from tenslora.constructions import Geometry, adapted_matrices
 from tenslora.decomposition import Updates, spectra
-from tenslora.errors import TensLoRAError, first_line
+from tenslora.errors import TensLoRAError, first_line, require_path, require_type
 from tenslora.files import elsewhere, write_json
 from tenslora.harness.backbones.transformers_models import read_hub_config
 from tenslora.harness.commands import command_parser, mistakes_in_one_line, path_argument
@@ -39,7 +39,7 @@ from tenslora.projections import find_projections
 
 
 @torch.no_grad()
-def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> list[tuple[Geometry, Updates]]:
+def updates_in(folder: Path | str, model: str | None = None, adapt: str = "qkv") -> list[tuple[Geometry, Updates]]:
     """The updates that a run's adapter, or a LoRA saved by PEFT, adds to its backbone.
 
     Args:
@@ -54,6 +54,9 @@ def updates_in(folder: Path, model: str | None = None, adapt: str = "qkv") -> li
     Raises:
         TensLoRAError: if there is no adapter in the folder, or if the backbone cannot be found.
     """
+    folder = require_path("folder", folder)
+    require_type("model", model, str, type(None))
+    adapted_matrices(adapt)  # a name that it does not know is refused for a run, too
     from tenslora.peft.saved_lora import CONFIG, read_config, read_updates  # PEFT takes seconds, and says what it lacks
 
     if not (folder / CONFIG).is_file():
