@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tenslora.attachment import detach, merge
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, require_one_of, require_path
 from tenslora.files import read_json, write_bytes, write_json
 from tenslora.harness.backbones.timm_models import create_arguments
 from tenslora.harness.commands import command_parser, is_text, mistakes_in_one_line, path_argument
@@ -158,7 +158,7 @@ FORMATS: Mapping[str, Callable[[LoadedRun, Path], None]] = {
 }
 
 
-def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> None:
+def export(run: str | Path, form: str, out: str | Path, checkpoint: str | Path | None = None) -> None:
     """Write a run to a folder, completely or not at all.
 
     Args:
@@ -168,9 +168,11 @@ def export(run: Path, form: str, out: Path, checkpoint: str | None = None) -> No
         checkpoint: the backbone's weights, a file or folder, if they have moved since the run.
 
     Raises:
-        TensLoRAError: if `out` exists already, if `run` holds no completed run, if `out` cannot be written, or if
-            another process is writing it.
+        TensLoRAError: for another form and for what is no path, if `out` exists already, if `run` holds no completed
+            run, if `out` cannot be written, or if another process is writing it.
     """
+    require_one_of("form", form, FORMATS)
+    run, out = require_path("run", run), require_path("out", out)
     if not is_text(str(out)):
         raise TensLoRAError(f"--out {out}: must be text in UTF-8")
     if out.exists():

@@ -225,6 +225,24 @@ def test_an_impossible_export_is_one_line(digits_run: Path, tmp_path: Path, caps
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, "merged", "out"), "run: must be text or a Path, and is None"),
+        (("run", "onnx", "out"), "form=onnx: must be one of peft, tenslora, merged"),
+        (("run", "merged", 1), "out: must be text or a Path, and is of type int"),
+        (("run", "merged", "out"), "run: no such folder"),
+    ],
+)
+def test_each_argument_of_an_export_in_a_program_is_checked(
+    arguments: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TensLoRAError, match=f"^{message}$"):
+        export(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_exports_to_one_folder_do_not_mix(digits_run: Path, tmp_path: Path) -> None:
     other = tmp_path / ".new.tmp"
     other.mkdir()
