@@ -7,6 +7,7 @@ receives these objects by pickle, which cannot send closures.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ from tenslora.random_streams import stream_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Item = tuple[Any, float]
 """An encoded example and its label."""
@@ -357,8 +360,12 @@ def _encode_texts(
         lengths = [len(ids) for ids in tokens.columns["input_ids"]] if config.group_by_length else None
         return Encoded(range(len(examples)), examples.labels, tokens, lengths=lengths)
 
+    train = encoded(dataset.train)
+    # A run that is loaded again, which has no examples to train on, has said so before.
+    if max_length < min(config.max_length, backbone.max_tokens or math.inf) and dataset.train is not dataset.scored:
+        _warn_of_cut_texts(train, dataset.train, config, tokenizer, max_length)
     return EncodedDataset(
-        encoded(dataset.train),
+        train,
         encoded(dataset.scored),
         {name: encoded(examples) for name, examples in dataset.more_tests.items()},
         TextCollate(
@@ -408,6 +415,27 @@ def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length
             raise TensLoRAError(f"input {number} of the data: is {shown(example)}; must be text in UTF-8, not empty")
     sentences = [list(column) for column in zip(*inputs, strict=True)]
     return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))
+
+
+def _warn_of_cut_texts(
+    encoded: Encoded,
+    examples: Examples,
+    config: TextDatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> None:
+    """Say how many texts the tokenizer's own limit cuts, such as that of a short run whose merged export is trained."""
+    assert isinstance(encoded.encode, TokensOf)
+    full = [number for number, ids in enumerate(encoded.encode.columns["input_ids"]) if len(ids) == max_length]
+    if not full:
+        return
+    whole = tokenizer(*map(list, zip(*(examples.inputs[number] for number in full), strict=True)), verbose=False)
+    if cut := sum(len(ids) > max_length for ids in whole["input_ids"]):
+        log.warning(
+            "dataset.max_length=%d: the tokenizer's own model_max_length (tokenizer_config.json) is %d, after which %d "
+            "of %d training texts are cut",
+            config.max_length, max_length, cut, len(examples),
+        )  # fmt: skip
 
 
 def _require_tokens(tokens: TokensOf, examples: Examples) -> None:

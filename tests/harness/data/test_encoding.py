@@ -286,12 +286,13 @@ def encode_sentences(
         **DATASET, modality="text", max_length=max_length, padding=padding, group_by_length=grouped
     )
     examples = Examples(rows, [i % 2 for i in range(len(rows))])
+    scored = Examples(rows, examples.labels)
     model: Any = torch.nn.Identity()
     model.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder, eos_token_id=end)
     if end is not None:
         model.classification_head = torch.nn.Identity()
     backbone = Backbone(model, [], "ids", embedding_sizes=embedding_sizes or {})
-    data = encode(Dataset(examples, examples, ()), config, backbone, tokenizer)
+    data = encode(Dataset(examples, scored, ()), config, backbone, tokenizer)
     return data.train, data.scored, data.collate
 
 
@@ -371,10 +372,22 @@ def test_longer_texts_are_cut_and_keep_their_closing_token(tokenizer: Any) -> No
     assert ids[: len(first)] == first  # only the longer of the two is cut
 
 
-def test_max_length_is_at_most_what_the_model_takes(tokenizer: Any) -> None:
-    tokenizer.model_max_length = 10
-    train, _, collate = encode_sentences([(PAIRS[1][1],)], tokenizer, max_length=512, padding="max_length")
-    assert collate([train[0]])[0]["input_ids"].shape == (1, 10)
+def test_max_length_is_at_most_what_the_tokenizer_takes(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [(PAIRS[1][1],), PAIRS[2][:1]]
+    long, short = (len(tokenizer(*row)["input_ids"]) for row in rows)
+    assert long > short
+    monkeypatch.setattr(tokenizer, "model_max_length", short)
+    train, _, collate = encode_sentences(rows, tokenizer, max_length=512, padding="max_length")
+    assert collate([train[0]])[0]["input_ids"].shape == (1, short)
+    line = rf"=512: the tokenizer's own model_max_length \S+ is {short}, after which 1 of 2 training texts are cut\n"
+    assert len(re.findall(line, caplog.text)) == 1
+    # Nothing is said where the setting asks for it, and where no text is cut.
+    for longest, max_length in ((short, short), (long, 512), (long + 1, 512)):
+        monkeypatch.setattr(tokenizer, "model_max_length", longest)
+        encode_sentences(rows, tokenizer, max_length=max_length)
+    assert caplog.text.count("model_max_length") == 1
 
 
 @pytest.mark.parametrize("longest", ["abc", 0, True, None])
