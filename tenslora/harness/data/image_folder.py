@@ -165,6 +165,8 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
             suffix = "a named pipe"
         if suffix not in IMG_EXTENSIONS:
             skipped[suffix or "no suffix"] += 1
+        elif os.path.islink(path) and not os.path.exists(path):  # as of a store that has not been fetched
+            raise TensLoRAError(f"dataset.root={root}: {path} is a link to {os.readlink(path)}, which does not exist")
         return suffix in IMG_EXTENSIONS
 
     _refuse_runs_and_links_to_others(root, folder, classes)

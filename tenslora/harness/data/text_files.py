@@ -268,6 +268,11 @@ def _open_root(given: str) -> Source:
         files = [file for file in files if not file.name.startswith(".") and file.name not in ABOUT]
         if files:
             return _open_files(setting, _by_split(setting, files))
+    if folders := sorted(file.name for file in root.iterdir() if file.is_dir() and file.suffix.lower() in FILES):
+        raise TensLoRAError(
+            f"{setting}: must hold files, and as Spark writes them {shortened(folders)} are folders; put each split "
+            f"into one file (train{Path(folders[0]).suffix}), such as the only one in its folder"
+        )
     raise TensLoRAError(
         f"{setting}: must hold files of the kind {', '.join(FILES)}, one for each split (train.csv, test.csv), or a "
         f"dataset from save_to_disk; it holds {shortened(sorted(file.name for file in root.iterdir())) or 'nothing'}"

@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from tenslora.errors import TensLoRAError
+from tenslora.harness.cache import forget_all
 from tenslora.harness.config import ImageDatasetConfig
 from tenslora.harness.data import Dataset
 from tests.harness.data.image_folders import load, paint, reds
@@ -235,6 +236,17 @@ def test_an_image_of_two_classes_is_refused(target: str, tmp_path: Path) -> None
     (tmp_path / "train/ant/9.png").symlink_to("../../elsewhere.png")
     (tmp_path / "train/cat/9.png").symlink_to(target)
     with pytest.raises(TensLoRAError, match=r"/train/cat/9\.png is an image of the class cat and, as \S+, of ant"):
+        load_own(tmp_path)
+
+
+def test_a_link_to_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
+    write_train_and_test(tmp_path)
+    (tmp_path / "train/cat/.#1.png").symlink_to("nowhere")  # as editors leave them
+    load_own(tmp_path)
+    (tmp_path / "train/cat/9.png").symlink_to("../store/9.png")
+    forget_all()
+    line = r"^dataset\.root=\S+: \S+/train/cat/9\.png is a link to \.\./store/9\.png, which does not exist$"
+    with pytest.raises(TensLoRAError, match=line):
         load_own(tmp_path)
 
 

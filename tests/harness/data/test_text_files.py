@@ -269,6 +269,12 @@ def test_what_cannot_be_read_is_one_line(files: dict[str, Any], message: str, tm
     refused(write(tmp_path / "root", files), message)
 
 
+def test_folders_in_the_place_of_files_are_named(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / "root" / f"{split}.parquet", {"part-00000-4f.snappy.parquet": table()})
+    refused(tmp_path / "root", r"^\S+: must hold files, and .* test\.parquet, train\.parquet are folders; ")
+
+
 def test_labels_of_several_types_are_refused_or_taken_as_names(tmp_path: Path) -> None:
     root = write(tmp_path / "root", {"train.csv": table(["a", "b", "c", "d"], ["1", "high", "2.5", "1"])})
     refused(root, r"dataset\.label_column=label: must hold either numbers or names, but holds '1' and 'high'")
