@@ -206,12 +206,13 @@ def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:
     weights = {
         name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in _read_weights(path).items()
     }
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in of_head}
     if isinstance(model, VisionTransformer):
         try:
             weights = checkpoint_filter_fn(weights, model)  # resamples the grid of positions to the image size
         except (KeyError, RuntimeError, AssertionError) as error:
-            raise wrong_checkpoint(config, path, str(error)) from error
-    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in of_head}
+            lacking = next((f"lacks {name}" for name in expected if name not in weights), str(error))
+            raise wrong_checkpoint(config, path, lacking) from error
     problems = [f"lacks {name}" for name in expected if name not in weights]
     problems += [
         f"has {name}"

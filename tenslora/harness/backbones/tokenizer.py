@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 from tenslora.forms import shown
 from tenslora.harness.backbones.hub import fetching, folder_or_repository, source_setting
 from tenslora.harness.cache import cache_latest
@@ -63,6 +63,7 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
 
 def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     source = folder_or_repository(config)
     with fetching(config):
@@ -72,6 +73,9 @@ def _load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             if "backend tokenizer" in str(error):  # the message lists what may be installed
                 raise OSError("it has no tokenizer that transformers can read") from error
             raise
+        except TypeError as error:  # of a class that was given no file, because the folder has none
+            kind = get_tokenizer_config(source).get("tokenizer_class")
+            raise OSError(f"its tokenizer, a {kind}, cannot be loaded: {first_line(error)}") from error
         # In a folder without a tokenizer's files, transformers 5 makes one that knows the special tokens only.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise OSError("it has no tokenizer")

@@ -174,9 +174,10 @@ def test_a_checkpoint_of_another_user_is_not_called_missing(tmp_path: Path, monk
         weights_file(str(tmp_path))
 
 
-def test_the_embedded_checkpoint_fits_only_its_model() -> None:
-    config = vit_digits(options={**VIT_DIGITS, "depth": 5})
-    assert_refused(config, r"is not a checkpoint of vit_digits .*lacks blocks\.4\.")
+@pytest.mark.parametrize(("option", "lacking"), [({"depth": 5}, r"blocks\.4\."), ({"reg_tokens": 4}, "reg_token$")])
+def test_the_embedded_checkpoint_fits_only_its_model(option: dict[str, int], lacking: str) -> None:
+    config = vit_digits(options={**VIT_DIGITS, **option})
+    assert_refused(config, rf"is not a checkpoint of vit_digits .*lacks {lacking}")
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_patch16_224_in21k"])  # the latter is deprecated

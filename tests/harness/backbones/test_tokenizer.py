@@ -38,6 +38,13 @@ def test_a_missing_or_broken_tokenizer_is_refused_in_one_line(content: str | Non
     assert content or "no such folder" in str(caught.value)
 
 
+def test_a_tokenizer_without_its_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TEXT["bert"]))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+    with pytest.raises(TensLoRAError, match=r"\(its tokenizer, a BertJapaneseTokenizer, cannot be loaded: .*\)$"):
+        load_tokenizer(transformers_text(pretrained=True, checkpoint=str(tmp_path)), SENTENCES)
+
+
 def test_a_tokenizer_without_a_token_to_pad_with_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TEXT["bert"]))
     plain = Tokenizer(WordLevel({"a": 0, "cat": 1}))
