@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -128,9 +129,12 @@ def require_path(name: str, value: Any) -> Path:
     if str(value).startswith("~/"):
         raise TensLoRAError(f"{name}={value}: must not begin with ~, which only a shell replaces by your home")
     try:
+        os.fsencode(value)
         return Path(value)
     except TypeError as error:
         raise TensLoRAError(f"{name}: must be text or a Path, and is {_type_of(value)}") from error
+    except UnicodeEncodeError as error:
+        raise TensLoRAError(f"{name}={value!a}: must be a path, which has no such character") from error
 
 
 def _type_of(value: Any) -> str:

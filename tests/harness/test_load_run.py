@@ -114,6 +114,8 @@ def test_the_backbone_may_have_moved(digits_run: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_no_path_is_one_line(digits_run: Path) -> None:
     with pytest.raises(TensLoRAError, match=r"^checkpoint=a\\x00: must be a path, which has no character NUL$"):
         load_run(digits_run, "a\0")
+    with pytest.raises(TensLoRAError, match=r"^checkpoint='\\ud800': must be a path, which has no such character"):
+        load_run(digits_run, checkpoint="\ud800")
 
 
 @pytest.mark.parametrize(
