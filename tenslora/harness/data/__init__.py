@@ -20,6 +20,7 @@ from tenslora.harness.data.examples import (
     NO_EXAMPLES,
     Dataset,
     Examples,
+    as_list,
     draw,
     require_sequences,
     shortened,
@@ -141,6 +142,8 @@ def _checked(setting: str, dataset: Dataset) -> Dataset:
     splits = {"training": dataset.train, "test": dataset.test, **dataset.more_tests}
     for split, examples in splits.items():
         require_sequences(f"{setting}: the {split} split", inputs=examples.inputs, labels=examples.labels)
+        # A tensor has no whole numbers, and a pandas Series an index of its own by which it answers for labels[0].
+        splits[split] = examples = replace(examples, labels=as_list(examples.labels))
         if len(examples.inputs) != len(examples.labels):
             raise TensLoRAError(
                 f"{setting}: the {split} split has {len(examples.inputs)} inputs and {len(examples.labels)} labels"
@@ -156,9 +159,8 @@ def _checked(setting: str, dataset: Dataset) -> Dataset:
                     f"{setting}: the labels must be {must}, and that of input {number} of the {split} split is "
                     f"{shown(label)}"
                 )
-    # A pandas Series has an order, and an index of its own by which it would answer for labels[0].
-    train, test, *more = [replace(examples, labels=list(examples.labels)) for examples in splits.values()]
-    return replace(dataset, train=train, test=test, more_tests=dict(zip(dataset.more_tests, more, strict=True)))
+    train, test = splits.pop("training"), splits.pop("test")
+    return replace(dataset, train=train, test=test, more_tests=splits)
 
 
 def _require_examples(setting: str, splits: Mapping[str, Examples]) -> None:

@@ -411,8 +411,10 @@ def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length
                 f"input {number} of the data: has another number of sentences than input 0; all must have one, or all "
                 f"two"
             )
-        if not any(map(str.strip, example)) or not all(map(is_text, example)):
-            raise TensLoRAError(f"input {number} of the data: is {shown(example)}; must be text in UTF-8, not empty")
+        if not any(map(str.strip, example)):
+            raise TensLoRAError(f"input {number} of the data: has no text")
+        if not all(map(is_text, example)):
+            raise TensLoRAError(f"input {number} of the data: is {shown(example)}; must be text in UTF-8")
     sentences = [list(column) for column in zip(*inputs, strict=True)]
     return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))
 

@@ -184,6 +184,11 @@ NO_EXAMPLES = Examples((), ())
 """A split that is not loaded."""
 
 
+def as_list(labels: Any) -> list[Any]:
+    """Labels of any library, such as a tensor's, as a list of Python's own numbers."""
+    return labels.tolist() if hasattr(labels, "tolist") else list(labels)
+
+
 def require_sequences(where: str, **parts: Any) -> None:
     """Check that the parts of a split can be counted and read by number, which a generator or a dict cannot.
 

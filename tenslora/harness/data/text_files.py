@@ -270,7 +270,7 @@ def _open_root(given: str) -> Source:
             return _open_files(setting, _by_split(setting, files))
     if folders := sorted(file.name for file in root.iterdir() if file.is_dir() and file.suffix.lower() in FILES):
         raise TensLoRAError(
-            f"{setting}: must hold files, and as Spark writes them {shortened(folders)} are folders; put each split "
+            f"{setting}: must hold files, and {shortened(folders)} are folders, as Spark writes them; put each split "
             f"into one file (train{Path(folders[0]).suffix}), such as the only one in its folder"
         )
     raise TensLoRAError(

@@ -9,7 +9,14 @@ from typing import Any
 
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.harness.cache import cache_latest
-from tenslora.harness.data.examples import Examples, ImageArrays, ImageFiles, require_sequences, warn_of_another_size
+from tenslora.harness.data.examples import (
+    Examples,
+    ImageArrays,
+    ImageFiles,
+    as_list,
+    require_sequences,
+    warn_of_another_size,
+)
 
 DOWNLOADS = Path("data")
 
@@ -114,5 +121,4 @@ def read_split(name: str, root: str | None, split: str | None) -> tuple[Examples
         raise TensLoRAError(
             f"dataset={name}: the {split or 'only'} split has {len(images)} images, {len(labels)} labels"
         )
-    numbers = labels.tolist() if hasattr(labels, "tolist") else list(labels)  # a tensor has no whole numbers
-    return Examples(images, numbers), tuple(map(str, classes))
+    return Examples(images, as_list(labels)), tuple(map(str, classes))

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import pandas
 import pytest
+import torch
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.cache import reading_anew
@@ -69,8 +70,8 @@ def test_inputs_of_a_source_of_ones_own_are_a_sequence(inputs: Any, kind: str, m
         load("digits", None)
 
 
-def test_labels_of_a_source_of_ones_own_are_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels: Any = pandas.Series([0, 0, 1], index=[2, 1, 0])  # as of a shuffled table
+@pytest.mark.parametrize("labels", [pandas.Series([0, 0, 1], index=[2, 1, 0]), torch.tensor([0, 0, 1])])
+def test_labels_of_a_source_of_ones_own_are_in_their_order(labels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Dataset(Examples(["a", "b", "c"], labels), Examples(["d"], [0]), ("x", "y"))
     monkeypatch.setattr("tenslora.harness.data.load_images", lambda *_: own)
     with reading_anew():
