@@ -52,7 +52,8 @@ def updates_in(folder: Path | str, model: str | None = None, adapt: str = "qkv")
         For each stage of the backbone, its dimensions and the updates of its layers, see `decomposition.Updates`.
 
     Raises:
-        TensLoRAError: if there is no adapter in the folder, or if the backbone cannot be found.
+        TensLoRAError: if there is no adapter in the folder, if a run's is not the one that the run wrote, or if the
+            backbone cannot be found.
     """
     folder = require_path("folder", folder)
     require_type("model", model, str, type(None))
@@ -92,12 +93,13 @@ def updates_in(folder: Path | str, model: str | None = None, adapt: str = "qkv")
 def _require_adapter(files: RunFolder, of_lora: Path) -> None:
     if not os.path.exists(files.path):
         raise TensLoRAError(f"{files.path}: no such folder")
+    record = files.read_record() if os.path.exists(files.result) else None
     if os.path.exists(files.adapter):
+        if record:  # without one it may be any adapter that the library saved
+            files.require_written(files.adapter, record)
         return
-    if os.path.exists(files.result):
-        mode = files.read_record()["tensor_mode"]
-        if mode in REFERENCES:
-            raise TensLoRAError(f"{files.path}: is a run of tensor_mode={mode}, which has no adapter")
+    if record and (mode := record["tensor_mode"]) in REFERENCES:
+        raise TensLoRAError(f"{files.path}: is a run of tensor_mode={mode}, which has no adapter")
     raise TensLoRAError(
         f"{files.path}: must hold a run's {files.adapter.name}, or the {of_lora.name} of a LoRA that PEFT saved"
         f"{elsewhere(files.adapter, of_lora)}"

@@ -45,6 +45,11 @@ def test_a_run_is_analysed_from_its_adapter_alone(tmp_path: Path, capsys: pytest
     assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "spectra.svg").read_text()
     assert lines[6:] == [str(tmp_path / "spectra.png"), str(tmp_path / "spectra.svg")]
+    # Beside a record, the adapter must be the one of that run.
+    record = finished(configured("tensor_mode=qkv_depth"))
+    RunFolder(tmp_path).write_record({**record, "sha256": {"adapter.safetensors": "0" * 64}})
+    with pytest.raises(SystemExit, match=r"^error: \S*/adapter\.safetensors: is not the file that the run wrote; its"):
+        main([str(tmp_path)])
 
 
 def test_a_lora_of_peft_is_analysed_with_the_sizes_of_its_backbone(
