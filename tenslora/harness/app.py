@@ -31,6 +31,7 @@ from tenslora.harness.commands import (
     is_text,
     line_of_the_environment,
     prepare_process,
+    several_settings,
     unforeseen,
 )
 from tenslora.harness.stop import Stop
@@ -93,7 +94,7 @@ def run_app(
         if (group := re.match(r"\+*([a-z_]+)=\[[^,]*,", word)) and _takes_one(group[1]):
             several = "" if group[1] in ("table", "tune") else f"; several are written {group[1]}=a,b with -m"
             sys.exit(f"error: {TensLoRAError(word)}: must be one option{several}")
-        if line := _not_an_option(word):
+        if line := several_settings(word) or _not_an_option(word):
             sys.exit(f"error: {TensLoRAError(line)}")
         if not is_text(word):
             sys.exit(f"error: {TensLoRAError(word)}: must be text in UTF-8")
@@ -105,6 +106,8 @@ def run_app(
         if "${" in (here := os.getcwd()):  # which Hydra would take for a reference to a setting
             sys.exit(f"error: {TensLoRAError(here)}: the path of the current folder must not contain ${{")
     sys.argv[1:] = _settings_together(sys.argv[1:])
+    if line := next(filter(None, (_of_base(word, config_name) for word in sys.argv[1:])), None):
+        sys.exit(f"error: {TensLoRAError(line)}")
     full_error = os.environ.get(FULL_ERROR)
     signals = contextlib.ExitStack()
     stop = signals.enter_context(Stop())
@@ -242,6 +245,16 @@ def _not_an_option(word: str) -> str | None:
     return f"{word}: is no option; a setting is written name=value, such as optimizer.lr=0.001"
 
 
+def _of_base(word: str, config_name: str) -> str | None:
+    """The line for a word that chooses a file of a folder base, which is there for other files to extend."""
+    chosen = re.match(r"\+*(\w+)=(?:.*,)?base/", word)
+    if chosen is None or not (_CONF / chosen[1] / "base").is_dir() or (chosen[1], config_name) == ("table", "config"):
+        return None
+    from tenslora.harness.config.spelling import misspelt
+
+    return misspelt([word], _CONF, config_name, _given().config_dir)
+
+
 def _settings_together(words: Sequence[str]) -> list[str]:
     """The words of a command line with all settings behind the options, if an option stands between two settings.
 
@@ -334,6 +347,12 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     own = given.config_dir
     if own and not os.path.isdir(own):
         return f"--config-dir {TensLoRAError(own)}: must be one folder, which has a folder for each group in it"
+    of_sweeper = [match for word in words if (match := re.match(r"\+*hydra\.sweeper\.params\b\.?(.*)", word))]
+    chooses = given.config_name or any(word.lstrip("+").startswith("hydra/sweeper=") for word in words)
+    if config_name == "config" and of_sweeper and not chooses:  # Hydra's basic sweeper has no params to change
+        settings = re.sub(r"^=\{([\w./]+): *([^,:]+)\}$", r"\1=\2", of_sweeper[0][1])
+        typed = settings if re.match(r"[\w./]+=", settings) else "seed=0,1"
+        return f"{of_sweeper[0][0]}: must be written as the setting itself with its values, as in -m {typed}"
     if isinstance(error, RecursionError):
         for word in words:
             if word.count("[") + word.count("{") > DEEPEST:

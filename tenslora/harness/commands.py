@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import re
+import shlex
 import sys
 import sysconfig
 import traceback
@@ -161,6 +162,35 @@ def prepare_process() -> None:
         del os.environ["MPLBACKEND"]
     for chatty in QUIET:
         logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+def several_settings(word: str) -> str | None:
+    """The line for a word of the command line that holds several settings, as zsh passes the variable in `$S`.
+
+    >>> several_settings("seed=1 trainer.epochs=2").endswith("write ${=S} in zsh, where bash takes $S")
+    True
+    >>> [several_settings(word) for word in ('dataset.name="a b=c"', '+hydra.job.env_set={A: "b=c"}', "a=b -c d")]
+    [None, None, None]
+
+    Args:
+        word: the word, as Python gives it.
+    """
+    try:
+        parts = shlex.split(word)
+    except ValueError:  # a quotation mark without its other one
+        return None
+    options = [part for part in parts if re.fullmatch(r"-[a-z]|--[a-z-]+(=[\w./]*)?", part)]
+    settings = [part for part in parts if re.match(r"[+~]*[A-Za-z_][\w./@]*=|~\w", part)]
+    if len(parts) < 2 or not settings or len(options) + len(settings) < len(parts):
+        return None
+    from tenslora.harness.config.spelling import parsed  # Hydra is imported where it is used
+
+    if not options and parsed(word):  # one value with braces, such as {A: "b=c"}
+        return None
+    return (
+        f"{word}: is several settings in one word; each must be a word of its own; write ${{=S}} in zsh, where bash "
+        f"takes $S"
+    )
 
 
 def is_text(word: str) -> bool:

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line
+from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line, several_settings
 from tenslora.harness.config import RunConfig, validate
 
 _FORM = "dataset.<setting>=<value>"
@@ -49,6 +49,8 @@ def with_overrides(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
     settings = copy.deepcopy(run.settings())
     for word in overrides:
+        if line := several_settings(word):
+            raise TensLoRAError(line)
         override = parsed(word)
         if override is None:
             is_setting = re.match(r"\+*dataset(\.\w+)+=", word)

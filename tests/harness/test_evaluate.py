@@ -69,6 +69,7 @@ def test_a_validation_split_or_the_test_split_is_scored(tmp_path: Path, capsys: 
         ("dataset=cola", "dataset=cola: must be written as dataset.<setting>=<value>"),
         ("dataset.root", "dataset.root: must be written as"),
         ("dataset.root=a (1).csv", r".*: is not a value .* need quotes, as in 'dataset\.root=\"a \(1\)\.csv\"'$"),
+        ("dataset.root=a dataset.validation=null", ".*: is several settings in one word"),
         ("dataset.root=a,b", r".* is several values; .* text needs quotes, as in 'dataset\.root=\"a,b\"'$"),
         ("dataset.metrics=accuracy,f1", r".* a list needs brackets, as in 'dataset\.metrics=\[accuracy,f1\]', and"),
     ],

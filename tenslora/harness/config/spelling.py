@@ -179,7 +179,8 @@ def _not_an_option(loader: ConfigLoader, group: str, value: Any) -> str | None:
     name = str(value)
     folder, _, option = name.rpartition("/")
     options = options_of(loader, group)
-    if isinstance(value, str) and option in loader.get_group_options(f"{group}/{folder}" if folder else group):
+    beside = loader.get_group_options(f"{group}/{folder}" if folder else group)
+    if isinstance(value, str) and option in beside and "base" not in folder.split("/"):
         return None
     hint = "; leave it out for none of them" if value is None and group in ("experiment", "debug") else ""
     if group in ("hydra/launcher", "hydra/sweeper"):

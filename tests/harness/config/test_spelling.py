@@ -35,6 +35,7 @@ from tests.running import CONF
         ("experiment=paper/dt", ", lotr, paper/cola, paper/dtd, paper/eurosat, "),
         ("experiment=paper/dt", "; did you mean paper/dtd?"),
         ("dataset=vtab/kity", "; did you mean vtab/kitti?"),
+        ("table=base/on_digits", "table=base/on_digits: must be one of adapted_modules, core_lr"),
         # beside a sweep
         ("lr=1 seed=0,1", "lr: there is no such setting; did you mean optimizer.lr?"),
         ("seed=0,1 optimizer.learning_rate=1,2", "did you mean optimizer.lr?"),
