@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,3 +70,10 @@ def test_another_seed_is_what_the_command_line_would_have_made(mode: str) -> Non
 def test_another_seed_is_checked(seed: Any) -> None:
     with pytest.raises(TensLoRAError, match=rf"^seed={seed}: must be a whole number, at least 0$"):
         configured().with_seed(seed)
+
+
+def test_a_checkpoint_may_lie_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my-bert").mkdir()
+    model = configured("dataset=text", "dataset.root=a.csv", "model=hf_text", 'model.checkpoint="~/my-bert"').model
+    assert (model.checkpoint, model.name) == (str(tmp_path / "my-bert"), "my-bert")
