@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 from tenslora.harness.app import run_app
 from tenslora.harness.launch_check import LaunchCheck
@@ -57,7 +58,10 @@ def test_a_launcher_under_torchrun_is_refused(launcher: str, monkeypatch: pytest
         ("hydra/launcher=submitit_local hydra.sweep.dir=a%jb", "a%jb: must not contain %j, which submitit and Slurm "),
     ],
 )
-def test_what_a_launcher_cannot_use_is_one_line(name: str, words: str, message: str) -> None:
+def test_what_a_launcher_cannot_use_is_one_line(
+    name: str, words: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # a run of another test may have left its own
     config = composed(*words.split(), config_name=name, with_hydra=True)
     with pytest.raises(SystemExit) as ended:
         LaunchCheck().on_multirun_start(config)
