@@ -150,8 +150,9 @@ def run_app(
         sys.exit(f"error: {line}")
     finally:  # for a notebook, whose next command is in the same process
         signals.close()
-        if full_error is None:
-            os.environ.pop(FULL_ERROR, None)
+        os.environ.pop(FULL_ERROR, None)
+        if full_error is not None:
+            os.environ[FULL_ERROR] = full_error
 
 
 class _Task:

@@ -35,6 +35,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
     assert isinstance(ended.value.code, str), "sys.exit prints a string to standard error, and the status is 1"
     assert ended.value.code.startswith("error: ")
     assert "\n" not in ended.value.code
+    assert os.environ["HYDRA_FULL_ERROR"] == "0", "the next command of a notebook reads it too"
     return ended.value.code.removeprefix("error: ")
 
 
