@@ -485,7 +485,7 @@ class SharedInput:
             left_t, rights = left_t.to(tokens.device), tuple(right.to(tokens.device) for right in rights)
         # A quantised Linear may return float32 under autocast, which would make h another dtype.
         h = F.linear(adapter.dropout(tokens.to(dtype)), left_t).to(dtype)
-        if adapter.training and adapter.config.rank_dropout > 0:  # one mask for all tokens
+        if adapter.rank_dropout.training and adapter.config.rank_dropout > 0:  # one mask for all tokens
             h = h * adapter.rank_dropout(h.new_ones(h.shape[1]))
         return [h] if len(ranks) == 1 else list(torch.split(h, ranks, dim=1)), list(rights)
 

@@ -277,11 +277,16 @@ def test_rank_dropout_leaves_out_components_in_training_only(name: str, mode: st
     torch.testing.assert_close(components.sum(1), update, rtol=0, atol=1e-10)
 
 
-def test_dropout_acts_in_training_only() -> None:
+@pytest.mark.parametrize("kind", ["dropout", "rank_dropout"])
+def test_dropout_acts_in_training_only(kind: str) -> None:
     model, batch = build("separate"), inputs("separate")
-    adapter = attached(model, "qkv", dropout=0.5)
+    adapter = attached(model, "qkv", **{kind: 0.5})
     assert torch.equal(logits(model, batch), logits(model, batch))
     adapter.train()
+    assert not torch.equal(logits(model, batch), logits(model, batch))
+    adapter.eval()
+    for each in model.modules():  # as for samples of a prediction in evaluation mode
+        each.train(isinstance(each, nn.Dropout))
     assert not torch.equal(logits(model, batch), logits(model, batch))
 
 

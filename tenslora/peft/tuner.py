@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -216,7 +217,8 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         for name in options if isinstance(options, dict) else [options]:
             if name not in known:
                 raise TensLoRAError(f"rank_options={name}: must be one of {', '.join(known)}")
-        strategy = from_json(RankStrategy, {"name": self.rank_strategy, "rank": self.r, **options})
+        with _in_own_names():
+            strategy = from_json(RankStrategy, {"name": self.rank_strategy, "rank": self.r, **options})
         if self.ranks is not None and not self._ranks_of_stages():
             strategy = dataclasses.replace(strategy, name="explicit", ranks=tuple(cast(list[int], self.ranks)))
         elif strategy.name == "explicit":
@@ -262,7 +264,18 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
                 )
         for geometry, of_stage in zip(geometries, ranks or [], strict=False):
             explicit(config.tensor_mode, geometry, of_stage, config.factorization)
-        return make_adapter(config, geometries, ranks, steps)
+        with _in_own_names():
+            return make_adapter(config, geometries, ranks, steps)
+
+
+@contextmanager
+def _in_own_names() -> Iterator[None]:
+    # An error of `RankStrategy` names its fields, which are called something else here.
+    try:
+        yield
+    except TensLoRAError as error:
+        line = re.sub(r"^(rank|name)=", lambda field: {"rank": "r=", "name": "rank_strategy="}[field[1]], str(error))
+        raise TensLoRAError(line) from error
 
 
 def _of_python(value: Any) -> Any:
@@ -766,8 +779,9 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         # accelerate gives an empty state dict to each process but the first.
-        in_one_process = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if (state_dict or in_one_process) and not any(f"{_ADAPTERS}." in key for key in state_dict):
+        in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        is_first = not in_group or torch.distributed.get_rank() == 0
+        if (state_dict or is_first) and not any(f"{_ADAPTERS}." in key for key in state_dict):
             raise TensLoRAError(f"{_ADAPTERS}.{adapter_name}: the saved adapter does not fit: has none of its tensors")
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
@@ -879,7 +893,12 @@ def _describe_adapters(tuner: nn.Module, *_: Any) -> None:
     layers = _own_layers(tuner)
     for name, adapter in cast(nn.ModuleDict, tuner.tenslora_adapters).items():
         adapter = cast(Adapter | StagedAdapter, adapter)
-        config = cast(dict[str, TensLoraConfig], tuner.peft_config)[name]
+        config = cast(dict[str, TensLoraConfig], tuner.peft_config).get(name)
+        if config is None:  # whose tensors PEFT would save with those of another one
+            raise TensLoRAError(
+                f"peft_config: has no settings of the adapter {name}, which is on the model; give them back, and take "
+                f"it off with delete_adapter"
+            )
         adapter.require_as_declared()
         if made := cast(dict[str, TensLoraConfig], tuner._declared).get(name):  # None while it is put on
             _require_settings(config, made)

@@ -976,6 +976,40 @@ def test_an_adapter_is_neither_saved_nor_loaded_without_its_tensors(tmp_path: Pa
         PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))
 
 
+@pytest.mark.usefixtures("one_process")
+def test_the_first_of_several_processes_loads_no_adapter_without_tensors() -> None:
+    with pytest.raises(TensLoRAError, match="the saved adapter does not fit: has none of its tensors"):
+        set_peft_model_state_dict(get_peft_model(build("hf_bert"), TensLoraConfig()), {})
+
+
+def test_nothing_is_saved_beside_an_adapter_whose_settings_were_deleted(tmp_path: Path) -> None:
+    model: Any = get_peft_model(build("hf_bert"), TensLoraConfig())
+    model.add_adapter("other", TensLoraConfig(seed=1))
+    settings = model.peft_config.pop("other")
+    with pytest.raises(TensLoRAError, match=r"^peft_config: has no settings of the adapter other, which is on the"):
+        model.save_pretrained(tmp_path)
+    model.peft_config["other"] = settings
+    model.delete_adapter("other")
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"r": -1}, "r=-1: must be at least 1"),
+        ({"r": 33, "rank_strategy": "isorank"}, "r=33: must be from 1 to 24, the width of a projection"),
+        ({"rank_strategy": "nope"}, "rank_strategy=nope: must be one of isorank, isoparameters, explicit"),
+    ],
+)
+def test_an_error_of_the_rank_strategy_names_the_setting_as_it_is_called_here(
+    settings: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(TensLoRAError) as raised:
+        get_peft_model(build("hf_bert"), TensLoraConfig(**settings))
+    assert str(raised.value) == line
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_names_that_would_keep_tensors_from_being_saved_are_refused(tmp_path: Path) -> None:
