@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from numbers import Integral, Real
 
 from tenslora.errors import TensLoRAError
-from tenslora.forms import shown
 from tenslora.harness.cache import cache_latest
-from tenslora.harness.commands import is_text
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig
-from tenslora.harness.data.examples import (
-    NO_EXAMPLES,
-    Dataset,
-    Examples,
-    as_list,
-    draw,
-    require_sequences,
-    shortened,
-    user_path,
-)
+from tenslora.harness.data.dataset_form import checked
+from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, draw, shortened, user_path
 from tenslora.harness.data.image_folder import load_test_images
 from tenslora.harness.data.images import load_images
 from tenslora.harness.data.text_files import load_test_texts, load_text_files
@@ -76,7 +63,7 @@ def load_dataset(config: DatasetConfig, seed: int) -> Dataset:
         else:
             assert isinstance(config, ImageDatasetConfig)
             dataset = load_images(config, seed)
-    dataset = _checked(f"dataset={config.name}", dataset)
+    dataset = checked(f"dataset={config.name}", dataset, isinstance(config, TextDatasetConfig))
     available = len(dataset.train)
     if config.train_size is not None and config.train_size > available:
         log.warning(
@@ -130,37 +117,6 @@ def load_tests(config: DatasetConfig, seed: int, classes: tuple[str, ...]) -> Da
     _require_examples(setting, {config.scored_on: dataset.scored})
     _warn_of_equal_labels(dataset, config)
     return dataset
-
-
-def _checked(setting: str, dataset: Dataset) -> Dataset:
-    """Check what a function that loads a dataset has handed over, which may be anybody's own."""
-    if twice := [name for name, count in Counter(dataset.classes).items() if count > 1]:
-        raise TensLoRAError(f"{setting}: the name of a class must be given once, and {twice[0]} is given twice")
-    if unreadable := [name for name in dataset.classes if not is_text(name)]:  # the record of a run could not hold it
-        raise TensLoRAError(f"{setting}: the name of a class must be text in UTF-8, and one is {unreadable[0]}")
-    count = len(dataset.classes)
-    splits = {"training": dataset.train, "test": dataset.test, **dataset.more_tests}
-    for split, examples in splits.items():
-        require_sequences(f"{setting}: the {split} split", inputs=examples.inputs, labels=examples.labels)
-        # A tensor has no whole numbers, and a pandas Series an index of its own by which it answers for labels[0].
-        splits[split] = examples = replace(examples, labels=as_list(examples.labels))
-        if len(examples.inputs) != len(examples.labels):
-            raise TensLoRAError(
-                f"{setting}: the {split} split has {len(examples.inputs)} inputs and {len(examples.labels)} labels"
-            )
-        for number, label in enumerate(examples.labels):
-            if dataset.task == "regression":
-                is_valid, must = isinstance(label, Real) and math.isfinite(label), "finite numbers"
-            else:
-                is_valid = isinstance(label, Integral) and 0 <= int(label) < count
-                must = f"whole numbers from 0 to {count - 1}, one for each class"
-            if not is_valid:
-                raise TensLoRAError(
-                    f"{setting}: the labels must be {must}, and that of input {number} of the {split} split is "
-                    f"{shown(label)}"
-                )
-    train, test = splits.pop("training"), splits.pop("test")
-    return replace(dataset, train=train, test=test, more_tests=splits)
 
 
 def _require_examples(setting: str, splits: Mapping[str, Examples]) -> None:

@@ -24,7 +24,6 @@ from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import Backbone
 from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.cache import cache_latest
-from tenslora.harness.commands import is_text
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig, TransformConfig
 from tenslora.harness.config.checks import shown
 from tenslora.harness.data.examples import Dataset, Examples
@@ -90,6 +89,10 @@ class ResizedImages(Sequence[Any]):
         image = self.images[index]
         if not isinstance(image, Image.Image):  # what a data source of somebody's own returns
             raise TensLoRAError(f"input {index} of the data: is of type {type(image).__name__}; must be a PIL image")
+        if 0 in image.size:  # torchvision would make a black one of it
+            raise TensLoRAError(
+                f"input {index} of the data: has a size of {image.width} x {image.height}; must have pixels"
+            )
         return np.asarray(self.prepare(image)).reshape(self.shape)
 
 
@@ -399,23 +402,7 @@ def longest_text(config: TextDatasetConfig, tokenizer: PreTrainedTokenizerBase, 
 
 @cache_latest(4)  # the splits of a dataset
 def _tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokensOf:
-    inputs = list(examples.inputs)
-    for number, example in enumerate(inputs):
-        is_tuple = isinstance(example, tuple) and len(example) in (1, 2)
-        if not is_tuple or not all(isinstance(sentence, str) for sentence in example):
-            raise TensLoRAError(
-                f"input {number} of the data: is {shown(example)}; must be a tuple of one sentence, or of two"
-            )
-        if len(example) != len(inputs[0]):
-            raise TensLoRAError(
-                f"input {number} of the data: has another number of sentences than input 0; all must have one, or all "
-                f"two"
-            )
-        if not any(map(str.strip, example)):
-            raise TensLoRAError(f"input {number} of the data: has no text")
-        if not all(map(is_text, example)):
-            raise TensLoRAError(f"input {number} of the data: is {shown(example)}; must be text in UTF-8")
-    sentences = [list(column) for column in zip(*inputs, strict=True)]
+    sentences = [list(column) for column in zip(*examples.inputs, strict=True)]
     return TokensOf(dict(tokenizer(*sentences, truncation=True, max_length=max_length)))
 
 

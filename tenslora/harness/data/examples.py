@@ -189,6 +189,14 @@ def as_list(labels: Any) -> list[Any]:
     return labels.tolist() if hasattr(labels, "tolist") else list(labels)
 
 
+def is_sequence(given: Any) -> bool:
+    """Whether the parts of an object can be counted and read by number."""
+    try:
+        return hasattr(given, "__getitem__") and not isinstance(given, Mapping) and len(given) >= 0
+    except TypeError:  # also of an array without dimensions
+        return False
+
+
 def require_sequences(where: str, **parts: Any) -> None:
     """Check that the parts of a split can be counted and read by number, which a generator or a dict cannot.
 
@@ -200,7 +208,7 @@ def require_sequences(where: str, **parts: Any) -> None:
         TensLoRAError: for a part that is no sequence.
     """
     for name, given in parts.items():
-        if isinstance(given, Mapping) or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+        if not is_sequence(given):
             raise TensLoRAError(
                 f"{where} has {name} of type {type(given).__name__}; must be a sequence, such as a list"
             )

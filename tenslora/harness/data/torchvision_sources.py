@@ -115,7 +115,7 @@ def read_split(name: str, root: str | None, split: str | None) -> tuple[Examples
             f"dataset.root={root}: no {name} in torchvision's layout there, which is {source.layout} "
             f"({first_line(error)})"
         ) from error
-    require_sequences(f"dataset={name}: the {split or 'only'} split", images=images, labels=labels)
+    require_sequences(f"dataset={name}: the {split or 'only'} split", images=images, labels=labels, classes=classes)
     warn_of_another_size(name, split or "only", len(labels), source.sizes[split])
     if len(images) != len(labels):
         raise TensLoRAError(

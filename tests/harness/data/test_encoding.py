@@ -421,18 +421,10 @@ def test_an_input_of_a_source_of_ones_own_that_is_no_image_is_named(image: Any) 
         train[0]
 
 
-@pytest.mark.parametrize(
-    ("text", "must"),
-    [
-        *((text, "is .*; must be a tuple of one sentence, or of two") for text in ("ab", ("a", "b", "c"), ("a", 1))),
-        (("a",), "has another number of sentences than input 0; all must have one, or all two"),
-        (("", " "), "has no text"),
-        (("a", "\ud800"), "is .*; must be text in UTF-8"),
-    ],
-)
-def test_an_input_of_a_source_of_ones_own_that_is_no_text_is_named(text: Any, must: str, tokenizer: Any) -> None:
-    with pytest.raises(TensLoRAError, match=f"^input 1 of the data: {must}$"):
-        encode_sentences([("a", "b"), text], tokenizer)
+def test_an_image_of_a_source_of_ones_own_has_pixels() -> None:
+    train, _, _ = encode_pictures(Examples([Image.new("RGB", (0, 0))], [0]), backbone_of())
+    with pytest.raises(TensLoRAError, match=r"^input 0 of the data: has a size of 0 x 0; must have pixels$"):
+        train[0]
 
 
 def test_images_that_cannot_be_compared_are_named_all_the_same() -> None:
