@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -286,6 +286,26 @@ class Checkpoint(Form):
     seconds: dict[Literal["train", "wait", "evaluate"], NonNegative]
     ranks: list[Ranks] | None = None
     start: StartOfRun | None = None
+
+
+def check_score_names(names: Sequence[str], scored_on: str) -> None:
+    """Check that each score has a name of its own in an entry of a run's history.
+
+    Args:
+        names: the names of the run's scores.
+        scored_on: the split whose loss every entry has, "test" or "validation".
+
+    Raises:
+        TensLoRAError: for the first name that is taken.
+    """
+    taken = {*Epoch.model_fields, f"{scored_on}_loss"}
+    for name in names:
+        if name in taken:
+            raise TensLoRAError(
+                f"dataset.metrics: a score must not be called {name}, because each epoch of a record has another value "
+                f"of that name; give the metric another name"
+            )
+        taken.add(name)
 
 
 def check_history(history: Iterable[Epoch], scores: Iterable[str], scored_on: str) -> None:

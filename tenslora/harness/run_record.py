@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tenslora.constructions import Geometry
 from tenslora.files import sha256_of
+from tenslora.harness.forms import check_score_names
 from tenslora.harness.results.table import percent_of_lora
 from tenslora.harness.stages import adapter_parameters, as_in_files, lora_first_step_of, lora_parameters, stages_in_file
 from tenslora.harness.training.metrics import METRICS, score_names
@@ -63,7 +64,12 @@ def facts_of(
 
     Returns:
         The facts, under the names that they have in the record.
+
+    Raises:
+        TensLoRAError: for a metric whose name the record uses for something else.
     """
+    scores = score_names(data.metrics, dataset.more_tests)
+    check_score_names(scores, run.dataset.scored_on)
     model, adapter, warm_start = adapted.model, adapted.adapter, adapted.warm_start
     factorization = None
     if run.adapter:
@@ -96,7 +102,7 @@ def facts_of(
         "more_test_examples": {split: len(examples) for split, examples in dataset.more_tests.items()},
         "data_digest": data.digest_in_any_order(),
         "task": dataset.task,
-        "scores": score_names(data.metrics, dataset.more_tests),
+        "scores": scores,
         "classes": list(dataset.classes),
         "text_columns": list(dataset.text_columns),
         "processes": processes.count,

@@ -21,6 +21,7 @@ from torch import nn
 
 from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors, write_safetensors
+from tenslora.harness.forms import check_score_names
 from tenslora.harness.predictions import Predictions, to_arrays
 from tenslora.harness.results.csv import to_csv
 from tenslora.harness.results.markdown import to_markdown
@@ -160,6 +161,13 @@ def test_a_run_may_be_scored_on_a_validation_split(words: list[str], tmp_path: P
     folder = RunFolder(tmp_path)
     folder.write_record(finished(configured(*words)))
     assert folder.read_record()["scored_on"] == "validation"
+
+
+@pytest.mark.parametrize("name", ["epoch", "step", "lr", "train_loss", "test_loss", "accuracy"])
+def test_a_score_has_a_name_of_its_own(name: str) -> None:
+    check_score_names(["accuracy", "validation_loss"], "test")
+    with pytest.raises(TensLoRAError, match=f"^dataset.metrics: a score must not be called {name}, because each epoch"):
+        check_score_names(["accuracy", name], "test")
 
 
 def test_a_loss_of_hundreds_of_digits_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tenslora.errors import TensLoRAError
 from tenslora.harness import run_record
 from tenslora.harness.run_record import describe_environment, describe_run, summarize_history
 from tenslora.harness.training.metrics import METRICS
@@ -30,6 +31,15 @@ def test_best_is_the_lowest_score_where_a_smaller_one_is_better(monkeypatch: pyt
     monkeypatch.setitem(METRICS, "accuracy", replace(METRICS["accuracy"], larger_is_better=False))
     metrics = summarize_history(HISTORY, ["accuracy"])
     assert (metrics["best"], metrics["best_epoch"]) == (0.25, 1)
+
+
+def test_a_metric_of_ones_own_has_another_name_than_what_a_record_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS, "lr", replace(METRICS["accuracy"], name="lr"))
+    with pytest.raises(TensLoRAError, match=r"^dataset\.metrics: a score must not be called lr, because each epoch"):
+        run(tmp_path, *SHORT, "dataset.metrics=[accuracy,lr]")
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_run_without_a_finished_epoch_has_no_scores() -> None:

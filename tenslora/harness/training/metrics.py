@@ -147,7 +147,9 @@ def metric_of(score: str) -> Metric:
     Raises:
         ValueError: if there is no such metric.
     """
-    name = score if score in METRICS else score.partition("_")[0]
-    if name not in METRICS:
-        raise ValueError(f"{score}: there is no such metric; the metrics are {', '.join(METRICS)}")
+    name = score
+    while name not in METRICS:  # both the metric's and the split's name may have an underscore
+        name, underscore, _ = name.rpartition("_")
+        if not underscore:
+            raise ValueError(f"{score}: there is no such metric; the metrics are {', '.join(METRICS)}")
     return METRICS[name]

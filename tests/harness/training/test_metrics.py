@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tenslora.errors import TensLoRAError
-from tenslora.harness.training.metrics import METRICS, Metric
+from tenslora.harness.training.metrics import METRICS, Metric, metric_of
 from tests.conftest import ROOT
 
 LABELS = np.array([1, 1, 1, 0, 0, 1, 0, 1])
@@ -109,3 +109,10 @@ def test_a_metric_of_ones_own_returns_a_number_in_its_range() -> None:
     with pytest.raises(TensLoRAError):
         score(math.inf, highest=math.inf)
     assert math.isnan(score(math.nan, outputs=math.nan)), "of a run that has diverged"
+
+
+def test_the_metric_of_a_score_may_have_an_underscore_in_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METRICS, "top_5", Metric("top_5", METRICS["accuracy"].function))
+    assert [metric_of(name).name for name in ("top_5", "top_5_hard_ones", "accuracy_5")] == ["top_5"] * 2 + ["accuracy"]
+    with pytest.raises(ValueError, match=r"^top_4_hard: there is no such metric"):
+        metric_of("top_4_hard")
