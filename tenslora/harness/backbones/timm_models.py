@@ -257,7 +257,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    not_tensors = TensLoRAError(f"model.checkpoint={path}: not a plain dictionary of tensors")
+    not_tensors = TensLoRAError(
+        f"model.checkpoint={path}: not a plain dictionary of tensors; save the model's state_dict()"
+    )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

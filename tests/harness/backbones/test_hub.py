@@ -100,7 +100,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
 
     torch.save({"norm.weight": Malicious()}, tmp_path / "pytorch_model.bin")
     config = vit_digits(checkpoint=str(tmp_path))
-    assert_refused(config, r"model\.checkpoint=\S*: not a plain dictionary of tensors")
+    assert_refused(config, r"model\.checkpoint=\S*: not a plain dictionary of tensors; save the model's state_dict")
     assert not (tmp_path / "touched").exists()
 
 
