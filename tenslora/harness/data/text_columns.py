@@ -190,8 +190,13 @@ def labels_of(rows: Dataset, column: str, where: str, *, are_strings: bool) -> l
         values = [names[value] if value is not None and 0 <= value < len(names) else None for value in values]
     missing = []
     for number, value in enumerate(values, start=1):
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
             missing.append(number)
+        elif isinstance(value, float) and math.isinf(value):
+            raise TensLoRAError(
+                f"dataset.label_column={column}: holds {value} in row {number}, or a number too large to be read; must "
+                f"hold finite numbers or names"
+            )
         elif isinstance(value, str):
             if not value or value.isspace():
                 missing.append(number)
@@ -207,7 +212,14 @@ def labels_of(rows: Dataset, column: str, where: str, *, are_strings: bool) -> l
     if are_strings:
         for pattern, number_of in ((_WHOLE_NUMBER, int), (_NUMBER, float)):
             if all(map(pattern.fullmatch, values)):
-                return list(map(number_of, values))
+                try:
+                    return list(map(number_of, values))
+                except ValueError as error:  # Python's int has a limit of 4,300 digits
+                    longest = max(values, key=len)
+                    raise TensLoRAError(
+                        f"dataset.label_column={column}: holds {_short(longest)} in row {values.index(longest) + 1}, "
+                        f"which is too long for a number ({len(longest):,} characters); must hold shorter ones"
+                    ) from error
     return values
 
 
@@ -250,7 +262,7 @@ def classes_of(values: Sequence[Any], column: str, task: str | None, *, are_stri
     if not are_numbers:
         return tuple(sorted(set(map(class_name, values))))
     for value in values:
-        if not float(value).is_integer():
+        if isinstance(value, float) and not value.is_integer():
             raise TensLoRAError(
                 f"dataset.task=classification: needs names or whole numbers, but the column {column} holds {value}"
             )

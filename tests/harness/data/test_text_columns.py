@@ -97,7 +97,13 @@ def test_labels_of_one_type_say_what_the_task_is(values: list[Any], names: str) 
 
 
 @pytest.mark.parametrize(
-    ("values", "names"), [(["10", " 9", "1"], "1 9 10"), (["0", "1.5", "-2e3"], ""), (["no", "nan"], "nan no")]
+    ("values", "names"),
+    [
+        (["10", " 9", "1"], "1 9 10"),
+        (["0", "1.5", "-2e3"], ""),
+        (["1", "1" * 400], "1 " + "1" * 400),
+        (["no", "nan"], "nan no"),
+    ],
 )
 def test_strings_of_a_file_that_look_like_numbers_are_numbers(values: list[str], names: str) -> None:
     assert classes(values, are_strings=True) == tuple(names.split())
@@ -123,6 +129,11 @@ def test_the_task_can_be_given() -> None:
             r"holds 1\.2e\+19, a whole number beyond 64 bits, .*; must hold such numbers as texts, in quotes$",
         ),
         ([1.5, 1.5], "must hold at least two different labels, but holds only 1.5"),
+        (["1", "7" * 5001], r"holds '7+\.\.\. in row 2, which is too long for a number .5,001 characters.; "),
+        (
+            [1.0, float("inf")],
+            "holds inf in row 2, or a number too large to be read; must hold finite numbers or names",
+        ),
         ([[1, 2], [3]], r"must hold numbers or names, but holds \[1, 2\] in row 1"),
     ],
 )
