@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from tenslora.errors import TensLoRAError, first_line, os_reason
+from tenslora.errors import TensLoRAError, first_line, os_reason, require_path
 from tenslora.files import (
     ADAPTER_FILE,
     HEAD_FILE,
@@ -109,10 +109,17 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: the folder, which need not exist.
+        path: the folder, which need not exist. Text becomes a path.
+
+    Raises:
+        TensLoRAError: for what is no path.
     """
 
     path: Path
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, Path):
+            object.__setattr__(self, "path", require_path("path", self.path))
 
     @property
     def result(self) -> Path:

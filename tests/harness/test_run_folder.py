@@ -29,6 +29,13 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
+def test_the_path_of_a_folder_may_be_text(tmp_path: Path) -> None:
+    assert RunFolder(str(tmp_path)) == RunFolder(tmp_path)  # type: ignore[arg-type]
+    assert RunFolder(str(tmp_path)).read_predictions() == {}  # type: ignore[arg-type]
+    with pytest.raises(TensLoRAError, match=r"^path: must be text or a Path, and is None$"):
+        RunFolder(None)  # type: ignore[arg-type]
+
+
 def test_a_record_is_read_as_it_was_written(folder: RunFolder) -> None:
     record = finished(configured())
     assert folder.write_record(record) == folder.result
