@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tenslora.attachment import detach, merge
-from tenslora.errors import TensLoRAError, require_one_of, require_path
+from tenslora.errors import TensLoRAError, os_reason, require_one_of, require_path, require_type
 from tenslora.files import read_json, write_bytes, write_json
 from tenslora.harness.backbones.timm_models import create_arguments
 from tenslora.harness.commands import command_parser, is_text, mistakes_in_one_line, path_argument
@@ -42,17 +42,18 @@ from tenslora.harness.model_card import base_model, model_card
 from tenslora.pretrained import running_statistics
 
 
-def export_adapter(loaded: LoadedRun, folder: Path, as_lora: bool) -> None:
+def export_adapter(loaded: LoadedRun, folder: str | Path, as_lora: bool) -> None:
     """Write a run's adapter and head as an adapter of PEFT, with a model card.
 
     Args:
         loaded: the finished run; its model is changed in place.
-        folder: an existing, empty folder.
+        folder: an empty folder, which is made if it is missing.
         as_lora: whether to write an equal LoRA, and not the adapter's own tensors.
 
     Raises:
-        TensLoRAError: for a run without an adapter.
+        TensLoRAError: for a run without an adapter, and for a folder that cannot be written.
     """
+    folder = _writable(loaded, folder)
     # Importing PEFT takes seconds.
     from tenslora.peft.to_lora import to_peft
     from tenslora.peft.to_tenslora import to_tenslora
@@ -77,7 +78,7 @@ def export_adapter(loaded: LoadedRun, folder: Path, as_lora: bool) -> None:
     write_bytes(folder / "README.md", model_card(loaded, as_lora).encode())  # in place of PEFT's template
 
 
-def export_merged(loaded: LoadedRun, folder: Path) -> None:
+def export_merged(loaded: LoadedRun, folder: str | Path) -> None:
     """Write the backbone with its head and with the update in its weights, in the form of the backbone's own library.
 
     A transformers model is written with its tokenizer or image processor and loaded by from_pretrained. A timm model is
@@ -86,8 +87,12 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
 
     Args:
         loaded: the finished run; its model is changed in place.
-        folder: an existing, empty folder.
+        folder: an empty folder, which is made if it is missing.
+
+    Raises:
+        TensLoRAError: for a folder that cannot be written.
     """
+    folder = _writable(loaded, folder)
     model, settings = loaded.backbone.model, loaded.run.model
     classes = list(loaded.classes)
     if loaded.run.adapter:
@@ -127,6 +132,17 @@ def export_merged(loaded: LoadedRun, folder: Path) -> None:
     config = read_json(folder / "config.json")
     config.get("model_args", {}).pop("num_classes", None)
     write_json(folder / "config.json", config)
+
+
+def _writable(loaded: LoadedRun, folder: str | Path) -> Path:
+    """The folder of an export, after a check of what a program has given. Until then nothing has been changed."""
+    require_type("loaded", loaded, LoadedRun)
+    path = require_path("folder", folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TensLoRAError(f"folder={folder}: cannot be written ({os_reason(error)})") from error
+    return path
 
 
 def _in_own_memory(_model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,13 @@ def test_weights_that_a_model_of_timm_shares_are_written_twice(digits_run: Path,
     loaded = load_run(digits_run)
     model: Any = loaded.backbone.model
     model.fc_norm = model.norm
-    module.export_merged(loaded, tmp_path)
-    written = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "file").touch()
+    for folder, message in ((None, "folder: must be text or a Path"), (tmp_path / "file", "folder=.*: cannot be writ")):
+        for write in (module.export_merged, partial(module.export_adapter, as_lora=True)):
+            with pytest.raises(TensLoRAError, match=f"^{message}"):
+                write(loaded, folder)  # type: ignore[arg-type]
+    module.export_merged(loaded, f"{tmp_path}/made")
+    written = load_file(tmp_path / "made" / "model.safetensors")
     assert torch.equal(written["fc_norm.weight"], written["norm.weight"])
 
 
