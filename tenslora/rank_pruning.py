@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -50,7 +52,8 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
     Raises:
         TensLoRAError: if the factorization has no such bases (CP), if even rank 1 exceeds the budget, if the optimizer
             keeps anything else of the parameters' shapes than AdamW's two moments, as plain tensors, if the adapter
-            holds a NaN or an infinity, or if it is in DistributedDataParallel or fully_shard. Nothing is changed then.
+            holds a NaN or an infinity, or if it is in DistributedDataParallel or fully_shard. Nothing is changed then,
+            nor by Ctrl-C.
     """
     require_type("adapter", adapter, Adapter)
     require_type("budget", budget, int)
@@ -76,25 +79,51 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
         require_finite(name, parameter)
     tensors = [cast(FactorizedTensor, tensor) for tensor in adapter.tensors]
     bases = [t.factorization.bases({n: p.double() for n, p in t.named_parameters()}, t.modes) for t in tensors]
-    ranks = best_ranks(adapter, [[basis.energies for basis in each.values()] for each in bases], budget)
-    old = [{name: parameter.data for name, parameter in tensor.named_parameters()} for tensor in tensors]
-    gradients = {parameter: parameter.grad for parameter in adapter.parameters()}
-    adapter.resize(ranks)
-    for tensor, own_bases, values in zip(tensors, bases, old, strict=True):
-        cut = {
-            name: Basis(basis.energies, basis.before[:, :rank], basis.after[:, :rank])
-            for (name, basis), rank in zip(own_bases.items(), ranks, strict=True)
-        }
-        dims = tensor.factorization.rank_dims(tensor.modes)
-        for name, parameter in tensor.named_parameters():
-            parameter.copy_(_in_basis(values[name], dims[name], cut, of_gradient=False))
-            if (gradient := gradients[parameter]) is not None:  # between a backward pass and its step
-                parameter.grad = _in_basis(gradient, dims[name], cut, of_gradient=True)
-            state = optimizer.state.get(parameter) if optimizer is not None else None
-            if state and "exp_avg" in state:
-                state["exp_avg"] = _in_basis(state["exp_avg"], dims[name], cut, of_gradient=True)
-                state["exp_avg_sq"] = torch.full_like(parameter, state["exp_avg_sq"].mean().item())
+    energies = [[basis.energies for basis in each.values()] for each in bases]
+    ranks = best_ranks(adapter, energies, budget)
+    if not any(values.any() for of_tensor in energies for values in of_tensor):
+        warnings.warn(
+            f"the adapter's updates are all zero, as before any training, so that no rank is known to matter, and the "
+            f"smallest are kept: {list(ranks)}; prune after some steps",
+            stacklevel=3,
+        )
+    with _undone_on_error(adapter, optimizer):
+        old = [{name: parameter.data for name, parameter in tensor.named_parameters()} for tensor in tensors]
+        gradients = {parameter: parameter.grad for parameter in adapter.parameters()}
+        adapter.resize(ranks)
+        for tensor, own_bases, values in zip(tensors, bases, old, strict=True):
+            cut = {
+                name: Basis(basis.energies, basis.before[:, :rank], basis.after[:, :rank])
+                for (name, basis), rank in zip(own_bases.items(), ranks, strict=True)
+            }
+            dims = tensor.factorization.rank_dims(tensor.modes)
+            for name, parameter in tensor.named_parameters():
+                parameter.copy_(_in_basis(values[name], dims[name], cut, of_gradient=False))
+                if (gradient := gradients[parameter]) is not None:  # between a backward pass and its step
+                    parameter.grad = _in_basis(gradient, dims[name], cut, of_gradient=True)
+                state = optimizer.state.get(parameter) if optimizer is not None else None
+                if state and "exp_avg" in state:
+                    state["exp_avg"] = _in_basis(state["exp_avg"], dims[name], cut, of_gradient=True)
+                    state["exp_avg_sq"] = torch.full_like(parameter, state["exp_avg_sq"].mean().item())
     return ranks
+
+
+@contextmanager
+def _undone_on_error(adapter: Adapter, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    # After an error or Ctrl-C the adapter and the moments are as they were. None of their tensors is changed in place.
+    ranks = adapter.ranks
+    before = [(parameter, parameter.data, parameter.grad) for parameter in adapter.parameters()]
+    states = {own: dict(optimizer.state[own]) for own, *_ in before if optimizer is not None and own in optimizer.state}
+    try:
+        yield
+    except BaseException:
+        adapter.ranks = ranks
+        for parameter, data, gradient in before:
+            parameter.grad, parameter.data = None, data
+            parameter.grad = gradient
+            if parameter in states:
+                cast(torch.optim.Optimizer, optimizer).state[parameter].update(states[parameter])
+        raise
 
 
 def best_ranks(adapter: Adapter, energies: Sequence[Sequence[Tensor]], budget: int) -> tuple[int, ...]:

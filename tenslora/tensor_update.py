@@ -258,8 +258,7 @@ def detach_tensors(model: nn.Module) -> dict[str, TensorUpdate]:
         if name not in vars(type(module)):
             raise TensLoRAError(f"{path}: its module has become a {type(module).__name__} since; undo that first")
     for module, name, _ in adapted.values():
-        _leave_class_of_copies(module)
-        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        _take_off(module, name)
     return {path: update for path, (_, _, update) in adapted.items()}
 
 
@@ -329,7 +328,16 @@ def load_tensors(model: nn.Module, path: Path | str) -> dict[str, TensorUpdate]:
         update.tensor.load_state_dict(
             {name: tensors[f"{place}.{name}"] for name, _ in update.tensor.named_parameters()}
         )
-        _register(*_holder(model, place), update)
+    required = {holder: _weight(*holder).requires_grad for holder in places}
+    try:
+        for (module, name), place in places.items():
+            _register(module, name, updates[place])
+    except BaseException:  # Ctrl-C, too
+        for (module, name), requires_grad in required.items():
+            if parametrize.is_parametrized(module, name):
+                _take_off(module, name)
+                module.get_parameter(name).requires_grad_(requires_grad)
+        raise
     return updates
 
 
@@ -385,7 +393,8 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
     if is_dtensor(weight):
         raise TensLoRAError(f"{name}: is divided among processes (DTensor), as by fully_shard; adapt it before that")
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
-        raise TensLoRAError(f"{name}: is quantised in {kind}, and an update cannot be added to it")
+        form = f"a {type(weight).__name__}" if weight.dtype in FLOATS else "quantised"
+        raise TensLoRAError(f"{name}: is {form} in {kind}, and an update cannot be added to it")
     if isinstance(module, torch.jit.ScriptModule):
         raise TensLoRAError(f"{name}: is compiled by torch.jit in {kind}; put the update on the module before that")
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
@@ -408,6 +417,11 @@ def _register(module: nn.Module, name: str, update: TensorUpdate) -> TensorUpdat
     parametrizations.register_load_state_dict_post_hook(_hold_what_was_loaded)  # type: ignore[no-untyped-call]
     weight.requires_grad_(False)
     return update
+
+
+def _take_off(module: nn.Module, name: str) -> None:
+    _leave_class_of_copies(module)
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
 def _leave_class_of_copies(module: nn.Module) -> None:
@@ -489,8 +503,15 @@ def _move(model: nn.Module, into_weights: bool) -> None:
         for path, (_, _, update) in adapted.items():
             if not update.merged:
                 require_finite_sum(path, weights[path], update.update())
-    for path, (_, _, update) in adapted.items():
-        if update.merged != into_weights:
+    to_move = {path: update for path, (_, _, update) in adapted.items() if update.merged != into_weights}
+    before = {path: (weights[path].clone(), update.added) for path, update in to_move.items()}
+    try:
+        for path, update in to_move.items():
             (added,) = (copy.deepcopy(update),) if into_weights else update.added
             weights[path].add_(added.update().to(weights[path]), alpha=1 if into_weights else -1)
             update.added = (added,) if into_weights else ()
+    except BaseException:  # Ctrl-C, too
+        for path, (weight, added_before) in before.items():
+            weights[path].copy_(weight)
+            to_move[path].added = added_before
+        raise

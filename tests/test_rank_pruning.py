@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from tenslora import rank_pruning
 from tenslora.adapter import Adapter, StagedAdapter, load_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.attachment import merge, unmerge
@@ -304,3 +305,39 @@ def test_only_the_adapter_of_one_stage_is_pruned() -> None:
         prune(cast(Adapter, StagedAdapter([build("qkv", "tucker")])), 60)
     with pytest.raises(TensLoRAError, match=r"^budget: must be of type int, and is of type str$"):
         prune(build("qkv", "tucker"), cast(int, "60"))
+
+
+def test_ctrl_c_leaves_the_ranks_and_the_moments_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = build("qkv_depth", "tucker")
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.01)
+    backpropagate(adapter)
+    optimizer.step()
+
+    def state() -> list[Tensor]:
+        of_each = [(p, p.grad, *optimizer.state[p].values()) for p in adapter.parameters()]
+        return [cast(Tensor, value).detach().clone() for values in of_each for value in values]
+
+    ranks, before = adapter.ranks, state()
+    in_basis = rank_pruning._in_basis
+    for last in range(1, 12):  # a parameter, its gradient or a first moment
+        left = last
+
+        def interrupted(*arguments: Any, **options: Any) -> Tensor:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+            return in_basis(*arguments, **options)
+
+        monkeypatch.setattr(rank_pruning, "_in_basis", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prune(adapter, 60, optimizer)
+        assert adapter.ranks == ranks
+        assert all(map(torch.equal, state(), before))
+    monkeypatch.setattr(rank_pruning, "_in_basis", in_basis)
+    assert prune(adapter, 60, optimizer) != ranks
+
+
+def test_ranks_that_no_training_has_told_apart_are_told_of() -> None:
+    with pytest.warns(UserWarning, match=r"updates are all zero, .* smallest are kept: \[\d+, 1, 1, 1\]; prune after"):
+        prune(Adapter(AdapterConfig("qkv_depth"), GEOMETRY), 200)

@@ -35,6 +35,7 @@ from tenslora import (
     load_tensors,
     merge_tensors,
     save_tensors,
+    tensor_update,
     unmerge_tensors,
 )
 from tenslora.constructions import SCALINGS
@@ -670,3 +671,67 @@ def test_the_names_of_saved_updates_are_those_without_a_wrapper(wrapped: str, tm
         plain[layer].bias.data.copy_(own.bias)
     torch.testing.assert_close(plain(x), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [merge_tensors, unmerge_tensors])
+def test_ctrl_c_leaves_every_weight_as_it_was(
+    function: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    for part in model:
+        adapt_tensor(part, "weight", ranks=2).tensor.get_parameter("core").data.normal_()
+    if function is unmerge_tensors:
+        merge_tensors(model)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    computed = TensorUpdate.update
+    left = 4 if function is merge_tensors else 2  # merge computes each update twice
+
+    def interrupted(update: TensorUpdate) -> Tensor:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return computed(update)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TensorUpdate, "update", interrupted)
+        function(model)
+    assert left == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    function(model)
+    assert all(part.parametrizations.weight[0].merged is (function is merge_tensors) for part in model)
+
+
+def test_ctrl_c_while_updates_are_put_on_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+
+    saved, model = made(), made()
+    for part in saved:
+        adapt_tensor(part, "weight", ranks=2)
+    file = save_tensors(saved, tmp_path / "updates.safetensors")
+    model[0].weight.requires_grad_(False)
+    register = tensor_update._register
+
+    def interrupted(module: nn.Module, name: str, update: TensorUpdate) -> TensorUpdate:
+        if module is model[1]:
+            raise KeyboardInterrupt
+        return register(module, name, update)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tensor_update, "_register", interrupted)
+        load_tensors(model, file)
+    assert [type(part) for part in model] == [nn.Conv2d] * 2
+    assert [part.weight.requires_grad for part in model] == [False, True]
+    assert set(load_tensors(model, file)) == {"0.weight", "1.weight"}
+
+
+class _Manifold(nn.Parameter):
+    """A parameter of another library's class."""
+
+
+def test_a_weight_of_another_class_is_called_by_its_name() -> None:
+    conv = nn.Conv2d(3, 8, 3)
+    conv.weight = _Manifold(conv.weight.detach())
+    with pytest.raises(TensLoRAError, match=r"^weight: is a _Manifold in Conv2d, and an update cannot be added to it$"):
+        adapt_tensor(conv, "weight", ranks=2)
