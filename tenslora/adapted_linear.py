@@ -357,6 +357,8 @@ def _added_in_place(plain: Callable[[Tensor], Tensor], updates: Sequence[LayerUp
 def _tokens(x: Tensor, path: str) -> Tensor:
     if x.is_nested:
         raise TensLoRAError(f"{path}: its input is a nested tensor, to whose output no update can be added; pad it")
+    if x.layout is not torch.strided:
+        raise TensLoRAError(f"{path}: its input is sparse ({x.layout}), and must be dense; call to_dense()")
     return x.reshape(-1, x.shape[-1])
 
 

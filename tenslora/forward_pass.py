@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import AsyncGeneratorType, CoroutineType, FrameType, FunctionType, GeneratorType
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from tenslora.adapter import Adapter, StagedAdapter
 from tenslora.errors import TensLoRAError
+
+_NOT_COMPUTED_YET = (GeneratorType, CoroutineType, AsyncGeneratorType, FunctionType)
+"""What a forward pass may return before it has called any layer."""
 
 
 class ForwardPass:
@@ -84,7 +87,16 @@ class ForwardPass:
         """
         name, used = self.watched or ("", None)
         held = model._modules.get(name)
-        if not isinstance(held, (Adapter, StagedAdapter)) or held is used or used is None:
+        if held is used or used is None:
+            return
+        adapters = (Adapter, StagedAdapter)
+        if held is None or not any(isinstance(part, adapters) for part in held.modules()):  # as of an edited Sequential
+            there = f"is a {type(held).__name__}" if held is not None else "is not there"
+            raise TensLoRAError(
+                f"{self._model}: {name} {there}, and must be the adapter that its layers use, which attach has put "
+                f"there as the model's last child; change the model before attach, or after detach"
+            )
+        if not isinstance(held, adapters):  # in a wrapper
             return
         # accelerate's compile_regions puts a copy there that has the same tensors.
         if next(held.parameters()) is not next(used.parameters()):
@@ -122,6 +134,7 @@ class ForwardPass:
     def _end(self, _model: nn.Module, _inputs: Any, output: Any) -> None:
         is_whole = self.here.products is not None  # and no pass into whose middle a program has put the adapter
         self.here.leave()
+        is_whole = is_whole and not isinstance(output, _NOT_COMPUTED_YET)
         if torch.compiler.is_compiling():  # which warns if a hook looks at the output
             self._require_every_kind()
         elif is_whole and output is not None and not self._checked:  # None after an exception

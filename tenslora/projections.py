@@ -541,7 +541,7 @@ def _head_count(path: str, block: nn.Module, model: nn.Module) -> int:
             if _is_count(count):
                 return int(count)
             if isinstance(count, (float, str, torch.Tensor)):
-                raise TensLoRAError(f"{path}: {name}={count} must be a whole number, and at least 1")
+                raise TensLoRAError(f"{path}: {name}={count!r} must be a whole number, and at least 1")
     raise TensLoRAError(f"{path}: the number of heads is not known; expected an attribute {', '.join(_HEAD_COUNTS)}")
 
 

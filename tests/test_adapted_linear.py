@@ -672,6 +672,8 @@ def test_what_cannot_be_traced_or_computed_with_is_refused_in_one_line(fused: bo
         torch.jit.script(model)
     with pytest.raises(TensLoRAError, match=r"^blocks\.0\.attention\.(qkv|query): its input is a nested tensor"):
         linear(torch.nested.nested_tensor([x[0], x[1, :3]], layout=torch.jagged))
+    with pytest.raises(TensLoRAError, match=r"its input is sparse \(torch\.sparse_coo\), and must be dense"):
+        linear(x[0].to_sparse())
     merge(model)
     if not fused:  # torch.fx cannot follow chunk(3)
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))

@@ -6,7 +6,8 @@ import copy
 import gc
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,37 @@ def test_a_pass_that_was_under_way_when_the_adapter_was_put_on_is_not_checked() 
     late.remove()
     with pytest.raises(TensLoRAError, match=NONE_OF_QUERY):
         model(X)
+
+
+@pytest.mark.parametrize("wrap", [lambda m, x: iter_of(m, x), lambda m, x: lambda: m.plain_forward(x)])
+def test_a_pass_that_computes_later_is_not_checked(wrap: Callable[[Any, Tensor], Any]) -> None:
+    model: Any = PlainTransformer()
+    expected = model(X)
+    model.plain_forward, model.forward = model.forward, lambda x: wrap(model, x)
+    attach(model, AdapterConfig("qkv_depth"))
+    later = model(X)
+    assert torch.equal(next(later) if isinstance(later, Iterator) else later(), expected)
+
+
+def iter_of(model: Any, x: Tensor) -> Iterator[Tensor]:
+    yield model.plain_forward(x)
+
+
+def test_an_adapter_that_an_edited_sequential_has_lost_is_told_of() -> None:
+    for edit, place in ((_Blocks.lose, "is not there"), (_Blocks.replace, "is a Linear")):
+        model = _Blocks(PlainTransformer())
+        attach(model, AdapterConfig("qkv_depth"))
+        edit(model)
+        with pytest.raises(TensLoRAError, match=rf"^_Blocks: tenslora {place}, and must be the adapter that its"):
+            model(X)
+
+
+class _Blocks(nn.Sequential):
+    def lose(self) -> None:
+        self.pop(-1)
+
+    def replace(self) -> None:
+        self[-1] = nn.Linear(2, 2)
 
 
 def test_a_compiled_model_is_checked() -> None:

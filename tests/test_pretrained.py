@@ -595,6 +595,19 @@ def test_a_head_that_was_saved_with_another_adapter_is_not_loaded(tmp_path: Path
     assert not hasattr(other, "tenslora")
 
 
+def test_a_head_of_another_librarys_parameters_is_loaded(tmp_path: Path) -> None:
+    class Manifold(nn.Parameter):
+        pass
+
+    model, other = trained(), build("hf_bert")
+    save_pretrained(model, tmp_path)
+    head: Any = other.get_submodule("classifier")
+    head.weight = Manifold(head.weight.detach())
+    load(other, tmp_path)
+    assert torch.equal(other.get_parameter("classifier.weight"), model.get_parameter("classifier.weight"))
+    assert type(head.weight) is Manifold
+
+
 def test_a_head_that_is_replaced_while_it_is_read_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
