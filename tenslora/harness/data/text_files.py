@@ -340,7 +340,15 @@ def _read_tables(files: Sequence[Path]) -> Rows:
             _require_no_null(files)
         # The library's own cache knows a file by its path and its time alone, and an edited file may keep both.
         with tempfile.TemporaryDirectory() as cache:
-            rows = read(list(map(str, files)), cache_dir=cache, keep_in_memory=True)
+            try:
+                rows = read(_without_chains(files, Path(cache)), cache_dir=cache, keep_in_memory=True)
+            except datasets.exceptions.DatasetGenerationError as error:
+                if suffix == ".parquet" or not isinstance(error.__cause__, ValueError):
+                    raise
+                # The reader says what its parser has missed, and not what the file must hold.
+                raise ValueError(
+                    f"it must hold an object of JSON in each line, or a list of objects; {first_line(error.__cause__)}"
+                ) from None
         return rows if suffix == ".parquet" else _with_dates_as_texts(rows, files)
     import pandas
 
@@ -373,6 +381,15 @@ def _read_tables(files: Sequence[Path]) -> Rows:
             )
         tables.append(table)
     return datasets.Dataset.from_pandas(pandas.concat(tables), preserve_index=False)
+
+
+def _without_chains(files: Sequence[Path], folder: Path) -> list[str]:
+    """The paths of files, of which one with :: is replaced by a link: fsspec takes it for a file within another one."""
+    links = [folder / f"{number}{file.suffix}" if "::" in str(file) else file for number, file in enumerate(files)]
+    for link, file in zip(links, files, strict=True):
+        if link is not file:
+            link.symlink_to(file.absolute())
+    return list(map(str, links))
 
 
 def _with_rows(files: Sequence[Path]) -> list[Path]:
@@ -523,6 +540,8 @@ def _require_all_cells(file: Path, text: str, separator: str) -> None:
 def _open_saved(setting: str, root: Path) -> Source:
     from datasets import DatasetDict, load_from_disk
 
+    if "::" in str(root):  # which the library takes for a folder within another one
+        raise TensLoRAError(f"{setting}: must be a path without ::, which the datasets library cannot read")
     try:
         saved = load_from_disk(str(root))
     except Exception as error:  # OSError, and the types of the datasets library and of pyarrow

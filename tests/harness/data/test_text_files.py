@@ -251,6 +251,8 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
         ({"train.csv": "text,label\n,1\nb,0\n"}, "the split train: row 1 has no text in the column text"),
         ({"train.csv": "text,label\na,1\nb,1\n"}, r"dataset\.label_column=label: must hold at least two different lab"),
         ({"train.jsonl": '{"text": "a", "label": 1}\n{"text": "b"'}, "the split train cannot be read .*JSON"),
+        ({"train.jsonl": '{"text": "a", "label": 1},\n{"text": "b", "label": 2},\n'},
+         r"read \(it must hold an object of JSON in each line, or a list of objects; JSON parse error: The document "),
         ({"train.jsonl": '{"text": "a", "label": 1}\n{"text": "b"}\n'}, "row 2 has no label in the column label"),
         ({"train.json": "null"}, r"read \(line 1 of train\.json is null; must be an object, with a value by column\)$"),
         ({"train.jsonl": '\ufeff\n null\n{"text": "a", "label": 1}'}, r"\(line 2 of train\.jsonl is null; must be an "),
@@ -287,12 +289,20 @@ def test_a_missing_root_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "sheet.xlsx", r"dataset\.root=\S*xlsx: must be a file of the kind \.csv, ")
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_name_that_is_a_chain_for_fsspec_is_read(suffix: str, tmp_path: Path) -> None:
+    rows = write(tmp_path / "zip::own", {f"train::1{suffix}": table()})
+    assert load(rows / f"train::1{suffix}") == load(write(tmp_path / "plain", {f"train{suffix}": table()}))
+
+
 def test_a_damaged_saved_folder_is_refused(tmp_path: Path) -> None:
     rows = class_labels(["good", "fine", "bad"], NAMES)
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "root"))
     for file in tmp_path.glob("root/train/*.arrow"):
         file.write_bytes(b"not arrow")
     refused(tmp_path / "root", r"dataset\.root=\S*root: cannot be read")
+    (tmp_path / "root").rename(tmp_path / "zip::root")
+    refused(tmp_path / "zip::root", "must be a path without ::, which the datasets library cannot read$")
 
 
 def test_the_hub_is_not_asked_for_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
