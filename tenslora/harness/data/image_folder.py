@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -156,17 +157,24 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
     if not classes:
         raise TensLoRAError(f"dataset.root={root}: {folder} has no folders, but must have one for each class")
     skipped: Counter[str] = Counter()
+    hard_links: dict[tuple[int, int], tuple[str, str]] = {}  # by device and inode, the class and the path of an image
 
     def is_image(path: str) -> bool:
-        if any(map(_is_of_a_system, Path(path).relative_to(folder).parts)):
+        parts = Path(path).relative_to(folder).parts
+        if any(map(_is_of_a_system, parts)):
             return False
         suffix = Path(path).suffix.lower()
-        if Path(path).is_fifo():  # it would be read for ever
+        status = _status(path)
+        if status and stat.S_ISFIFO(status.st_mode):  # it would be read for ever
             suffix = "a named pipe"
         if suffix not in IMG_EXTENSIONS:
             skipped[suffix or "no suffix"] += 1
-        elif os.path.islink(path) and not os.path.exists(path):  # as of a store that has not been fetched
+        elif status is None and os.path.islink(path):  # as of a store that has not been fetched
             raise TensLoRAError(f"dataset.root={root}: {path} is a link to {os.readlink(path)}, which does not exist")
+        elif status and status.st_nlink > 1:
+            other, first = hard_links.setdefault((status.st_dev, status.st_ino), (parts[0], path))
+            if other != parts[0]:
+                raise _of_two_classes(root, path, parts[0], first, other)
         return suffix in IMG_EXTENSIONS
 
     _refuse_runs_and_links_to_others(root, folder, classes)
@@ -186,6 +194,16 @@ def _read_classes(root: Path, folder: Path) -> tuple[Examples, tuple[str, ...]]:
         suffixes = ", ".join(sorted(skipped))
         log.warning("%s: %d files that are no images are left out (%s)", folder, skipped.total(), suffixes)
     return Examples(ImageFiles([Path(path) for path, _ in samples]), labels), tuple(classes)
+
+
+def _status(path: str) -> os.stat_result | None:
+    """What the system says of a file, or of what a link leads to; None if that does not exist."""
+    try:
+        return os.stat(path)
+    except PermissionError:
+        raise
+    except OSError:  # also for a link in a circle
+        return None
 
 
 def _refuse_runs_and_links_to_others(root: Path, folder: Path, classes: Iterable[str]) -> None:
@@ -219,9 +237,13 @@ def _refuse_runs_and_links_to_others(root: Path, folder: Path, classes: Iterable
         target = os.path.realpath(link)
         other, _ = found.get(os.path.dirname(target), (labels.setdefault(target, name), ""))
         if other != name:
-            raise TensLoRAError(
-                f"dataset.root={root}: {link} is an image of the class {name} and, as {target}, of {other}; remove one"
-            )
+            raise _of_two_classes(root, link, name, target, other)
+
+
+def _of_two_classes(root: Path, path: str, name: str, first: str, other: str) -> TensLoRAError:
+    return TensLoRAError(
+        f"dataset.root={root}: {path} is an image of the class {name} and, as {first}, of {other}; remove one"
+    )
 
 
 @cache_latest(1)

@@ -229,12 +229,18 @@ def test_a_folder_that_is_reached_twice_is_refused(link: str, to: str, again: st
         load_own(tmp_path)
 
 
-@pytest.mark.parametrize("target", ["../ant/003.png", "../../elsewhere.png"])
-def test_an_image_of_two_classes_is_refused(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["../ant/003.png", "../../elsewhere.png", None])
+def test_an_image_of_two_classes_is_refused(target: str | None, tmp_path: Path) -> None:
     write_train_and_test(tmp_path)
     paint(tmp_path / "elsewhere.png", 9)
     (tmp_path / "train/ant/9.png").symlink_to("../../elsewhere.png")
-    (tmp_path / "train/cat/9.png").symlink_to(target)
+    if target:
+        (tmp_path / "train/cat/9.png").symlink_to(target)
+    else:
+        (tmp_path / "train/ant/hard.png").hardlink_to(tmp_path / "train/ant/003.png")
+        load_own(tmp_path)
+        forget_all()
+        (tmp_path / "train/cat/9.png").hardlink_to(tmp_path / "train/ant/003.png")
     with pytest.raises(TensLoRAError, match=r"/train/cat/9\.png is an image of the class cat and, as \S+, of ant"):
         load_own(tmp_path)
 
