@@ -247,11 +247,16 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
     for digest, each in zip(digests, composed, strict=True):
         spellings.setdefault(digest, []).append(each.words)
     for key in varied:
-        others: dict[tuple[str, ...], set[str]] = {}
+        runs_of: dict[str | None, dict[tuple[str, ...], str]] = {value: {} for value in values[key]}
         for digest, each in zip(digests, composed, strict=True):
-            others.setdefault(tuple(w for w in each.words if w.partition("=")[0] != key), set()).add(digest)
-        if all(len(runs) == 1 for runs in others.values()):
-            log.warning("%s=%s: makes no other runs; the first value is taken", key, ",".join(values[key]))
+            others = tuple(word for word in each.words if word.partition("=")[0] != key)
+            runs_of.setdefault(_value_of(key, each.words), {})[others] = digest
+        equal: dict[frozenset[Any], list[str]] = {}
+        for value in values[key]:
+            equal.setdefault(frozenset(runs_of[value].items()), []).append(value)
+        for same in equal.values():
+            if len(same) > 1:
+                log.warning("%s=%s: makes no other runs; the first value is taken", key, ",".join(same))
     jobs: dict[str, Job] = {}
     for digest, each in zip(digests, composed, strict=True):
         if digest in jobs:
@@ -263,7 +268,8 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
             if (key := word.partition("=")[0]) in varied
             and key != "seed"
             and ((name := _name_shown(word, run)) is None or len(shown_by[name]) > 1)
-            and all(word in same for same in spellings[digest])
+            # A run that two of the values share, and not all, has the first of them in its row's name.
+            and {_value_of(key, same) for same in spellings[digest]} != values[key].keys()
         )
         jobs[digest] = Job(
             overrides=words,
@@ -275,6 +281,11 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
             compose=each.compose,
         )
     return list(jobs.values())
+
+
+def _value_of(key: str, words: Iterable[str]) -> str | None:
+    """The value that the overrides of a job give a setting; None if they do not name it."""
+    return next((value for name, _, value in (word.partition("=") for word in words) if name == key), None)
 
 
 def _name_shown(word: str, run: RunConfig) -> tuple[str, str] | None:

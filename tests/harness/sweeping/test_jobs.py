@@ -121,6 +121,19 @@ def test_a_setting_that_makes_no_other_runs_is_named(tmp_path: Path, caplog: pyt
     assert caplog.messages == ["trainer.threads=1,2: makes no other runs; the first value is taken"]
 
 
+def test_two_of_several_values_that_make_the_same_runs_are_a_row_called_by_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    modes, rates = ("lora", "att", "head_only"), ("0.01", "1e-3", "0.001", "2e-3", "0.002")
+    runs = [swept(f"tensor_mode={mode}", STRATEGIES[0], f"adapter.alpha={n}") for mode in modes for n in rates]
+    jobs = plan_jobs(runs, tmp_path)
+    variants = [(f"adapter.alpha={rates[n]}",) for n in (0, 1, 3)]
+    assert [job.row.variant for job in jobs] == [*variants, *variants, ()]
+    assert caplog.messages == [
+        f"adapter.alpha={same}: makes no other runs; the first value is taken" for same in ("1e-3,0.001", "2e-3,0.002")
+    ]
+
+
 def test_a_setting_that_varies_without_effect_is_in_no_row(tmp_path: Path) -> None:
     modes, alphas = ("qkv", "head_only"), ("adapter.alpha=1", "adapter.alpha=2")
     runs = [swept(f"tensor_mode={mode}", STRATEGIES[0], alpha) for mode in modes for alpha in alphas]

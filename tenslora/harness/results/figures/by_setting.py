@@ -54,11 +54,13 @@ def _draw(place: SubFigure, panel: Panel, ring_best: bool) -> None:
 
     ends: list[tuple[float, float]] = []  # (x, score) where each row ends and the line to the row's name begins
     for number, row in enumerate(rows):
-        own = [point for point in points if point.row.without(setting) == row]
-        if own[0].row.value_of(setting) is None:
-            axes.axhspan(own[0].mean - own[0].deviation, own[0].mean + own[0].deviation, color=INK, alpha=0.08, lw=0)
-            axes.axhline(own[0].mean, color=own[0].colour, linewidth=0.8, linestyle=(0, (4, 2)))
-            ends.append((len(values) - 0.5, own[0].mean))
+        of_row = [point for point in points if point.row.without(setting) == row]
+        for point in (point for point in of_row if point.row.value_of(setting) is None):
+            axes.axhspan(point.mean - point.deviation, point.mean + point.deviation, color=INK, alpha=0.08, lw=0)
+            axes.axhline(point.mean, color=point.colour, linewidth=0.8, linestyle=(0, (4, 2)))
+        own = [point for point in of_row if point.row.value_of(setting) is not None]
+        if not own:
+            ends.append((len(values) - 0.5, of_row[0].mean))
             continue
         shift = 0.5 * ((number + 0.5) / len(rows) - 0.5)  # so that error bars do not hide each other
         x = [values.index(point.row.value_of(setting) or "") + shift for point in own]

@@ -40,6 +40,14 @@ def test_a_panel_that_the_setting_does_not_change_is_drawn_all_the_same() -> Non
     assert not bar_lines(axes["dtd · vit_base · isoparameters"])
 
 
+def test_a_row_with_and_without_a_value_is_drawn_both_ways() -> None:
+    runs = [*swept_table("adapter.alpha", "12", ["qkv"]).runs, make_run("qkv", "isorank", epochs=[0.7])]
+    axes = only_axes(score_by_setting(panels(make_table(runs))))
+    (line,) = bar_lines(axes)
+    assert [y for _, y in xy(line)] == pytest.approx([50, 52])
+    assert [xy(line)[0][1] for line in axes.lines if line.get_linestyle() == "--"] == pytest.approx([70])
+
+
 def test_long_values_leave_each_other_room() -> None:
     values = [f"[0.9,0.999{'0' * 40}{end}]" for end in range(4)]
     figure = score_by_setting(panels(swept_table("optimizer.betas", values)))
