@@ -38,7 +38,7 @@ def to_csv(summary: Summary) -> str:
     """The table as CSV: one line per run, also for runs without a score, sorted by column, row and seed.
 
     The content does not depend on when or where the runs were carried out. Scores are fractions at full precision, as
-    in the record, and empty for a run that is not completed.
+    in the record, and empty for a run that is not completed. A table of the best scores says so in a column `score`.
 
     Args:
         summary: the summary of the table.
@@ -53,6 +53,9 @@ def to_csv(summary: Summary) -> str:
     elif any(run.tuned for run in summary.runs):
         for line, run in zip(lines, summary.runs, strict=True):
             line |= {"tuned": run.tuned, "at_edge": run.at_edge}
+    if summary.table.score != "last":
+        for line in lines:
+            line["score"] = summary.table.score
     return _csv(list(lines[0]) if lines else [], lines)
 
 
@@ -160,6 +163,8 @@ def _read_run(line: dict[str, str], folders: Mapping[tuple[str, str, str], Path]
             raise TensLoRAError(f"{file}: {place}: {word}: the run's is {own:g}")
     if (at_edge := (line.get("at_edge") or "").lower()) not in ("", "true", "false"):
         raise ValueError(f"at_edge={line['at_edge']}")
+    if (shown := line.get("score") or "last") not in ("last", "best"):
+        raise ValueError(f"score={shown}")
     step = float(line.get("relative_first_step") or 0)  # tables of earlier versions do not have it
     if not math.isfinite(step) or step < 0:
         raise ValueError(f"relative_first_step={step}")
@@ -177,6 +182,7 @@ def _read_run(line: dict[str, str], folders: Mapping[tuple[str, str, str], Path]
         relative_step=step or None,
         tuned=line.get("tuned") or "",
         at_edge=at_edge == "true",  # a spreadsheet writes it in capitals
+        shown=shown,
     )
 
 

@@ -33,11 +33,12 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
     Raises:
         TensLoRAError: if a folder does not hold a table or holds a comparison, if the record of a finished run is gone,
             if two tables of one protocol have different runs or scores for the same row, dataset and seed, or runs of
-            different settings for the same row and dataset, or if two tables have different headline metrics for a
-            dataset.
+            different settings for the same row and dataset, if two tables have different headline metrics for a
+            dataset, or if one shows the best scores and another the last ones.
     """
     runs: list[Run] = []
     metrics: dict[Column, str] = {}
+    score = ""
     for protocol, folders in protocols.items():
         of_protocol: dict[object, Run] = {}
         settings_of_row: dict[object, object] = {}
@@ -47,6 +48,12 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
                     raise TensLoRAError(
                         f"{protocol}={folder}: must be a table of a sweep, not a comparison; compare the tables that "
                         f"it was made of"
+                    )
+                score = score or run.shown
+                if run.shown != score:
+                    raise TensLoRAError(
+                        f"{protocol}={folder}: must show the {score} scores, as the tables before it, and not the "
+                        f"{run.shown} ones; its sweep with collect_only=true table.score={score} writes it so"
                     )
                 other = of_protocol.setdefault((run.row, run.column, run.seed), run)
                 if other.digest != run.digest:
@@ -80,7 +87,8 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
             replace(run, row=replace(run.row, variant=(*run.row.variant, assignment))) for run in of_protocol.values()
         ]
     words = [f"{protocol}: {', '.join(map(str, folders))}" for protocol, folders in protocols.items()]
-    table = Table(name, "LoRA and tensor constructions by protocol", tuple(runs), by=PROTOCOL, command=command)
+    title = "LoRA and tensor constructions by protocol"
+    table = Table(name, title, tuple(runs), score, by=PROTOCOL, command=command)
     notes = (*filter(None, [stand_in(table)]), f"The protocols and their tables: {'; '.join(words)}.")
     settings = settings_of(run.record["config"] for run in runs if run.record and "config" in run.record)
     return replace(table, notes=notes, settings=settings)

@@ -137,6 +137,7 @@ class Run:
         tuned: of a run that is read back from a tuned table, the value that was chosen for its row, such as
             "adapter.alpha=16"; empty for any other run.
         at_edge: whether this value is the smallest or the largest that was tried.
+        shown: of a run that is read back, the score that its table shows, "last" or "best".
     """
 
     row: Row
@@ -152,6 +153,7 @@ class Run:
     relative_step: float | None = None
     tuned: str = ""
     at_edge: bool = False
+    shown: str = "last"
 
     @property
     def tuned_text(self) -> str:

@@ -242,6 +242,21 @@ def test_a_cell_has_runs_of_one_setting_and_a_column_one_metric(tmp_path: Path) 
         side_by_side({"a": [one], "b": [three]}, "joint")
 
 
+def test_the_best_scores_are_compared_where_the_tables_show_them(tmp_path: Path) -> None:
+    last = written(tmp_path, "last", [make_run("lora", epochs=[0.6, 0.5])])
+    best = written(tmp_path, "best", [make_run("lora", epochs=[0.6, 0.5])])
+    (best / "table.csv").write_text(to_csv(summarize(make_table(read_runs(best), score="best"))))
+    joint = summarize(side_by_side({"a": [best], "b": [best]}, "joint"))
+    assert [cell.mean for row in joint.rows for cell in row.cells] == [60, 60]
+    assert "of the best epoch" in joint.caption
+    assert "score" not in (last / "table.csv").read_text().splitlines()[0].split(",")
+    with pytest.raises(TensLoRAError, match=r"^b=.*best: must show the last scores, as the tables before it, and not"):
+        side_by_side({"a": [last], "b": [best]}, "joint")
+    edited(best, "score", "first")
+    with pytest.raises(TensLoRAError, match=r"not a table that this version can read .*score=first"):
+        read_runs(best)
+
+
 def test_nothing_is_written_where_a_folder_is_in_the_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "report.html").mkdir()
     with pytest.raises(TensLoRAError, match=r"report\.html: cannot be written \(Is a directory\)$"):
