@@ -1,4 +1,4 @@
-"""How Ctrl-C and SIGTERM end a command: both raise KeyboardInterrupt, so that it can end what it began."""
+"""How Ctrl-C, SIGTERM and a scheduler's notice end a command: by KeyboardInterrupt, so that it ends what it began."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ import sys
 import threading
 from typing import Any
 
+NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""The signals by which a terminal or a scheduler, such as Slurm, SGE or LSF, gives notice of the end."""
+
 
 class Stop:
-    """A context in which SIGTERM stops a command as Ctrl-C does. Afterwards the signals are handled as before.
+    """A context in which SIGTERM and the signals in `NOTICES` stop a command as Ctrl-C does.
+
+    A signal of `NOTICES` for which the program has another handler, or which it ignores, is left alone. Afterwards the
+    signals are handled as before.
 
     Once a command has begun to end, further signals change nothing, so that an impatient user's second Ctrl-C does not
     break off what the first one tidies up.
@@ -33,9 +39,11 @@ class Stop:
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self)
-            own = signal.getsignal(signal.SIGINT)
-            if own is signal.default_int_handler or isinstance(own, Stop):  # a shell's background job ignores it
-                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self)
+            defaults = {signal.SIGINT: signal.default_int_handler, **dict.fromkeys(NOTICES, signal.SIG_DFL)}
+            for number, default in defaults.items():
+                own = signal.getsignal(number)
+                if own == default or isinstance(own, Stop):  # a shell's background job ignores Ctrl-C
+                    self._before[number] = signal.signal(number, self)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,8 +59,8 @@ class Stop:
 
 
 def ignore_signals() -> None:
-    """Ignore Ctrl-C and SIGTERM for the rest of the process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ignore Ctrl-C, SIGTERM and the signals in `NOTICES` for the rest of the process."""
+    for number in (signal.SIGINT, signal.SIGTERM, *NOTICES):
         signal.signal(number, signal.SIG_IGN)
 
 

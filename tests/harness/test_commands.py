@@ -17,11 +17,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.commands import command_parser, mistakes_in_one_line, path_argument
+from tenslora.harness.stop import NOTICES
 from tests.commands import interrupt_import
 from tests.conftest import ROOT
 
@@ -226,18 +228,32 @@ def test_a_signal_while_a_command_imports_its_libraries_is_one_line(
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 @pytest.mark.parametrize("caught", [False, True])
-def test_sigterm_is_one_line_and_its_handler_is_put_back(caught: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_sigterm_or_a_schedulers_notice_is_one_line_and_its_handler_is_put_back(
+    caught: bool, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as ended, mistakes_in_one_line():
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         except KeyboardInterrupt:
             if not caught:
                 raise
         raise ImportError("of a library that has caught KeyboardInterrupt")
     assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_notice_that_the_program_handles_itself_is_left_to_it() -> None:
+    taken: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: taken.append(number))
+    try:
+        with mistakes_in_one_line():
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert taken == [signal.SIGUSR1]
 
 
 def test_once_a_command_ends_further_signals_change_nothing(
@@ -245,7 +261,7 @@ def test_once_a_command_ends_further_signals_change_nothing(
 ) -> None:
     at_exit: list[Callable[[], None]] = []
     monkeypatch.setattr(atexit, "register", at_exit.append)
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, *NOTICES)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell starts its background jobs without
     try:
         with pytest.raises(SystemExit) as ended, mistakes_in_one_line():
@@ -254,14 +270,16 @@ def test_once_a_command_ends_further_signals_change_nothing(
             finally:
                 signal.raise_signal(signal.SIGINT)
                 signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGUSR1)
                 print("tidied up")
         assert (ended.value.code, tuple(capsys.readouterr())) == (130, ("tidied up\n", "interrupted\n"))
         at_exit.pop()()
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
     finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_command_in_a_thread_needs_no_handler() -> None:
