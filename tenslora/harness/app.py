@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import groupby
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 
 OF_LOGGING = "Unable to configure "
 """How Python's errors begin where the settings of the logs cannot be used."""
+
+_NOT_THERE = r"provider=hydra\.searchpath in [\w-]+, "
+"""How Hydra's warning begins of a folder of config files that is not there."""
 
 _OPTIONS = (
     "help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion", "config-path",
@@ -129,6 +133,7 @@ def run_app(
 
         register_resolvers()
         name_files_at_fault()
+        warnings.filterwarnings("error", _NOT_THERE)  # which would blame an option of that folder
         if sweep and _given().config_name == "config":
             sys.exit("error: --config-name config: is for train.py; leave it out")
         if {"-sc", "--shell-completion"}.intersection(sys.argv):
@@ -312,7 +317,7 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     for cause in causes:
         if isinstance(cause, TensLoRAError):
             return _joined(cause)
-        if line := line_of_the_environment(cause):
+        if line := _of_searchpath(cause) or line_of_the_environment(cause):
             return line
     from tenslora.harness.launch_check import unresolved
 
@@ -395,6 +400,16 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
         said = ": ".join(filter(None, (type(error).__name__, _joined(error) if str(error) else "")))
         return f"{' '.join(of_hydra) or 'the settings of hydra'}: cannot be used by Hydra ({said})"
     return _joined(error)
+
+
+def _of_searchpath(error: BaseException) -> str | None:
+    """The line for folders of config files that Hydra cannot use; None for any other error."""
+    if re.match("hydra.searchpath must be a list|No config source registered for schema ", str(error)):
+        word = next((word for word in sys.argv[1:] if word.startswith("hydra.searchpath=")), "hydra.searchpath")
+        return f"{word}: must be a list of folders and packages, as [file://mine,pkg://my_package.conf]"
+    if missing := re.match(_NOT_THERE + "path=(.*) is not available", str(error)):
+        return f"hydra.searchpath: {missing[1]}: no such folder or package"
+    return None
 
 
 def _given() -> Any:

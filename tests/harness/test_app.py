@@ -62,6 +62,17 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
             "--trainer.epochs=1: must be written trainer.epochs=1, without hyphens (W&B's agent: ${",
         ),
         (["--config-dir=missing"], "--config-dir missing: must be one folder, which has a folder for each group in it"),
+        *[
+            (
+                [f"hydra.searchpath={path}", "experiment=mine"],
+                f"hydra.searchpath={path}: must be a list of folders and packages, as [file://mine,pkg://my_pa",
+            )
+            for path in ("mine", "[1]", "[https://mine/conf]")
+        ],
+        *[
+            ([f"hydra.searchpath=[{path}]", "experiment=mine"], "hydra.searchpath: gone: no such folder or package")
+            for path in ("gone", "file://gone", "pkg://gone")
+        ],
         (["--run", "--multirun"], "Only one of --run, --multirun"),
         (["seed=0,1"], "seed=0,1: is several values; add -m for a run of each, or use sweep.py; a list needs"),
         (["model=swin_tiny", "model.geometry={d_in:8}"], "model.geometry={d_in:8}: must be a list"),
