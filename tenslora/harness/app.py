@@ -110,6 +110,8 @@ def run_app(
         if "${" in (here := os.getcwd()):  # which Hydra would take for a reference to a setting
             sys.exit(f"error: {TensLoRAError(here)}: the path of the current folder must not contain ${{")
     sys.argv[1:] = _settings_together(sys.argv[1:])
+    for line in _given_again(sys.argv[1:]):
+        print(TensLoRAError(line), file=sys.stderr)
     if line := next(filter(None, (_of_base(word, config_name) for word in sys.argv[1:])), None):
         sys.exit(f"error: {TensLoRAError(line)}")
     full_error = os.environ.get(FULL_ERROR)
@@ -273,6 +275,24 @@ def _settings_together(words: Sequence[str]) -> list[str]:
     if sum(each for each, _ in groupby(are_settings)) < 2:
         return list(words)
     return [word for order in (False, True) for word, each in zip(words, are_settings, strict=True) if each is order]
+
+
+def _given_again(words: Sequence[str]) -> Iterator[str]:
+    """A line for each setting that stands several times in a row with other values, as bash writes seed={0..2}.
+
+    >>> list(_given_again(["seed=0", "seed=1", "optimizer.lr=0.1", "seed=1", "seed=1"]))
+    ['seed=0 seed=1: only seed=1 counts; several values are written seed=0,1, with -m or for sweep.py']
+
+    Args:
+        words: the words of a command line. A later one that a script adds behind others replaces an earlier one.
+    """
+    for name, group in groupby(words, lambda word: "".join(re.findall(r"^(?!hydra)[\w./@]+=", word))):
+        given = list(group)
+        if name and len(values := dict.fromkeys(word.removeprefix(name) for word in given)) > 1:
+            yield (
+                f"{' '.join(given)}: only {given[-1]} counts; several values are written {name}{','.join(values)}, "
+                f"with -m or for sweep.py"
+            )
 
 
 def _log_to_file(line: str, error: BaseException | None = None) -> None:

@@ -450,6 +450,18 @@ def test_a_launcher_of_a_single_run_is_told_to_have_no_effect(
     assert capsys.readouterr().err.startswith("hydra/launcher=joblib: has no effect on a single run, which starts here")
 
 
+def test_a_setting_that_is_given_several_times_in_a_row_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(monkeypatch, tmp_path / "run", "seed=0", "seed=1", "seed=x")
+    assert line.startswith("seed=x: must be a whole number")
+    assert capsys.readouterr().err == (
+        "seed=0 seed=1 seed=x: only seed=x counts; several values are written seed=0,1,x, with -m or for sweep.py\n"
+    )
+    refused(monkeypatch, tmp_path / "run", "seed=0", "optimizer.lr=-1", "seed=1", "seed=1")
+    assert not capsys.readouterr().err, "a script may add settings behind others"
+
+
 def test_a_traceback_is_printed_on_request(commands: Commands, tmp_path: Path) -> None:
     words = ["optimizer.lr=-1", f"hydra.run.dir={tmp_path}"]
     ended = commands.run(Command("train.py", words, tmp_path, environment={"HYDRA_FULL_ERROR": "1"}))
