@@ -91,6 +91,8 @@ def run_app(
             sys.exit(f"error: {TensLoRAError(word)}: must be MULTIRUN for sweep.py; train.py carries out single runs")
         if re.fullmatch(r"\+*hydra\.job\.chdir=(?!(false|null)$).*", word, re.IGNORECASE | re.DOTALL):
             sys.exit(f"error: {TensLoRAError(word)}: must be false, because paths are relative to the current folder")
+        if re.match(r"\++hydra\.searchpath=", word):  # which Hydra would not look at
+            sys.exit(f"error: {TensLoRAError(word)}: must be written without +")
         if sweep and re.match(r"\+*hydra/sweeper=(?!table$)", word):
             sys.exit(f"error: {TensLoRAError(word)}: must be table for sweep.py; train.py -m takes other sweepers")
         if sweep and re.match(r"\+*hydra\.sweep\.subdir=", word):  # the results are read from the runs' own folders

@@ -73,6 +73,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
             ([f"hydra.searchpath=[{path}]", "experiment=mine"], "hydra.searchpath: gone: no such folder or package")
             for path in ("gone", "file://gone", "pkg://gone")
         ],
+        (["++hydra.searchpath=[mine]"], "++hydra.searchpath=[mine]: must be written without +"),
         (["--run", "--multirun"], "Only one of --run, --multirun"),
         (["seed=0,1"], "seed=0,1: is several values; add -m for a run of each, or use sweep.py; a list needs"),
         (["model=swin_tiny", "model.geometry={d_in:8}"], "model.geometry={d_in:8}: must be a list"),
@@ -448,6 +449,14 @@ def test_a_launcher_of_a_single_run_is_told_to_have_no_effect(
 ) -> None:
     refused(monkeypatch, tmp_path / "run", "hydra/launcher=joblib", "optimizer.lr=-1")
     assert capsys.readouterr().err.startswith("hydra/launcher=joblib: has no effect on a single run, which starts here")
+
+
+def test_options_in_a_folder_of_the_search_path_are_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "preset").mkdir()
+    (tmp_path / "preset" / "own.yaml").write_text("# @package _global_\nseed: 1\n")
+    words = [f"hydra.searchpath=[file://{tmp_path}]", "preset=own"]
+    line = refused(monkeypatch, tmp_path / "run", *words, "optimizer.lrr=1")
+    assert line == "optimizer.lrr: there is no such setting; did you mean optimizer.lr?"
 
 
 def test_a_setting_that_is_given_several_times_in_a_row_is_told(

@@ -59,8 +59,10 @@ def misspelt(words: Sequence[str], conf: Path, config_name: str, own: str | None
         The line for the user; None if every word names something that exists, or if the words cannot be parsed.
     """
     try:
-        with reading(conf, own) as loader:
+        with reading(conf, own) as of_files:
+            loader: Any = of_files
             overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(words))
+            loader._process_config_searchpath(config_name, overrides, loader.repository)
             groups = [override for override in overrides if options_of(loader, override.key_or_group)]
             choices = []
             for override in groups:
