@@ -146,6 +146,8 @@ def upload_table(config: LoggerConfig, folder: Path, table: Table, files: list[P
 
 def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config: dict[str, Any]) -> wandb.Run:
     mode = logger.mode
+    if "HOME" not in os.environ:  # W&B's other process knows of no home then, and prints its log
+        os.environ.setdefault("WANDB_CACHE_DIR", str(wandb.env.get_cache_dir()))
     try:
         has_key = _has_key(wandb.setup().settings.base_url)
         if mode == "auto":

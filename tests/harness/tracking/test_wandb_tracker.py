@@ -6,6 +6,8 @@ import errno
 import json
 import logging
 import math
+import os
+import pwd
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -259,6 +261,18 @@ def test_what_wandb_disabled_has_left_is_heeded(monkeypatch: pytest.MonkeyPatch,
     run = replace(configured(), logger=replace(OFFLINE, mode="auto"))
     start_tracker(run, tmp_path, FACTS).abandon()
     assert not list(tmp_path.glob("wandb/*run-*"))
+
+
+def test_without_a_home_in_the_environment_wandbs_folder_is_the_one_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # to be put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(wandb.setup().settings, "mode", "disabled")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    start_tracker(replace(configured(), logger=replace(OFFLINE, mode="auto")), tmp_path, FACTS).abandon()
+    assert os.environ["WANDB_CACHE_DIR"] == f"{pwd.getpwuid(os.getuid()).pw_dir}/.cache/wandb"
 
 
 def test_a_variable_that_wandb_does_not_take_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
