@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from types import MethodType
-from typing import Any, ClassVar, NoReturn
+from types import MethodType, new_class
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -256,6 +256,7 @@ def take_off(linear: AdaptedLinear) -> None:
         attributes["forward"] = update.own_forward
 
 
+_T = TypeVar("_T")
 _CLASSES: dict[type[nn.Module], type[AdaptedLinear]] = {}  # those made so far, by the layers' own
 
 
@@ -274,11 +275,29 @@ def adapted_class(plain: type[nn.Module]) -> type[AdaptedLinear]:
             if getattr(plain, name, None) is not getattr(nn.Linear, name, None):
                 raise TensLoRAError(f"{plain.__name__} has a {name} of its own, {effect}")
         try:
-            made = type(f"Adapted{plain.__name__}", (AdaptedLinear, plain), {"plain_class": plain})
+            made = _derived(plain, (AdaptedLinear, plain))
+            if not _can_become(plain, made):
+                # Python compares the first classes of both, and a mixin that derives from ABC is none of torch's.
+                base, generic = cast(Any, plain.__base__), cast(Any, Generic)
+                base = generic[_T] if base is generic else base
+                made = _derived(plain, (new_class("_First", (base,)), AdaptedLinear, plain))
+                object.__new__(plain).__class__ = made
         except Exception as error:
             raise TensLoRAError(f"no class can derive from {plain.__name__} ({first_line(error)})") from error
         _CLASSES.setdefault(plain, made)
     return _CLASSES[plain]
+
+
+def _derived(plain: type[nn.Module], bases: tuple[type[Any], ...]) -> type[AdaptedLinear]:
+    return type(f"Adapted{plain.__name__}", bases, {"plain_class": plain})
+
+
+def _can_become(plain: type[nn.Module], made: type[nn.Module]) -> bool:
+    try:
+        object.__new__(plain).__class__ = made
+    except TypeError:
+        return False
+    return True
 
 
 _COPYING = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__", "__setstate__")

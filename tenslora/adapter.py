@@ -73,6 +73,15 @@ class _AnyAdapter(nn.Module):
         for stage in self.stages:
             stage._require_as_declared(self.config)
 
+    def names(self) -> list[str]:
+        """The names that the tensors of the adapter have in its file."""
+        return [
+            f"{place}.{name}"
+            for place, tensor in self.named_modules()
+            if isinstance(tensor, FactorizedTensor)
+            for name in (*tensor.names, *tensor.factorization.noise(tensor.modes))
+        ]
+
     def save(self, path: Path | str, beside: Sequence[str] = (), beside_sha256: str | None = None) -> Path:
         """Write the adapter to one safetensors file, atomically.
 
@@ -93,6 +102,10 @@ class _AnyAdapter(nn.Module):
                 because they were changed by hand.
         """
         path = require_path("path", path)
+        if path.is_dir():  # as where sentence-transformers saves each part of a model into a folder of its own
+            raise TensLoRAError(
+                f"{path}: cannot be written, because it is a folder; save_pretrained(model, folder) saves into one"
+            )
         self.require_as_declared()
         of_stages = [
             {
@@ -106,7 +119,8 @@ class _AnyAdapter(nn.Module):
         header |= of_stages[0] if isinstance(self, Adapter) else {"stages": of_stages}
         header |= {"beside": list(beside)} if beside else {}
         header |= {"beside_sha256": beside_sha256} if beside_sha256 else {}
-        tensors = dict(self.state_dict())
+        own = set(self.names())  # and no buffer that a profiler has put there
+        tensors = {name: tensor for name, tensor in self.state_dict().items() if name in own}
         return write_safetensors(path, tensors, header, finite=tensors)
 
 

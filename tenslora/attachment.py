@@ -83,6 +83,8 @@ def attach(
             Likewise if an existing adapter is on another model, or if it or the model is on the device meta.
     """
     require_type("model", model, nn.Module)
+    if not issubclass(type(model), nn.Module):  # which says that its class is the model's
+        raise TensLoRAError(f"model: is a {type(model).__name__}, which stands for a model; give the model itself")
     require_type("adapter", adapter, AdapterConfig, Adapter, StagedAdapter)
     from tenslora.tensor_update import TensorUpdate  # which imports this module
 

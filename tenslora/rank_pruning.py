@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, cast
 
 import numpy as np
@@ -65,8 +66,17 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
             )
     for parameter in adapter.parameters():
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-        kept = {name: type(value) for name, value in state.items() if isinstance(value, Tensor) and value.ndim}
+        kept = {
+            name: type(value)
+            for name, value in state.items()
+            if (value.ndim if isinstance(value, Tensor) else value is not None and not isinstance(value, Real))
+        }
         packed = {kind for kind in kept.values() if kind is not Tensor}
+        if not packed and set(kept) == _MOMENTS and any(state[name].shape != parameter.shape for name in kept):
+            raise TensLoRAError(
+                f"optimizer={type(optimizer).__name__}: keeps moments of other shapes than the parameters have; must "
+                f"keep those of AdamW to be taken along"
+            )
         if packed or (kept and set(kept) != _MOMENTS):
             form = f" as {' and '.join(sorted(kind.__name__ for kind in packed))}" if packed else ""
             raise TensLoRAError(

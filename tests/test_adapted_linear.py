@@ -6,9 +6,10 @@ import copy
 import itertools
 import pickle
 import weakref
+from abc import ABC
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import accelerate
 import pytest
@@ -770,3 +771,39 @@ def test_an_empty_batch_gives_zero_gradients(fused: bool) -> None:
     adapter = attached(model, "qkv_depth")
     model(torch.zeros(0, 5, 24, dtype=torch.float64)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in adapter.parameters())
+
+
+class _Mixin(ABC):  # noqa: B024
+    """A mixin of a user's own, as optimum-quanto's layers have one."""
+
+
+class _Mixed(_Mixin, nn.Linear):
+    pass
+
+
+class _OfKind(Generic[TypeVar("Kind")], nn.Linear):  # type: ignore[misc]
+    pass
+
+
+class _Derived(_Mixed):
+    pass
+
+
+@pytest.mark.parametrize("kind", [_Mixed, _OfKind, _Derived])
+def test_a_layer_with_a_mixin_of_an_abstract_class_is_adapted(kind: Any) -> None:
+    model, before = PlainTransformer().double(), PlainTransformer().double()
+    before.load_state_dict(model.state_dict())
+    blocks: Any = model.blocks
+    for block in blocks:
+        for name in ("query", "key", "value"):
+            plain: Any = block.attention.get_submodule(name)
+            mixed = kind(plain.in_features, plain.out_features, dtype=torch.float64)
+            mixed.load_state_dict(plain.state_dict())
+            block.attention.set_submodule(name, mixed)
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    twins = [attached(each, "qkv_depth") for each in (model, before)]
+    twins[1].load_state_dict(twins[0].state_dict())
+    assert torch.equal(model(x), before(x))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    detach(model)
+    assert type(blocks[0].attention.query) is kind

@@ -174,6 +174,16 @@ def test_a_factor_that_is_not_trained_may_be_a_buffer(tmp_path: Path) -> None:
     assert all(map(torch.equal, loaded.dense(3), adapter.dense(3)))
 
 
+def test_a_buffer_that_a_profiler_has_put_there_is_not_saved(tmp_path: Path) -> None:
+    adapter = build_random("qkv_depth")
+    for module in adapter.modules():
+        module.register_buffer("total_ops", torch.zeros(1))
+    (loaded,) = load_adapter(adapter.save(tmp_path / "a.safetensors")).stages
+    assert all(map(torch.equal, loaded.dense(3), adapter.dense(3)))
+    with pytest.raises(TensLoRAError, match=r": cannot be written, because it is a folder; save_pretrained"):
+        adapter.save(tmp_path)
+
+
 def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(TensLoRAError, match="not a TensLoRA adapter"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -1279,3 +1280,10 @@ def test_a_model_takes_a_memory_format_of_images(mode: str) -> None:
     expected = logits(model, inputs("timm_vit"))
     model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(logits(model, inputs("timm_vit")), expected)
+
+
+def test_what_only_stands_for_a_model_is_refused() -> None:
+    model = PlainTransformer()
+    with pytest.raises(TensLoRAError, match=r"^model: is a \w+, which stands for a model; give the model itself$"):
+        attach(cast(nn.Module, weakref.proxy(model)), AdapterConfig())
+    assert not hasattr(model, "tenslora")

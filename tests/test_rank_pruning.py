@@ -290,6 +290,25 @@ def test_moments_of_8_bits_are_refused() -> None:
     assert adapter.ranks == ranks
 
 
+@pytest.mark.parametrize(
+    ("kept", "line"),
+    [
+        ({"exp_avg": torch.zeros(2, 2), "exp_avg_sq": torch.zeros(2, 2)}, "keeps moments of other shapes than"),
+        ({"projector": object()}, "keeps exp_avg, exp_avg_sq, projector as "),
+        ({"Q": [torch.eye(2)]}, "keeps Q, exp_avg, exp_avg_sq as "),
+    ],
+)
+def test_moments_in_a_space_of_their_own_are_refused(kept: dict[str, Any], line: str) -> None:
+    adapter = build("qkv_depth", "tucker")  # as GaLore, Conda and SOAP keep them
+    training, ranks = torch.optim.AdamW(adapter.parameters()), adapter.ranks
+    for parameter in adapter.parameters():
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        training.state[parameter] = moments | kept
+    with pytest.raises(TensLoRAError, match=rf"^optimizer=AdamW: {line}"):
+        prune(adapter, 60, training)
+    assert adapter.ranks == ranks
+
+
 def test_an_optimizer_without_moments_has_none_to_take_along() -> None:
     adapter = build("qkv_depth", "tucker")
     training = torch.optim.SGD(adapter.parameters(), lr=0.01)

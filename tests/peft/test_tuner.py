@@ -982,6 +982,16 @@ def test_the_first_of_several_processes_loads_no_adapter_without_tensors() -> No
         set_peft_model_state_dict(get_peft_model(build("hf_bert"), TensLoraConfig()), {})
 
 
+def test_a_buffer_that_a_profiler_has_put_there_is_not_saved(tmp_path: Path) -> None:
+    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
+    for module in model.modules():
+        module.register_buffer("total_ops", torch.zeros(1))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path)).eval()
+    batch = inputs("hf_bert")
+    assert torch.equal(logits(loaded, batch), logits(model.eval(), batch))
+
+
 def test_nothing_is_saved_beside_an_adapter_whose_settings_were_deleted(tmp_path: Path) -> None:
     model: Any = get_peft_model(build("hf_bert"), TensLoraConfig())
     model.add_adapter("other", TensLoraConfig(seed=1))
