@@ -42,7 +42,7 @@ def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
 
     Raises:
         TensLoRAError: if the file cannot be read or is empty, or for a line that is not a path and a label, whose
-            image does not exist, or that contradicts an earlier one.
+            image does not exist, whose label is too long for a number, or that contradicts an earlier one.
     """
     try:
         require_file(file)
@@ -59,6 +59,14 @@ def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
             continue
         if len(words) < 2:
             raise TensLoRAError(f"{setting}: line {number} of {file} must be 'path label', but is {line.strip()!r}")
+        if words[1].isdecimal():
+            try:
+                int(words[1])
+            except ValueError as error:  # Python's int has a limit of 4,300 digits
+                raise TensLoRAError(
+                    f"{setting}: line {number} of {file}: the label {words[1][:20]}... is too long for a number "
+                    f"({len(words[1]):,} digits); must be a shorter one, or a name"
+                ) from error
         places = [root / words[0], root / "images" / words[0]]
         path = next((place for place in places if place.is_file()), None)
         if path is None:

@@ -185,16 +185,20 @@ def _place_among_processes() -> tuple[int, int]:
     """This process's number and the number of processes, as torchrun and accelerate launch tell them."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     started = "torchrun and accelerate launch set it"
-    if not (size.isdecimal() and int(size)):
+    if not (_is_count(size) and int(size)):
         raise TensLoRAError(f"WORLD_SIZE={size}: must be a number of processes; {started}")
-    if not (rank.isdecimal() and int(rank) < int(size)):
+    if not (_is_count(rank) and int(rank) < int(size)):
         raise TensLoRAError(f"RANK={rank}: must be a number below WORLD_SIZE={size}; {started}")
     if int(size) > 1 and "MASTER_ADDR" not in os.environ:
         raise TensLoRAError(f"WORLD_SIZE={size}: needs MASTER_ADDR too; {started}")
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):  # which accelerate and torch read
-        if not (value := os.environ.get(name, "0")).isdecimal():
+        if not _is_count(value := os.environ.get(name, "0")):
             raise TensLoRAError(f"{name}={value}: must be a number; {started}")
     return int(rank), int(size)
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and len(text) < 10  # Python reads no number of more than 4,300 digits
 
 
 def _device(name: str) -> torch.device:

@@ -135,6 +135,11 @@ def test_an_image_in_both_lists_is_reported(tmp_path: Path, caplog: pytest.LogCa
             "2.png a\n",
             r"dataset\.train_list=train\.txt: line 2 of .* must be 'path label', .*alone",
         ),
+        (
+            f"1.png 1\n2.png {'7' * 5001}\n",
+            "3.png 1\n",
+            r"line 2 of .*: the label 7{20}\.\.\. is too long for a number \(5,001 digits\); must be a shorter one",
+        ),
         ("1.png a\n2.png b\n", "\n\n", r"dataset\.test_list=test\.txt: .*test\.txt is empty"),
         ("1.png a\n9.png b\n", "2.png a\n", r"line 2 of .*train\.txt: neither \S*9\.png nor \S*images/9\.png exists"),
         ("1.png a\n2.png b\n", "3.png a\n2.png c\n", "same classes; b only in train.txt; c only in test.txt"),

@@ -89,6 +89,7 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
     [
         ({"test.txt": "images/test/4.jpg 4\n"}, r"line 1 of \S*test\.txt: the label must be a .* 0 to 3, but is 4"),
         ({"test.txt": "images/test/4.jpg -1\n"}, r"line 1 of \S*test\.txt: the label must be .* but is -1"),
+        ({"test.txt": f"images/test/4.jpg {'9' * 5001}\n"}, r"line 1 of \S*test\.txt: the label 9+\.\.\. is too long "),
         ({"test.txt": "images/test/4.jpg car\n"}, r"line 1 of \S*test\.txt: the label must be .* but is car"),
         ({"test.txt": "images/test/9.jpg 1\n"}, r"line 1 of \S*test\.txt: neither \S*/kitti/images/test/9\.jpg nor "),
         ({"test.txt": "images/test/4.jpg\n"}, r"line 1 of \S*test\.txt must be 'path label'"),

@@ -97,6 +97,7 @@ def test_processes_that_do_not_carry_out_the_same_run_are_refused(
         ({"RANK": "abc"}, "RANK=abc: must be a number below WORLD_SIZE=1; "),
         ({"RANK": "1"}, "RANK=1: must be a number below WORLD_SIZE=1; "),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: must be a number of processes; "),
+        ({"WORLD_SIZE": "9" * 5001}, r"WORLD_SIZE=9+\S*: must be a number of processes; "),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2: needs MASTER_ADDR too; "),
         ({"LOCAL_RANK": "abc"}, "LOCAL_RANK=abc: must be a number; "),
         ({"MASTER_PORT": ""}, "MASTER_PORT=: must be a number; "),
