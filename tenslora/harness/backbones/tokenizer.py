@@ -24,7 +24,8 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
 
     A named model with random weights has no tokenizer yet. For such a model, a byte-level BPE is trained on the given
     sentences, deterministically, so that an architecture of full size can be run without a hub. A generic model has the
-    tokenizer of its checkpoint, even if its weights are random, unless the checkpoint has none.
+    tokenizer of its checkpoint, even if its weights are random, unless the checkpoint has none. Its BPE dropout is
+    off, so that a text has the same tokens each time.
 
     Args:
         config: the model's settings.
@@ -52,6 +53,10 @@ def load_tokenizer(config: ModelConfig, sentences: Iterable[tuple[str, ...]]) ->
             f"{source_setting(config)}: its tokenizer's model_input_names={shown(names)}: must be a list of texts, "
             f"input_ids first (tokenizer_config.json)"
         )
+    model: Any = tokenizer.backend_tokenizer.model if tokenizer.is_fast else None
+    if dropout := getattr(model, "dropout", None):  # its random numbers have no seed
+        log.info("%s: its tokenizer draws tokens at random (dropout %g), which is switched off", config.name, dropout)
+        model.dropout = None
     if tokenizer.pad_token is None:  # decoders have none; what is padded is masked, so any token does
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:

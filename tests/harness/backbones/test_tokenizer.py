@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,19 @@ def test_a_tokenizer_without_a_token_to_pad_with_is_refused(tmp_path: Path) -> N
     PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
     with pytest.raises(TensLoRAError, match=r"model\.checkpoint=\S*: its tokenizer has no token to pad texts with"):
         load_tokenizer(transformers_text(pretrained=True, checkpoint=str(tmp_path)), SENTENCES)
+
+
+def test_a_text_has_the_same_tokens_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    (tmp_path / "config.json").write_text(json.dumps(TEXT["bert"]))
+    plain, text = trained_tokenizer(), " ".join(SENTENCES[0])
+    plain.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "model": {**content["model"], "dropout": 0.5}}))
+    tokenizer = load_tokenizer(transformers_text(pretrained=True, checkpoint=str(tmp_path)), SENTENCES)
+    assert {tuple(tokenizer.tokenize(text)) for _ in range(20)} == {tuple(plain.tokenize(text))}
+    assert "its tokenizer draws tokens at random (dropout 0.5), which is switched off" in caplog.text
 
 
 @pytest.mark.parametrize("names", [[], "input_ids", ["attention_mask"], ["input_ids", 1]])
