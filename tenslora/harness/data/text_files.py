@@ -486,7 +486,7 @@ def require_separator(file: Path, separator: str) -> None:
         separator: what must separate its columns, a value of `SEPARATORS`.
 
     Raises:
-        ValueError: if something else separates them.
+        ValueError: if something else separates them, or if the file holds JSON.
         OSError: if the file cannot be read.
     """
     with file.open(encoding="utf-8-sig") as lines:
@@ -496,6 +496,8 @@ def require_separator(file: Path, separator: str) -> None:
             f"its first line, {header.strip()}, is for spreadsheets alone, and the names of the columns come after it; "
             f"remove it"
         )
+    if re.match(r'\s*([{[]\s*){1,2}("|$)', header):
+        raise ValueError(f"it holds JSON, and must be called {file.stem}.jsonl or {file.stem}.json then")
     if separator not in header and (others := [other for other in _SEPARATOR_NAMES if other in header]):
         raise ValueError(
             f"its columns are separated by {_SEPARATOR_NAMES[others[0]]}; must be separated by "

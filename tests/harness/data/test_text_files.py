@@ -227,6 +227,8 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
             {"train.csv": "text;label\na, b;1\n"},
             r"its columns are separated by semicolons; must be separated by commas in a \.csv file",
         ),
+        ({"train.csv": '{"text": "a", "label": 1}\n'}, r"\(it holds JSON, and must be called train\.jsonl or train\.json"),
+        ({"train.tsv": '[\n  {"text": "a", "label": 1}\n]\n'}, r"\(it holds JSON, and must be called train\.jsonl or"),
         ({"train.tsv": "text,label\na,1\n"}, "separated by commas; must be separated by tabs in a .tsv file"),
         ({"train.csv": "sep=,\ntext,label\na,1\n"}, r"\(its first line, sep=,, is for spreadsheets alone"),
         ({"train.csv": "sep=;\ntext;label\na;1\n"}, r"\(its first line, sep=;, is for spreadsheets alone"),
