@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError, first_line
+from tenslora.files import read_json
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
 from tenslora.harness.console import at_least
@@ -540,13 +541,33 @@ def _require_all_cells(file: Path, text: str, separator: str) -> None:
 
 
 def _open_saved(setting: str, root: Path) -> Source:
-    from datasets import DatasetDict, load_from_disk
+    from datasets import DatasetDict
 
     if "::" in str(root):  # which the library takes for a folder within another one
         raise TensLoRAError(f"{setting}: must be a path without ::, which the datasets library cannot read")
     try:
-        saved = load_from_disk(str(root))
+        saved = load_saved(root)
     except Exception as error:  # OSError, and the types of the datasets library and of pyarrow
         raise TensLoRAError(f"{setting}: cannot be read ({first_line(error)})") from error
     splits = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
     return Source(setting, list(splits), splits.__getitem__)
+
+
+def load_saved(root: Path) -> Rows | DatasetDict:
+    """Load what the datasets library's save_to_disk has written.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        Exception: OSError, and the types of the datasets library and of pyarrow, if it cannot be read.
+    """
+    from datasets import load_from_disk
+
+    file = root / "dataset_dict.json"
+    if file.is_file():
+        listed = read_json(file)
+        names = listed.get("splits") if isinstance(listed, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f'{file.name} must be an object whose "splits" is a list of names')
+    return load_from_disk(str(root))

@@ -14,7 +14,7 @@ from tenslora.harness.config import TextDatasetConfig
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, shortened, warn_of_another_size
 from tenslora.harness.data.glue import FOLDERS, GLUE_TASKS, HUB, GlueTask
 from tenslora.harness.data.text_columns import class_names, values_of
-from tenslora.harness.data.text_files import load_from_hub
+from tenslora.harness.data.text_files import load_from_hub, load_saved
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -98,11 +98,11 @@ def _folder_reader(config: TextDatasetConfig, task: GlueTask, root: Path) -> Rea
     }
     if not (root / "dataset_dict.json").is_file() and not any(parquet.values()):
         return lambda split: _read_published(task, root, split)
-    from datasets import load_dataset, load_from_disk
+    from datasets import load_dataset
 
     try:
         if (root / "dataset_dict.json").is_file():
-            splits = load_from_disk(str(root))
+            splits = load_saved(root)
         else:
             files = {split: files for split, files in parquet.items() if files}
             with tempfile.TemporaryDirectory() as cache:  # the library's own may hold what an edited file held before

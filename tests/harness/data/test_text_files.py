@@ -227,7 +227,7 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
             {"train.csv": "text;label\na, b;1\n"},
             r"its columns are separated by semicolons; must be separated by commas in a \.csv file",
         ),
-        ({"train.csv": '{"text": "a", "label": 1}\n'}, r"\(it holds JSON, and must be called train\.jsonl or train\.json"),
+        ({"train.csv": '{"text": "a", "label": 1}\n'}, r"\(it holds JSON, and must be called train\.jsonl or"),
         ({"train.tsv": '[\n  {"text": "a", "label": 1}\n]\n'}, r"\(it holds JSON, and must be called train\.jsonl or"),
         ({"train.tsv": "text,label\na,1\n"}, "separated by commas; must be separated by tabs in a .tsv file"),
         ({"train.csv": "sep=,\ntext,label\na,1\n"}, r"\(its first line, sep=,, is for spreadsheets alone"),
@@ -295,6 +295,12 @@ def test_a_missing_root_is_refused(tmp_path: Path) -> None:
 def test_a_name_that_is_a_chain_for_fsspec_is_read(suffix: str, tmp_path: Path) -> None:
     rows = write(tmp_path / "zip::own", {f"train::1{suffix}": table()})
     assert load(rows / f"train::1{suffix}") == load(write(tmp_path / "plain", {f"train{suffix}": table()}))
+
+
+@pytest.mark.parametrize("content", ["null", '["train"]', '{"splits": 1}', '{"splits": [["train"]]}'])
+def test_a_list_of_splits_in_another_form_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text(content)
+    refused(tmp_path, r"cannot be read \(dataset_dict\.json must be an object whose \"splits\" is a list of names\)$")
 
 
 def test_a_damaged_saved_folder_is_refused(tmp_path: Path) -> None:
