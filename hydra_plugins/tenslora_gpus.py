@@ -14,6 +14,7 @@ import re
 import signal
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
@@ -122,9 +123,9 @@ def visible_gpus(chosen: Sequence[str] | None) -> list[str]:
 
     allowed = os.environ.get(VISIBLE)
     if chosen is None and allowed is not None:
-        # As for CUDA itself, what follows a negative number is not visible.
-        chosen = allowed.split(",-")[0].split(",") if allowed.strip() and not allowed.startswith("-") else []
-        chosen = [name.strip() for name in chosen]
+        # As for CUDA itself, what is no GPU's name, such as -1 or Slurm's NoDevFiles, hides itself and what follows.
+        names = (name.strip() for name in allowed.split(","))
+        chosen = list(takewhile(re.compile(r"\d|GPU-|MIG-").match, names))
     count = torch.cuda.device_count()
     if chosen is None:
         chosen = list(map(str, range(count)))

@@ -142,6 +142,7 @@ def test_wrong_settings_are_refused_before_anything_runs(gpus: Any, message: str
         (2, "4, 7", None, ["4", "7"]),
         (1, "GPU-8932f937", None, ["GPU-8932f937"]),
         (1, "2,-1,3", None, ["2"]),
+        (1, "2,none,3", None, ["2"]),
         (4, None, ["3", "1"], ["3", "1"]),
         (1, "0", ["5"], ["5"]),  # the list replaces the variable
         (0, None, ["0", "1"], ["0", "1"]),  # torch may see none where the jobs do
@@ -161,6 +162,7 @@ def test_the_gpus_are_those_named_or_those_this_process_may_use(
         (0, None, None, r"no GPU found; name them as hydra\.launcher\.gpus=\[0,1\], or choose"),
         (0, "", None, "no GPU found"),
         (0, "-1", None, "no GPU found"),
+        (0, "NoDevFiles", None, "no GPU found"),  # Slurm's word where a job has none
         (2, None, ["1", "2"], "GPU 2 does not exist; there are 2, from 0"),
     ],
 )
