@@ -123,6 +123,22 @@ def identity(run: RunConfig) -> dict[str, Any]:
     return normalized
 
 
+def with_defaults(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity with the defaults that it leaves out, to be compared with another one setting by setting.
+
+    Args:
+        identity: the result of `identity`.
+    """
+    whole = dict(identity)
+    for group, defaults in _LATER_DEFAULTS.items():
+        # Without a factorization the adapter is LoRA, to which adapter.scaling means nothing.
+        if group in identity and (group != "adapter" or "factorization" in identity):
+            whole[group] = {**defaults, **identity[group]}
+    if "adapter" in identity:
+        whole.setdefault("rank_schedule", {"name": "fixed"})
+    return whole
+
+
 def digest(run: RunConfig) -> str:
     """Twelve hexadecimal digits that are equal for equal identities.
 

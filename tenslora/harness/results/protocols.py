@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from tenslora.errors import TensLoRAError
+from tenslora.harness.config.identity import with_defaults
 from tenslora.harness.results.csv import read_runs
 from tenslora.harness.results.paper import PROTOCOL, stand_in
-from tenslora.harness.results.settings import settings_of
+from tenslora.harness.results.settings import differing, settings_of
 from tenslora.harness.results.table import Column, Run, Table
 
 
@@ -39,9 +40,11 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
     runs: list[Run] = []
     metrics: dict[Column, str] = {}
     score = ""
+    differences: list[str] = []
     for protocol, folders in protocols.items():
         of_protocol: dict[object, Run] = {}
         settings_of_row: dict[object, object] = {}
+        of_tables: dict[Column, dict[Path, list[Run]]] = {}
         for folder in folders:
             for run in read_runs(folder):
                 if run.row.value_of(PROTOCOL) is not None:
@@ -70,6 +73,7 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
                     )
                 if run.record is None:
                     continue
+                of_tables.setdefault(run.column, {}).setdefault(folder, []).append(run)
                 own = {**run.record["identity"], "seed": None}
                 if settings_of_row.setdefault((run.row, run.column), own) != own:
                     raise TensLoRAError(
@@ -82,6 +86,7 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
                         f"{protocol}={folder}: must be scored by {metrics[run.column]} on {run.column.label}, as the "
                         f"tables before it, and not by {name_of_score}"
                     )
+        differences += [_difference(protocol, column, tables) for column, tables in of_tables.items()]
         assignment = f"{PROTOCOL}={protocol}"
         runs += [
             replace(run, row=replace(run.row, variant=(*run.row.variant, assignment))) for run in of_protocol.values()
@@ -89,6 +94,17 @@ def side_by_side(protocols: Mapping[str, Sequence[Path]], name: str, command: st
     words = [f"{protocol}: {', '.join(map(str, folders))}" for protocol, folders in protocols.items()]
     title = "LoRA and tensor constructions by protocol"
     table = Table(name, title, tuple(runs), score, by=PROTOCOL, command=command)
-    notes = (*filter(None, [stand_in(table)]), f"The protocols and their tables: {'; '.join(words)}.")
+    of_tables_note = f"The protocols and their tables: {'; '.join(words)}."
+    notes = tuple(filter(None, [stand_in(table), of_tables_note, *differences]))
     settings = settings_of(run.record["config"] for run in runs if run.record and "config" in run.record)
     return replace(table, notes=notes, settings=settings)
+
+
+def _difference(protocol: str, column: Column, tables: Mapping[Path, Sequence[Run]]) -> str:
+    """A note on the settings in which the tables of one protocol differ and their rows do not say so; empty if none."""
+    runs = [run for of_table in tables.values() for run in of_table]
+    said = {word.partition("=")[0].lstrip("+") for run in runs for word in (*run.row.variant, run.tuned) if word}
+    identities = [[with_defaults(run.record["identity"]) for run in each if run.record] for each in tables.values()]
+    found = differing(identities)
+    words = [f"{key}={values}" for key, values in found.items() if not {key, key.partition(".")[0]} & said]
+    return f"Under the protocol {protocol}, the tables of {column.label} differ in {', '.join(words)}." if words else ""

@@ -60,6 +60,33 @@ def settings_of(runs: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...
     return (*shared, *([("varies", ", ".join(varies))] if varies else []))
 
 
+def differing(tables: Iterable[Iterable[Mapping[str, Any]]]) -> dict[str, str]:
+    """The settings in which tables of one dataset differ, with their values; not those that every table shows.
+
+    >>> lora, att = ({"seed": size, "dataset": {"name": "dtd", "train_size": size}} for size in (64, 200))
+    >>> differing([[lora], [att]])
+    {'dataset.train_size': '64 or 200'}
+
+    Args:
+        tables: the settings of each run of each table, nested as `identity` returns them. A table counts for the
+            settings that its runs have.
+    """
+    values: dict[str, dict[tuple[str, ...], None]] = {}
+    for runs in tables:
+        of_table: dict[str, set[str]] = {}
+        for key, value in (pair for run in runs for pair in _flat(run)):
+            of_table.setdefault(key, set()).add(value)
+        for key, distinct in of_table.items():
+            values.setdefault(key, {})[tuple(sorted(distinct))] = None
+    # How often a run is scored does not change its last score.
+    left_out = ("tensor_mode.name", "rank_strategy.name", "seed", "trainer.score_every")
+    return {
+        key: " or ".join(dict.fromkeys(value for distinct in sets for value in distinct))
+        for key, sets in values.items()
+        if len(sets) > 1 and key not in left_out
+    }
+
+
 def _flat(value: Any, key: str = "") -> Iterable[tuple[str, str]]:
     if isinstance(value, Mapping) and value:
         for name, item in value.items():

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from tenslora.harness.config import REFERENCES, LoggerConfig, TuneConfig, validate
+from tenslora.harness.config.identity import identity, with_defaults
 from tests.running import CONF, composed, configured
 
 EARLIER_OUTPUTS = Path(__file__).parents[1] / "earlier_outputs"
@@ -181,3 +182,14 @@ def test_hydra_writes_where_the_folder_says() -> None:
 def test_hydra_gets_a_folder_for_a_job_of_a_multirun_that_is_not_valid() -> None:
     config = composed("optimizer.lr=-1", with_hydra=True)
     assert config.hydra.sweep.subdir == "invalid"
+
+
+def test_identities_are_compared_with_the_defaults_that_they_leave_out() -> None:
+    lora, att = (
+        with_defaults(identity(configured(f"tensor_mode={mode}", "rank_strategy=isorank"))) for mode in ("lora", "att")
+    )
+    assert "scaling" not in lora["adapter"]
+    assert att["adapter"]["scaling"] == "direct"
+    assert (lora["rank_schedule"], att["rank_schedule"]) == ({"name": "fixed"},) * 2
+    assert (lora["dataset"], lora["model"], lora["trainer"]) == (att["dataset"], att["model"], att["trainer"])
+    assert lora["model"]["quantization"] is lora["dataset"]["validation"] is None

@@ -36,9 +36,9 @@ _REAL = json.loads(next((ROOT / "tests/harness/earlier_outputs/digits").rglob("q
 
 
 def identity_of(run: Run, made: str) -> dict[str, Any]:
-    """Settings of a run of one epoch, with a word that tells it from others."""
+    """Settings of a run, with a word that tells it from others."""
     groups = {"model": run.column.model, "dataset": run.column.dataset, "tensor_mode": run.row.tensor_mode}
-    trainer = {"epochs": 1, "max_steps": None}
+    trainer = {"epochs": len(run.record["metrics"]["history"]) if run.record else 1, "max_steps": None}
     return {
         **{group: {"name": name} for group, name in groups.items()},
         "seed": run.seed,
@@ -240,6 +240,20 @@ def test_a_cell_has_runs_of_one_setting_and_a_column_one_metric(tmp_path: Path) 
     three = written(tmp_path, "three", [replace(run, column=DTD) for run in by_pearson])
     with pytest.raises(TensLoRAError, match=r"^b=.*three: must be scored by accuracy on dtd with vit_base, as the tab"):
         side_by_side({"a": [one], "b": [three]}, "joint")
+
+
+def test_settings_in_which_the_tables_of_a_protocol_differ_are_said(tmp_path: Path) -> None:
+    lora = written(tmp_path, "lora", [make_run("lora", epochs=[0.5]), make_run("lora", epochs=[0.5], column=COLA)])
+    att = written(tmp_path, "att", [make_run("att", "isorank", epochs=[0.4, 0.5])])
+    rows = [make_run("att", "isorank", epochs=[0.4, 0.5], variant=(f"{key}=2",)) for key in ("trainer.epochs", "m")]
+    own = written(tmp_path, "own", rows)
+
+    def notes(**protocols: list[Path]) -> list[str]:
+        return [note for note in side_by_side(protocols, "joint").notes if "differ" in note]
+
+    (note,) = notes(a=[lora, att])
+    assert note.startswith("Under the protocol a, the tables of dtd with vit_base differ in trainer.epochs=1 or 2, m=")
+    assert notes(a=[lora], b=[att]) == notes(a=[lora, own]) == []
 
 
 def test_the_best_scores_are_compared_where_the_tables_show_them(tmp_path: Path) -> None:
