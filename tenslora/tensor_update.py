@@ -29,7 +29,7 @@ from tenslora.attachment import (
     uncompiled,
 )
 from tenslora.constructions import SCALINGS, weight_modes
-from tenslora.errors import TensLoRAError, require_numbers, require_one_of, require_path, require_type
+from tenslora.errors import TensLoRAError, first_line, require_numbers, require_one_of, require_path, require_type
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.forms import from_json
@@ -265,6 +265,9 @@ def detach_tensors(model: nn.Module) -> dict[str, TensorUpdate]:
 def save_tensors(model: nn.Module, path: Path | str) -> Path:
     """Write the updates of a model's weights to one safetensors file, atomically. The weights are not in it.
 
+    Nor is anything else that training has changed, such as a head or the running statistics of batch norms, which move
+    in training mode also where all parameters are frozen: keep the norms in evaluation mode, or save them yourself.
+
     Args:
         model: with updates on its weights. Of a model that is compiled or wrapped in DistributedDataParallel, the
             weights' names are those without the wrapper.
@@ -410,12 +413,25 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
 
 def _register(module: nn.Module, name: str, update: TensorUpdate) -> TensorUpdate:
     weight = _weight(module, name)
+    kind, parameters, parts = type(module), dict(module._parameters), dict(module._modules)
     _leave_class_of_copies(module)
-    parametrize.register_parametrization(module, name, update.to(weight.device))
-    parametrizations = _parametrizations(module, name)
-    parametrizations.register_load_state_dict_pre_hook(_hold_what_is_loaded)  # type: ignore[no-untyped-call]
-    parametrizations.register_load_state_dict_post_hook(_hold_what_was_loaded)  # type: ignore[no-untyped-call]
+    try:
+        parametrize.register_parametrization(module, name, update.to(weight.device))
+        parametrizations = _parametrizations(module, name)
+        parametrizations.register_load_state_dict_pre_hook(_hold_what_is_loaded)  # type: ignore[no-untyped-call]
+        parametrizations.register_load_state_dict_post_hook(_hold_what_was_loaded)  # type: ignore[no-untyped-call]
+    except BaseException as error:  # of a class that refuses attributes or cannot be derived from; Ctrl-C, too
+        module.__class__ = kind
+        for own, before in ((module._parameters, parameters), (module._modules, parts)):
+            own.clear()
+            own.update(before)  # type: ignore[arg-type]
+        if (others := parts.get("parametrizations")) is not None:  # those of other weights
+            others._modules.pop(name, None)
+        if not isinstance(error, Exception):
+            raise
+        raise TensLoRAError(f"{name}: {kind.__name__} takes no parametrization ({first_line(error)})") from error
     weight.requires_grad_(False)
+    weight.grad = None  # an optimizer of all parameters would move it by an old gradient
     return update
 
 

@@ -735,3 +735,56 @@ def test_a_weight_of_another_class_is_called_by_its_name() -> None:
     conv.weight = _Manifold(conv.weight.detach())
     with pytest.raises(TensLoRAError, match=r"^weight: is a _Manifold in Conv2d, and an update cannot be added to it$"):
         adapt_tensor(conv, "weight", ranks=2)
+
+
+class _Closed(nn.Linear):
+    """A layer that takes no further parts."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            raise TypeError("a leaf has no children")
+        super().__setattr__(name, value)
+
+
+class _Last(nn.Linear):
+    """A class of which no other derives."""
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("no class derives from this one")
+
+
+@pytest.mark.parametrize("kind", [_Closed, _Last])
+def test_a_layer_that_takes_no_parametrization_is_as_it_was(kind: type[nn.Linear]) -> None:
+    layer = kind(4, 3)
+    weight = layer.weight
+    with pytest.raises(TensLoRAError, match=rf"^weight: {kind.__name__} takes no parametrization \(.+\)$"):
+        adapt_tensor(layer, "weight", ranks=2)
+    assert type(layer) is kind
+    assert layer.weight is weight
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+    assert not layer._modules
+    assert layer(torch.ones(1, 4)).shape == (1, 3)
+
+
+def test_a_second_update_that_fails_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = nn.LSTMCell(4, 4)
+    adapt_tensor(cell, "weight_ih", ranks=2)
+    before, weight = dict(cell.named_parameters()), cell.weight_hh
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parametrize.ParametrizationList, "__init__", _interrupted)
+        adapt_tensor(cell, "weight_hh", ranks=2)
+    assert dict(cell.named_parameters()) == before
+    assert cell.weight_hh is weight
+    assert cell(torch.ones(1, 4))[0].shape == (1, 4)
+    adapt_tensor(cell, "weight_hh", ranks=2)
+
+
+def _interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_old_gradient_does_not_move_a_weight_that_has_an_update() -> None:
+    layer = nn.Linear(4, 3)
+    layer(torch.ones(1, 4)).sum().backward()
+    adapt_tensor(layer, "weight", ranks=2)
+    assert cast(Any, layer).parametrizations["weight"].original.grad is None
