@@ -545,6 +545,9 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         if given.modules_to_save is None and given.task_type in _HEAD_NAMED_LATER:
             given.modules_to_save = []
         config = copy.copy(given)  # the user may have use for it again
+        config.__post_init__()  # what was set after the constructor has its form only now
+        if isinstance(given.modules_to_save, list):  # to which PEFT adds the head's name later
+            config.modules_to_save = given.modules_to_save
         with _linears_in_place(self.model):
             stages = chosen_stages(self.model, config)
         adapted = [target.path for stage in stages for target in stage.targets]
@@ -569,12 +572,15 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             device = torch.device("meta") if on_meta else device_of(targets[0].linear)
             # Types of 8 bits and fewer only store a weight: torch does not compute in them.
             of_stage.to(device, weight.dtype if weight.is_floating_point() and weight.dtype.itemsize > 1 else None)
-        if any(isinstance(part, TensorUpdate) and next(part.parameters()).requires_grad for part in model.modules()):
-            warnings.warn(
-                f"{type(model).__name__}: has updates of adapt_tensor, which PEFT freezes and does not save with its "
-                f"adapter; train them on with requires_grad_(True), and keep them with save_tensors",
-                stacklevel=2,
-            )
+        kinds = {
+            TensorUpdate: "updates of adapt_tensor, which PEFT freezes and does not save with its adapter; train them "
+            "on with requires_grad_(True), and keep them with save_tensors",
+            Adapter: "an adapter of attach, which PEFT freezes and does not save with its own; train it on with "
+            "requires_grad_(True), and keep it with save_pretrained",
+        }
+        for kind, what in kinds.items():
+            if any(isinstance(part, kind) and next(part.parameters()).requires_grad for part in model.modules()):
+                warnings.warn(f"{type(model).__name__}: has {what}", stacklevel=2)
         keep_gradients(model)
         forward_pass = ForwardPass(model)
         # PEFT keeps this for the parameters of an adapter that are in the model's layers.

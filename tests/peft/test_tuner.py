@@ -236,6 +236,48 @@ def test_a_head_that_peft_names_after_the_adapter_is_made_is_trained(task_type: 
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "saved"),
+    [
+        ("target_modules", ("query", "value"), ["query", "value"]),
+        ("layers_to_transform", range(1), [0]),
+        ("ranks", np.array([3, 3, 2, 2]), [3, 3, 2, 2]),
+        ("alpha", np.float32(2), 2.0),
+        ("seed", np.int64(1), 1),
+    ],
+)
+def test_a_setting_that_is_set_after_the_constructor_has_its_form(
+    name: str, value: Any, saved: Any, tmp_path: Path
+) -> None:
+    config = TensLoraConfig()
+    setattr(config, name, value)
+    get_peft_model(build("hf_bert"), config).save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())[name] == saved
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("exclude_modules", True, "exclude_modules"),
+        ("layers_to_transform", "1", "layers_to_transform"),
+        ("rank_options", np.array([1, 2]), "rank_options"),
+        ("first_step", 10**400, "first_step"),
+    ],
+)
+def test_a_wrong_setting_after_the_constructor_is_one_line(name: str, value: Any, line: str) -> None:
+    config = TensLoraConfig()
+    setattr(config, name, value)
+    with pytest.raises(TensLoRAError, match=f"^{line}"):
+        get_peft_model(build("hf_bert"), config)
+
+
+def test_an_adapter_of_attach_that_peft_freezes_is_told_of() -> None:
+    model = nn.ModuleList([build("hf_bert"), build("hf_bert")])
+    attach(model[0], AdapterConfig())
+    with pytest.warns(UserWarning, match="ModuleList: has an adapter of attach, which PEFT freezes and does not save"):
+        get_peft_model(model, TensLoraConfig(target_modules=r"1\..*\.(query|key|value)"))
+
+
 def test_another_r_beside_ranks_that_were_chosen_already_is_refused(tmp_path: Path) -> None:
     get_peft_model(build("hf_bert"), TensLoraConfig(r=2)).save_pretrained(str(tmp_path))
     config: Any = PeftConfig.from_pretrained(str(tmp_path))
