@@ -282,13 +282,15 @@ def _settings_together(words: Sequence[str]) -> list[str]:
 def _given_again(words: Sequence[str]) -> Iterator[str]:
     """A line for each setting that stands several times in a row with other values, as bash writes seed={0..2}.
 
+    A list of values, which bash does not write so, is meant to replace what is before it.
+
     >>> list(_given_again(["seed=0", "seed=1", "optimizer.lr=0.1", "seed=1", "seed=1"]))
     ['seed=0 seed=1: only seed=1 counts; several values are written seed=0,1, with -m or for sweep.py']
 
     Args:
         words: the words of a command line. A later one that a script adds behind others replaces an earlier one.
     """
-    for name, group in groupby(words, lambda word: "".join(re.findall(r"^(?!hydra)[\w./@]+=", word))):
+    for name, group in groupby(words, lambda word: "".join(re.findall(r"^(?!hydra)[\w./@]+=(?=[\w.+-]+$)", word))):
         given = list(group)
         if name and len(values := dict.fromkeys(word.removeprefix(name) for word in given)) > 1:
             yield (
