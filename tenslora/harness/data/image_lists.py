@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def read_image_list(file: Path, root: Path, setting: str) -> ImageList:
                     f"({len(words[1]):,} digits); must be a shorter one, or a name"
                 ) from error
         places = [root / words[0], root / "images" / words[0]]
-        path = next((place for place in places if place.is_file()), None)
+        path = next((place for place in places if os.path.isfile(place)), None)  # also of a name that is too long
         if path is None:
             raise TensLoRAError(f"{setting}: line {number} of {file}: neither {places[0]} nor {places[1]} exists")
         status = path.stat()

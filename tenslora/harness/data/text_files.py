@@ -570,4 +570,7 @@ def load_saved(root: Path) -> Rows | DatasetDict:
         names = listed.get("splits") if isinstance(listed, dict) else None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f'{file.name} must be an object whose "splits" is a list of names')
-    return load_from_disk(str(root))
+    loaded: Rows | DatasetDict = load_from_disk(str(root))
+    for split in loaded.values() if isinstance(loaded, dict) else [loaded]:
+        split.data.table.validate(full=True)  # a wrong offset would end the process when a cell is read
+    return loaded

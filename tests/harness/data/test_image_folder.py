@@ -141,6 +141,7 @@ def test_an_image_in_both_lists_is_reported(tmp_path: Path, caplog: pytest.LogCa
             r"line 2 of .*: the label 7{20}\.\.\. is too long for a number \(5,001 digits\); must be a shorter one",
         ),
         ("1.png a\n2.png b\n", "\n\n", r"dataset\.test_list=test\.txt: .*test\.txt is empty"),
+        (f"1.png a\n{'9.png,' * 99} b\n", "2.png a\n", r"line 2 of .*train\.txt: neither \S*9\.png,9\.png,"),
         ("1.png a\n9.png b\n", "2.png a\n", r"line 2 of .*train\.txt: neither \S*9\.png nor \S*images/9\.png exists"),
         ("1.png a\n2.png b\n", "3.png a\n2.png c\n", "same classes; b only in train.txt; c only in test.txt"),
         (

@@ -309,6 +309,14 @@ def test_a_damaged_saved_folder_is_refused(tmp_path: Path) -> None:
     for file in tmp_path.glob("root/train/*.arrow"):
         file.write_bytes(b"not arrow")
     refused(tmp_path / "root", r"dataset\.root=\S*root: cannot be read")
+    # One bit of the place where a text ends. The process would end at a read beyond the file.
+    damaged = datasets.Dataset.from_dict({"text": ["x" * 1000] * 8, "label": [0, 1] * 4})
+    damaged.save_to_disk(str(tmp_path / "bit"))
+    (file,) = tmp_path.glob("bit/*.arrow")
+    ends = b"".join(number.to_bytes(4, "little") for number in range(0, 8001, 1000))
+    place = (content := file.read_bytes()).index(ends)
+    file.write_bytes(content[: place + 11] + b"\x40" + content[place + 12 :])
+    refused(tmp_path / "bit", r"dataset\.root=\S*bit: cannot be read \(Column 0: In chunk 0: Invalid: ")
     (tmp_path / "root").rename(tmp_path / "zip::root")
     refused(tmp_path / "zip::root", "must be a path without ::, which the datasets library cannot read$")
 
