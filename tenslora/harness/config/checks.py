@@ -246,7 +246,7 @@ def in_one_line(error: ValidationError, schema: type) -> TensLoRAError:
     modality = path.pop(1) if path[:1] == ["dataset"] and path[1:2] in (["image"], ["text"]) else ""
     if kind.startswith("union_tag"):  # pydantic blames the group for the setting that says which kind it is
         path, value = [*path, "modality"], details.get("tag")
-    path = [part for part in path if not part.isdigit()]  # the place in a list
+    path = [part for part in path if not part.isdigit()] or path  # without the place in a list
     setting, cause = ".".join(path), details.get("error")
     if isinstance(cause, TensLoRAError):  # from one of the dataclasses; it begins with the name of its field
         return TensLoRAError(as_typed(".".join([*path, str(cause)])))

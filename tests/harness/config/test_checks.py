@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tenslora.errors import TensLoRAError
+from tenslora.harness.config import validate
 from tests.running import configured
 
 REFUSED = {
@@ -211,3 +212,9 @@ def test_a_setting_at_fault_is_one_line(overrides: str) -> None:
 )
 def test_a_setting_at_the_edge_of_its_range_is_taken(overrides: str) -> None:
     configured(*overrides.split())
+
+
+def test_a_setting_whose_name_is_a_number_is_no_setting() -> None:
+    settings = configured().settings()
+    with pytest.raises(TensLoRAError, match=r"^0: there is no such setting; --help lists all settings$"):
+        validate({**settings, "0": None})
