@@ -73,7 +73,7 @@ class _AnyAdapter(nn.Module):
         for stage in self.stages:
             stage._require_as_declared(self.config)
 
-    def names(self) -> list[str]:
+    def tensor_names(self) -> list[str]:
         """The names that the tensors of the adapter have in its file."""
         return [
             f"{place}.{name}"
@@ -119,7 +119,7 @@ class _AnyAdapter(nn.Module):
         header |= of_stages[0] if isinstance(self, Adapter) else {"stages": of_stages}
         header |= {"beside": list(beside)} if beside else {}
         header |= {"beside_sha256": beside_sha256} if beside_sha256 else {}
-        own = set(self.names())  # and no buffer that a profiler has put there
+        own = set(self.tensor_names())  # without the buffers that a profiler adds to every module
         tensors = {name: tensor for name, tensor in self.state_dict().items() if name in own}
         return write_safetensors(path, tensors, header, finite=tensors)
 

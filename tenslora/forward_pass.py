@@ -132,9 +132,9 @@ class ForwardPass:
         self.here.products = {}
 
     def _end(self, _model: nn.Module, _inputs: Any, output: Any) -> None:
-        is_whole = self.here.products is not None  # and no pass into whose middle a program has put the adapter
+        # A pass that was running when the adapter was put on has not begun here, and a generator computes later.
+        is_whole = self.here.products is not None and not isinstance(output, _NOT_COMPUTED_YET)
         self.here.leave()
-        is_whole = is_whole and not isinstance(output, _NOT_COMPUTED_YET)
         if torch.compiler.is_compiling():  # which warns if a hook looks at the output
             self._require_every_kind()
         elif is_whole and output is not None and not self._checked:  # None after an exception

@@ -239,7 +239,7 @@ def read_weights(path: Path, model: nn.Module, sha256: str | None = None) -> dic
         place = places[name]
         if place.is_meta:
             raise TensLoRAError(f"{path}: {name} is on the device meta in the model, where its numbers would be lost")
-        # A parameter of a user's own class is one of torch's too, and the weight of torchao is not.
+        # A quantised weight is of no subclass of torch's Parameter (torchao), or holds no floats (bitsandbytes).
         is_own_class = issubclass(type(place), nn.Parameter) and place.is_floating_point()
         if isinstance(place, nn.Parameter) and type(place) is not nn.Parameter and not is_own_class:
             raise TensLoRAError(

@@ -57,7 +57,7 @@ def updates_in(folder: Path | str, model: str | None = None, adapt: str = "qkv")
     """
     folder = require_path("folder", folder)
     require_type("model", model, str, type(None))
-    adapted_matrices(adapt)  # a name that it does not know is refused for a run, too
+    adapted_matrices(adapt)  # refuses a wrong adapt also for a run, whose adapter says itself what it adapts
     from tenslora.peft.saved_lora import CONFIG, read_config, read_updates  # PEFT takes seconds, and says what it lacks
 
     if not (folder / CONFIG).is_file():

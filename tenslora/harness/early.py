@@ -20,7 +20,7 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
         ignore_signals()
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # Python would end with the signal's own status
-    if (
+    if (  # a TensLoRAError, which is not imported yet, is a ValueError
         isinstance(error, FileNotFoundError | ImportError | ValueError | Warning)
         and os.environ.get("HYDRA_FULL_ERROR") != "1"
     ):

@@ -767,8 +767,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         adapter = next(
             (each.tenslora_adapters[adapter_name] for each in parts if adapter_name in each.tenslora_adapters), None
         )
-        if adapter is not None:  # and no buffer that a profiler has put into it
-            names = tuple(cast(Adapter | StagedAdapter, adapter).names())
+        if adapter is not None:  # without the buffers that a profiler adds to every module
+            names = tuple(cast(Adapter | StagedAdapter, adapter).tensor_names())
             own = {key: tensor for key, tensor in own.items() if f"{_ADAPTERS}." not in key or key.endswith(names)}
         count = 1 if adapter is None else len(list(adapter.parameters()))
         found = sum(f"{_ADAPTERS}." in key for key in own)

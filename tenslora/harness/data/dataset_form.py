@@ -9,7 +9,7 @@ from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
-from tenslora.errors import TensLoRAError, require_one_of
+from tenslora.errors import TensLoRAError, require_one_of, require_type
 from tenslora.forms import shown
 from tenslora.harness.commands import is_text
 from tenslora.harness.data.examples import Dataset, Examples, as_list, is_sequence, require_sequences
@@ -37,11 +37,10 @@ def checked(setting: str, dataset: Any, holds_texts: bool) -> Dataset:
         raise TensLoRAError(f"{setting}: {error}") from error
 
 
-def _checked(dataset: Any, holds_texts: bool) -> Dataset:
+def _checked(dataset: Dataset, holds_texts: bool) -> Dataset:
     from tenslora.harness.training.tasks import REGRESSION, TASKS  # torch takes a second
 
-    if not isinstance(dataset, Dataset):
-        raise TensLoRAError(f"what loads it must return a Dataset, not {_type_of(dataset)}")
+    require_type("what loads it returns", dataset, Dataset)
     require_one_of("its task", dataset.task, TASKS)
     classes = _names("the name of a class", dataset.classes)
     is_regression = dataset.task == REGRESSION.name
@@ -55,8 +54,7 @@ def _checked(dataset: Any, holds_texts: bool) -> Dataset:
         raise TensLoRAError(f"its text_columns must be {must}, and are {shown(columns)}")
     if dataset.validation is not None:
         raise TensLoRAError("its validation split must be None; dataset.validation draws one")
-    if not isinstance(dataset.more_tests, Mapping):
-        raise TensLoRAError(f"its more_tests must be a dict, not {_type_of(dataset.more_tests)}")
+    require_type("more_tests", dataset.more_tests, Mapping)
     further = _names("the name of a further test split", list(dataset.more_tests))
     more = dict(zip(further, dataset.more_tests.values(), strict=True))
     if taken := {"training", "test", "validation"} & more.keys():
@@ -76,7 +74,7 @@ def _checked(dataset: Any, holds_texts: bool) -> Dataset:
 
 def _names(what: str, given: Any) -> tuple[str, ...]:
     if isinstance(given, (str, bytes)) or not is_sequence(given):
-        raise TensLoRAError(f"{what} must be in a tuple, not in {_type_of(given)}")
+        raise TensLoRAError(f"{what} must be in a tuple, and not of type {type(given).__name__}")
     for name in given:
         if not isinstance(name, str) or not name.strip() or not is_text(name):  # no record could hold it
             raise TensLoRAError(f"{what} must be text in UTF-8, not empty, and one is {shown(name)}")
@@ -86,9 +84,8 @@ def _names(what: str, given: Any) -> tuple[str, ...]:
     return names
 
 
-def _split(where: str, examples: Any, classes: int | None, columns: Sequence[str]) -> Examples:
-    if not isinstance(examples, Examples):
-        raise TensLoRAError(f"{where} must be an object of the type Examples, not {_type_of(examples)}")
+def _split(where: str, examples: Examples, classes: int | None, columns: Sequence[str]) -> Examples:
+    require_type(where, examples, Examples)
     require_sequences(where, inputs=examples.inputs, labels=examples.labels)
     labels = _labels(where, examples.labels, classes)
     if len(examples.inputs) != len(labels):
@@ -131,7 +128,3 @@ def _check_texts(where: str, inputs: Any, count: int) -> None:
             raise TensLoRAError(f"{what} has no text")
         if not all(map(is_text, example)):
             raise TensLoRAError(f"{what} is {shown(example)}; must be text in UTF-8")
-
-
-def _type_of(value: Any) -> str:
-    return "None" if value is None else f"one of type {type(value).__name__}"

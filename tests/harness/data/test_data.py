@@ -60,7 +60,7 @@ def test_a_class_without_a_training_example_is_named(tmp_path: Path, caplog: pyt
 
 def test_what_a_source_of_ones_own_returns_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenslora.harness.data.load_images", lambda *_: None)
-    message = "^dataset=digits: what loads it must return a Dataset, not None$"
+    message = "^dataset=digits: what loads it returns: must be of type Dataset, and is None$"
     with reading_anew(), pytest.raises(TensLoRAError, match=message):
         load("digits", None)
 

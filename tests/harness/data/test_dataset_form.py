@@ -34,11 +34,14 @@ def with_text(*example: Any) -> Examples:
 @pytest.mark.parametrize(
     ("dataset", "line"),
     [
-        ((IMAGES.train, IMAGES.test, ("a", "b")), "what loads it must return a Dataset, not one of type tuple"),
+        (
+            (IMAGES.train, IMAGES.test, ("a", "b")),
+            "what loads it returns: must be of type Dataset, and is of type",
+        ),
         ({"task": "binary"}, "its task=binary: must be one of classification, regression"),
-        ({"classes": None}, "the name of a class must be in a tuple, not in None"),
-        ({"classes": "ab"}, "the name of a class must be in a tuple, not in one of type str"),
-        ({"classes": {"a": 0, "b": 1}}, "the name of a class must be in a tuple, not in one of type dict"),
+        ({"classes": None}, "the name of a class must be in a tuple, and not of type NoneType"),
+        ({"classes": "ab"}, "the name of a class must be in a tuple, and not of type str"),
+        ({"classes": {"a": 0, "b": 1}}, "the name of a class must be in a tuple, and not of type dict"),
         ({"classes": (0, 1)}, "the name of a class must be text in UTF-8, not empty, and one is 0"),
         ({"classes": tuple(PLAIN)}, 'the name of a class must be text in UTF-8, not empty, and one is "<PLAIN.a: 1>"'),
         ({"classes": ("a", "")}, 'the name of a class must be text in UTF-8, not empty, and one is ""'),
@@ -46,14 +49,14 @@ def with_text(*example: Any) -> Examples:
         ({"task": "regression"}, 'a regression must have no classes, and has ["a", "b"]'),
         ({"text_columns": ("text",)}, 'its text_columns must be empty for images, and are ["text"]'),
         ({"validation": IMAGES.test}, "its validation split must be None; dataset.validation draws one"),
-        ({"train": [("x", 0)]}, "the training split must be an object of the type Examples, not one"),
+        ({"train": [("x", 0)]}, "the training split: must be of type Examples, and is of type list"),
         (
             {"train": Examples((n for n in "xy"), [0, 1])},
             "the training split has inputs of type generator; must be a seq",
         ),
         ({"train": Examples({0: "x", 1: "y"}, [0, 1])}, "the training split has inputs of type dict; must be a seq"),
         ({"train": Examples(np.array(1), [0])}, "the training split has inputs of type ndarray; must be a sequence"),
-        ({"more_tests": [("hard", IMAGES.test)]}, "its more_tests must be a dict, not one of type list"),
+        ({"more_tests": [("hard", IMAGES.test)]}, "more_tests: must be of type Mapping, and is of type list"),
         ({"more_tests": {"": IMAGES.test}}, "the name of a further test split must be text in UTF-8, not empty, and"),
         ({"more_tests": {"test": IMAGES.test}}, "a further test split must have a name of its own, not test"),
         ({"more_tests": {"hard": Examples("x", [2])}}, "the labels must be whole numbers from 0 to 1, one for each"),
@@ -73,8 +76,8 @@ def test_the_form_of_a_dataset_of_images(dataset: Any, line: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"text_columns": None}, "the name of a column of texts must be in a tuple, not in None"),
-        ({"text_columns": "text"}, "the name of a column of texts must be in a tuple, not in one of type"),
+        ({"text_columns": None}, "the name of a column of texts must be in a tuple, and not of type NoneType"),
+        ({"text_columns": "text"}, "the name of a column of texts must be in a tuple, and not of type"),
         ({"text_columns": (0,)}, "the name of a column of texts must be text in UTF-8, not empty, and one is 0"),
         ({"text_columns": ()}, "its text_columns must be one or two names, one for each sentence of an example, and"),
         (
