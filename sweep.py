@@ -108,8 +108,9 @@ def sweep(
     if not settings.dry_run:
         check_writable(folder)
         check_places(folder)
-    if stages.jobs[0].run.overwrite and not settings.dry_run:
-        overwrite(list(known.looks), settings.collect_only)
+    anew = stages.jobs[0].run.overwrite
+    if anew:
+        overwrite(list(known.looks), collect_only=settings.collect_only, dry_run=settings.dry_run)
         known = stages.look()
 
     def collect(known: Known) -> Table:
@@ -124,6 +125,8 @@ def sweep(
     print(plan(collect(known), known.looks))
     print(cost(known.open), end="", flush=True)
     if settings.dry_run:
+        if anew and (done := sum(look.state is State.DONE for look in known.looks.values())):
+            print(f"overwrite=true: the sweep would train anew what is done, {done} of {len(known.looks)} jobs")
         return
 
     tried: set[Job] = set()

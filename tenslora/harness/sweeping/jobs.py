@@ -297,7 +297,7 @@ def _name_shown(word: str, run: RunConfig) -> tuple[str, str] | None:
     return (key, _SHOWN[key](run)) if key in _SHOWN else None
 
 
-def overwrite(jobs: Sequence[Job], collect_only: bool) -> None:
+def overwrite(jobs: Sequence[Job], *, collect_only: bool = False, dry_run: bool = False) -> None:
     """Remove what the jobs' earlier runs left, so that they are trained anew.
 
     A job that another process carries out is left alone. Everything is removed before the first job starts, so that
@@ -306,6 +306,7 @@ def overwrite(jobs: Sequence[Job], collect_only: bool) -> None:
     Args:
         jobs: the jobs.
         collect_only: whether the sweep is not to run anything.
+        dry_run: whether nothing is to be removed, because the sweep ends with its plan.
 
     Raises:
         TensLoRAError: with `collect_only` or `resume`, or if a file cannot be removed.
@@ -314,7 +315,7 @@ def overwrite(jobs: Sequence[Job], collect_only: bool) -> None:
         raise TensLoRAError("overwrite=true: must be false with resume=true, which goes on where the runs stopped")
     if collect_only:
         raise TensLoRAError("overwrite=true: must be false with collect_only=true, which runs nothing")
-    for job in jobs:
+    for job in () if dry_run else jobs:
         if job.folder.path.is_dir():
             with job.folder.claim() as ours:
                 if ours:

@@ -294,13 +294,15 @@ def test_overwritten_jobs_are_new_but_those_of_another_process_are_left_alone(tm
         complete(job)
         job.folder.checkpoint.touch()
     with claimed(running.folder):
-        overwrite([done, running, new], collect_only=False)
+        overwrite([done, running, new], dry_run=True)
+        assert done.look().state is State.DONE
+        overwrite([done, running, new])
     assert (done.look().state, running.look().state) == (State.NEW, State.DONE)
     assert not new.folder.path.exists()
     with pytest.raises(TensLoRAError, match="overwrite=true: must be false with collect_only=true"):
         overwrite([running], collect_only=True)
     with pytest.raises(TensLoRAError, match="overwrite=true: must be false with resume=true"):
-        overwrite([planned(tmp_path, "seed=1", "resume=true")], collect_only=False)
+        overwrite([planned(tmp_path, "seed=1", "resume=true")], dry_run=True)
     assert running.look().state is State.DONE
 
 
