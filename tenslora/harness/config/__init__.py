@@ -222,8 +222,11 @@ def _arranged(plain: dict[str, Any]) -> dict[str, Any]:
     if isinstance(dataset, dict) and dataset.get("name") is None and dataset.get("source") is not None:
         arranged["dataset"] = {**dataset, "name": _name_of_dataset(dataset)}
     model = plain.get("model")
+    # A path may begin with ~, as that of dataset.root.
     if isinstance(model, dict) and isinstance(checkpoint := model.get("checkpoint"), str):
-        model = arranged["model"] = {**model, "checkpoint": os.path.expanduser(checkpoint)}  # as of dataset.root
+        model = arranged["model"] = {**model, "checkpoint": os.path.expanduser(checkpoint)}
+    if isinstance(lora := plain.get("warm_start"), str):
+        arranged["warm_start"] = os.path.expanduser(lora)
     if isinstance(model, dict) and "name" in model and model["name"] is None:
         arranged["model"] = {**model, "name": _name_of_model(model.get("checkpoint"), model.get("architecture"))}
     if "tensor_mode" not in plain:

@@ -72,8 +72,9 @@ def test_another_seed_is_checked(seed: Any) -> None:
         configured().with_seed(seed)
 
 
-def test_a_checkpoint_may_lie_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_checkpoint_and_a_lora_may_lie_in_the_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my-bert").mkdir()
     model = configured("dataset=text", "dataset.root=a.csv", "model=hf_text", 'model.checkpoint="~/my-bert"').model
     assert (model.checkpoint, model.name) == (str(tmp_path / "my-bert"), "my-bert")
+    assert configured('warm_start="~/lora"').warm_start == str(tmp_path / "lora")
