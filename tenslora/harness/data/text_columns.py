@@ -253,7 +253,9 @@ def classes_of(values: Sequence[Any], column: str, task: str | None, *, are_stri
     if is_constant:
         raise TensLoRAError(f"{setting}: must hold at least two different labels, but holds only {_short(values[0])}")
     if task == "regression" and not are_numbers:
-        name = next(value for value in values if type(value) not in (int, float))
+        names = [value for value in values if type(value) not in (int, float)]
+        # Among strings of a file, that which made them all strings.
+        name = next((value for value in names if not (are_strings and _NUMBER.fullmatch(value))), names[0])
         raise TensLoRAError(f"dataset.task=regression: needs numbers, but the column {column} holds {_short(name)}")
     if task == "regression" or (task is None and are_numbers and float in kinds):
         return ()

@@ -114,7 +114,7 @@ def test_the_task_can_be_given() -> None:
     assert classes([1.0, 3.0, 1.0], "classification") == ("1", "3")
     assert classes(["1", "x"], "classification", are_strings=True) == ("1", "x")
     with pytest.raises(TensLoRAError, match=r"dataset\.task=regression: needs numbers, but the column y holds 'x'"):
-        classes(["x", "z"], "regression")
+        classes(["1", "x", "z"], "regression", are_strings=True)
     with pytest.raises(TensLoRAError, match=r"dataset\.task=classification: .* the column y holds 1\.5"):
         classes([1.5, 2.0], "classification")
 
