@@ -69,7 +69,7 @@ _ADAPTERS = f"{METHOD}_adapters"
 
 # For these tasks PEFT adds the names of the head to the user's settings after the tuner has been made, and expects to
 # find them in the tuner's.
-_HEAD_NAMED_LATER = ("TOKEN_CLS", "QUESTION_ANS")
+_HEAD_NAMED_LATER = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 # Of an adapter's settings, what may differ from those that it was made with: its ranks may have been pruned, and PEFT
 # adds the names of a head.
@@ -451,8 +451,8 @@ class _SettingsOfAll(dict[str, PeftConfig]):
         adapters: the model's TensLoRA adapters by name.
 
     Raises:
-        TensLoRAError: if the settings of one method would replace those of the other, or if a name would keep tensors
-            from being saved.
+        TensLoRAError: if the settings of one method would replace those of the other, if a name would keep tensors
+            from being saved, or if PEFT would take an adapter for one of the modules to save.
     """
 
     adapters: Mapping[str, nn.Module] = {}  # until pickle has given them back
@@ -464,6 +464,7 @@ class _SettingsOfAll(dict[str, PeftConfig]):
     def __setitem__(self, name: str, config: PeftConfig) -> None:
         _require_no_other_method(self, name, config)
         _require_names_apart(self.adapters, [name])
+        _require_no_module_to_save(self.adapters, [config])
         super().__setitem__(name, config)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -556,6 +557,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         geometries = [stage.geometry for stage in stages]
         adapter = config.make_adapter(geometries)
         _require_names_apart({**self.tenslora_adapters, adapter_name: adapter}, self.peft_config)
+        _require_no_module_to_save({adapter_name: adapter}, self.peft_config.values())
         _warn_of_another_model(given, geometries)
         ranks, steps = ([getattr(each, name) for each in adapter.stages] for name in ("ranks", "unscaled_first_step"))
         if config.rank_strategy == "isoparameters":
@@ -875,6 +877,23 @@ def _require_names_apart(adapters: Mapping[str, nn.Module], names: Iterable[str]
                     f"adapter_name={other}: is a part of {_ADAPTERS}.{name}.{key}, which PEFT would then not save with "
                     f"the adapter {name}; give the adapters other names"
                 )
+
+
+def _require_no_module_to_save(adapters: Mapping[str, nn.Module], configs: Iterable[PeftConfig]) -> None:
+    # PEFT finds the modules to save by the ends of their paths, in the tuner too. It would train a copy of the adapter.
+    to_save = [
+        to_save
+        for config in configs
+        for to_save in (*(getattr(config, "modules_to_save", None) or ()), *_HEAD_NAMED_LATER.get(config.task_type, ()))
+    ]
+    for name, adapter in adapters.items():
+        for path, _ in adapter.named_modules(prefix=f"{_ADAPTERS}.{name}"):
+            for module in to_save:
+                if path.endswith(module):
+                    raise TensLoRAError(
+                        f"adapter_name={name}: {path} ends in {module}, and PEFT would take it for the module {module} "
+                        f"of modules_to_save; give the adapter another name, or write more of the module's path"
+                    )
 
 
 def _own_layers(tuner: nn.Module) -> dict[str, TensLoraLinear]:

@@ -1084,6 +1084,32 @@ def test_names_that_would_keep_tensors_from_being_saved_are_refused(tmp_path: Pa
     torch.testing.assert_close(logits(again, inputs("hf_bert")), logits(model, inputs("hf_bert")))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("my_classifier", {"modules_to_save": ["classifier"]}),
+        ("my_classifier", {"task_type": "SEQ_CLS"}),
+        ("my_classifier", {"task_type": "TOKEN_CLS"}),
+        ("qa_outputs", {"task_type": "QUESTION_ANS"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_an_adapter_that_peft_would_take_for_a_head_is_refused(name: str, settings: dict[str, Any]) -> None:
+    line = rf"^adapter_name={name}: tenslora_adapters\.{name} ends in \w+, and PEFT would take it for the module"
+    model: Any = build("hf_bert")
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(TensLoRAError, match=line):
+        get_peft_model(model, TensLoraConfig(**settings), adapter_name=name)
+    assert [type(module) for module in model.modules()] == modules
+    model = get_peft_model(model, TensLoraConfig(), adapter_name=name)
+    with pytest.raises(TensLoRAError, match=line):
+        model.add_adapter("other", TensLoraConfig(modules_to_save=[name]))
+    with pytest.raises(TensLoRAError, match=line):
+        get_peft_model(model, PeftLora(target_modules=["dense"], **settings), adapter_name="other")
+    assert list(model.peft_config) == list(model.base_model.tenslora_adapters) == [name]
+
+
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_an_adapter_that_is_added_or_loaded_freezes_no_other(is_trainable: bool, tmp_path: Path) -> None:
     model: Any = get_peft_model(build("hf_bert"), TensLoraConfig())
