@@ -308,7 +308,7 @@ def require_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence
     """Check that a file holds tensors of the given names and shapes and no others, all with finite numbers.
 
     Args:
-        tensors: the file's tensors by name.
+        tensors: the file's tensors by name, or whatever a program gives in their place.
         shapes: the name and the shape of each tensor that the file must hold.
 
     Raises:
@@ -320,9 +320,22 @@ def require_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence
     for name, tensor in tensors.items():
         if name not in shapes:
             raise TensLoRAError(f"has {name}, which does not belong there")
+        if (kind := _unlike_a_files(tensor)) is not None:
+            raise TensLoRAError(f"{name} is a {kind}; must be a dense torch.Tensor with numbers")
         if tuple(tensor.shape) != tuple(shapes[name]):
             raise TensLoRAError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shapes[name])}")
         require_finite(name, tensor)
+
+
+def _unlike_a_files(value: Any) -> str | None:
+    # What a value is that no tensor of a file can be; None for one that can.
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    if value.is_meta:
+        return "tensor on the device meta"
+    return None if value.layout == torch.strided else "sparse tensor"
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

@@ -1326,7 +1326,15 @@ def test_a_saved_adapter_that_does_not_fit_changes_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     saved = {name: tensor + 1 for name, tensor in get_peft_model_state_dict(model).items()}
     core = next(name for name in saved if name.endswith("core"))
-    saved[core] = saved[core][:3]
-    with pytest.raises(TensLoRAError, match=r"the saved adapter does not fit: .*core has the shape"):
-        set_peft_model_state_dict(model, saved)
+    whole = saved[core]
+    others: list[tuple[Any, str]] = [
+        (whole[:3], r"has the shape \(3,"),
+        (whole.to_sparse(), "is a sparse tensor; must be a dense torch.Tensor with numbers"),
+        (whole.to("meta"), "is a tensor on the device meta; must"),
+        (whole.tolist(), "is a list; must"),
+        (None, "is a NoneType; must"),
+    ]
+    for saved[core], problem in others:
+        with pytest.raises(TensLoRAError, match=f"the saved adapter does not fit: .*core {problem}"):
+            set_peft_model_state_dict(model, saved)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
