@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn, cast, get_type_hints
 
@@ -362,9 +362,7 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """
         if adapter in self.updates:
             return self.updates[adapter].dense()
-        if adapter not in self.tenslora_adapters:
-            names = ", ".join(self.tenslora_adapters) or "none"
-            raise TensLoRAError(f"adapter_name={adapter}: is no adapter of this model, which has {names}")
+        _require_known("adapter_name", [adapter], self.tenslora_adapters)
         linear = self.get_base_layer()
         inputs, outputs = features(linear)
         shape = (inputs, outputs) if is_conv1d(linear) else (outputs, inputs)
@@ -470,6 +468,16 @@ class _SettingsOfAll(dict[str, PeftConfig]):
     def update(self, *args: Any, **kwargs: Any) -> None:
         for name, config in dict(*args, **kwargs).items():
             self[name] = config
+
+
+def _require_known(setting: str, names: Collection[str], known: Iterable[str]) -> None:
+    known = list(known)
+    have = f"this model, which has {', '.join(known) or 'none'}"
+    if not names:
+        raise TensLoRAError(f"{setting}=[]: must name an adapter of {have}, or be None for the active ones")
+    for name in names:
+        if name not in known:
+            raise TensLoRAError(f"{setting}={name}: is no adapter of {have}")
 
 
 def _require_no_other_method(configs: Mapping[str, PeftConfig], name: str, config: PeftConfig) -> None:
@@ -682,8 +690,9 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             safe_merge: likewise.
 
         Raises:
-            TensLoRAError: if a weight is of a kind that cannot be quantised again, is another module's too, or would
-                hold a NaN or an infinity with its update. No weight is changed then.
+            TensLoRAError: if the model has no adapter of one of the names, or if a weight is of a kind that cannot be
+                quantised again, is another module's too, or would hold a NaN or an infinity with its update. No weight
+                is changed then.
         """
         self._require_mergeable(adapter_names)
         with self._rounding_told():
@@ -692,6 +701,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
     @torch.no_grad()
     def _require_mergeable(self, adapter_names: list[str] | None) -> None:
         # Every layer is looked at before the first weight is changed.
+        if adapter_names is not None and not isinstance(adapter_names, str):  # PEFT says what is wrong with a text
+            _require_known("adapter_names", adapter_names, self.peft_config)
         weights: dict[str, Tensor] = {}
         for layer in (module for module in self.model.modules() if isinstance(module, TensLoraLinear)):
             wanted = layer.active_adapters if adapter_names is None else adapter_names

@@ -1314,6 +1314,17 @@ def _bert(layers: int) -> Any:
 
 
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_a_merge_of_an_adapter_that_the_model_does_not_have_is_refused(method: str) -> None:
+    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
+    modules = [type(module) for module in model.modules()]
+    for names, line in ((["default", "typo"], "typo: is no adapter of"), ([], r"\[\]: must name an adapter of")):
+        with pytest.raises(TensLoRAError, match=f"^adapter_names={line} this model, which has default"):
+            getattr(model, method)(adapter_names=names)
+    assert [type(module) for module in model.modules()] == modules
+    assert not model.get_model_status().merged_adapters
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
 def test_an_adapter_without_numbers_is_not_merged(method: str) -> None:
     model = get_peft_model(_bert(layers=2), TensLoraConfig(), low_cpu_mem_usage=True)
     with pytest.raises(TensLoRAError, match=r"^the adapter is on the device meta and has no numbers"):
