@@ -22,6 +22,7 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
 from peft.utils import register_peft_method
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
 from tenslora.adapted_linear import LayerUpdate, add_updates
@@ -67,9 +68,16 @@ METHOD = "tenslora"
 
 _ADAPTERS = f"{METHOD}_adapters"
 
-# For these tasks PEFT adds the names of the head to the user's settings after the tuner has been made, and expects to
-# find them in the tuner's.
-_HEAD_NAMED_LATER = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+# The names that PEFT adds to modules_to_save for a task, of which a model need not have all.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+# For these tasks it adds them to the user's settings after the tuner has been made, and expects to find them in the
+# tuner's.
+_HEAD_NAMED_LATER = ("TOKEN_CLS", "QUESTION_ANS")
 
 # Of an adapter's settings, what may differ from those that it was made with: its ranks may have been pruned, and PEFT
 # adds the names of a head.
@@ -184,6 +192,11 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
             setattr(self, name, value)
             if name != "rank_options":  # whose values the rank strategy knows
                 typed(types[name], value, name)
+        if str(self.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            raise TensLoRAError(
+                f"target_modules={self.target_modules}: must be names or a regular expression of attention projections "
+                f"and feed-forward blocks; without it, adapt=all adapts all of these"
+            )
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))  # PEFT saves a set as a sorted list
@@ -567,6 +580,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         _require_names_apart({**self.tenslora_adapters, adapter_name: adapter}, self.peft_config)
         _require_no_module_to_save({adapter_name: adapter}, self.peft_config.values())
         _warn_of_another_model(given, geometries)
+        _warn_of_no_module(self.model, config)
         ranks, steps = ([getattr(each, name) for each in adapter.stages] for name in ("ranks", "unscaled_first_step"))
         if config.rank_strategy == "isoparameters":
             config.ranks = list(ranks[0]) if len(stages) == 1 else [list(each) for each in ranks]
@@ -855,6 +869,17 @@ def _warn_of_another_model(config: TensLoraConfig, geometries: Sequence[Geometry
         )
 
 
+def _warn_of_no_module(model: nn.Module, config: TensLoraConfig) -> None:
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    for name in config.modules_to_save or ():
+        if name not in _HEADS.get(config.task_type, ()) and not any(path.endswith(name) for path in paths):
+            warnings.warn(
+                f"modules_to_save={name}: is the end of no module's path in {type(model).__name__}, so PEFT trains and "
+                f"saves none for it",
+                stacklevel=2,
+            )
+
+
 def _first_matches(setting: str, patterns: Sequence[str], paths: Sequence[str], form: str) -> None:
     try:
         first_matches(patterns, paths, form)
@@ -895,7 +920,7 @@ def _require_no_module_to_save(adapters: Mapping[str, nn.Module], configs: Itera
     to_save = [
         to_save
         for config in configs
-        for to_save in (*(getattr(config, "modules_to_save", None) or ()), *_HEAD_NAMED_LATER.get(config.task_type, ()))
+        for to_save in (*(getattr(config, "modules_to_save", None) or ()), *_HEADS.get(config.task_type, ()))
     ]
     for name, adapter in adapters.items():
         for path, _ in adapter.named_modules(prefix=f"{_ADAPTERS}.{name}"):

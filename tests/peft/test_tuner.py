@@ -675,6 +675,7 @@ def test_a_layer_that_shares_its_weights_is_adapted_alone(settings: dict[str, An
         ({"layers_pattern": "layer"}, "layers_pattern=layer: needs layers_to_transform"),
         ({"target_modules": ["classifier"]}, r"^target_modules=\['classifier'\]: must leave some of the model's"),
         ({"target_modules": ()}, r"^target_modules=\[\]: must leave some of the model's"),
+        ({"target_modules": "all-linear"}, "^target_modules=all-linear: must be names .* adapt=all adapts all"),
         ({"target_modules": ""}, r"^target_modules=: must leave some of the model's"),
         ({"adapt": ""}, "^adapt=: must be"),
         ({"layers_to_transform": [7]}, r"^layers_to_transform=\[7\]: must leave some of the model's attention"),
@@ -1082,6 +1083,17 @@ def test_names_that_would_keep_tensors_from_being_saved_are_refused(tmp_path: Pa
     trained(model, name="d_in").save_pretrained(tmp_path)  # alone it has no other's name
     again = PeftModel.from_pretrained(build("hf_bert"), str(tmp_path / "d_in"))
     torch.testing.assert_close(logits(again, inputs("hf_bert")), logits(model, inputs("hf_bert")))
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+def test_a_module_to_save_that_the_model_does_not_have_is_told(task_type: str | None) -> None:
+    config = TensLoraConfig(task_type=task_type, modules_to_save=["clasifier", "pooler"])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        get_peft_model(build("hf_bert"), config)
+    lines = [str(each.message) for each in told if "modules_to_save" in str(each.message)]
+    (line,) = lines  # PEFT's own score is none of the user's
+    assert line.startswith("modules_to_save=clasifier: is the end of no module's path in BertForSequence")
 
 
 @pytest.mark.parametrize(
