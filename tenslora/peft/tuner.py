@@ -208,11 +208,14 @@ class TensLoraConfig(PeftConfig):  # type: ignore[misc]
         self.adapter_config("qkv" if self.adapt is None else self.adapt)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "r" and getattr(self, "ranks", None) is not None and value != self.r:
-            raise TensLoRAError(
-                f"r={value}: would have no effect beside ranks={self.ranks}, which were chosen for r={self.r}; set "
-                f"ranks and first_step to None before"
-            )
+        # The constructor, which sets each for the first time, takes what a saved adapter has.
+        if name in ("r", "rank_strategy", "rank_options") and {name, "ranks"} <= vars(self).keys():
+            before = getattr(self, name)
+            if self.ranks is not None and _of_python(value) != _of_python(before) and value != "explicit":
+                raise TensLoRAError(
+                    f"{name}={value}: would have no effect beside ranks={self.ranks}, which were chosen for "
+                    f"{name}={before}; set ranks and first_step to None before"
+                )
         super().__setattr__(name, value)
 
     def adapter_config(self, adapt: str) -> AdapterConfig:

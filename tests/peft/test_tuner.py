@@ -279,13 +279,14 @@ def test_an_adapter_of_attach_that_peft_freezes_is_told_of() -> None:
         get_peft_model(model, TensLoraConfig(target_modules=r"1\..*\.(query|key|value)"))
 
 
-def test_another_r_beside_ranks_that_were_chosen_already_is_refused(tmp_path: Path) -> None:
+def test_another_r_or_strategy_beside_ranks_that_were_chosen_already_is_refused(tmp_path: Path) -> None:
     get_peft_model(build("hf_bert"), TensLoraConfig(r=2)).save_pretrained(str(tmp_path))
     config: Any = PeftConfig.from_pretrained(str(tmp_path))
-    with pytest.raises(
-        TensLoRAError, match=r"^r=5: would have no effect beside ranks=\[.*\], which were chosen for r=2"
-    ):
-        config.r = 5
+    before = {"r": 2, "rank_strategy": "isoparameters", "rank_options": None}
+    for name, value in (("r", 5), ("rank_strategy", "isorank"), ("rank_options", {"rule": "uniform"})):
+        line = rf"^{name}=.*: would have no effect beside ranks=\[.*\], which were chosen for {name}={before[name]}"
+        with pytest.raises(TensLoRAError, match=line):
+            setattr(config, name, value)
     config.ranks = config.first_step = None
     config.r = 5
     model, expected = (get_peft_model(build("hf_bert"), each) for each in (config, TensLoraConfig(r=5)))
@@ -1241,7 +1242,6 @@ def test_what_peft_would_save_wrongly_is_refused(tmp_path: Path) -> None:
         ("tensor_mode", "att"),
         ("target_modules", {"query"}),
         ("layers_to_transform", [0]),
-        ("rank_options", {"cap": True}),
     ],
 )
 def test_settings_that_were_changed_after_the_adapter_was_made_are_not_saved(
