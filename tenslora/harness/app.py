@@ -178,6 +178,7 @@ class _Task:
         from tenslora.harness.config import register_resolvers
 
         register_resolvers()
+        logging.raiseExceptions = False  # as in `run_app`
         vars(self).update(state)
 
     def __call__(self, composed: DictConfig) -> Any:

@@ -147,7 +147,8 @@ def path_argument(word: str) -> Path:
 def prepare_process() -> None:
     """Put right how this process was started, or end it in one line where that cannot be.
 
-    A standard output or error that the shell has closed becomes one that drops everything. The loggers in `QUIET` are
+    A standard output or error that the shell has closed becomes one that drops everything. Characters that the output's
+    encoding lacks are printed as in Python. The loggers in `QUIET` are
     silenced. The backend of matplotlib that a notebook sets for all that it starts is taken away if it is not installed
     here: the commands write files alone. Python must not leave out assert statements or docstrings: Hydra's parser
     reads words inside its assert statements, and transformers builds docstrings from other docstrings.
@@ -155,6 +156,8 @@ def prepare_process() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if sys.flags.optimize:
         sys.exit("error: python -O and PYTHONOPTIMIZE: must be left out; Hydra and transformers need what they remove")
     kind, _, module = os.environ.get("MPLBACKEND", "").partition("://")
@@ -257,12 +260,9 @@ def mistakes_in_one_line() -> Iterator[None]:
 
     HYDRA_FULL_ERROR=1 in the environment adds the traceback of an error.
 
-    What the context prints belongs to it: characters that the terminal's encoding lacks are printed as in Python, and a
-    reader that has gone, as of ``| head``, ends the process without a word.
+    What the context prints belongs to it: a reader that has gone, as of ``| head``, ends the process without a word.
     """
     prepare_process()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     logging.getLogger("transformers").setLevel(logging.ERROR)  # which warns of a new head
     with Stop() as stop:
         try:

@@ -47,11 +47,15 @@ def streams_that_are_open() -> Iterator[None]:
 
 
 class LogFile(logging.FileHandler):
-    """A handler that writes to a file. A pipe of that name is refused, because to open it is to wait for a reader.
+    """A handler that writes to a file, in UTF-8. What is no text, as a folder's name may be, is written in escapes.
 
-    A file that is also elsewhere, in a backup of hard links or in DVC's cache, becomes one of its own first. So do the
-    files in .hydra, which Hydra writes once the log is open.
+    A pipe of that name is refused, because to open it is to wait for a reader. A file that is also elsewhere, in a
+    backup of hard links or in DVC's cache, becomes one of its own first. So do the files in .hydra, which Hydra writes
+    once the log is open.
     """
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename, encoding="utf-8", errors="backslashreplace")
 
     def _open(self) -> Any:
         path = Path(self.baseFilename)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import re
@@ -16,10 +17,12 @@ import pytest
 from PIL import Image
 
 import train
+from tenslora.harness import app
 from tenslora.harness.app import run_app
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import validate
 from tenslora.harness.config.schema import LoggerConfig
+from tenslora.harness.stop import Stop
 from tenslora.harness.training.processes import Processes
 from tests.commands import Command, Commands, interrupt_import
 from tests.conftest import ROOT
@@ -527,3 +530,9 @@ def test_a_stopped_run_ends_with_status_130(accident: str, commands: Commands, t
 def test_ctrl_c_while_libraries_are_imported_ends_with_status_130_and_one_line(library: str) -> None:
     done = interrupt_import(library, "runpy.run_path('train.py', run_name='__main__')")
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_log_that_cannot_be_written_prints_nothing_in_a_launchers_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", True)  # as in a process that has just begun
+    pickle.loads(pickle.dumps(app._Task(len, None, Stop(), wants_traceback=False)))
+    assert not logging.raiseExceptions

@@ -70,3 +70,11 @@ def test_what_hydra_writes_is_not_written_through_links(link: Callable[[Path, Pa
     settings.write_text("this run\n")
     assert cached.read_text() == "an earlier run\n"
     assert (log.read_text(), settings.read_text()) == ("an earlier run\nthis run\n", "this run\n")
+
+
+def test_a_log_takes_names_that_are_no_text(tmp_path: Path) -> None:
+    handler = LogFile(str(tmp_path / "train.log"))
+    handler.handleError = pytest.fail  # type: ignore[method-assign, assignment]
+    handler.emit(record(logging.INFO, os.fsdecode(b"caf\xe9 and \xc3\xbc")))
+    handler.close()
+    assert (tmp_path / "train.log").read_text("utf-8") == "caf\\udce9 and \N{LATIN SMALL LETTER U WITH DIAERESIS}\n"
