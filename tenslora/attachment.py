@@ -1054,7 +1054,7 @@ def _move_updates(model: nn.Module, into_weights: bool) -> None:
         for path, backend in quantised.items():
             backend.require_finite_sum(path, to_move[path], to_move[path].layer_update.dense())
     changes = []
-    copies = _copied_adapters([linear.layer_update for linear in to_move.values()]) if into_weights else {}
+    copies = copied_adapters([linear.layer_update for linear in to_move.values()]) if into_weights else {}
     for path, linear in to_move.items():
         update = linear.layer_update.dense() if into_weights else -linear.layer_update.dense()
         if path in quantised:
@@ -1090,7 +1090,7 @@ def _watch_loading(model: nn.Module, forward_pass: ForwardPass) -> None:
 def _hold_what_was_loaded(_: ForwardPass, model: nn.Module, __: object) -> None:
     # The weights were loaded before the adapter that they hold.
     updates = [linear.layer_update for linear in _adapted_linears(model).values() if linear.layer_update.loaded]
-    copies = _copied_adapters(updates)
+    copies = copied_adapters(updates)
     for update in updates:
         update.added, update.loaded = (copies[id(update)],), False
 
@@ -1104,8 +1104,15 @@ def _forward_passes(model: nn.Module) -> dict[int, ForwardPass]:
     }
 
 
-def _copied_adapters(updates: Sequence[LayerUpdate]) -> dict[int, Adapter]:
-    # A copy of each update's adapter, by the id of the update; one copy for all layers of an adapter.
+def copied_adapters(updates: Sequence[LayerUpdate]) -> dict[int, Adapter]:
+    """A copy of each update's adapter, by the id of the update; one copy for all layers of an adapter.
+
+    Args:
+        updates: the updates.
+
+    Raises:
+        TensLoRAError: if an adapter cannot be copied.
+    """
     try:
         return copy.deepcopy({id(update): update.shared.group.adapter for update in updates})
     except Exception as error:

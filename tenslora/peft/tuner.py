@@ -12,7 +12,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, NoReturn, cast, get_type_hints
 
 import numpy as np
@@ -29,6 +29,7 @@ from tenslora.adapted_linear import LayerUpdate, add_updates
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.attachment import (
+    copied_adapters,
     device_of,
     keep_gradients,
     layer_updates,
@@ -408,7 +409,8 @@ class TensLoraLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             self._add_to_weight(-self.get_delta_weight(self.merged_adapters[-1]))
-            self.merged_adapters.pop()
+            if (name := self.merged_adapters.pop()) in self.updates:
+                self.updates[name].added = ()
 
     def quantised_weights(self) -> QuantisedWeights | None:
         """How updates are added to the Linear's weight, if it is quantised; None for a plain one.
@@ -714,6 +716,13 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         self._require_mergeable(adapter_names)
         with self._rounding_told():
             super().merge_adapter(adapter_names, safe_merge)
+        layers = [module for module in self.model.modules() if isinstance(module, TensLoraLinear)]
+        updates = [layer.updates[name] for layer in layers for name in layer.merged_adapters if name in layer.updates]
+        new = [update for update in updates if not update.merged]
+        with suppress(TensLoRAError):  # without a copy, unmerge subtracts the update that the adapter has then
+            copies = copied_adapters(new)
+            for update in new:
+                update.added = (copies[id(update)],)
 
     @torch.no_grad()
     def _require_mergeable(self, adapter_names: list[str] | None) -> None:
@@ -741,7 +750,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         require_own_weights(self.model, weights)
 
     def unmerge_adapter(self) -> None:
-        """Subtract the merged updates from the weights again."""
+        """Subtract from the weights what `merge_adapter` added, also where the adapter was changed in between."""
         with self._rounding_told():
             super().unmerge_adapter()
 
@@ -893,6 +902,10 @@ def _first_matches(setting: str, patterns: Sequence[str], paths: Sequence[str], 
 def _require_adapters_tensors(tuner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     # PEFT would copy whatever a file holds, and take no notice of what it lacks. A file of another adapter holds
     # nothing for this one. The tuner's parts are loaded after this, the modules to save among them.
+    for path, layer in tuner.named_modules():
+        if isinstance(layer, TensLoraLinear) and f"{prefix}{path}.base_layer.weight" in state:
+            for update in layer.updates.values():  # a merged model's weight holds the update that comes with it
+                update.added = ()
     for name, adapter in cast(nn.ModuleDict, tuner.tenslora_adapters).items():
         path = f"{prefix}{_ADAPTERS}.{name}"
         own = {key.removeprefix(f"{path}."): tensor for key, tensor in state.items() if key.startswith(f"{path}.")}

@@ -1325,6 +1325,28 @@ def _bert(layers: int) -> Any:
     return transformers.BertModel(transformers.BertConfig(**sizes, num_hidden_layers=layers))
 
 
+def test_an_adapter_that_was_changed_while_it_was_merged_leaves_nothing_behind() -> None:
+    batch = inputs("hf_bert")
+    model, other = (trained(get_peft_model(build("hf_bert"), TensLoraConfig()), seed) for seed in (1, 2))
+    with model.disable_adapter():
+        backbone = logits(model, batch)
+    model.merge_adapter()
+    set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        each.unmerge_adapter()
+        torch.testing.assert_close(logits(each, batch), logits(other, batch))
+        with each.disable_adapter():
+            torch.testing.assert_close(logits(each, batch), backbone)
+    # Whatever is merged, a state dict of a merged model brings weights with its own adapter in them.
+    model.merge_adapter()
+    trained(other, 3).merge_adapter()
+    model.load_state_dict(other.state_dict())
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, batch), backbone)
+
+
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
 def test_a_merge_of_an_adapter_that_the_model_does_not_have_is_refused(method: str) -> None:
     model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
