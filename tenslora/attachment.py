@@ -33,7 +33,15 @@ from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.errors import TensLoRAError, first_line, require_type
 from tenslora.forward_pass import ForwardPass, listed
-from tenslora.projections import Stage, features, find_projections, is_conv1d, is_plain, path_of_tuner_layer
+from tenslora.projections import (
+    Stage,
+    attribute_of,
+    features,
+    find_projections,
+    is_conv1d,
+    is_plain,
+    path_of_tuner_layer,
+)
 from tenslora.thin_products import MatrixGroup, without_autocast
 
 if TYPE_CHECKING:
@@ -268,7 +276,7 @@ def keep_gradients(model: nn.Module) -> None:
         model: the model. The arrangement of its 4-bit weights is undone and not made again.
     """
     for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
+        if attribute_of(module, "support_avx512bf16_for_cpu"):
             module.state_dict()  # undoes the arrangement
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     _warn_of_lost_gradients(model)

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from numbers import Integral
-from typing import NamedTuple, TypeGuard, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from tenslora.constructions import Geometry, adapted_matrices
-from tenslora.errors import TensLoRAError
+from tenslora.errors import TensLoRAError, first_line
 
 SEPARATE = (
     ("query", "key", "value"),
@@ -250,7 +251,7 @@ def find_projections(
         if layers is not None and index not in layers:
             continue
         try:
-            if reason := _reason_to_refuse(block, names[0]):
+            if reason := _reason_to_refuse(path, block, names[0]):
                 raise TensLoRAError(f"{path or type(block).__name__}: {reason}")
             found.append(_inspect_layer(model, index, path, block, names, adapt))
         except TensLoRAError as error:
@@ -335,30 +336,30 @@ def _attention_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[
     # Yields the path of each block, the block, and the names of its Linear layers.
     for path, module in model.named_modules():
         for names in (*SEPARATE, *[(name,) for name in FUSED], KEY_AND_VALUE):
-            if (names != KEY_AND_VALUE or hasattr(module, "sr")) and all(
-                is_linear(getattr(module, name, None)) for name in names
+            if (names != KEY_AND_VALUE or attribute_of(module, "sr", path, absent=False) is not False) and all(
+                is_linear(attribute_of(module, name, path)) for name in names
             ):
                 yield path, module, names[:3]
 
 
-def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
+def _reason_to_refuse(path: str, block: nn.Module, name: str) -> str | None:
     # Why an adapter on a block with this Linear would not do what it should, if that is so.
-    kind = type(block)
+    kind, own = type(block), partial(attribute_of, block, path=path)
     if isinstance(block, torch.jit.ScriptModule):
         return "is compiled by torch.jit, whose modules cannot be replaced; attach the adapter first"
     classes = FUSED[name].classes if name in FUSED else ()
     if classes and not any(each.__name__ in classes for each in kind.__mro__):
         return f"the order of the outputs of {name} in {kind.__name__} is not known; it is in {', '.join(classes)}"
-    if getattr(block, "q_bias", None) is not None and not getattr(block, "qkv_bias_separate", False):
+    if own("q_bias") is not None and not own("qkv_bias_separate"):
         # timm's BEiT and EVA read the weight and add biases of their own.
         return f"does not call its Linear {name}, so an adapter there has no effect"
-    if name == "c_attn" and is_linear(getattr(block, "q_attn", None)):  # transformers' GPT-2 beside an encoder
+    if name == "c_attn" and is_linear(own("q_attn")):  # transformers' GPT-2 beside an encoder
         return f"is a cross-attention, whose {name} holds key and value alone, which is not supported"
     side_by_side = name in FUSED and not FUSED[name].by_head
     one_head_after_the_other = (
-        getattr(block, "multi_query", None) is False  # transformers' GPTBigCode
-        or getattr(block, "head_first", False)  # timm's AttentionCl
-        or hasattr(block, "val_dim")  # timm's EfficientFormer and TinyViT
+        own("multi_query") is False  # transformers' GPTBigCode
+        or own("head_first")  # timm's AttentionCl
+        or own("val_dim", absent=False) is not False  # timm's EfficientFormer and TinyViT
     )
     if side_by_side and one_head_after_the_other:
         return f"its Linear {name} holds query, key and value one head after the other, which is not supported"
@@ -372,7 +373,7 @@ def _reason_to_refuse(block: nn.Module, name: str) -> str | None:
         # transformers' Reformer: its layers compute their inputs again from their outputs, in a backward pass of their
         # own, which no shared tensor's gradient leaves.
         return "belongs to reversible layers (Reformer), through which an adapter would get no gradient"
-    if is_linear(getattr(block, f"{name}_global", None)):
+    if is_linear(own(f"{name}_global")):
         # Longformer and LED: its global tokens use these instead, and in the last layer nothing else is read.
         return f"has a {name}_global beside {name}, which an adapter would leave out"
     return None
@@ -415,13 +416,35 @@ def _numbers(path: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path)]
 
 
+def attribute_of(owner: object, name: str, path: str = "", absent: object = None) -> Any:
+    """What a module of the user's, or its config, has under a name.
+
+    Args:
+        owner: the module or the config.
+        name: the attribute's name.
+        path: the module's path, for the message.
+        absent: what is returned where there is no such attribute.
+
+    Raises:
+        TensLoRAError: if it has one that cannot be read, such as a setting of OmegaConf that is not filled in.
+    """
+    try:
+        return getattr(owner, name, absent)
+    except Exception as error:
+        whose = "" if isinstance(owner, nn.Module) else " from its config"
+        raise TensLoRAError(
+            f"{path or type(owner).__name__}: {name} cannot be read{whose} ({type(error).__name__}: "
+            f"{first_line(error)})"
+        ) from error
+
+
 def is_linear(module: object) -> bool:
     """Whether a module is a Linear layer or transformers' Conv1D. A quantised Linear may be one by its sizes alone.
 
     Args:
         module: any object.
     """
-    sizes = all(isinstance(getattr(module, name, None), Integral) for name in ("in_features", "out_features"))
+    sizes = all(isinstance(attribute_of(module, name), Integral) for name in ("in_features", "out_features"))
     return isinstance(module, nn.Module) and (sizes or is_conv1d(module))
 
 
@@ -467,12 +490,12 @@ def _inspect_layer(
         return f"{path}.{name}".lstrip(".")
 
     heads = _head_count(path, block, model)
-    d_head = getattr(block, "head_dim", None)
+    d_head = attribute_of(block, "head_dim", path)
     qkv = ("query", "key", "value")
     if len(names) == 1:
         linear = getattr(block, names[0])
         d_in, outputs = features(linear)
-        known = next(filter(_is_count, (getattr(block, name, None) for name in _KEY_HEAD_COUNTS)), None)
+        known = next(filter(_is_count, (attribute_of(block, name, path) for name in _KEY_HEAD_COUNTS)), None)
         kv_heads = heads if known is None else int(known)
         width = outputs // (heads + 2 * kv_heads)
         if outputs % (heads + 2 * kv_heads) or (_is_count(d_head) and d_head != width):
@@ -535,14 +558,20 @@ def _inspect_layer(
 
 
 def _head_count(path: str, block: nn.Module, model: nn.Module) -> int:
-    for owner in (block, getattr(block, "config", None), getattr(model, "config", None)):
+    path = path or type(block).__name__
+    odd: list[str] = []  # names whose values are none for this block, such as a list of the stages' numbers
+    for module, part in ((block, ""), (block, "config"), (model, "config")):
+        owner = attribute_of(module, part, path) if part else module
         for name in _HEAD_COUNTS:
-            count = getattr(owner, name, None)
+            count = owner.get(name) if isinstance(owner, dict) else attribute_of(owner, name, path)
             if _is_count(count):
                 return int(count)
-            if isinstance(count, (float, str, torch.Tensor)):
-                raise TensLoRAError(f"{path}: {name}={count!r} must be a whole number, and at least 1")
-    raise TensLoRAError(f"{path}: the number of heads is not known; expected an attribute {', '.join(_HEAD_COUNTS)}")
+            if isinstance(count, (Integral, float, str, torch.Tensor, Sequence, Mapping)):
+                odd.append(f"{path}: {name}={count!r} must be a whole number, and at least 1")
+                if isinstance(count, (float, str, torch.Tensor)):
+                    raise TensLoRAError(odd[-1])
+    unknown = f"{path}: the number of heads is not known; expected an attribute {', '.join(_HEAD_COUNTS)}"
+    raise TensLoRAError((*odd, unknown)[0])
 
 
 def _is_count(value: object) -> TypeGuard[int]:

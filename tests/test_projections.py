@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.distributed as dist
 import transformers as hf
+from omegaconf import OmegaConf
 from timm.models.maxxvit import AttentionCl
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -93,6 +94,49 @@ def test_a_number_of_heads_that_is_no_whole_number_is_not_passed_over() -> None:
         find_projections(model)
     del block.num_heads
     block.heads = 4  # type: ignore[assignment]  # as in Diffusers
+    assert find_projections(model)[0].geometry.heads == 4
+
+
+class _NotSet:
+    @property
+    def num_heads(self) -> int:
+        raise KeyError("HEADS")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (_NotSet(), r"^0: num_heads cannot be read from its config \(KeyError: 'HEADS'\)$"),
+        (OmegaConf.create({"num_heads": "???"}), r"^0: num_heads cannot be read from its config \(MissingM[^\n]*\)$"),
+        (SimpleNamespace(num_heads=0), r"^0: num_heads=0 must be a whole number, and at least 1$"),
+        ({"num_heads": [2, 4]}, r"^0: num_heads=\[2, 4\] must be a whole number, and at least 1$"),
+        ({}, r"^0: the number of heads is not known"),
+    ],
+)
+def test_a_number_of_heads_that_cannot_be_taken_from_the_config_is_named(config: object, message: str) -> None:
+    block = _Fused(8, 24, heads=None)
+    block.config = config  # type: ignore[assignment]
+    with pytest.raises(TensLoRAError, match=message):
+        find_projections(nn.Sequential(block))
+    block.heads = 4  # type: ignore[assignment]
+    assert find_projections(nn.Sequential(block))[0].geometry.heads == 4
+
+
+@pytest.mark.parametrize("name", ["query", "qkv_proj", "num_kv_heads", "head_dim", "q_bias", "multi_query", "config"])
+def test_an_attribute_that_a_block_cannot_tell_is_named(name: str) -> None:
+    def raising(_: nn.Module) -> None:
+        raise RuntimeError("not yet\nknown")
+
+    block = type("Block", (_Fused,), {name: property(raising)})(8, 24, heads=None if name == "config" else 3)
+    with pytest.raises(TensLoRAError, match=rf"^0: {name} cannot be read \(RuntimeError: not yet\)$"):
+        find_projections(nn.Sequential(block))
+
+
+def test_a_number_of_heads_may_be_in_a_dictionary_or_beside_a_list_of_those_of_all_stages() -> None:
+    block = _Fused(8, 24, heads=None)
+    block.config = SimpleNamespace(num_attention_heads=[1, 2])  # type: ignore[assignment]
+    model = nn.Sequential(block)
+    model.config = {"num_heads": 4}  # type: ignore[assignment]
     assert find_projections(model)[0].geometry.heads == 4
 
 
