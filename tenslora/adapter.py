@@ -28,7 +28,7 @@ from tenslora.first_step import first_step, lora_first_step, over_stages
 from tenslora.forms import from_json, shown
 from tenslora.random_streams import stream_seed
 from tenslora.ranks import RankStrategy, rank_limits
-from tenslora.tensor import FactorizedTensor, thin_slices
+from tenslora.tensor import FactorizedTensor, ScaledModule, thin_slices
 
 FORMAT = "tenslora-1"
 
@@ -133,7 +133,7 @@ def _as_saved(config: AdapterConfig) -> dict[str, Any]:
     }
 
 
-class Adapter(_AnyAdapter):
+class Adapter(_AnyAdapter, ScaledModule):
     """The trainable updates of all adapted matrices of one backbone, or of one stage of it.
 
     >>> Adapter(AdapterConfig("qkv_depth"), Geometry(d_in=768, heads=12, d_head=64, layers=12))
@@ -149,8 +149,8 @@ class Adapter(_AnyAdapter):
             so that stages do not start alike.
 
     Attributes:
-        scale: multiplies the updates. It is alpha, and with scaling="first_step" alpha times the ratio of LoRA's first
-            step, at config.rank_strategy.rank, to the adapter's own.
+        scale: multiplies the updates; a number, or a tensor of one. It is alpha, and with scaling="first_step" alpha
+            times the ratio of LoRA's first step, at config.rank_strategy.rank, to the adapter's own.
         first_step: how far AdamW's first step with learning rate 1 moves the matrices: the root mean square, over all
             adapted matrices, of their updates' Frobenius norms. LoRA's and that of an orthogonal start follow from
             `first_step.first_step`; any other is measured on random gradients when the tensors are drawn.
@@ -203,13 +203,14 @@ class Adapter(_AnyAdapter):
         self.dropout = nn.Dropout(config.dropout)
         self.rank_dropout = nn.Dropout(config.rank_dropout)
         self.unscaled_first_step = self._find_first_step() if first_step is None else _require_step(first_step)
-        self.scale = self._declared_scale()
-        if not abs(self.scale) <= LARGEST_SCALE:
+        scale = self._declared_scale()
+        if not abs(scale) <= LARGEST_SCALE:
             raise TensLoRAError(
-                f"alpha={config.alpha}: gives with scaling=first_step a scale of {self.scale:g}; must be at most "
+                f"alpha={config.alpha}: gives with scaling=first_step a scale of {scale:g}; must be at most "
                 f"{LARGEST_SCALE:,.0f}"
             )
-        self.first_step = abs(self.scale) * self.unscaled_first_step
+        self.scale = scale
+        self.first_step = abs(scale) * self.unscaled_first_step
 
     def _declared_scale(self) -> float:
         if self.config.scaling == "direct":
@@ -441,18 +442,16 @@ class StagedAdapter(_AnyAdapter):
         ranks = ", ".join(str(stage.ranks if len(stage.ranks) > 1 else stage.ranks[0]) for stage in self.stages)
         return self._described(f"ranks {ranks}", f"{len(self.stages)} stages")
 
-    @property
-    def scale(self) -> float:
-        """Each stage has its own.
+    def __getattr__(self, name: str) -> Any:
+        # A property would not do: of an AttributeError in one, torch keeps only the name that was asked for.
+        if name == "scale":
+            raise AttributeError("scale: each of the adapter's stages has its own")
+        return super().__getattr__(name)
 
-        Raises:
-            TensLoRAError: if it is set here, where it would have no effect.
-        """
-        raise AttributeError("scale: each of stages has its own")
-
-    @scale.setter
-    def scale(self, value: object) -> None:
-        raise TensLoRAError(f"scale={value}: would have no effect here; set that of each of the adapter's stages")
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scale":
+            raise TensLoRAError(f"scale={value}: would have no effect here; set that of each of the adapter's stages")
+        super().__setattr__(name, value)
 
     @property
     def stages(self) -> tuple[Adapter, ...]:

@@ -4,17 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from tenslora.adapter_config import LARGEST_SCALE
 from tenslora.constructions import DEPTH, PROJECTION, SITE
 from tenslora.errors import TensLoRAError
 from tenslora.factorizations.factorization import Factorization
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # torch 2.6 has none
+
+
+class ScaledModule(nn.Module):
+    """A module whose updates are multiplied by its attribute scale: a number, or a tensor of one, as to train it.
+
+    Raises:
+        TensLoRAError: if scale is set to anything else, to NaN, or beyond `LARGEST_SCALE`.
+    """
+
+    scale: float
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A property would not do: torch registers no parameter under the name of one.
+        if name == "scale":
+            value = _require_scale(value)
+            self._parameters.pop(name, None)  # torch puts no number in the place of a parameter
+        super().__setattr__(name, value)
+
+
+def _require_scale(value: Any) -> float | Tensor:
+    is_tensor = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if is_tensor and value.is_meta:
+        return cast(Tensor, value)
+    number = value.detach().item() if is_tensor else value
+    if not isinstance(number, Real) or not abs(cast(float, number)) <= LARGEST_SCALE:
+        given = "" if isinstance(value, Integral) else f"={value!r}"  # Python prints no very large one
+        raise TensLoRAError(
+            f"scale{given}: must be a finite number, from -1,000,000 to 1,000,000, or a tensor of one such number"
+        )
+    return cast(Tensor, value) if is_tensor else float(number)
 
 
 class FactorizedTensor(nn.Module):

@@ -36,7 +36,7 @@ from tenslora.forms import from_json
 from tenslora.projections import FLOATS
 from tenslora.random_streams import stream_seed
 from tenslora.ranks import weight_ranks
-from tenslora.tensor import FactorizedTensor
+from tenslora.tensor import FactorizedTensor, ScaledModule
 from tenslora.thin_products import without_autocast
 
 FORMAT = "tenslora-tensors-1"
@@ -76,7 +76,7 @@ class TensorUpdateConfig:
         require_one_of("factorization", self.factorization, FACTORIZATIONS)
 
 
-class TensorUpdate(nn.Module):
+class TensorUpdate(ScaledModule):
     """The trainable update of one weight, W + scale * X, where X is a factorised tensor of the weight's shape.
 
     The dimensions of the weight are called d_out and d_in, as in a Linear or a Conv2d, and mode_3, mode_4, ... The
@@ -88,7 +88,7 @@ class TensorUpdate(nn.Module):
 
     Attributes:
         tensor: the factorised tensor, with its parameters under the names of the modes, and Tucker's core.
-        scale: multiplies the tensor.
+        scale: multiplies the tensor; a number, or a tensor of one.
         first_step: the Frobenius norm by which AdamW's first step with learning rate 1 moves the weight.
         added: a copy of the update as it was when it was added to the weight; empty while it is not merged.
 
@@ -102,15 +102,16 @@ class TensorUpdate(nn.Module):
         self.config = dataclasses.replace(config, ranks=weight_ranks(shape, config.ranks, config.factorization))
         self.tensor = FactorizedTensor(factorization, modes, self.config.ranks, 1, stream_seed("tensor", config.seed))
         squared = factorization.squared_first_step(modes, self.config.ranks)
-        self.scale, unscaled_first_step = config.alpha, math.sqrt(squared or 0.0)
+        scale, unscaled_first_step = config.alpha, math.sqrt(squared or 0.0)
         if config.scaling == "first_step":
             if not unscaled_first_step:
                 raise TensLoRAError(
                     f"scaling=first_step: has no formula for factorization={config.factorization}; must be direct"
                 )
             # Of a LoRA on the weight as a matrix of d_out rows, as PEFT adapts a convolution: sqrt(r d_out / 3).
-            self.scale *= math.sqrt(LORA_RANK * modes["d_out"] / 3) / unscaled_first_step
-        self.first_step = abs(self.scale) * unscaled_first_step
+            scale *= math.sqrt(LORA_RANK * modes["d_out"] / 3) / unscaled_first_step
+        self.scale = scale
+        self.first_step = abs(scale) * unscaled_first_step
         self.added: tuple[TensorUpdate, ...] = ()
 
     @property

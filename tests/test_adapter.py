@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.files import read_safetensors, write_safetensors
 from tenslora.peft import TensLoraConfig
 from tenslora.ranks import RankStrategy
-from tenslora.tensor_update import TensorUpdateConfig
+from tenslora.tensor_update import TensorUpdate, TensorUpdateConfig
 from tests.conftest import ROOT
 
 GEOMETRY = Geometry(d_in=12, heads=3, d_head=4, layers=4)
@@ -371,11 +373,42 @@ def test_a_scale_that_no_file_holds_or_that_has_no_effect_is_refused(tmp_path: P
     adapter.scale = torch.nn.Parameter(torch.tensor(4.0))
     with pytest.raises(TensLoRAError, match=r"^scale: was made a parameter"):
         adapter.save(tmp_path / "adapter.safetensors")
+    adapter.scale = 4
+    adapter.save(tmp_path / "adapter.safetensors")
     staged: Any = make_adapter(AdapterConfig("qkv_depth"), [geometry, dataclasses.replace(geometry, d_in=12)])
-    assert not hasattr(staged, "scale")
+    with pytest.raises(AttributeError, match=r"^scale: each of the adapter's stages has its own$"):
+        _ = staged.scale
+    assert getattr(staged, "scale", None) is None
     with pytest.raises(TensLoRAError, match=r"^scale=0\.5: would have no effect here; set that of each"):
         staged.scale = 0.5
     assert [stage.scale for stage in staged.stages] == [4.0, 4.0]
+
+
+def _scaled_modules() -> list[Any]:
+    geometry = Geometry(d_in=8, heads=2, d_head=4, layers=2)
+    return [Adapter(AdapterConfig("qkv_depth"), geometry), TensorUpdate(TensorUpdateConfig((2, 2)), (3, 4))]
+
+
+@pytest.mark.parametrize("value", ["0.5", None, math.nan, -math.inf, "huge", 1j, torch.ones(2), torch.tensor(math.nan)])
+def test_a_scale_that_is_no_finite_number_is_refused_when_it_is_set(value: object) -> None:
+    for module in _scaled_modules():
+        before = module.scale
+        with pytest.raises(
+            TensLoRAError, match=r"^scale=.*: must be a finite number, from -1,000,000 to 1,000,000, or"
+        ):
+            module.scale = value
+        assert module.scale is before
+
+
+@pytest.mark.parametrize(
+    "half", [np.float32(0.5), Fraction(1, 2), torch.tensor([0.5]), torch.nn.Parameter(torch.tensor(0.5))]
+)
+def test_a_scale_may_be_any_number_or_a_tensor_of_one(half: Any) -> None:
+    adapter, update = _scaled_modules()
+    adapter.scale = update.scale = half
+    assert torch.equal(update.update(), 0.5 * update.tensor.full())
+    _, rights = adapter.products(range(1), scale=adapter.scale)
+    assert torch.equal(rights[0], adapter.products(range(1), scale=0.5)[1][0])
 
 
 @pytest.mark.parametrize("include_buffers", [False, True])
