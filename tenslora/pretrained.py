@@ -233,7 +233,7 @@ def read_weights(path: Path, model: nn.Module, sha256: str | None = None) -> dic
     for name, saved in weights.items():
         if name not in places:
             hint = f"; load(model, {str(path.parent / ADAPTER_FILE)!r}) loads the adapter alone"
-            if ".parametrizations." in name:
+            if ".parametrizations." in f".{name}":
                 hint = "; put the parametrization on first, as load_tensors does with the updates of adapt_tensor"
             raise TensLoRAError(f"{path}: {type(model).__name__} has no weight {name}{hint}")
         place = places[name]

@@ -163,7 +163,8 @@ def adapt_tensor(
     """Freeze one weight of a module, and put a trainable update of the weight's own shape on it.
 
     The module's outputs do not change until the update is trained. The module's other parameters stay as they are. If
-    another module has the same weight, as an embedding and a head may, the update is this module's alone.
+    another module has the same weight, as an embedding and a head may, the update is this module's alone. Until
+    `detach_tensors`, transformers can neither tie such weights nor resize the embedding.
 
     The update is built each time that the module reads the weight, at the cost of about as many multiplications as the
     weight has entries, times a rank; `torch.nn.utils.parametrize.cached` builds it once for several reads,

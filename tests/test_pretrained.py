@@ -311,6 +311,17 @@ def test_updates_of_other_weights_are_trained_and_loaded_beside_the_adapter(tmp_
     torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-6)
 
 
+def test_the_update_of_a_weight_that_is_the_models_own_is_missed_by_name(tmp_path: Path) -> None:
+    model = PlainTransformer(width=24)
+    model.positions = nn.Parameter(torch.ones(5, 24))
+    other = copy.deepcopy(model)
+    attach(model, AdapterConfig("qkv_depth"))
+    adapt_tensor(model, "positions", 2)
+    save_pretrained(model, tmp_path)
+    with pytest.raises(TensLoRAError, match=r"has no weight parametrizations.*; put the parametrization on first"):
+        load(other, tmp_path)
+
+
 def test_a_tied_weight_is_loaded_in_both_places_of_a_model_that_does_not_tie_it(tmp_path: Path) -> None:
     model, other = TwoHeads(), TwoHeads()
     attach(model, AdapterConfig("qkv"), train=["again"])
