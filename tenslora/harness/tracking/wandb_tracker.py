@@ -174,9 +174,12 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
     except ValidationError as error:  # such as a tag that is too long, or a mode that does not exist
         first = error.errors()[0]
         setting = str(first["loc"][0]).removeprefix("run_")
-        variable = f"WANDB_{setting.upper()}"
-        given = os.environ.get(variable)
-        place = f"{variable}={given}" if given == first["input"] else f"logger.{setting}"
+        # The name of a variable is not always that of the setting: WANDB_HTTP_TIMEOUT is x_graphql_timeout_seconds.
+        variables = sorted(
+            (name for name, value in os.environ.items() if name.startswith("WANDB_") and value == first["input"]),
+            key=f"WANDB_{setting.upper()}".__ne__,
+        )
+        place = f"{variables[0]}={first['input']}" if variables else f"logger.{setting}"
         raise TensLoRAError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from error
     except OSError as error:
         raise TensLoRAError(

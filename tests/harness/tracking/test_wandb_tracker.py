@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import wandb
+from wandb.sdk import wandb_setup
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import LoggerConfig
@@ -275,10 +276,21 @@ def test_without_a_home_in_the_environment_wandbs_folder_is_the_one_with_it(
     assert os.environ["WANDB_CACHE_DIR"] == f"{pwd.getpwuid(os.getuid()).pw_dir}/.cache/wandb"
 
 
-def test_a_variable_that_wandb_does_not_take_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "ofline")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "WANDB_MODE=ofline: Input should be 'online', 'offline'",
+        "WANDB_HTTP_TIMEOUT=abc: Input should be a valid number",
+    ],
+)
+def test_a_variable_that_wandb_does_not_take_is_named(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, value = line.partition(":")[0].partition("=")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(wandb_setup, "_singleton", None)  # it reads its variables once
     table = Table("t", "T", (Run(Row("lora"), Column("d", "m"), 0, "x"),))
-    with pytest.raises(TensLoRAError, match=r"^WANDB_MODE=ofline: Input should be 'online', 'offline'"):
+    with pytest.raises(TensLoRAError, match=f"^{line}"):
         track_table(replace(OFFLINE, mode="auto"), tmp_path, table, [])
 
 
