@@ -18,7 +18,7 @@ import tenslora.harness.early  # isort: skip  # noqa: F401  catches Ctrl-C from 
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.app import run_app
@@ -83,6 +83,8 @@ def sweep(
         TensLoRAError: if the results could not be written, before anything runs; and if jobs have failed, after the
             results are written.
     """
+    from omegaconf import OmegaConf
+
     from tenslora.harness.config.sweep import sweep_config
     from tenslora.harness.results import check_places, write_results
     from tenslora.harness.results.paper import stand_in
@@ -99,7 +101,8 @@ def sweep(
     outputs, name, title = Path(config.hydra.sweep.dir), name_of(config), settings.table.title
     title = f"{title}, tuned over {tune.setting}" if tune else title
     folder = outputs / "tables" / name
-    stages = Stages(plan_jobs(composed, outputs), tune)
+    written: Any = OmegaConf.to_container(config.hydra.sweep)  # its folder may refer to other settings
+    stages = Stages(plan_jobs(composed, outputs, str(written["dir"])), tune)
     known = stages.look()
     check_for_sweep(stages.jobs[0].run.logger)
     if settings.collect_only and not outputs.is_dir():
@@ -154,7 +157,12 @@ def sweep(
     if offline:
         place = shlex.quote(str(outputs))
         print(f"\n{offline}; to upload: find {place} -name 'offline-run-*' -prune -exec wandb sync {{}} +")
-    if failed := known.failed:
+    lost = {
+        job: f"its record is no longer in {job.folder.path}"
+        for job, look in known.looks.items()
+        if job in tried and look.state in (State.NEW, State.BEGUN)
+    }
+    if failed := {**known.failed, **lost}:
         print("\n".join(["", "failed:", *(f"  {job.label}: {problem}" for job, problem in failed.items())]))
         raise TensLoRAError(f"{len(failed)} of {len(known.looks)} jobs failed; the same command runs them again")
     if untuned := [

@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
 
+from sweep import sweep as carry_out_table
+from tenslora.errors import TensLoRAError
 from tenslora.harness.backbones import EMBEDDED
 from tenslora.harness.run_folder import RunFolder
 from tests.commands import Command, Commands, Ended
 from tests.conftest import ROOT
-from tests.running import SHORT, configured, record
-from tests.sweeps import claimed_by_a_process
+from tests.running import SHORT, composed, configured, record
+from tests.sweeps import claimed_by_a_process, swept
 
 pytestmark = pytest.mark.slow
 
@@ -150,6 +153,17 @@ def test_a_sweep_that_torchrun_starts_is_refused(commands: Commands, tmp_path: P
     ended = commands.run(Command("sweep.py", words, tmp_path, environment=environment))
     assert (ended.status, len(ended.err.splitlines())) == (1, 1)
     assert ended.err.startswith("error: WORLD_SIZE=2: must be 1 for sweep.py, and for any hydra/launcher but basic; ")
+
+
+def test_a_job_whose_record_is_gone_at_the_end_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tensor_mode=lora", "rank_strategy=isorank", "seed=0"]
+    job = swept(*words)
+    config = composed(*words, f"hydra.sweep.dir={tmp_path}", config_name="sweep", with_hydra=True)
+    done = JobReturn()
+    done.status, done.return_value = JobStatus.COMPLETED, job.run.digest()
+    with pytest.raises(TensLoRAError, match="1 of 1 jobs failed; the same command runs them again"):
+        carry_out_table(config, [job], lambda _: [done])
+    assert f"digits lora seed 0: its record is no longer in {tmp_path / job.run.folder()}" in capsys.readouterr().out
 
 
 def test_results_that_could_not_be_written_end_the_sweep_in_one_line_before_the_first(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -198,7 +199,7 @@ class Job:
         )  # fmt: skip
 
 
-def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
+def plan_jobs(composed: Sequence[Composed], outputs: Path, written: str = "") -> list[Job]:
     """The jobs of a sweep, in the order in which they are given, each run once.
 
     Overrides that give the same run, such as those of LoRA under both strategies, are one job. Dataset and model are
@@ -208,12 +209,14 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
     Args:
         composed: what each job's overrides make.
         outputs: the folder of all runs.
+        written: how that folder is written in the settings, perhaps with references to other settings.
 
     Returns:
         The jobs.
 
     Raises:
-        TensLoRAError: if a setting of the whole sweep has several values, or the headline metric of a column.
+        TensLoRAError: if a setting of the whole sweep or its folder has several values, or the headline metric of a
+            column.
     """
     values: dict[str, dict[str, None]] = {}
     for each in composed:
@@ -224,6 +227,8 @@ def plan_jobs(composed: Sequence[Composed], outputs: Path) -> list[Job]:
         # The last three do not make another run.
         if key.split(".")[0] in (*SWEEP_KEYS, "logger", "overwrite", "resume"):
             raise TensLoRAError(f"{key}={','.join(values[key])}: one value for the whole sweep, not several")
+        if re.search(rf"\$\{{{re.escape(key.split('.')[0])}\b", written):
+            raise TensLoRAError(f"hydra.sweep.dir={written}: must be one folder for the whole sweep, and {key} varies")
 
     headlines: dict[Column, str | None] = {}
     for run in (each.run for each in composed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import time
@@ -70,6 +71,16 @@ def test_loras_at_different_ranks_are_different_rows(tmp_path: Path) -> None:
     jobs = plan_jobs(runs, tmp_path)
     assert [job.row.label for job in jobs] == ["lora rank_strategy.rank=2", "lora rank_strategy.rank=4"]
     assert [in_table(job).parameters for job in jobs] == [12 * 2 * 128, 12 * 4 * 128]
+
+
+def test_a_sweep_has_one_folder(tmp_path: Path) -> None:
+    runs = [swept(f"tensor_mode={mode}", "seed=0", "dataset=digits") for mode in ("lora", "full")]
+    assert len(plan_jobs(runs, tmp_path, "${oc.env:HOME}/${dataset.name}/${table.name}")) == 2
+    for part in ("tensor_mode", "tensor_mode.name"):
+        written = f"outputs/${{{part}}}"
+        line = f"hydra.sweep.dir={written}: must be one folder for the whole sweep, and tensor_mode varies"
+        with pytest.raises(TensLoRAError, match=re.escape(line)):
+            plan_jobs(runs, tmp_path, written)
 
 
 def test_a_further_setting_that_varies_becomes_part_of_the_row(tmp_path: Path) -> None:
