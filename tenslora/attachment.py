@@ -177,8 +177,8 @@ def stages_to_adapt(model: nn.Module, adapter: AdapterConfig | Adapter | StagedA
     Raises:
         TensLoRAError: if the adapter cannot be attached to the model, see `attach`.
     """
-    if hasattr(model, SUBMODULE):
-        if not isinstance(getattr(model, SUBMODULE), (Adapter, StagedAdapter)):
+    if (found := attribute_of(model, SUBMODULE, absent=False)) is not False:
+        if not isinstance(found, (Adapter, StagedAdapter)):
             raise TensLoRAError(
                 f"{type(model).__name__}: has something else under the name {SUBMODULE}, which is the adapter's"
             )
@@ -568,7 +568,7 @@ def adapter_of(model: nn.Module) -> Adapter | StagedAdapter:
             f"{type(model).__name__}: what it holds under the name {SUBMODULE} is no adapter of this import of the "
             f"package; restart a notebook that has imported it anew"
         )
-    if isinstance(getattr(model, SUBMODULE, None), (Adapter, StagedAdapter)):
+    if isinstance(attribute_of(model, SUBMODULE), (Adapter, StagedAdapter)):
         raise TensLoRAError(
             f"{type(model).__name__}: passes on the attributes of the model that has the adapter; call this on that "
             f"model"

@@ -630,7 +630,7 @@ def _targets(index: int, layer: _Layer, geometry: Geometry) -> Iterator[TargetLi
 
 def _refuse_odd_weights(targets: Iterable[TargetLinear]) -> None:
     for target in targets:
-        if not isinstance(getattr(target.linear, "weight", None), Tensor):
+        if not isinstance(attribute_of(target.linear, "weight", target.path), Tensor):
             raise TensLoRAError(
                 f"{target.path}: {type(target.linear).__name__} holds its weight in another form than Linear, as some "
                 f"quantised layers do, which is not supported"

@@ -33,7 +33,7 @@ from tenslora.errors import TensLoRAError, first_line, require_numbers, require_
 from tenslora.factorizations import FACTORIZATIONS
 from tenslora.files import read_safetensors, require_tensors, write_safetensors
 from tenslora.forms import from_json
-from tenslora.projections import FLOATS
+from tenslora.projections import FLOATS, attribute_of
 from tenslora.random_streams import stream_seed
 from tenslora.ranks import weight_ranks
 from tenslora.tensor import FactorizedTensor, ScaledModule
@@ -376,7 +376,7 @@ def _holder(model: nn.Module, place: str) -> tuple[nn.Module, str]:
 
 def _weight(module: nn.Module, name: str) -> nn.Parameter:
     kind = type(module).__name__
-    if isinstance(module, AdaptedLinear) or hasattr(module, "has_tenslora_adapter"):  # the latter in PEFT
+    if isinstance(module, AdaptedLinear) or attribute_of(module, "has_tenslora_adapter"):  # the latter in PEFT
         raise TensLoRAError(
             f"{name}: belongs to a layer that has an adapter ({kind}); take it off first, with detach or PEFT's unload"
         )

@@ -388,6 +388,15 @@ def with_another_child(model: nn.Module) -> None:
     model.tenslora = nn.Linear(2, 2)
 
 
+class KnowsNoOtherName(PlainTransformer):
+    def __getattr__(self, name: str) -> Any:
+        return {**self._modules, **self._parameters}[name]
+
+
+def with_an_error_of_its_own(model: nn.Module) -> None:
+    model.__class__ = KnowsNoOtherName
+
+
 def with_a_lora(model: nn.Module) -> None:
     get_peft_model(model, LoraConfig(target_modules=["query"]))
     model.requires_grad_(True)
@@ -404,6 +413,7 @@ def with_what_transformers_leaves_of_a_lora(model: nn.Module) -> None:
     [
         (parametrized, r"^blocks\.1\.attention\.key: its bias has a parametrization"),
         (lazy, r"^head\.weight: has no size before the model's first forward pass"),
+        (with_an_error_of_its_own, r"^KnowsNoOtherName: tenslora cannot be read \(KeyError: 'tenslora'\)$"),
         (with_another_child, "^PlainTransformer: has something else under the name tenslora"),
         (with_what_transformers_leaves_of_a_lora, r"query: is a layer of another adapter .* or make the model anew \("),
         (with_a_lora, r"^blocks\.0\.attention\.query: is a layer of another adapter \(Linear of PEFT\)"),
