@@ -349,7 +349,10 @@ def launch_jobs(jobs: Sequence[Job], launch: Callable[[Sequence[Sequence[str]]],
                 elsewhere.append(job)
             elif outcome.return_value != job.digest:  # a job composes its settings anew
                 job.folder.write_failure(
-                    TensLoRAError("carried out another run: files in conf/ have been edited since the sweep began")
+                    TensLoRAError(
+                        "carried out another run: its settings are others than when the sweep began, as after an edit "
+                        "in conf/ or with ${now:...}"
+                    )
                 )
         # Another sweep carries out these jobs. If that sweep stops, this sweep takes them over.
         while any(job.look().state is State.RUNNING for job in elsewhere):

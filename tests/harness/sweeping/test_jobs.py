@@ -277,7 +277,10 @@ def test_a_job_that_carries_out_another_run_has_failed(job: Job, tmp_path: Path)
 
     launch_jobs([job, other], launch)
     assert (job.look().state, other.look().state) == (State.FAILED, State.DONE)
-    assert job.look().problem == "carried out another run: files in conf/ have been edited since the sweep began"
+    assert job.look().problem == (
+        "carried out another run: its settings are others than when the sweep began, as after an edit in conf/ or with "
+        "${now:...}"
+    )
 
 
 def test_a_job_that_is_carried_out_twice_at_once_is_trained_once(job: Job) -> None:
