@@ -27,12 +27,14 @@ from tenslora.errors import TensLoRAError, first_line, os_reason
 from tenslora.harness.cache import forget_all
 from tenslora.harness.commands import (
     CARRIAGE_RETURN,
+    CONF,
     FULL_ERROR,
     OUT_OF_REACH,
     is_text,
     line_of_the_environment,
     prepare_process,
     several_settings,
+    takes_one,
     unforeseen,
 )
 from tenslora.harness.stop import Stop
@@ -54,8 +56,6 @@ _OPTIONS = (
 )  # fmt: skip
 """Hydra's options."""
 
-_ROOT = Path(__file__).resolve().parents[2]
-_CONF = _ROOT / "conf"
 _WATCH_SECONDS = 2.0
 
 
@@ -97,7 +97,7 @@ def run_app(
             sys.exit(f"error: {TensLoRAError(word)}: must be table for sweep.py; train.py -m takes other sweepers")
         if sweep and re.match(r"\+*hydra\.sweep\.subdir=", word):  # the results are read from the runs' own folders
             sys.exit(f"error: {TensLoRAError(word)}: must be left out; hydra.sweep.dir is the folder of all runs")
-        if (group := re.match(r"\+*([a-z_]+)=\[[^,]*,", word)) and _takes_one(group[1]):
+        if (group := re.match(r"\+*([a-z_]+)=\[[^,]*,", word)) and takes_one(group[1]):
             several = "" if group[1] in ("table", "tune") else f"; several are written {group[1]}=a,b with -m"
             sys.exit(f"error: {TensLoRAError(word)}: must be one option{several}")
         if line := several_settings(word) or _not_an_option(word):
@@ -123,7 +123,7 @@ def run_app(
     # With this setting Hydra raises its own errors instead of printing them over several lines.
     os.environ[FULL_ERROR] = "1"
     # A launcher starts jobs in other processes, perhaps on other machines, which have to find this package.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CONF.parent), os.environ.get("PYTHONPATH"))))
     # Python would look in the current folder first, where a user may have a train.py or another clone.
     os.environ["PYTHONSAFEPATH"] = "1"
     if not sys.stderr.isatty():  # the datasets library would fill a log with its progress bars
@@ -145,7 +145,7 @@ def run_app(
 
             check_completion(sys.argv[1:])
             complete_options_in_folders()
-        hydra.main(version_base="1.3", config_path=str(_CONF), config_name=config_name)(guarded)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
     except (KeyboardInterrupt, Exception) as error:
         if stop.asked or isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
@@ -226,10 +226,10 @@ def _refuse_hidden_files(sources: Any) -> None:
     Args:
         sources: the folders and packages of configs, as Hydra lists them.
     """
-    own = [Path(source.path) for source in sources if source.schema == "file" and Path(source.path) != _CONF]
+    own = [Path(source.path) for source in sources if source.schema == "file" and Path(source.path) != CONF]
     for folder in own:
-        for file in _CONF.rglob("*.yaml"):
-            name = file.relative_to(_CONF)
+        for file in CONF.rglob("*.yaml"):
+            name = file.relative_to(CONF)
             if (folder / name).is_file() and (folder / name).read_bytes() != file.read_bytes():
                 raise TensLoRAError(
                     f"{folder / name}: would not be read, because {file} comes first; give it another name"
@@ -259,11 +259,11 @@ def _not_an_option(word: str) -> str | None:
 def _of_base(word: str, config_name: str) -> str | None:
     """The line for a word that chooses a file of a folder base, which is there for other files to extend."""
     chosen = re.match(r"\+*(\w+)=(?:.*,)?base/", word)
-    if chosen is None or not (_CONF / chosen[1] / "base").is_dir() or (chosen[1], config_name) == ("table", "config"):
+    if chosen is None or not (CONF / chosen[1] / "base").is_dir() or (chosen[1], config_name) == ("table", "config"):
         return None
     from tenslora.harness.config.spelling import misspelt
 
-    return misspelt([word], _CONF, config_name, _given().config_dir)
+    return misspelt([word], CONF, config_name, _given().config_dir)
 
 
 def _settings_together(words: Sequence[str]) -> list[str]:
@@ -388,7 +388,7 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
         for word in words:
             if word.count("[") + word.count("{") > DEEPEST:
                 return f"{word.partition('=')[0]}: must not be nested more than {DEEPEST} levels deep"
-    if line := misspelt(words, _CONF, config_name, own) or wrong_file(error):
+    if line := misspelt(words, CONF, config_name, own) or wrong_file(error):
         return line
     if given_twice := re.match(r"Multiple values for (\S+)\. ", str(error)):
         group = given_twice[1]
@@ -444,11 +444,6 @@ def _given() -> Any:
     return get_args(sys.argv[1:])
 
 
-def _takes_one(group: str) -> bool:
-    """Whether a group of conf/ takes a single option. Of the other groups, such as logger, Hydra merges several."""
-    return (_CONF / group).is_dir() and group not in ("logger", "experiment", "debug")
-
-
 def _error_without(several: str, words: Sequence[str], own: str | None) -> Exception | None:
     """What Hydra says of the words of a sweep's command line besides those of several values."""
     from hydra import compose
@@ -458,7 +453,7 @@ def _error_without(several: str, words: Sequence[str], own: str | None) -> Excep
 
     parsed = OverridesParser.create().parse_overrides([word for word in words if word != several])
     try:
-        with reading(_CONF, own):
+        with reading(CONF, own):
             compose("sweep", [str(each.input_line) for each in parsed if not each.is_sweep_override()])
     except Exception as error:
         return error

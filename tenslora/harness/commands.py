@@ -22,6 +22,9 @@ from tenslora.errors import TensLoRAError, first_line, require_path
 from tenslora.files import require_no_device
 from tenslora.harness.stop import Stop
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
+"""The folder of the project's config files."""
+
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """The environment variable that asks for the traceback of an error, as in every application of Hydra: 1 for yes."""
 
@@ -165,6 +168,15 @@ def prepare_process() -> None:
         del os.environ["MPLBACKEND"]
     for chatty in QUIET:
         logging.getLogger(chatty).setLevel(logging.ERROR)
+
+
+def takes_one(group: str) -> bool:
+    """Whether a group of conf/ takes a single option. Of the other groups, such as logger, Hydra merges several.
+
+    Args:
+        group: the name of the group; of another name it is False.
+    """
+    return (CONF / group).is_dir() and group not in ("logger", "experiment", "debug")
 
 
 def several_settings(word: str) -> str | None:

@@ -370,6 +370,10 @@ def test_the_process_itself_ends_with_status_1_and_the_line(tmp_path: Path) -> N
             b"# @package _global_\nseed: 1\n<<<<<<< HEAD\nalpha: 4\n",
             ", line 4: is not YAML (could not find expected ':')",
         ),
+        (
+            b"# @package _global_\ndefaults:\n  - override /tensor_mode: [full, lora]\n",
+            "override /tensor_mode: must be one option, and is ['full', 'lora']",
+        ),
         (b"# @package _global_\nadapter:\n\talpha: 4\n", ", line 3: is not YAML (found character '\\t' that cannot"),
     ],
 )

@@ -11,8 +11,10 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
+from omegaconf import DictConfig, ListConfig
 
 from tenslora.errors import TensLoRAError, first_line
+from tenslora.harness.commands import takes_one
 
 
 def name_files_at_fault() -> None:
@@ -41,8 +43,19 @@ def _load(source: ConfigSource, config_path: str) -> ConfigResult:
         if late := re.match(r"\s*---.*\n(?:\s*\n)*#\s*@package\b.*", text):
             raise TensLoRAError(f"{file}: {late[0].splitlines()[-1]}: must be the first line, before ---")
     try:
-        return _OF_HYDRA[0](source, config_path)
+        loaded = _OF_HYDRA[0](source, config_path)
     except (HydraException, yaml.YAMLError):  # whose messages name the file
         raise
     except Exception as error:
         raise TensLoRAError(f"{file}: {first_line(error)}") from error
+    _require_one_option_each(loaded, file)
+    return loaded
+
+
+def _require_one_option_each(loaded: ConfigResult, file: str) -> None:
+    if not isinstance(loaded.config, DictConfig) or not isinstance(chosen := loaded.config.get("defaults"), ListConfig):
+        return
+    for words, options in (item for each in chosen if isinstance(each, DictConfig) for item in each.items()):
+        choice = str(words)  # such as override /tensor_mode@adapter
+        if isinstance(options, ListConfig) and len(options) > 1 and takes_one(choice.split("/")[-1].partition("@")[0]):
+            raise TensLoRAError(f"{file}: {choice}: must be one option, and is {list(options)}")
