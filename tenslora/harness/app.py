@@ -138,8 +138,11 @@ def run_app(
         register_resolvers()
         name_files_at_fault()
         warnings.filterwarnings("error", _NOT_THERE)  # which would blame an option of that folder
-        if sweep and _given().config_name == "config":
+        given = _given()
+        if sweep and given.config_name == "config":
             sys.exit("error: --config-name config: is for train.py; leave it out")
+        if given.cfg == "hydra" and given.resolve:  # hydra.run.dir follows from the settings, which Hydra leaves out
+            sys.exit("error: --cfg hydra --resolve: must be --cfg all --resolve, or without --resolve")
         if {"-sc", "--shell-completion"}.intersection(sys.argv):
             from tenslora.harness.completion import check_completion, complete_options_in_folders
 
