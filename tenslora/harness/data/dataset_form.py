@@ -12,7 +12,7 @@ from typing import Any
 from tenslora.errors import TensLoRAError, require_one_of, require_type
 from tenslora.forms import shown
 from tenslora.harness.commands import is_text
-from tenslora.harness.data.examples import Dataset, Examples, as_list, is_sequence, require_sequences
+from tenslora.harness.data.examples import Dataset, Examples, as_list, by_position, is_sequence, require_sequences
 
 
 def checked(setting: str, dataset: Any, holds_texts: bool) -> Dataset:
@@ -90,9 +90,10 @@ def _split(where: str, examples: Examples, classes: int | None, columns: Sequenc
     labels = _labels(where, examples.labels, classes)
     if len(examples.inputs) != len(labels):
         raise TensLoRAError(f"{where} has {len(examples.inputs)} inputs and {len(labels)} labels")
+    inputs = by_position(examples.inputs)
     if columns:
-        _check_texts(where, examples.inputs, len(columns))
-    return replace(examples, labels=labels)
+        _check_texts(where, inputs, len(columns))
+    return replace(examples, inputs=inputs, labels=labels)
 
 
 def _labels(where: str, given: Any, classes: int | None) -> list[Any]:

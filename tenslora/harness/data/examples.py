@@ -167,17 +167,34 @@ def to_rgb(image: Image, name: str) -> Image:
 
 @dataclass(frozen=True, eq=False)
 class ImageArrays(Sequence["Image"]):
-    """Images in one array of bytes, of shape (count, height, width) or (count, height, width, 3)."""
+    """Images in one array of bytes, of shape (count, height, width) or (count, height, width, 3).
+
+    A further channel, of how opaque each pixel is, does no harm.
+
+    Raises:
+        TensLoRAError: for an array of another type or shape.
+    """
 
     pixels: Any
+
+    def __post_init__(self) -> None:
+        kind = str(getattr(self.pixels, "dtype", None)).removeprefix("torch.")
+        shape = tuple(getattr(self.pixels, "shape", ()))
+        if kind != "uint8" or len(shape) < 3 or shape[3:] not in ((), (2,), (3,), (4,)):
+            given = f"{kind} of shape {shape}" if shape else f"of type {type(self.pixels).__name__}"
+            raise TensLoRAError(
+                f"the images must be bytes (uint8) of shape (count, height, width) or (count, height, width, 3), and "
+                f"are {given}"
+            )
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index: Any) -> Any:
+        import numpy as np
         from PIL import Image
 
-        return Image.fromarray(self.pixels[index])
+        return Image.fromarray(np.asarray(self.pixels[index]))
 
 
 NO_EXAMPLES = Examples((), ())
@@ -189,10 +206,16 @@ def as_list(labels: Any) -> list[Any]:
     return labels.tolist() if hasattr(labels, "tolist") else list(labels)
 
 
+def by_position(inputs: Any) -> Any:
+    """The inputs of a split, as a list if they are a pandas Series, which would be read by an index of its own."""
+    return inputs.tolist() if hasattr(inputs, "iloc") else inputs
+
+
 def is_sequence(given: Any) -> bool:
     """Whether the parts of an object can be counted and read by number."""
     try:
-        return hasattr(given, "__getitem__") and not isinstance(given, Mapping) and len(given) >= 0
+        is_table = hasattr(given, "iloc") and given.ndim > 1  # of pandas, which is read by the names of its columns
+        return hasattr(given, "__getitem__") and not (is_table or isinstance(given, Mapping)) and len(given) >= 0
     except TypeError:  # also of an array without dimensions
         return False
 

@@ -14,6 +14,7 @@ from tenslora.harness.data.examples import (
     ImageArrays,
     ImageFiles,
     as_list,
+    by_position,
     require_sequences,
     warn_of_another_size,
 )
@@ -105,6 +106,8 @@ def read_split(name: str, root: str | None, split: str | None) -> tuple[Examples
         raise TensLoRAError(f"dataset.root={root}: no such folder; the folder should hold {source.layout}")
     try:
         images, labels, classes = source.open(Path(root or DOWNLOADS), split, root is None)
+    except TensLoRAError as error:
+        raise TensLoRAError(f"dataset={name}: {error}") from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         if root is None:
             raise TensLoRAError(
@@ -121,4 +124,4 @@ def read_split(name: str, root: str | None, split: str | None) -> tuple[Examples
         raise TensLoRAError(
             f"dataset={name}: the {split or 'only'} split has {len(images)} images, {len(labels)} labels"
         )
-    return Examples(images, as_list(labels)), tuple(map(str, classes))
+    return Examples(by_position(images), as_list(labels)), tuple(map(str, classes))

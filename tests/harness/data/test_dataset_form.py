@@ -55,6 +55,10 @@ def with_text(*example: Any) -> Examples:
             "the training split has inputs of type generator; must be a seq",
         ),
         ({"train": Examples({0: "x", 1: "y"}, [0, 1])}, "the training split has inputs of type dict; must be a seq"),
+        (
+            {"train": Examples(pandas.DataFrame({"x": [0]}), [0])},
+            "the training split has inputs of type DataFrame; must ",
+        ),
         ({"train": Examples(np.array(1), [0])}, "the training split has inputs of type ndarray; must be a sequence"),
         ({"more_tests": [("hard", IMAGES.test)]}, "more_tests: must be of type Mapping, and is of type list"),
         ({"more_tests": {"": IMAGES.test}}, "the name of a further test split must be text in UTF-8, not empty, and"),
@@ -108,6 +112,12 @@ def test_the_form_of_a_dataset_of_texts(changes: Any, line: str) -> None:
 def test_labels_are_in_their_order(labels: Any) -> None:
     train = checked("dataset=own", replace(IMAGES, train=Examples(["x", "y", "z"], labels)), False).train
     assert [train.labels[number] for number in range(3)] == [0, 0, 1]
+
+
+def test_texts_of_a_series_are_in_their_order() -> None:
+    texts = pandas.Series(TEXTS.train.inputs, index=[2, 1, 7])
+    given = checked("dataset=own", replace(TEXTS, train=Examples(texts, [0, 1, 1])), holds_texts=True)
+    assert [given.train.inputs[number] for number in range(3)] == TEXTS.train.inputs
 
 
 def test_names_and_labels_become_pythons_own() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 import torchvision.datasets.cifar
@@ -130,6 +131,34 @@ def test_what_a_source_of_ones_own_hands_over_is_checked(
     with pytest.raises(TensLoRAError, match=r"^dataset=dtd: ") as raised:
         load("dtd", tmp_path, train_splits=("train",))
     assert line in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "given"),
+    [
+        (np.zeros((3, 8, 8, 3), np.float32), r"float32 of shape \(3, 8, 8, 3\)"),
+        (np.zeros((3, 3, 8, 8), np.uint8), r"uint8 of shape \(3, 3, 8, 8\)"),
+        ([np.zeros((8, 8, 3), np.uint8)] * 3, "of type list"),
+    ],
+)
+def test_an_array_that_holds_no_images_is_refused(
+    pixels: Any, given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = Source(lambda *_: (ImageArrays(pixels), [0, 1, 0], "ab"), "", {"train": 3, "test": 3})
+    monkeypatch.setitem(SOURCES, "dtd", source)
+    with pytest.raises(
+        TensLoRAError, match=rf"^dataset=dtd: the images must be bytes \(uint8\) of.*, and are {given}$"
+    ):
+        load("dtd", tmp_path, train_splits=("train",))
+
+
+def test_images_may_be_a_tensor_and_a_series_of_any_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arrays = ImageArrays(torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1))
+    series: Any = pandas.Series([*arrays], index=[7, 0, 1])
+    source = Source(lambda *_: (series, [0, 1, 0], "ab"), "", {"train": 3, "test": 3})
+    monkeypatch.setitem(SOURCES, "dtd", source)
+    inputs = load("dtd", tmp_path, train_splits=("train",)).train.inputs
+    assert [inputs[number].getpixel((0, 0)) for number in range(3)] == [0, 1, 2]
 
 
 def test_labels_may_be_a_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
