@@ -320,15 +320,15 @@ def require_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence
     for name, tensor in tensors.items():
         if name not in shapes:
             raise TensLoRAError(f"has {name}, which does not belong there")
-        if (kind := _unlike_a_files(tensor)) is not None:
+        if (kind := unlike_a_files(tensor)) is not None:
             raise TensLoRAError(f"{name} is a {kind}; must be a dense torch.Tensor with numbers")
         if tuple(tensor.shape) != tuple(shapes[name]):
             raise TensLoRAError(f"{name} has the shape {tuple(tensor.shape)}, not {tuple(shapes[name])}")
         require_finite(name, tensor)
 
 
-def _unlike_a_files(value: Any) -> str | None:
-    # What a value is that no tensor of a file can be; None for one that can.
+def unlike_a_files(value: Any) -> str | None:
+    """What a value is that no tensor of a safetensors file can be; None for a dense tensor with numbers."""
     import torch
 
     if not isinstance(value, torch.Tensor):

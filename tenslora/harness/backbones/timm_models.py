@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tenslora.errors import TensLoRAError, first_line
-from tenslora.files import read_json
+from tenslora.files import read_json, unlike_a_files
 from tenslora.forms import shown
 from tenslora.harness.backbones.head import Backbone
 from tenslora.harness.backbones.hub import building, fetching, require_readable, wrong_checkpoint
@@ -280,4 +280,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
     ):
         raise not_tensors
+    for name, tensor in weights.items():
+        if (kind := unlike_a_files(tensor)) is not None:
+            raise TensLoRAError(f"model.checkpoint={path}: {name} is a {kind}; must be a dense tensor with numbers")
     return weights

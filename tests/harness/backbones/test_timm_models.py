@@ -82,6 +82,17 @@ def test_a_checkpoint_may_be_a_pickled_dictionary(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("kind", ["sparse tensor", "tensor on the device meta"])
+def test_a_weight_without_its_numbers_in_a_row_is_named(kind: str, tmp_path: Path) -> None:
+    saved = load_file(EMBEDDED)
+    name = "blocks.0.mlp.fc1.weight"
+    saved[name] = saved[name].to_sparse() if kind == "sparse tensor" else saved[name].to("meta")
+    torch.save(saved, tmp_path / "odd.pth")
+    line = rf"^model\.checkpoint=\S+odd\.pth: {name} is a {kind}; must be a dense tensor with numbers$"
+    assert_refused(vit_digits(checkpoint=str(tmp_path / "odd.pth")), line)
+
+
 def test_a_file_of_numpy_is_no_checkpoint(tmp_path: Path) -> None:
     np.savez(tmp_path / "Ti_16.npz", cls=np.zeros(3))
     line = r"^model\.checkpoint=\S+npz: damaged, or not a checkpoint \(a zip file that torch has not written"
