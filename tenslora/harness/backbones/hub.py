@@ -64,6 +64,26 @@ def source_setting(config: ModelConfig) -> str:
 
 
 @contextmanager
+def _without_retries() -> Iterator[None]:
+    """A context in which the hub's client does not warn of its retries, which are over twenty lines in a minute.
+
+    It does say how long it waits for a hub that limits its requests, which may be an hour.
+    """
+
+    def matters(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or record.getMessage().startswith("Rate limited")
+
+    name = "huggingface_hub.utils._http"
+    retries = logging.getLogger(name)
+    retries.addFilter(matters)
+    try:
+        with at_least(logging.ERROR, "huggingface_hub"), at_least(logging.WARNING, name):
+            yield
+    finally:
+        retries.removeFilter(matters)
+
+
+@contextmanager
 def fetching(config: ModelConfig) -> Iterator[None]:
     """A context for loading a model's files, from the hub or from `config.checkpoint`.
 
@@ -79,8 +99,7 @@ def fetching(config: ModelConfig) -> Iterator[None]:
     if not is_local:
         _announce(config.name, str(repository))
     try:
-        # The client warns of each of its retries, over twenty lines in a minute.
-        with at_least(logging.ERROR, "huggingface_hub"):
+        with _without_retries():
             yield
     except TensLoRAError:
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+from tenslora.harness.backbones.hub import fetching
 from tenslora.harness.config import ModelConfig
 from tests.harness.backbones.tiny_models import (
     TEXT,
@@ -55,6 +57,22 @@ def test_a_hub_that_cannot_be_reached(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert_refused(config, rf"model=tiny: {repository} cannot be downloaded .*model\.checkpoint.*model\.pretrained")
+
+
+def test_a_hub_that_limits_its_requests_is_told_of_and_other_retries_are_not() -> None:
+    said: list[str] = []
+    client = logging.getLogger("huggingface_hub.utils._http")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    client.addHandler(handler)
+    try:
+        with fetching(transformers_text(checkpoint="org/bert", pretrained=True)):
+            client.warning("Retrying in 1s [Retry 1/5].")
+            client.warning("Rate limited. Waiting 3601.0s before retry [Retry 1/5].")
+        client.warning("Retrying in 2s [Retry 2/5].")
+    finally:
+        client.removeHandler(handler)
+    assert [line[:20] for line in said] == ["Rate limited. Waitin", "Retrying in 2s [Retr"]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
