@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -338,17 +339,25 @@ def _read_tables(files: Sequence[Path]) -> Rows:
             files = _with_rows(files)
             _require_known_types(files)
         else:
-            _require_no_null(files)
+            files = _with_objects(files)
         # The library's own cache knows a file by its path and its time alone, and an edited file may keep both.
         with tempfile.TemporaryDirectory() as cache:
             try:
                 rows = read(_without_chains(files, Path(cache)), cache_dir=cache, keep_in_memory=True)
             except datasets.exceptions.DatasetGenerationError as error:
-                if suffix == ".parquet" or not isinstance(error.__cause__, ValueError):
+                reason = error.__cause__ or error
+                # The readers say what they have missed, and not what the files must hold.
+                if any("cast" in frame.name for frame in traceback.extract_tb(reason.__traceback__)):
+                    detail = (
+                        reason.details().rstrip(".") if hasattr(reason, "details") else " ".join(str(reason).split())
+                    )
+                    raise ValueError(
+                        f"its columns, and the type of each, must be the same in all rows and files; {detail}"
+                    ) from None
+                if suffix == ".parquet" or not isinstance(reason, ValueError):
                     raise
-                # The reader says what its parser has missed, and not what the file must hold.
                 raise ValueError(
-                    f"it must hold an object of JSON in each line, or a list of objects; {first_line(error.__cause__)}"
+                    f"it must hold an object of JSON in each line, or a list of objects; {first_line(reason)}"
                 ) from None
         return rows if suffix == ".parquet" else _with_dates_as_texts(rows, files)
     import pandas
@@ -417,16 +426,26 @@ def _require_known_types(files: Sequence[Path]) -> None:
                 raise ValueError(f"the column {column.name} is of a type that cannot be read: {column.type}") from None
 
 
-def _require_no_null(files: Sequence[Path]) -> None:
-    """Refuse a null in the place of a row of JSON lines, at which pyarrow may end the process."""
+def _with_objects(files: Sequence[Path]) -> list[Path]:
+    """The JSON files that hold more than brackets, at least one.
+
+    A null in the place of a row of JSON lines is refused, because pyarrow may end the process there.
+    """
+    found = []
     for file in files:
-        before = b"}"
+        before, has_rows = b"}", False
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 text = line.strip(b"\xef\xbb\xbf \t\r\n")  # with a byte order mark
                 if text.startswith(b"null") and before == b"}":  # within an object or a list, it is a value
                     raise ValueError(f"line {number} of {file.name} is null; must be an object, with a value by column")
                 before = text[-1:] or before
+                has_rows = has_rows or bool(text.strip(b"[]{}, "))
+        if has_rows:
+            found.append(file)
+    if not found:
+        raise ValueError(f"{files[0].name} has no rows")
+    return found
 
 
 def _with_dates_as_texts(rows: Rows, files: Sequence[Path]) -> Rows:
@@ -565,11 +584,17 @@ def load_saved(root: Path) -> Rows | DatasetDict:
     from datasets import load_from_disk
 
     file = root / "dataset_dict.json"
+    names: Any = [""]  # of the folder itself
     if file.is_file():
         listed = read_json(file)
         names = listed.get("splits") if isinstance(listed, dict) else None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f'{file.name} must be an object whose "splits" is a list of names')
+    for name in names:
+        state = root / name / "state.json"
+        about = read_json(state) if state.is_file() else None
+        if isinstance(about, dict) and about.get("_data_files") == []:  # which the library writes, and cannot read
+            raise ValueError(f"the split {name} has no rows" if name else "it has no rows")
     loaded: Rows | DatasetDict = load_from_disk(str(root))
     for split in loaded.values() if isinstance(loaded, dict) else [loaded]:
         split.data.table.validate(full=True)  # a wrong offset would end the process when a cell is read

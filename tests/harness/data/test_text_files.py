@@ -256,11 +256,17 @@ def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
         ({"train.jsonl": '{"text": "a", "label": 1},\n{"text": "b", "label": 2},\n'},
          r"read \(it must hold an object of JSON in each line, or a list of objects; JSON parse error: The document "),
         ({"train.jsonl": '{"text": "a", "label": 1}\n{"text": "b"}\n'}, "row 2 has no label in the column label"),
+        ({"train.jsonl": ""}, r"the split train cannot be read \(train\.jsonl has no rows\)$"),
+        ({"train.json": "[\n{}\n]"}, r"the split train cannot be read \(train\.json has no rows\)$"),
         ({"train.json": "null"}, r"read \(line 1 of train\.json is null; must be an object, with a value by column\)$"),
         ({"train.jsonl": '\ufeff\n null\n{"text": "a", "label": 1}'}, r"\(line 2 of train\.jsonl is null; must be an "),
         ({"train.jsonl": '{"text": "a", "label": 1}\nnull\n'}, r"\(line 2 of train\.jsonl is null; must be an "),
         ({"train.parquet": table()[:0]}, r"the split train cannot be read \(train\.parquet has no rows\)$"),
         ({"train.parquet": table().assign(marks=MARKS)}, r"\(the column marks is of a type that cannot be read: map<"),
+        ({"train-0-of-2.parquet": table(["a"], [1]), "train-1-of-2.parquet": table(["b"], [0.5])},
+         r"read \(its columns, and the type of each, must be the same in all rows and files; Float value 0\.5"),
+        ({"train-0-of-2.jsonl": table(["a"], [1]), "train-1-of-2.jsonl": '{"text": "b", "mark": 1}'},
+         r"read \(its columns, and the type of each, must be the same in all rows and files; there are 1 new col"),
         ({"train.parquet": "no Parquet"}, "the split train cannot be read .*[Pp]arquet"),
         ({"train.csv": "text,label\na,1\n", "test.jsonl": "{}"}, r"must hold files of one kind, but holds \.csv, \.js"),
         ({"train.csv": "text,label\na,1\nb,2\n", "test.csv": "sentence,label\na,1\n"},
@@ -301,6 +307,12 @@ def test_a_name_that_is_a_chain_for_fsspec_is_read(suffix: str, tmp_path: Path) 
 def test_a_list_of_splits_in_another_form_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "dataset_dict.json").write_text(content)
     refused(tmp_path, r"cannot be read \(dataset_dict\.json must be an object whose \"splits\" is a list of names\)$")
+
+
+def test_a_saved_split_without_rows_is_named(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_pandas(table())
+    datasets.DatasetDict({"train": rows, "test": rows.select([])}).save_to_disk(str(tmp_path))
+    refused(tmp_path, r"^dataset\.root=\S*: cannot be read \(the split test has no rows\)$")
 
 
 def test_a_damaged_saved_folder_is_refused(tmp_path: Path) -> None:
@@ -386,6 +398,8 @@ def test_a_shard_without_rows_and_a_null_that_is_a_value_are_read(tmp_path: Path
     for shard, rows in enumerate((table(), table()[:0])):
         write(tmp_path / "shards", {f"train-0000{shard}-of-00002.parquet": rows})
     assert len(load(tmp_path / "shards").train) == 8
+    write(tmp_path / "json", {"train-0-of-2.json": "[]", "train-1-of-2.json": table()})
+    assert len(load(tmp_path / "json").train) == 8
     content = '[{"text": "a", "label": 1, "more": [\nnull\n]},\n{"text": "b", "label": 2, "more":\nnull\n}]'
     write(tmp_path / "lines", {"train.json": content, "test.json": table(["c"], [1])})
     assert load(tmp_path / "lines").train.inputs == [("a",), ("b",)]
