@@ -51,10 +51,14 @@ def first_line(error: BaseException) -> str:
 
     A first line that ends with a colon only announces the next one, which is then added. A line of more than 400
     characters, such as one that quotes a file, is cut. What makes a terminal write in bold or in colours is left out.
+
+    >>> first_line(KeyError("swish"))  # whose message is the key alone
+    "KeyError: 'swish'"
     """
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    line = f"KeyError: {line}" if type(error) is KeyError and error.args else line
     return line if len(line) <= 400 else f"{line[:397]}..."
 
 

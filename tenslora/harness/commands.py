@@ -262,7 +262,7 @@ def unforeseen(error: BaseException) -> str:
         if not os.path.abspath(frame.filename).startswith(installed) and not frame.filename.startswith("<")
     ]
     place = f"in {ours[-1].filename}, line {ours[-1].lineno}; " if ours else ""
-    said = kind if message == kind else f"{kind}: {message}"
+    said = message if message.partition(":")[0] == kind else f"{kind}: {message}"
     return str(TensLoRAError(f"{said} (unforeseen, {place}{FULL_ERROR}=1 shows the traceback)"))
 
 
