@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from tenslora.errors import TensLoRAError, first_line
+from tenslora.files import elsewhere
 from tenslora.harness.config import ModelConfig
 from tenslora.harness.console import at_least
 from tenslora.hub import is_repository
@@ -28,16 +29,13 @@ def folder_or_repository(config: ModelConfig) -> str:
 
     Raises:
         TensLoRAError: if there is no such folder, whose path the libraries would take for the name of a repository, or
-            if the folder holds an adapter and no model.
+            if the folder holds no model.
     """
     if config.checkpoint is None:
         return str(config.architecture)
     if (folder := Path(config.checkpoint)).is_dir():
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            raise TensLoRAError(
-                f"model.checkpoint={config.checkpoint}: holds an adapter of PEFT and no model; must be the folder of a "
-                f"model, such as the adapter's base model with the adapter merged into it"
-            )
+        if not (folder / "config.json").is_file():
+            raise TensLoRAError(f"model.checkpoint={config.checkpoint}: {_in_place_of_a_model(folder)}")
         return config.checkpoint
     if config.architecture is not None:
         raise TensLoRAError(f"model.checkpoint={config.checkpoint}: no such folder")
@@ -46,6 +44,20 @@ def folder_or_repository(config: ModelConfig) -> str:
             f"model.checkpoint={config.checkpoint}: no such folder, and not the name of a repository of the hub"
         )
     return config.checkpoint
+
+
+def _in_place_of_a_model(folder: Path) -> str:
+    """What a folder without config.json holds, for a message."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "holds an adapter of PEFT and no model; must be the folder of a model, such as the adapter's base model "
+            "with the adapter merged into it"
+        )
+    # A Trainer's output has a folder for each of its checkpoints, a repository in the hub's cache one for each commit.
+    found = elsewhere(folder / "config.json", folder / "snapshots" / "config.json")
+    if not found and (folder / "result.json").is_file():
+        return f"holds a run and no model; python -m tenslora.harness.export {folder} --format merged makes one of it"
+    return f"has no config.json, and so no model of transformers{found}"
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+from tenslora.errors import TensLoRAError
+from tenslora.harness.backbones import load_tokenizer
 from tenslora.harness.backbones.hub import fetching
 from tenslora.harness.config import ModelConfig
 from tests.harness.backbones.tiny_models import (
@@ -90,6 +93,30 @@ def test_a_folder_without_weights(library: str, saved: Path, tmp_path: Path) -> 
     shutil.copy(saved / "config.json", tmp_path)
     config = LIBRARIES[library](checkpoint=str(tmp_path), pretrained=True)
     assert_refused(config, r"model\.checkpoint=\S*: .*model\.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("checkpoint-500/config.json", r"has no config\.json, .*; there is \S+/checkpoint-500/config\.json"),
+        ("snapshots/a1b2/config.json", r"has no config\.json, .*; there is \S+/snapshots/a1b2/config\.json"),
+        ("result.json", r"holds a run and no model; python -m tenslora\.harness\.export \S+ --format merged makes one"),
+        ("model.safetensors", r"has no config\.json, and so no model of transformers$"),
+    ],
+)
+def test_a_folder_without_a_model_is_said_to_be_what_it_is(file: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(TensLoRAError, match=rf"^model\.checkpoint=\S+: {line}"):
+        load_tokenizer(transformers_text(checkpoint=str(tmp_path), pretrained=True), [])
+
+
+def test_a_key_that_transformers_does_not_know_is_said_to_be_one(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_act": "swish_glu"}))
+    config = transformers_vit(checkpoint=str(tmp_path), pretrained=True)
+    assert_refused(config, r"^model\.checkpoint=\S+: is not a checkpoint of tiny \(KeyError: 'swish_glu'\)$")
 
 
 @pytest.mark.parametrize("make_config", [vit_digits, transformers_vit, transformers_text])
