@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from tenslora.errors import TensLoRAError, first_line, printable, require_path
+from tenslora.errors import TensLoRAError, printable, require_path
 from tenslora.files import require_file, require_no_device, write_bytes
 from tenslora.harness.commands import add_run_arguments, command_parser, mistakes_in_one_line, path_argument
 
@@ -59,7 +59,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     Raises:
         TensLoRAError: if the file cannot be read, or has no rows.
     """
-    from tenslora.harness.data.text_files import FILES, read_tables
+    from tenslora.harness.data.text_files import FILES, read_tables, reason_of
 
     if file.suffix.lower() not in FILES:
         raise TensLoRAError(f"--file {file}: must end in one of {', '.join(FILES)}")
@@ -70,8 +70,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = read_tables([file]).to_list()
     except Exception as error:  # OSError, and the types of the datasets library, of pandas and of pyarrow
-        # The datasets library tells the reason in the cause of its own error.
-        raise TensLoRAError(f"--file {file}: cannot be read ({first_line(error.__cause__ or error)})") from error
+        raise TensLoRAError(f"--file {file}: cannot be read ({reason_of(error)})") from error
     if not rows:
         raise TensLoRAError(f"--file {file}: has no rows")
     return rows

@@ -214,10 +214,30 @@ def _rows(source: Source, split: str) -> Rows:
     except TensLoRAError:
         raise
     except Exception as error:  # OSError, and the types of the datasets library, of pandas and of pyarrow
-        # The datasets library tells the reason in the cause of its own error.
-        raise TensLoRAError(
-            f"{source.setting}: the split {split} cannot be read ({first_line(error.__cause__ or error)})"
-        ) from error
+        raise TensLoRAError(f"{source.setting}: the split {split} cannot be read ({reason_of(error)})") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why the datasets library could not read something. Where it breaks off, it tells the reason in a cause alone.
+
+    Args:
+        error: the error of the datasets library, or of another one.
+    """
+    from datasets.exceptions import DatasetGenerationError
+
+    if not isinstance(error, DatasetGenerationError):
+        return first_line(error)
+    reason: Any = error.__cause__ or error
+    if not _is_of_types(error):
+        return first_line(reason)
+    found = reason.details().rstrip(".") if hasattr(reason, "details") else " ".join(str(reason).split())
+    return f"its columns, and the type of each, must be the same in all rows and files; {found}"
+
+
+def _is_of_types(error: Exception) -> bool:
+    # Errors of a cast have many types and messages.
+    frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+    return any("cast" in frame.name for frame in frames)
 
 
 def _open(config: TextDatasetConfig) -> Source:
@@ -250,7 +270,7 @@ def _open_hub(name: str, configuration: str | None) -> Source:
     try:
         splits = load_from_hub(name, configuration)
     except Exception as error:  # OSError, and the types of the hub's client and of its HTTP library
-        raise TensLoRAError(f"{setting}: cannot be loaded ({first_line(error)})") from error
+        raise TensLoRAError(f"{setting}: cannot be loaded ({reason_of(error)})") from error
     return Source(setting, list(map(str, splits)), splits.__getitem__)
 
 
@@ -345,19 +365,11 @@ def _read_tables(files: Sequence[Path]) -> Rows:
             try:
                 rows = read(_without_chains(files, Path(cache)), cache_dir=cache, keep_in_memory=True)
             except datasets.exceptions.DatasetGenerationError as error:
-                reason = error.__cause__ or error
-                # The readers say what they have missed, and not what the files must hold.
-                if any("cast" in frame.name for frame in traceback.extract_tb(reason.__traceback__)):
-                    detail = (
-                        reason.details().rstrip(".") if hasattr(reason, "details") else " ".join(str(reason).split())
-                    )
-                    raise ValueError(
-                        f"its columns, and the type of each, must be the same in all rows and files; {detail}"
-                    ) from None
-                if suffix == ".parquet" or not isinstance(reason, ValueError):
+                if suffix == ".parquet" or _is_of_types(error) or not isinstance(error.__cause__, ValueError):
                     raise
+                # The reader says what its parser has missed, and not what the file must hold.
                 raise ValueError(
-                    f"it must hold an object of JSON in each line, or a list of objects; {first_line(reason)}"
+                    f"it must hold an object of JSON in each line, or a list of objects; {first_line(error.__cause__)}"
                 ) from None
         return rows if suffix == ".parquet" else _with_dates_as_texts(rows, files)
     import pandas

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tenslora.errors import TensLoRAError, first_line
+from tenslora.errors import TensLoRAError
 from tenslora.forms import shown
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import TextDatasetConfig
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, shortened, warn_of_another_size
 from tenslora.harness.data.glue import FOLDERS, GLUE_TASKS, HUB, GlueTask
 from tenslora.harness.data.text_columns import class_names, values_of
-from tenslora.harness.data.text_files import load_from_hub, load_saved
+from tenslora.harness.data.text_files import load_from_hub, load_saved, reason_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -80,7 +80,7 @@ def _hub_reader(config: TextDatasetConfig, task: GlueTask) -> Reader:
         splits = load_from_hub(HUB, config.name)
     except Exception as error:  # OSError, and the types of the hub's client and of its HTTP library
         raise TensLoRAError(
-            f"dataset={config.name}: cannot be downloaded from the Hugging Face hub ({first_line(error)}); download "
+            f"dataset={config.name}: cannot be downloaded from the Hugging Face hub ({reason_of(error)}); download "
             f"{HUB} or the published files into a folder and set dataset.root to it"
         ) from error
     return _datasets_reader(config, task, splits)
@@ -108,7 +108,7 @@ def _folder_reader(config: TextDatasetConfig, task: GlueTask, root: Path) -> Rea
             with tempfile.TemporaryDirectory() as cache:  # the library's own may hold what an edited file held before
                 splits = load_dataset("parquet", data_files=files, cache_dir=cache, keep_in_memory=True)
     except Exception as error:  # OSError, and the types of the datasets library and of pyarrow
-        raise TensLoRAError(f"dataset.root={root}: cannot be read ({first_line(error)})") from error
+        raise TensLoRAError(f"dataset.root={root}: cannot be read ({reason_of(error)})") from error
     return _datasets_reader(config, task, splits)
 
 

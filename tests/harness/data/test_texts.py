@@ -360,6 +360,17 @@ def test_parquet_with_labels_or_sentences_of_another_type_is_refused_in_one_line
 
 
 @pytest.mark.usefixtures("quiet_datasets")
+def test_files_of_one_split_with_labels_of_several_types_are_refused_in_one_line(tmp_path: Path) -> None:
+    for number, label in enumerate([1, "yes"]):
+        rows = datasets.Dataset.from_dict({"sentence": ["a"], "label": [label]})
+        rows.to_parquet(tmp_path / f"train-{number}.parquet")
+    with pytest.raises(
+        TensLoRAError, match=r"^dataset\.root=\S+: cannot be read \(its columns, and the type of each, m"
+    ):
+        load("cola", tmp_path)
+
+
+@pytest.mark.usefixtures("quiet_datasets")
 def test_the_classes_of_a_datasets_folder_are_those_of_the_task(tmp_path: Path) -> None:
     orders = [["entailment", "not_entailment"], ["0", "1"], ["not_entailment", "entailment"], ["good", "bad", "fine"]]
     for number, names in enumerate(orders):
