@@ -64,6 +64,8 @@ def prune(adapter: Adapter, budget: int, optimizer: torch.optim.Optimizer | None
                 f"optimizer={type(optimizer).__name__}: steps another one inside it, {type(inner).__name__}, which "
                 f"keeps the moments; must be the AdamW that keeps them"
             )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TensLoRAError("optimizer=LBFGS: keeps what it knows of all parameters together; must be an AdamW")
     for parameter in adapter.parameters():
         state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         kept = {

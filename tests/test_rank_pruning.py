@@ -290,6 +290,12 @@ def test_moments_of_8_bits_are_refused() -> None:
     assert adapter.ranks == ranks
 
 
+def test_an_optimizer_that_keeps_all_parameters_together_is_refused() -> None:
+    adapter, head = build("qkv_depth", "tucker"), torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(TensLoRAError, match=r"^optimizer=LBFGS: keeps what it knows of all parameters together"):
+        prune(adapter, 60, torch.optim.LBFGS([head, *adapter.parameters()]))
+
+
 @pytest.mark.parametrize(
     ("kept", "line"),
     [
