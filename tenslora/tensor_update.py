@@ -398,8 +398,10 @@ def _weight(module: nn.Module, name: str) -> nn.Parameter:
     if is_dtensor(weight):
         raise TensLoRAError(f"{name}: is divided among processes (DTensor), as by fully_shard; adapt it before that")
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
-        form = f"a {type(weight).__name__}" if weight.dtype in FLOATS else "quantised"
-        raise TensLoRAError(f"{name}: is {form} in {kind}, and an update cannot be added to it")
+        form = f"is a {type(weight).__name__}" if weight.dtype in FLOATS else "is quantised"
+        if type(weight) is nn.Parameter and not weight.is_floating_point():
+            form = f"has the type {str(weight.dtype).removeprefix('torch.')}"
+        raise TensLoRAError(f"{name}: {form} in {kind}, and an update cannot be added to it")
     if isinstance(module, torch.jit.ScriptModule):
         raise TensLoRAError(f"{name}: is compiled by torch.jit in {kind}; put the update on the module before that")
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:

@@ -502,6 +502,7 @@ def test_what_does_not_fit_is_refused_by_name(name: str, settings: dict[str, Any
     ("make", "message"),
     [
         (lambda: nn.Linear(5, 6).to(torch.float8_e5m2), r"^weight: is quantised in Linear"),
+        (lambda: nn.Linear(5, 6, dtype=torch.complex64), r"^weight: has the type complex64 in Linear, and an update"),
         (lambda: nn.Embedding(5, 6, sparse=True), r"^weight: has sparse gradients in Embedding \(sparse=True\)"),
         (lambda: nn.EmbeddingBag(5, 6, sparse=True), r"^weight: has sparse gradients in EmbeddingBag"),
         (lambda: nn.Embedding(5, 6, max_norm=1.0), r"^weight: is rescaled in place whenever Embedding reads it"),
