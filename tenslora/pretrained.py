@@ -248,9 +248,10 @@ def read_weights(path: Path, model: nn.Module, sha256: str | None = None) -> dic
         require_changeable(name, place)
         is_trained = isinstance(place, nn.Parameter)  # and no buffer
         if place.shape != saved.shape:
+            hint = "; build the model with as many classes, or tokens, as the saved one has" if is_trained else ""
             raise TensLoRAError(
                 f"{path}: {name} has the shape {tuple(saved.shape)}, and in {type(model).__name__} "
-                f"{tuple(place.shape)}{'; build the model with as many classes as the saved one' * is_trained}"
+                f"{tuple(place.shape)}{hint}"
             )
         other = names.setdefault(id(place), name)
         if other != name and not torch.equal(saved.to(place.dtype), weights[other].to(place.dtype)):
