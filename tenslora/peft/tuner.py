@@ -826,14 +826,29 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # accelerate gives an empty state dict to each process but the first.
-        in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-        is_first = not in_group or torch.distributed.get_rank() == 0
-        if (state_dict or is_first) and not any(f"{_ADAPTERS}." in key for key in state_dict):
-            raise TensLoRAError(f"{_ADAPTERS}.{adapter_name}: the saved adapter does not fit: has none of its tensors")
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
+        # PEFT passes on the keys that it does not know, and load_state_dict would leave the adapter as it was.
+        # FullyShardedDataParallel leaves its own part out of a state dict's keys. accelerate gives an empty state dict
+        # to each process but the first.
+        in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        is_first = not in_group or torch.distributed.get_rank() == 0
+        parts = {path.replace("_fsdp_wrapped_module.", ""): part for path, part in model.named_modules()}
+        own = {path: part for path, part in parts.items() if path.endswith(f"{_ADAPTERS}.{adapter_name}")}
+        if not own:
+            raise TensLoRAError(
+                f"{type(model).__name__}: has no tensors of the adapter {adapter_name}; load it into the PeftModel "
+                f"that it was made with"
+            )
+        if (state_dict or is_first) and not any(key.startswith(tuple(f"{path}." for path in own)) for key in remapped):
+            path, adapter = next(iter(own.items()))
+            wanted = f"{path.removesuffix(adapter_name)}{cast(Adapter | StagedAdapter, adapter).tensor_names()[0]}"
+            found = min(state_dict, key=lambda key: f"{_ADAPTERS}." not in key, default="nothing")
+            raise TensLoRAError(
+                f"{_ADAPTERS}.{adapter_name}: the saved adapter does not fit: has none of its tensors, such as "
+                f"{wanted}, but {found}"
+            )
         return remapped
 
     @classmethod

@@ -1016,9 +1016,35 @@ def test_an_adapter_is_neither_saved_nor_loaded_without_its_tensors(tmp_path: Pa
     around.save_pretrained(tmp_path, selected_adapters=["style"])
     pickle.loads(pickle.dumps(model)).save_pretrained(tmp_path, selected_adapters=["default"])
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 5
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(TensLoRAError, match=r"^PeftModel: has no tensors of the adapter default; load it into the"):
+        set_peft_model_state_dict(around, saved)
     save_file({}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(TensLoRAError, match="the saved adapter does not fit: has none of its tensors"):
+    with pytest.raises(TensLoRAError, match=r"has none of its tensors, such as base_model\.\S+, but nothing$"):
         PeftModel.from_pretrained(build("hf_bert"), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("base_model.", "module.base_model."),
+        ("base_model.", "_orig_mod.base_model."),
+        ("base_model.", ""),
+        ("adapters.", "adapters.default."),
+        ("base_model.tenslora_adapters", "foo"),
+    ],
+)
+def test_keys_that_are_none_of_the_adapters_are_refused(before: str, after: str) -> None:
+    model: Any = get_peft_model(build("hf_bert"), TensLoraConfig(), adapter_name="other")
+    right = get_peft_model_state_dict(model, adapter_name="other")
+    state = {key.replace(before, after): tensor for key, tensor in right.items()}
+    with pytest.raises(
+        TensLoRAError,
+        match="^tenslora_adapters.other: the saved adapter does not fit: has none of its tensors, such as "
+        f"{next(iter(right))}, but {next(iter(state))}$",
+    ):
+        set_peft_model_state_dict(model, state, adapter_name="other")
+    set_peft_model_state_dict(model, model.state_dict(), adapter_name="other")
 
 
 @pytest.mark.usefixtures("one_process")
