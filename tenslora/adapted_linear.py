@@ -257,6 +257,10 @@ def take_off(linear: AdaptedLinear) -> None:
 
 
 _T = TypeVar("_T")
+NO_NUMBERS = (
+    "the adapter is on the device meta and has no numbers; give it those of a state dict, or where accelerate offloads "
+    "weights, a device in device_map, as {..., 'base_model.tenslora_adapters': 'cpu'} in PEFT"
+)
 _CLASSES: dict[type[nn.Module], type[AdaptedLinear]] = {}  # those made so far, by the layers' own
 
 
@@ -496,7 +500,7 @@ class SharedInput:
         adapter = self.group.adapter
         left_t, rights, ranks = self.group.of_layer(self.layer, dtype)
         if left_t.device.type == "meta" and tokens.device.type != "meta":  # h would be whatever the memory holds
-            raise TensLoRAError("the adapter is on the device meta and has no numbers; give it those of a state dict")
+            raise TensLoRAError(NO_NUMBERS)
         if is_dtensor(tokens) != is_dtensor(left_t):
             raise TensLoRAError(
                 "the input of an adapted layer is divided among processes (DTensor), as for tensor parallelism, under "

@@ -25,7 +25,7 @@ from peft.utils import register_peft_method
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
-from tenslora.adapted_linear import LayerUpdate, add_updates
+from tenslora.adapted_linear import NO_NUMBERS, LayerUpdate, add_updates
 from tenslora.adapter import Adapter, StagedAdapter, make_adapter
 from tenslora.adapter_config import AdapterConfig
 from tenslora.attachment import (
@@ -738,9 +738,7 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             linear, quantised = layer.get_base_layer(), layer.quantised_weights()
             on_meta = any(own.is_meta for name in names for own in layer.tenslora_adapters[name].parameters())
             if on_meta and device_of(linear).type != "meta":
-                raise TensLoRAError(
-                    "the adapter is on the device meta and has no numbers; give it those of a state dict"
-                )
+                raise TensLoRAError(NO_NUMBERS)
             path, (first, *others) = layer.updates[names[0]].call.path, map(layer.get_delta_weight, names)
             if quantised is None:
                 weights[path] = cast(Tensor, linear.weight)
