@@ -62,6 +62,16 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 400 else f"{line[:397]}..."
 
 
+def line_with_kind(error: BaseException) -> str:
+    """The type of an error and its `first_line`, which may begin with the type.
+
+    >>> line_with_kind(KeyError("swish")), line_with_kind(OSError("no such file"))
+    ("KeyError: 'swish'", 'OSError: no such file')
+    """
+    kind, line = type(error).__name__, first_line(error)
+    return line if line.partition(":")[0] == kind else f"{kind}: {line}"
+
+
 def os_reason(error: OSError) -> str:
     """Why a file or a folder could not be made, in a few words."""
     place = Path(str(error.filename))

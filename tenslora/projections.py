@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from tenslora.constructions import Geometry, adapted_matrices
-from tenslora.errors import TensLoRAError, first_line
+from tenslora.errors import TensLoRAError, line_with_kind
 
 SEPARATE = (
     ("query", "key", "value"),
@@ -433,8 +433,7 @@ def attribute_of(owner: object, name: str, path: str = "", absent: object = None
     except Exception as error:
         whose = "" if isinstance(owner, nn.Module) else " from its config"
         raise TensLoRAError(
-            f"{path or type(owner).__name__}: {name} cannot be read{whose} ({type(error).__name__}: "
-            f"{first_line(error)})"
+            f"{path or type(owner).__name__}: {name} cannot be read{whose} ({line_with_kind(error)})"
         ) from error
 
 

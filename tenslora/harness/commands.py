@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tenslora.errors import TensLoRAError, first_line, require_path
+from tenslora.errors import TensLoRAError, first_line, line_with_kind, require_path
 from tenslora.files import require_no_device
 from tenslora.harness.stop import Stop
 
@@ -237,7 +237,7 @@ def line_of_the_environment(error: BaseException) -> str | None:
         remedy = "sh run.sh python uses an environment that has every package in its version"
         return f"{sys.executable}: {first_line(error)}; {remedy}"
     if isinstance(error, Warning) and sys.warnoptions:
-        said = f"{type(error).__name__}: {first_line(error)}"
+        said = line_with_kind(error)
         return f"PYTHONWARNINGS and python -W: must not make errors of the libraries' warnings ({said})"
     return None
 
@@ -251,10 +251,8 @@ def unforeseen(error: BaseException) -> str:
     Args:
         error: the error, as it was caught.
     """
-    message = first_line(error)
     if line := line_of_the_environment(error):
         return line
-    kind = type(error).__name__
     installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     ours = [
         frame
@@ -262,8 +260,7 @@ def unforeseen(error: BaseException) -> str:
         if not os.path.abspath(frame.filename).startswith(installed) and not frame.filename.startswith("<")
     ]
     place = f"in {ours[-1].filename}, line {ours[-1].lineno}; " if ours else ""
-    said = message if message.partition(":")[0] == kind else f"{kind}: {message}"
-    return str(TensLoRAError(f"{said} (unforeseen, {place}{FULL_ERROR}=1 shows the traceback)"))
+    return str(TensLoRAError(f"{line_with_kind(error)} (unforeseen, {place}{FULL_ERROR}=1 shows the traceback)"))
 
 
 @contextlib.contextmanager
