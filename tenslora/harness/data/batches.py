@@ -199,7 +199,7 @@ def workers_explained(workers: int) -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
-        method = multiprocessing.get_start_method()
+        method = _start_method()
         guard = ""
         if method != "fork":  # the process has begun with the program's main file
             guard = f'; or, with the start method {method}, the program has no `if __name__ == "__main__":`'
@@ -242,8 +242,16 @@ def _loader(
         num_workers=workers,
         pin_memory=pin_memory,
         generator=generator,
+        multiprocessing_context=_start_method() if workers else None,
     )
     return loader
+
+
+def _start_method() -> str:
+    """How processes that read examples are started: the program's way."""
+    own, methods = multiprocessing.get_start_method(), multiprocessing.get_all_start_methods()
+    # In joblib's processes it is a way of joblib's, which starts none but joblib's. The system's own comes first.
+    return own if own in methods else methods[0]
 
 
 def _require_short_addresses(workers: int) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from joblib.externals.loky.backend.context import LokyContext
 from torch import Tensor
 
 from tenslora.errors import TensLoRAError
@@ -74,10 +75,12 @@ def test_each_seed_and_epoch_has_an_order_of_its_own() -> None:
     assert tuple(range(COUNT)) not in orders
 
 
-def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+def test_the_order_depends_on_seed_and_epoch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = flat(labels(train_batches(), 2))
     torch.manual_seed(99)
     assert flat(labels(train_batches(batch_size=4, accumulation=3), 2)) == expected
+    assert flat(labels(train_batches(workers=1), 2)) == expected
+    monkeypatch.setattr("multiprocessing.context._default_context._actual_context", LokyContext())  # joblib's
     assert flat(labels(train_batches(workers=1), 2)) == expected
     source = train_batches()
     labels(source, 1)
