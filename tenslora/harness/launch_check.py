@@ -64,7 +64,7 @@ class LaunchCheck(Callback):
             for setting in _NUMBERS:
                 _check_number(config, setting)
             _check_folder(config)
-            _check_backend(config)
+            _check_joblib(config)
         count = os.environ.get("WORLD_SIZE", "1")
         if count == "1" or (_in_order(config) and not config.hydra.sweeper._target_.endswith("TableSweeper")):
             return
@@ -149,7 +149,14 @@ def _check_folder(config: DictConfig) -> None:
         )
 
 
-def _check_backend(config: DictConfig) -> None:
+def _check_joblib(config: DictConfig) -> None:
     launcher = config.hydra.launcher
-    if str(launcher._target_).endswith("JoblibLauncher") and (backend := launcher.get("backend")) not in (None, "loky"):
+    if not str(launcher._target_).endswith("JoblibLauncher"):
+        return
+    if (backend := launcher.get("backend")) not in (None, "loky"):
         raise TensLoRAError(f"hydra.launcher.backend={backend}: must be loky or null, because Hydra uses no other")
+    if (timeout := launcher.get("timeout")) is not None:
+        raise TensLoRAError(f"hydra.launcher.timeout={timeout}: must be null, because joblib would break off all runs")
+    given = str(launcher.get("pre_dispatch", "all"))
+    if not re.fullmatch(r"all|([1-9][0-9]*(\.[0-9]+)?\*)?n_jobs|[1-9][0-9]*", given):
+        raise TensLoRAError(f"hydra.launcher.pre_dispatch={shown(given)}: must be all, a whole number, or as 2*n_jobs")

@@ -38,6 +38,11 @@ def test_a_launcher_under_torchrun_is_refused(launcher: str, monkeypatch: pytest
         ("hydra/launcher=joblib hydra.launcher.n_jobs=0", "n_jobs=0: must be from 1 to 1024, or -1 for as many as "),
         ("hydra/launcher=joblib hydra.launcher.n_jobs=100000000", "n_jobs=100000000: must be from 1 to 1024, or -1"),
         ("hydra/launcher=joblib hydra.launcher.backend=nope", "backend=nope: must be loky or null"),
+        ("hydra/launcher=joblib hydra.launcher.timeout=9", "timeout=9.0: must be null, because joblib would break off"),
+        (
+            "hydra/launcher=joblib hydra.launcher.pre_dispatch=0",
+            "pre_dispatch=0: must be all, a whole number, or as ",
+        ),
         ("hydra/launcher=submitit_local hydra.launcher.timeout_min=0", "timeout_min=0: must be a whole number from 1"),
         ("hydra/launcher=gpus hydra.launcher.jobs_per_gpu=1.5", "jobs_per_gpu=1.5: must be a whole number from 1"),
         (
