@@ -275,7 +275,6 @@ def mistakes_in_one_line() -> Iterator[None]:
     logging.getLogger("transformers").setLevel(logging.ERROR)  # which warns of a new head
     with Stop() as stop:
         try:
-            _require_current_folder()
             yield
             sys.stdout.flush()
         except BrokenPipeError:
@@ -298,13 +297,6 @@ def _line(error: BaseException) -> str:
             _drop_output()
         return str(TensLoRAError(f"{error.filename or 'the output'}: cannot be used ({error.strerror})"))
     return unforeseen(error)
-
-
-def _require_current_folder() -> None:
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise TensLoRAError(f"the current folder: cannot be used ({error.strerror}); change to another") from error
 
 
 def _drop_output() -> None:

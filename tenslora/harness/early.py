@@ -1,7 +1,7 @@
 """Ctrl-C or SIGTERM while a command still imports its libraries: one line and status 130, as later. Imported first.
 
-Where a library cannot be imported, such as torch without a folder for temporary files or an older PEFT, one line says
-why.
+Where a library cannot be imported, such as torch without a folder for temporary files or in a folder that is gone, or
+an older PEFT, one line says why.
 
 What is imported before the hook is set takes time in which Ctrl-C would print a traceback, so it is only what Python
 itself has loaded.
@@ -42,6 +42,11 @@ import contextlib  # noqa: E402  now that Ctrl-C is caught
 from collections.abc import Iterator  # noqa: E402
 
 from tenslora.harness.stop import Stop  # noqa: E402
+
+try:
+    os.getcwd()
+except OSError as error:  # where torch cannot be imported
+    sys.exit(f"error: the current folder: cannot be used ({error.strerror}); change to another")
 
 
 def start_command() -> None:
