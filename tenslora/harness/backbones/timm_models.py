@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -210,29 +210,34 @@ def _load_weights(backbone: Backbone, config: ModelConfig, path: Path) -> None:
     if isinstance(model, VisionTransformer):
         try:
             weights = checkpoint_filter_fn(weights, model)  # resamples the grid of positions to the image size
-        except (KeyError, RuntimeError, AssertionError) as error:
-            lacking = next((f"lacks {name}" for name in expected if name not in weights), str(error))
-            raise wrong_checkpoint(config, path, lacking) from error
-    problems = [f"lacks {name}" for name in expected if name not in weights]
-    problems += [
+        except Exception as error:  # timm computes with the weights before anybody has checked their shapes
+            first, *_ = [*_differences(weights, expected, of_head), first_line(error)]
+            raise wrong_checkpoint(config, path, first) from error
+    if differences := _differences(weights, expected, of_head):
+        more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+        raise wrong_checkpoint(config, path, differences[0] + more)
+    model.load_state_dict({name: weights[name] for name in expected}, strict=False)
+
+
+def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], of_head: Collection[str]) -> list[str]:
+    """In what a file's weights differ from those that a model has outside of its head."""
+    differences = [f"lacks {name}" for name in expected if name not in weights]
+    differences += [
         f"has {name}"
         for name in weights
         if name not in expected and name not in of_head and not name.startswith(("head", "fc"))
     ]
-    problems += [
-        f"has {name} of shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    problems += [
+    for name, tensor in expected.items():
+        saved = weights.get(name, tensor)
+        if saved.shape != tensor.shape:
+            empty = "" if saved.numel() else ", as DeepSpeed's ZeRO-3 saves what it has distributed"
+            differences.append(f"has {name} of shape {tuple(saved.shape)}, not {tuple(tensor.shape)}{empty}")
+    differences += [
         f"has {name} of type {weights[name].dtype}"
         for name, tensor in expected.items()
         if name in weights and tensor.is_floating_point() and not weights[name].is_floating_point()
     ]
-    if problems:
-        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise wrong_checkpoint(config, path, problems[0] + more)
-    model.load_state_dict({name: weights[name] for name in expected}, strict=False)
+    return differences
 
 
 def weights_file(checkpoint: str) -> Path:

@@ -122,6 +122,8 @@ def test_a_checkpoint_may_bring_a_head_of_another_size(tmp_path: Path) -> None:
         ("a tensor too few", r"lacks blocks\.1\.attn\.qkv\.weight"),
         ("a tensor too many", r"has blocks\.4\.attn\.qkv\.weight"),
         ("a tensor of another shape", r"has norm\.weight of shape \(3,\), not \(64,\)"),
+        ("weights of DeepSpeed's ZeRO-3", r"has cls_token of shape \(0,\), not \(1, 1, 64\), as DeepSpeed's"),
+        ("no positions", r"has pos_embed of shape \(1, 0, 64\)"),
         ("another family", r"lacks \S+ and \d+ more"),
     ],
 )
@@ -136,6 +138,10 @@ def test_another_models_checkpoint_is_refused(change: str, difference: str, tmp_
         weights["blocks.4.attn.qkv.weight"] = torch.ones(192, 64)
     elif change == "a tensor of another shape":
         weights["norm.weight"] = torch.ones(3)
+    elif change == "weights of DeepSpeed's ZeRO-3":
+        weights = {name: torch.empty(0) for name in weights}
+    elif change == "no positions":
+        weights["pos_embed"] = torch.empty(1, 0, 64)
     else:
         weights = weights_of(load_random("bert"))
     path = tmp_path / "other.safetensors"
