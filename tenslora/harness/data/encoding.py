@@ -26,7 +26,7 @@ from tenslora.harness.backbones.image_input import ImageInput
 from tenslora.harness.cache import cache_latest
 from tenslora.harness.config import DatasetConfig, ImageDatasetConfig, TextDatasetConfig, TransformConfig
 from tenslora.harness.config.checks import shown
-from tenslora.harness.data.examples import Dataset, Examples
+from tenslora.harness.data.examples import Dataset, Examples, to_rgb
 from tenslora.harness.training.tasks import TASKS
 from tenslora.random_streams import stream_seed
 
@@ -93,7 +93,7 @@ class ResizedImages(Sequence[Any]):
             raise TensLoRAError(
                 f"input {index} of the data: has a size of {image.width} x {image.height}; must have pixels"
             )
-        return np.asarray(self.prepare(image)).reshape(self.shape)
+        return np.asarray(self.prepare(to_rgb(image, f"input {index} of the data"))).reshape(self.shape)
 
 
 class Encoded(TorchDataset[Item]):

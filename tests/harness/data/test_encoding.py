@@ -427,6 +427,28 @@ def test_an_image_of_a_source_of_ones_own_has_pixels() -> None:
         train[0]
 
 
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("La", r"cannot be converted to RGB \(conversion from La to L not supported\)"),
+        ("I;16", r"has pixels of more than 8 bits \(I;16\); save it with 8 bits"),
+        ("closed", r"has been closed before it was read; call its load\(\) before"),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_of_a_source_of_ones_own_is_refused_as_one_of_predict(
+    mode: str, message: str, channels: int, tmp_path: Path
+) -> None:
+    image = Image.new("RGB" if mode == "closed" else mode, (8, 8))
+    if mode == "closed":
+        image.save(tmp_path / "image.png")
+        with Image.open(tmp_path / "image.png") as image:
+            pass
+    train, _, _ = encode_pictures(Examples([image], [0]), backbone_of(channels))
+    with pytest.raises(TensLoRAError, match=f"^input 0 of the data: {message}$"):
+        train[0]
+
+
 def test_images_that_cannot_be_compared_are_named_all_the_same() -> None:
     for count in (2, 3):  # torch raises an error where two sizes differ
         train, _, _ = encode_pictures(Examples(torch.zeros(count, 3, 8, 8), [0] * count), backbone_of())
