@@ -353,7 +353,8 @@ def _require_config_of_its_files(config: ModelConfig, folder: Path, settings: Pr
             )
         with torch.device("meta"):  # allocates nothing
             model = _auto_class(config).from_config(own, trust_remote_code=False)
-    if not hasattr(own, "quantization_config"):
+        is_quantised = _reads_quantised(own)
+    if not is_quantised:
         _require_float_weights(config, folder, model)
     declared = sum(parameter.numel() for parameter in model.parameters())
     stored = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
@@ -361,6 +362,14 @@ def _require_config_of_its_files(config: ModelConfig, folder: Path, settings: Pr
         raise wrong_checkpoint(
             config, folder, f"its config.json declares {declared:,} weights, and its files have {stored:,} bytes"
         )
+
+
+def _reads_quantised(own: PretrainedConfig) -> bool:
+    """Whether transformers reads the weights as quantised ones. It passes over a method that it does not know."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    declared = getattr(own, "quantization_config", None)
+    return declared is not None and bool(AutoHfQuantizer.supports_quant_method(declared))
 
 
 def _require_float_weights(config: ModelConfig, folder: Path, model: PreTrainedModel) -> None:

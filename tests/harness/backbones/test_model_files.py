@@ -129,7 +129,9 @@ def test_a_config_that_is_out_of_range_is_refused(changes: dict[str, Any], probl
 
 
 @pytest.mark.parametrize(("kind", "name"), [(torch.int32, "I32"), (torch.complex64, "C64")])
-def test_weights_that_are_no_floats_are_refused(kind: torch.dtype, name: str, vit: Path) -> None:
+@pytest.mark.parametrize("method", [..., {"quant_method": "modelopt_fp4x"}])  # which transformers does not know
+def test_weights_that_are_no_floats_are_refused(kind: torch.dtype, name: str, method: Any, vit: Path) -> None:
+    edit(vit / "config.json", quantization_config=method)
     weights = load_file(vit / "model.safetensors")
     weights = {key: weight.to(kind) if "layernorm" in key else weight for key, weight in weights.items()}
     save_file(weights, vit / "model.safetensors", metadata={"format": "pt"})
