@@ -449,6 +449,12 @@ def _input_of(processor: Any, config: ModelConfig, channels: int) -> ImageInput:
             f"{source_setting(config)}: takes its images in blue, green and red (preprocessor_config.json: "
             f"do_flip_channel_order), and only red, green and blue are known here"
         )
+    for step in ("rescale_offset", "include_top"):  # of EfficientNet's processor
+        if getattr(processor, step, False):
+            raise TensLoRAError(
+                f"{source_setting(config)}: its images are made with {step} (preprocessor_config.json), which is not "
+                f"known here; set model.image_size, model.channels, model.mean and model.std"
+            )
     mean, std = (0.0,) * channels, (1.0,) * channels
     # A processor multiplies pixels from 0 to 255 by a factor, usually 1 / 255, before it normalizes them.
     scale = 255 * (processor.rescale_factor if processor.do_rescale else 1)
@@ -465,13 +471,19 @@ def _input_of(processor: Any, config: ModelConfig, channels: int) -> ImageInput:
             f"{source_setting(config)}: its images have no height equal to the width (preprocessor_config.json: size "
             f"{resize})"
         )
+    resized, squash = resized or side, "shortest_edge" not in resize
+    ratio = None if squash else getattr(processor, "crop_pct", None)
+    if ratio is not None and not crops and resized >= 384:  # from there on ConvNeXt's processor cuts nothing off
+        squash = True
+    elif ratio is not None:
+        resized = int(resized / ratio)
     return ImageInput(
         size=side,
         channels=channels,
         mean=tuple(value / scale for value in mean),
         std=tuple(value / scale for value in std),
-        crop_ratio=min(1.0, side / (resized or side)),
-        squash="shortest_edge" not in resize,
+        crop_ratio=min(1.0, side / resized),
+        squash=squash,
         interpolation=INTERPOLATIONS[int(processor.resample)],
     )
 

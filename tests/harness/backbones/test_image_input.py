@@ -43,6 +43,12 @@ CUTTING = {
 PROCESSORS = {
     "squashed": SQUASHING,
     "cut": CUTTING,
+    "cut by a ratio": {
+        "image_processor_type": "ConvNextImageProcessor",
+        "size": {"shortest_edge": 24},
+        "crop_pct": 0.6,
+        "resample": 3,
+    },
     "not normalized": {**SQUASHING, "do_normalize": False},
     "one number for all channels": {**SQUASHING, "image_mean": 0.4, "image_std": 0.3},
     "from 0 to 255": {**SQUASHING, "do_rescale": False, "image_mean": [120, 120, 120], "image_std": [60, 60, 60]},
@@ -101,6 +107,14 @@ def test_a_generic_models_images_are_those_of_its_processor(kind: str, vit: Path
     assert image_input is not None
     made = AutoImageProcessor.from_pretrained(vit, use_fast=False)(images=IMAGE, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(as_in_a_run(image_input, IMAGE), made.float(), rtol=0, atol=1e-4)
+
+
+def test_a_processor_that_cuts_nothing_off_large_images_is_followed(vit: Path) -> None:
+    large = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, "crop_pct": 0.9}
+    (vit / "preprocessor_config.json").write_text(json.dumps(large))
+    ViTConfig(**{**VIT, "image_size": 384}).save_pretrained(vit)
+    found = load_random_of(generic("model=hf_image", f"model.checkpoint='{vit}'", "model.pretrained=false"))
+    assert found is not None and (found.size, found.crop_ratio, found.squash) == (384, 1.0, True)
 
 
 def test_without_a_processor_a_model_does_not_guess(vit: Path) -> None:

@@ -168,6 +168,11 @@ def test_a_config_that_is_no_object_is_refused(content: str, vit: Path) -> None:
             {"image_processor_type": "MobileViTImageProcessor", "do_flip_channel_order": True},
             r"takes its images in blue, green and red \(preprocessor_config\.json",
         ),
+        (
+            {"image_processor_type": "EfficientNetImageProcessor", "rescale_offset": True, "include_top": False},
+            r"its images are made with rescale_offset \(preprocessor_config\.json\), which is not known here; ",
+        ),
+        ({"image_processor_type": "EfficientNetImageProcessor"}, "its images are made with include_top "),
     ],
 )
 def test_images_that_cannot_be_made_are_refused(changes: dict[str, Any], problem: str, vit: Path) -> None:
