@@ -68,7 +68,7 @@ OPTIONS_ELSEWHERE = {
 }
 """The options of a model that other settings decide, and these settings."""
 
-_OF_CREATE_MODEL = ("features_only", "feature_cfg", "scriptable", "exportable", "no_jit")
+_OF_CREATE_MODEL = ("features_only", "feature_cfg", "out_indices", "scriptable", "exportable", "no_jit")
 """Arguments of timm.create_model that say how a model is wrapped or run. timm loads no exported model with them."""
 
 ProjectName = Annotated[

@@ -143,7 +143,7 @@ REFUSED = {
     **{
         f"+model.options.{name}=true": f"model.options.{name}=true: must be left out; it is an argument of "
         "timm.create_model, and not one of the model"
-        for name in ("features_only", "scriptable")
+        for name in ("features_only", "out_indices", "scriptable")
     },
     "model.options=5": "model.options=5: must be a group of settings",
     "dataset.transform=null": "dataset.transform=null: must be a group of settings: crop_ratio, squash, interpolation, "
