@@ -54,6 +54,10 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _SEPARATOR_NAMES = {";": "semicolons", "\t": "tabs", ",": "commas"}
 
 
+_ESCAPES = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]|(u[dD][89a-fA-F]..)|.)")
+"""JSON's escapes. The group is one of half of a character, without the other half."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Where texts are read from.
@@ -441,7 +445,8 @@ def _require_known_types(files: Sequence[Path]) -> None:
 def _with_objects(files: Sequence[Path]) -> list[Path]:
     """The JSON files that hold more than brackets, at least one.
 
-    A null in the place of a row of JSON lines is refused, because pyarrow may end the process there.
+    A null in the place of a row of JSON lines is refused, because pyarrow may end the process there. So is half of a
+    character, which pandas drops.
     """
     found = []
     for file in files:
@@ -451,6 +456,11 @@ def _with_objects(files: Sequence[Path]) -> list[Path]:
                 text = line.strip(b"\xef\xbb\xbf \t\r\n")  # with a byte order mark
                 if text.startswith(b"null") and before == b"}":  # within an object or a list, it is a value
                     raise ValueError(f"line {number} of {file.name} is null; must be an object, with a value by column")
+                if half := next((each[1] for each in _ESCAPES.finditer(text) if each[1]), None):
+                    raise ValueError(
+                        f"line {number} of {file.name} holds \\{half.decode()}, which is half of a character, without "
+                        f"the other half"
+                    )
                 before = text[-1:] or before
                 has_rows = has_rows or bool(text.strip(b"[]{}, "))
         if has_rows:
