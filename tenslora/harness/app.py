@@ -345,6 +345,8 @@ def _line(error: BaseException, config_name: str | None = None) -> str | None:
     for cause in causes:
         if isinstance(cause, TensLoRAError):
             return _joined(cause)
+        if own := re.match(r"Error locating target '([^']*)'.*\s*full_key: (hydra\.callbacks\.\S*)", str(cause)):
+            return f"{own[2]}._target_={own[1]}: cannot be imported ({first_line(causes[-1])})"
         if line := _of_searchpath(cause) or line_of_the_environment(cause):
             return line
     from tenslora.harness.launch_check import unresolved

@@ -285,6 +285,10 @@ def test_a_setting_that_asks_for_the_folder_is_one_line(monkeypatch: pytest.Monk
     [
         (["train.py", "-m", "hydra/sweeper=table", "seed=0"], "error: hydra/sweeper=table: is for sweep.py"),
         (["sweep.py", "-cn", "config", "dry_run=true"], "error: --config-name config: is for train.py; leave it out"),
+        (
+            ["train.py", "+hydra.callbacks.own._target_=nowhere.Own"],
+            "error: hydra.callbacks.own._target_=nowhere.Own: cannot be imported (No module named 'nowhere')",
+        ),
         (["train.py", "--cfg", "hydra", "--resolve"], "error: --cfg hydra --resolve: must be --cfg all --resolve, or"),
         (["sweep.py", "hydra.mode=RUN"], "error: hydra.mode=RUN: must be MULTIRUN for sweep.py"),
         (["sweep.py", "hydra.launcher=null"], "error: hydra.launcher=null: must be the settings of a launcher"),
