@@ -174,12 +174,14 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
     except ValidationError as error:  # such as a tag that is too long, or a mode that does not exist
         first = error.errors()[0]
         setting = str(first["loc"][0]).removeprefix("run_")
+        given = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+        refused = first["input"]
         # The name of a variable is not always that of the setting: WANDB_HTTP_TIMEOUT is x_graphql_timeout_seconds.
         variables = sorted(
-            (name for name, value in os.environ.items() if name.startswith("WANDB_") and value == first["input"]),
+            (name for name in given if refused in (given[name], given[name].split(","))),
             key=f"WANDB_{setting.upper()}".__ne__,
         )
-        place = f"{variables[0]}={first['input']}" if variables else f"logger.{setting}"
+        place = f"{variables[0]}={given[variables[0]]}" if variables else f"logger.{setting}"
         raise TensLoRAError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from error
     except OSError as error:
         raise TensLoRAError(
@@ -191,7 +193,9 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
             f"config-defaults.yaml in {Path.cwd()}, and at the variables WANDB_..."
         ) from error
     except wandb.errors.UsageError as error:
-        raise TensLoRAError(f"logger: Weights & Biases does not accept the run ({one_line(str(error))})") from error
+        run_id = os.environ.get("WANDB_RUN_ID")
+        place = f"WANDB_RUN_ID={run_id}" if run_id and "Run ID" in str(error) else "logger"
+        raise TensLoRAError(f"{place}: Weights & Biases does not accept the run ({one_line(str(error))})") from error
     except wandb.errors.Error as error:
         raise TensLoRAError(
             f"logger.mode={mode}: Weights & Biases refused the run ({one_line(str(error))}); "
