@@ -46,7 +46,7 @@ PROCESSORS = {
     "cut by a ratio": {
         "image_processor_type": "ConvNextImageProcessor",
         "size": {"shortest_edge": 24},
-        "crop_pct": 0.6,
+        "crop_pct": 0.857,
         "resample": 3,
     },
     "not normalized": {**SQUASHING, "do_normalize": False},
