@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,7 +245,31 @@ def read_updates(
             raise _left_out(folder, name, stages, choice)
     if not any(update.any() for of_stage in updates for layer in of_stage for update in layer):
         raise TensLoRAError(f"{folder}: its updates are all zero, as before any training")
+    if lacking := _lacking(folder, paths[0].values(), targets):
+        warnings.warn(
+            f"{folder}: has no update of {lacking[0]}, which its target_modules name ({len(lacking)} such); these are "
+            f"taken for zero",
+            stacklevel=2,
+        )
     return updates
+
+
+def _lacking(folder: Path, adapted: Collection[str], targets: Iterable[str]) -> list[str]:
+    # The modules that a LoRA would have adapted in other layers than those that it holds. PEFT's settings may leave
+    # layers out, and other modules of such a name may have come with another model.
+    settings = read_json(folder / CONFIG)
+    names = settings.get("target_modules")
+    narrower = any(settings.get(name) not in (None, []) for name in ("exclude_modules", "layers_to_transform"))
+    if not isinstance(names, list) or narrower:
+        return []
+    alike = {re.sub(r"\d+", "#", path) for path in adapted}
+    return [
+        path
+        for path in targets
+        if path not in adapted
+        and re.sub(r"\d+", "#", path) in alike
+        and any(isinstance(name, str) and _ends_with(path, name) for name in names)
+    ]
 
 
 def read_others(folder: Path, stages: Sequence[Stage] = (), names: Container[str] = ()) -> dict[str, Tensor]:

@@ -197,6 +197,18 @@ def test_a_layer_that_a_shallower_model_lacks_is_no_matter_of_choice(tmp_path: P
             read_updates(tmp_path, find_projections(model, adapt), model=model)
 
 
+def test_an_update_that_was_lost_from_a_lora_is_told_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model, file = PlainTransformer(layers=3), tmp_path / "adapter_model.safetensors"
+    of_a_part: dict[str, Any] = {"layers_to_transform": 0, "layers_pattern": "blocks"}
+    for settings in (of_a_part, {"exclude_modules": r"blocks\.1\..*"}, {}):
+        save_random_lora(model, tmp_path, r=2, target_modules=["query"], **settings)
+        read_updates(tmp_path, find_projections(model))
+    assert not recwarn.list
+    save_file({name: weight for name, weight in load_file(file).items() if ".1." not in name}, file)
+    with pytest.warns(UserWarning, match=r"has no update of blocks\.1\.attention\.query, which its target_mod"):
+        read_updates(tmp_path, find_projections(model))
+
+
 def test_the_query_of_a_layer_without_a_key_of_its_own_is_no_matter_of_choice(tmp_path: Path) -> None:
     model = PlainTransformer()
     save_random_lora(model, tmp_path, r=2, target_modules=["query"])
