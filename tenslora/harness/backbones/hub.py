@@ -120,6 +120,8 @@ def fetching(config: ModelConfig) -> Iterator[None]:
         if isinstance(error, TypeError) and config.library == "timm":
             raise
         reason = first_line(error)
+        if reason.startswith("Can't load") and error.__context__:  # transformers speaks of another folder of that name
+            reason = first_line(error.__context__)
         if reason.startswith("Weights only load failed"):
             reason = (
                 "its weights are a pickle of other things than tensors, such as a whole model; save its state_dict()"

@@ -62,6 +62,16 @@ def test_a_hub_that_cannot_be_reached(
     assert_refused(config, rf"model=tiny: {repository} cannot be downloaded .*model\.checkpoint.*model\.pretrained")
 
 
+def test_a_download_that_breaks_off_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks_off(*_: Any, **__: Any) -> None:
+        raise RuntimeError("peer closed connection")
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", breaks_off)
+    config = transformers_text(architecture=None, options={}, checkpoint="org/bert", pretrained=True)
+    with pytest.raises(TensLoRAError, match=r"from the Hugging Face hub \(peer closed connection\)$"):
+        load_tokenizer(config, [])
+
+
 def test_a_hub_that_limits_its_requests_is_told_of_and_other_retries_are_not() -> None:
     said: list[str] = []
     client = logging.getLogger("huggingface_hub.utils._http")
