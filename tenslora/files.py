@@ -160,6 +160,8 @@ def require_file(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_symlink():  # as DVC and git-annex leave what was not fetched
+            raise TensLoRAError(f"{path}: is a link to {path.readlink()}, which does not exist") from error
         raise TensLoRAError(f"{path}: no such file{elsewhere(path)}") from error
     except (OSError, ValueError) as error:  # a ValueError for a character that no path can have
         raise TensLoRAError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error

@@ -49,6 +49,7 @@ from tenslora.files import (
     elsewhere,
     read_hashed_safetensors,
     read_safetensors,
+    require_file,
     require_finite,
     sha256_of,
     temporary_path,
@@ -169,7 +170,11 @@ def load(model: nn.Module, source: Path | str, revision: str | None = None) -> A
         adapter = load_adapter(path)
         adapter.trained_beside = frozenset()  # which is left out on purpose
         return attach(model, adapter)
+    if os.path.islink(path) and not os.path.isdir(path):
+        require_file(path)
     folder = path if os.path.isdir(path) else _download(str(source), revision)
+    if os.path.islink(folder / ADAPTER_FILE):
+        require_file(folder / ADAPTER_FILE)
     if not (folder / ADAPTER_FILE).is_file():
         if (folder / _OF_PEFT).is_file():
             raise TensLoRAError(f"{source}: holds an adapter that PEFT has saved; PeftModel.from_pretrained loads it")

@@ -160,6 +160,7 @@ def test_a_safetensors_file_from_elsewhere_has_an_empty_header(metadata: dict[st
     [
         ("absent", "no such file"),
         ("file/below", "no such file"),
+        ("link", "is a link to /gone/file, which does not exist"),
         (".", "must be a file, not a folder"),
         ("pipe", "must be a file, not a pipe or a device"),
         ("x" * 300, r"cannot be read \(File name too long\)"),
@@ -169,6 +170,7 @@ def test_a_safetensors_file_from_elsewhere_has_an_empty_header(metadata: dict[st
 def test_what_is_no_file_is_refused_by_name(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/gone/file")
     for read in (read_safetensors, read_json):
         with pytest.raises(TensLoRAError, match=rf"^{tmp_path}\S*: {message}$"):
             read(tmp_path / name)

@@ -433,6 +433,12 @@ def test_what_holds_no_adapter_is_one_line(tmp_path: Path) -> None:
     for name in (str(tmp_path / "missing"), "missing.safetensors", "a/missing.safetensors", "missing"):
         with pytest.raises(TensLoRAError, match=r"no such file or folder, and not the name of a repository on the hub"):
             load(PlainTransformer(), name)
+    link = tmp_path / "adapter.safetensors"
+    link.symlink_to("/gone/file")
+    for source in (link, tmp_path):
+        with pytest.raises(TensLoRAError, match=rf"^{link}: is a link to /gone/file, which does not exist$"):
+            load(PlainTransformer(), source)
+    link.unlink()
     with pytest.raises(TensLoRAError, match="has no adapter"):
         save_pretrained(PlainTransformer(), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -570,7 +576,7 @@ def test_a_head_that_cannot_be_read_is_not_left_out(tmp_path: Path) -> None:
     head = save_pretrained(trained(), tmp_path) / "head.safetensors"
     head.unlink()
     head.symlink_to("nowhere")
-    with pytest.raises(TensLoRAError, match=r"head\.safetensors: no such file$"):
+    with pytest.raises(TensLoRAError, match=r"head\.safetensors: is a link to nowhere, which does not exist$"):
         load(build("hf_bert"), tmp_path)
     model = build("hf_bert")
     attach(model, AdapterConfig("qkv"))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tenslora.errors import TensLoRAError, first_line, require_path, require_type
-from tenslora.files import read_header
+from tenslora.files import read_header, require_file
 from tenslora.harness.backbones import Backbone, load_backbone, load_tokenizer
 from tenslora.harness.backbones.answer import answer_of, is_same
 from tenslora.harness.backbones.hub import source_setting
@@ -365,6 +365,7 @@ def load_run(folder: str | Path, checkpoint: str | Path | None = None) -> Loaded
         raise TensLoRAError(f"{error}; if it has moved, give its place (--checkpoint)") from error
     _require_backbone_of(run, record, backbone, tokenizer)
     if run.adapter:
+        require_file(files.adapter)  # which load would look for on the hub
         adapter = load(backbone.model, files.adapter)
         for name, value in vars(adapter.config).items():
             if value != (own := getattr(run.adapter, name)):

@@ -622,6 +622,9 @@ def test_weights_that_another_run_wrote_are_refused(name: str, digits_run: Path,
     del earlier["sha256"]  # of a version that did not write it
     (tmp_path / "run" / "result.json").write_text(json.dumps(earlier))
     load_run(tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    with pytest.raises(TensLoRAError, match=rf"^{tmp_path}/run/{name}: no such file$"):
+        load_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
