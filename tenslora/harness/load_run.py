@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import current_process
 from pathlib import Path
@@ -310,8 +310,10 @@ class LoadedRun:
         wanted = torch.empty(0, device=processes.device).device  # as tensors name it: cuda:0 for cuda
         with _MOVING:
             _move(self.backbone.model, wanted)
+        is_usual = torch.get_default_device().type == "cpu"
         try:
-            yield processes
+            with nullcontext() if is_usual else torch.device("cpu"):  # a program may have set another default
+                yield processes
         except torch.OutOfMemoryError as error:
             raise TensLoRAError(f"a single example does not fit into the memory of {processes.name}") from error
         except (TensLoRAError, TimeoutError):  # an alarm of the program's

@@ -267,6 +267,14 @@ def test_a_model_that_was_changed_so_that_it_cannot_compute_is_told(digits_run: 
             ask()
 
 
+def test_a_default_device_of_the_programs_does_not_matter(digits_run: Path) -> None:
+    loaded, image = load_run(digits_run), np.ones((8, 8), np.uint8)
+    usual = loaded.predict([image])
+    with torch.device("meta"):
+        assert loaded.predict([image]) == usual
+        assert torch.empty(0).is_meta
+
+
 @pytest.mark.parametrize("kind", [TimeoutError, type("SoftTimeLimitExceeded", (Exception,), {})])
 def test_the_exception_of_a_programs_signal_handler_comes_through(kind: type[Exception], digits_run: Path) -> None:
     def end(*_: object) -> None:
