@@ -170,6 +170,8 @@ class Adapter(_AnyAdapter, ScaledModule):
     ) -> None:
         super().__init__()
         require_type("config", config, AdapterConfig)
+        if type(config) is not AdapterConfig:  # a program's own class may have skipped the checks
+            AdapterConfig.__post_init__(config)
         require_type("geometry", geometry, Geometry)
         require_type("stage", stage, int)
         if config.adapt != geometry.adapt:

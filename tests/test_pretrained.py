@@ -199,6 +199,18 @@ class OwnStrategy(RankStrategy):
     note: str = "mine"
 
 
+@dataclasses.dataclass(frozen=True)
+class UncheckedConfig(AdapterConfig):
+    def __post_init__(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("setting", ["dropout", "alpha", "seed", "init", "rank_strategy"])
+def test_settings_that_a_class_of_ones_own_has_not_checked_are_checked(setting: str) -> None:
+    with pytest.raises(TensLoRAError, match=rf"^{setting}="):
+        attach(PlainTransformer(), UncheckedConfig("qkv", **{setting: "big"}))  # type: ignore[arg-type]
+
+
 def test_the_fields_of_a_class_of_ones_own_are_not_saved(tmp_path: Path) -> None:
     model = PlainTransformer()
     attach(model, OwnConfig("qkv", rank_strategy=OwnStrategy("isorank")))
