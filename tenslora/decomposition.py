@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -111,8 +112,9 @@ def approximate(adapter: Adapter | StagedAdapter, updates: Sequence[Updates]) ->
         How closely the adapter's updates approximate the given ones.
 
     Raises:
-        TensLoRAError: if the factorization has no direct method (CP), if alpha is zero, if all updates are zero, or if
-            they are not those of the adapter's stages, layers and matrices. The adapter is not changed then.
+        TensLoRAError: if the factorization has no direct method (CP), if alpha is zero, if all updates are zero, if
+            they are not those of the adapter's stages, layers and matrices, or if the adapter's type cannot hold what
+            would give them. The adapter is not changed then, nor by Ctrl-C.
     """
     require_type("adapter", adapter, Adapter, StagedAdapter)
     require_type("updates", updates, Sequence)
@@ -124,14 +126,26 @@ def approximate(adapter: Adapter | StagedAdapter, updates: Sequence[Updates]) ->
         raise TensLoRAError("alpha=0: must not be 0, because an adapter with alpha 0 can only give updates of zero")
     total = _energy(updates)
     squared_error, energy = 0.0, dict[str, float]()
-    for stage, of_stage in zip(adapter.stages, updates, strict=True):
-        for name, left in _decompose(stage, of_stage).items():
-            energy[name] = energy.get(name, 0.0) + left
-        for layer, of_matrices in enumerate(of_stage):
-            for update, dense in zip(of_matrices, stage.dense(layer), strict=True):
-                difference = update.double() - stage.scale * dense.to(update.device).double()
-                squared_error += difference.square().sum().item()
+    with _undone_on_error(adapter):
+        for stage, of_stage in zip(adapter.stages, updates, strict=True):
+            for name, left in _decompose(stage, of_stage).items():
+                energy[name] = energy.get(name, 0.0) + left
+            for layer, of_matrices in enumerate(of_stage):
+                for update, dense in zip(of_matrices, stage.dense(layer), strict=True):
+                    difference = update.double() - stage.scale * dense.to(update.device).double()
+                    squared_error += difference.square().sum().item()
     return Approximation((squared_error / total) ** 0.5, {name: value / total for name, value in energy.items()})
+
+
+@contextmanager
+def _undone_on_error(adapter: Adapter | StagedAdapter) -> Iterator[None]:
+    before = [(parameter, parameter.clone()) for parameter in adapter.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, value in before:
+            parameter.copy_(value)
+        raise
 
 
 def _require_updates(name: str, updates: Updates, geometry: Geometry) -> None:
@@ -166,6 +180,12 @@ def _decompose(adapter: Adapter, updates: Updates) -> dict[str, float]:
         for name, value in factorization.decompose(tensor / adapter.scale, sizes, adapter.ranks).items():
             parameter = module.get_parameter(name)
             parameter.copy_(value.to(parameter))
+            if not parameter.isfinite().all():
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                raise TensLoRAError(
+                    f"the updates, divided by the adapter's scale of {float(adapter.scale):g}, are too large for the "
+                    f"adapter's type {dtype}"
+                )
             if name in factorization.rank_limits(sizes):
                 axis = list(sizes).index(name)
                 vectors = leading_vectors(tensor.movedim(axis, 0).flatten(1), min(value.shape[-1], sizes[name]))

@@ -167,6 +167,15 @@ def test_updates_that_are_not_finite_are_refused(entry: float) -> None:
             call()
 
 
+def test_updates_that_the_adapters_type_cannot_hold_leave_it_as_it_was() -> None:
+    adapter = build("lora", [2], "tucker").half()
+    before = [parameter.detach().clone() for parameter in adapter.parameters()]
+    line = r"^the updates, divided by the adapter's scale of 4, are too large for the adapter's type float16$"
+    with pytest.raises(TensLoRAError, match=line):
+        approximate(adapter, [[[1e6 * update for update in layer] for layer in updates()]])
+    assert all(torch.equal(p, q) for p, q in zip(adapter.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
