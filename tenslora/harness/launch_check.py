@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import (
@@ -19,7 +21,10 @@ from omegaconf.errors import (
 )
 
 from tenslora.errors import TensLoRAError, first_line
+from tenslora.harness.commands import takes_one
+from tenslora.harness.config import SWEEP_KEYS
 from tenslora.harness.config.checks import shown
+from tenslora.harness.sweeping.composing import values_of
 
 MOST_WORKERS = 1024
 """How many worker processes joblib may be asked for."""
@@ -65,8 +70,11 @@ class LaunchCheck(Callback):
                 _check_number(config, setting)
             _check_folder(config)
             _check_joblib(config)
+            _check_params(config)
+            if config.hydra.sweeper._target_.endswith("BasicSweeper"):
+                _check_values(config)
         count = os.environ.get("WORLD_SIZE", "1")
-        if count == "1" or (_in_order(config) and not config.hydra.sweeper._target_.endswith("TableSweeper")):
+        if count == "1" or (_in_order(config) and not _carries_out_table(config)):
             return
         sys.exit(
             f"error: WORLD_SIZE={count}: must be 1 for sweep.py, and for any hydra/launcher but basic; torchrun and "
@@ -126,6 +134,10 @@ def _in_order(config: DictConfig) -> bool:
     return str(config.hydra.launcher._target_).endswith("BasicLauncher")
 
 
+def _carries_out_table(config: DictConfig) -> bool:
+    return str(config.hydra.sweeper._target_).endswith("TableSweeper")
+
+
 def _check_number(config: DictConfig, setting: str) -> None:
     value = OmegaConf.select(config, setting, default=1)
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value, re.ASCII):  # as ${oc.env:...} gives it
@@ -160,3 +172,22 @@ def _check_joblib(config: DictConfig) -> None:
     given = str(launcher.get("pre_dispatch", "all"))
     if not re.fullmatch(r"all|([1-9][0-9]*(\.[0-9]+)?\*)?n_jobs|[1-9][0-9]*", given):
         raise TensLoRAError(f"hydra.launcher.pre_dispatch={shown(given)}: must be all, a whole number, or as 2*n_jobs")
+
+
+def _check_params(config: DictConfig) -> None:
+    params = config.hydra.sweeper.get("params")
+    for name, value in params.items() if isinstance(params, DictConfig) else ():
+        key = str(name)
+        place = f"hydra.sweeper.params.{key}={shown(value)}"
+        if isinstance(value, ListConfig) and takes_one(key):  # which Hydra would merge
+            raise TensLoRAError(f"{place}: must be one option; several are written with commas, without brackets")
+        if _carries_out_table(config) and key.partition(".")[0] in (*SWEEP_KEYS, "hydra"):  # and no job's
+            raise TensLoRAError(f"{place}: is a setting of the whole sweep; must stand outside of params")
+
+
+def _check_values(config: DictConfig) -> None:
+    hydra = GlobalHydra.instance().hydra
+    parser = OverridesParser.create(config_loader=hydra.config_loader if hydra else None)
+    for override in parser.parse_overrides(list(config.hydra.overrides.task)):
+        if override.is_sweep_override():
+            values_of(override)

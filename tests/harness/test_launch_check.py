@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
 
 from tenslora.harness.app import run_app
 from tenslora.harness.launch_check import LaunchCheck
@@ -71,6 +72,40 @@ def test_what_a_launcher_cannot_use_is_one_line(
     with pytest.raises(SystemExit) as ended:
         LaunchCheck().on_multirun_start(config)
     assert re.match(rf"error: hydra\.\w+\.(dir=/\S*)?{re.escape(message)}", str(ended.value.code))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        (
+            "config",
+            "params={tensor_mode: [lora, att]}",
+            "hydra.sweeper.params.tensor_mode=['lora', 'att']: must be one option; several are written with commas",
+        ),
+        (
+            "sweep",
+            "params={dry_run: true}",
+            "hydra.sweeper.params.dry_run=true: is a setting of the whole sweep; must stand outside of params",
+        ),
+        (
+            "sweep",
+            "params={hydra.sweep.dir: elsewhere}",
+            "hydra.sweeper.params.hydra.sweep.dir=elsewhere: is a setting of the whole sweep; must stand outside",
+        ),
+        ("config", "seed=range(3,3)", "seed=range(3,3): must be at least one value"),
+        ("config", "optimizer.lr=interval(0,1)", "optimizer.lr=interval(0,1): must be a list of values or a range"),
+    ],
+)
+def test_what_a_sweeper_would_take_wrongly_is_one_line(name: str, words: str, message: str) -> None:
+    config = composed(config_name=name, with_hydra=True)
+    with open_dict(config):
+        if params := words.partition("params=")[2]:
+            config.hydra.sweeper.params = OmegaConf.create(params)
+        else:
+            config.hydra.overrides.task = [words]
+    with pytest.raises(SystemExit) as ended:
+        LaunchCheck().on_multirun_start(config)
+    assert str(ended.value.code).startswith(f"error: {message}")
 
 
 def test_a_folder_may_refer_to_what_is_known_before_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def words_of_jobs(loader: ConfigLoader, words: Sequence[str]) -> Iterator[tuple[
     for override in OverridesParser.create(config_loader=loader).parse_overrides(list(words)):
         key = override.get_key_element()
         if override.is_sweep_override():
-            values[key] = [f"{key}={value}" for value in _values(override)]
+            values[key] = [f"{key}={value}" for value in values_of(override)]
         else:
             values[key] = [f"{key}={override.get_value_element_as_str()}"]
     count = 1
@@ -64,7 +64,15 @@ def words_of_jobs(loader: ConfigLoader, words: Sequence[str]) -> Iterator[tuple[
     return product(*values.values())
 
 
-def _values(override: Override) -> list[str]:
+def values_of(override: Override) -> list[str]:
+    """The values that a word of the command line gives a setting.
+
+    Args:
+        override: the word, which has several.
+
+    Raises:
+        TensLoRAError: for no value, for an interval, or for more than `MOST_JOBS`.
+    """
     line = override.input_line
     if not override.is_discrete_sweep():
         raise TensLoRAError(f"{line}: must be a list of values or a range")
