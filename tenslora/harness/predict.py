@@ -261,6 +261,8 @@ def predict(given: argparse.Namespace) -> list[dict[str, Any]]:
     known = [[name] for name in IMAGE_COLUMNS] if modality == "image" else [loaded.text_columns]
     inputs: list[Any] = _inputs(given, rows, known)
     if modality == "image":
+        if len(inputs[0]) > 1:
+            raise TensLoRAError(f"--columns {given.columns}: must be one column, with the images' paths")
         folder = given.file.parent if given.file else Path()
         inputs = [folder / require_path("image", path) for path, *_ in inputs]
     if given.out and given.out.suffix != ".jsonl":  # where each class has a column

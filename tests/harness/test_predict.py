@@ -175,6 +175,12 @@ def test_a_mistake_is_one_line(words: list[str], message: str, sentences_run: Pa
     assert "\n" not in str(caught.value)
 
 
+def test_images_have_one_column(digits_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("image,note\na.png,b.png\n")
+    with pytest.raises(SystemExit, match=r"--columns image,note: must be one column, with the images' paths$"):
+        main([str(digits_run), "--file", f"{tmp_path}/in.csv", "--columns", "image,note"])
+
+
 def test_blanks_between_the_names_of_columns_mean_nothing(
     regression_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
