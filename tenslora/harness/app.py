@@ -193,6 +193,7 @@ class _Task:
         in_multirun = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             _refuse_hidden_files(HydraConfig.get().runtime.config_sources)
+            _check_formats()
             return self.task(composed)
         except TensLoRAError as error:
             line = str(_line(error))
@@ -221,6 +222,17 @@ class _Task:
         self.started = True
         _refuse_hidden_files(config.hydra.runtime.config_sources)
         self._sweep(config, jobs, launch)
+
+
+def _check_formats() -> None:
+    """Refuse a format of the logs that fits no message, because Python's logs would then be empty."""
+    record = logging.makeLogRecord({"msg": "a message"})
+    for handler in logging.getLogger().handlers:
+        try:
+            handler.format(record)
+        except ValueError as error:
+            written = getattr(handler.formatter, "_fmt", None)
+            raise TensLoRAError(f"hydra.job_logging: cannot use the format {written} ({first_line(error)})") from error
 
 
 def _refuse_hidden_files(sources: Any) -> None:

@@ -121,6 +121,10 @@ def refused(monkeypatch: pytest.MonkeyPatch, folder: Path, *words: str) -> str:
             ["hydra.job_logging.root.level=LOUD"],
             "level=LOUD: cannot be used (Unable to configure root logger: Unknown level: 'LOUD')",
         ),
+        (
+            ["hydra.job_logging.formatters.simple.format='%(nope)s'"],
+            "hydra.job_logging: cannot use the format %(nope)s (Formatting field not found in record: 'nope')",
+        ),
         (["hydra.job.env_copy=[NOPE]"], "hydra.job.env_copy=[NOPE]: cannot be used by Hydra (KeyError: 'NOPE')"),
         (
             ["warm_start=~/a"],
