@@ -16,7 +16,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.files import read_json, read_safetensors, require_finite, require_tensors
 from tenslora.forms import from_json, shown
 from tenslora.peft.patterns import first_matches
-from tenslora.projections import Stage, TargetLinear, features, paths_to_adapt
+from tenslora.projections import Stage, TargetLinear, features, is_linear, paths_to_adapt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files in the folder that PEFT's `save_pretrained` writes."""
@@ -189,8 +189,10 @@ def read_updates(
         )
     saved = _modules(matrices)
     targets = {target.path: (index, target) for index, (_, of_stage) in enumerate(stages) for target in of_stage}
-    prefixes = _prefixes(matrices, stages)
+    prefixes = _prefixes(matrices, {path: target.linear for path, (_, target) in targets.items()})
     paths = [_paths(saved, prefix, targets) for prefix in prefixes]
+    if not paths[0] and model is not None:  # it may adapt none but matrices that the stages leave out
+        prefixes = _prefixes(matrices, {path: part for path, part in model.named_modules() if is_linear(part)})
     found = {saved[name]: targets[path] for name, path in paths[0].items()}
     if named := [key for key in matrices if re.search(r"\.lora_[^.]+\.[^.]+\.weight$", key)]:
         raise TensLoRAError(
@@ -285,7 +287,8 @@ def read_others(folder: Path, stages: Sequence[Stage] = (), names: Container[str
         under the prefix of the stages has the name that PEFT would give it in the model.
     """
     weights = read_safetensors(folder / WEIGHTS)[1]
-    old, new = _prefixes({name: weight for name, weight in weights.items() if ".lora_" in name}, stages)[0]
+    matrices = {name: weight for name, weight in weights.items() if ".lora_" in name}
+    old, new = _prefixes(matrices, {target.path: target.linear for stage in stages for target in stage.targets})[0]
     others = {}
     for name, weight in weights.items():
         saved = uncompiled(name)
@@ -309,28 +312,27 @@ def _paths(saved: Iterable[str], prefix: _Prefix, paths: Container[str]) -> dict
     return {name: path for name in saved if name.startswith(old) and (path := new + name[len(old) :]) in paths}
 
 
-def _prefixes(matrices: Mapping[str, Tensor], stages: Sequence[Stage]) -> list[_Prefix]:
+def _prefixes(matrices: Mapping[str, Tensor], linears: Mapping[str, nn.Module]) -> list[_Prefix]:
     # A model with a head has a prefix in front of the backbone's paths, and either model may have a head: the LoRA's
     # own, or the one that is adapted. The prefix is the same for all paths. It is the one with which most matrices have
     # the sizes of the model's, and the shortest of these: one tower may be called blocks, and another visual.blocks.
     # Further ones that do as well, as for towers called text and vision, come after it.
     saved = _modules(matrices)
-    targets = {target.path: target for _, of_stage in stages for target in of_stage}
     prefixes = {
         (name.removesuffix(path), "") if _ends_with(name, path) else ("", path.removesuffix(name))
         for name in saved
-        for path in targets
+        for path in linears
         if _ends_with(name, path) or _ends_with(path, name)
     }
 
     def fits(name: str, path: str) -> bool:
         a, b = (matrices.get(f"{PREFIX}{saved[name]}.lora_{which}.weight") for which in "AB")
         sizes = None if a is None or b is None else (*a.shape[1:], *b.shape[:1])
-        return sizes == features(targets[path].linear)
+        return sizes == features(linears[path])
 
     scores = {}
     for prefix in sorted(prefixes, key=lambda pair: (len(pair[0] + pair[1]), pair)):
-        placed = _paths(saved, prefix, targets)
+        placed = _paths(saved, prefix, linears)
         scores[prefix] = (sum(fits(*place) for place in placed.items()), len(placed))
     first = max(scores, key=lambda prefix: scores[prefix], default=("", ""))
     fitting = [prefix for prefix, score in scores.items() if score == scores[first] and score[0]]

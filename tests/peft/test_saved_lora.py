@@ -181,6 +181,10 @@ def test_a_matrix_that_only_the_lora_adapts_is_named(tmp_path: Path) -> None:
     save_random_lora(model, tmp_path, r=2, target_modules=["query", "output.dense"])
     with pytest.raises(TensLoRAError, match=r"adapts bert\..*output\.dense, which the choice of adapt=qkv leaves out"):
         read_updates(tmp_path, find_projections(model), model=model)
+    save_random_lora(model, tmp_path, r=2, target_modules=["output.dense"])
+    backbone = model.get_submodule("bert")  # whose paths are shorter, and of whose chosen matrices the LoRA has none
+    with pytest.raises(TensLoRAError, match=r"adapts bert\..*output\.dense, which the choice of adapt=qkv leaves out"):
+        read_updates(tmp_path, find_projections(backbone), model=backbone)
     save_random_lora(model, tmp_path, r=2, target_modules=["query", "output.dense", "pooler.dense"])
     for adapt in ("q", "all"):
         with pytest.raises(
