@@ -16,7 +16,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.files import read_json, read_safetensors, require_finite, require_tensors
 from tenslora.forms import from_json, shown
 from tenslora.peft.patterns import first_matches
-from tenslora.projections import Stage, TargetLinear, features, is_linear, paths_to_adapt
+from tenslora.projections import Stage, TargetLinear, features, is_conv1d, is_linear, paths_to_adapt
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """The files in the folder that PEFT's `save_pretrained` writes."""
@@ -61,6 +61,7 @@ class SavedLora:
         rank_pattern: the ranks of the modules that have another one, by regular expressions of their paths.
         alpha_pattern: likewise for lora_alpha.
         bias: which biases were trained; only "none" is accepted.
+        target_parameters: the ends of the paths of weights that are adapted as parameters, and not by their modules.
         init_lora_weights: the initialisation; those that change the backbone are refused.
         base_model_name_or_path: the folder or the hub's name of the backbone.
 
@@ -77,6 +78,7 @@ class SavedLora:
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     bias: str = "none"
+    target_parameters: list[str] | None = None
     init_lora_weights: bool | str | None = True
     base_model_name_or_path: str | None = None
 
@@ -353,17 +355,26 @@ def _ends_with(path: str, end: str) -> bool:
 def _products(
     config: SavedLora, matrices: Mapping[str, Tensor], found: Mapping[str, TargetLinear]
 ) -> dict[str, Tensor]:
-    # The update of each module by its path, (inputs, outputs).
-    names = list(found)
-    ranks, scalings = config.ranks(names), config.scalings(names)
-    keys = {name: [f"{PREFIX}{name}.lora_{which}.weight" for which in "AB"] for name in names}
+    # The update of each module by its path, (inputs, outputs). PEFT's patterns know a parameter by its own path, and
+    # PEFT takes its second dimension for the inputs, which is the outputs in a Conv1D.
+    parameters = {
+        name: path
+        for name in found
+        if any(_ends_with(path := f"{name}.weight", each) for each in config.target_parameters or ())
+    }
+    names = {name: parameters.get(name, name) for name in found}
+    ranks, scalings = config.ranks([*names.values()]), config.scalings([*names.values()])
+    turned = {name for name in parameters if is_conv1d(found[name].linear)}
+    keys = {name: [f"{PREFIX}{name}.lora_{which}.weight" for which in "AB"] for name in found}
     shapes: dict[str, tuple[int, int]] = {}
     for name, target in found.items():
-        inputs, outputs = features(target.linear)
-        shapes |= zip(keys[name], [(ranks[name], inputs), (outputs, ranks[name])], strict=True)
+        columns, rows = reversed(features(target.linear)) if name in turned else features(target.linear)
+        rank = ranks[names[name]]
+        shapes |= zip(keys[name], [(rank, columns), (rows, rank)], strict=True)
     require_tensors(matrices, shapes)
     products = {}
     for name, (a, b) in keys.items():
-        products[name] = (matrices[b].float() @ matrices[a].float()).T * scalings[name]
+        product = matrices[b].float() @ matrices[a].float()
+        products[name] = (product if name in turned else product.T) * scalings[names[name]]
         require_finite(f"the update of {name}", products[name])
     return products

@@ -57,6 +57,7 @@ def test_a_lora_of_a_compiled_model_is_read_under_the_models_own_names(tmp_path:
         assert torch.equal(updates_of_all, read[0][0]) and names == read[0][1]
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")  # PEFT counts none of parameters
 @pytest.mark.parametrize(
     ("name", "adapt", "settings"),
     [
@@ -77,6 +78,18 @@ def test_a_lora_of_a_compiled_model_is_read_under_the_models_own_names(tmp_path:
         ("timm_vit", "qkv", {"r": 3, "lora_alpha": 6, "target_modules": ["qkv"]}),
         ("llama", "qkvo", {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}),
         ("gpt2", "qkv", {"r": 3, "lora_alpha": 6, "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        (
+            "gpt2",
+            "qkvo",
+            {
+                "r": 3,
+                "lora_alpha": 6,
+                "target_modules": [],
+                "target_parameters": ["c_attn.weight", "attn.c_proj.weight"],
+                "rank_pattern": {"h.1.attn.c_proj.weight": 2},
+                "alpha_pattern": {"c_proj": 9, "c_attn.weight": 5},  # of which the first matches no parameter
+            },
+        ),
     ],
 )
 def test_the_updates_are_what_peft_adds_to_the_weights(
