@@ -49,7 +49,7 @@ from tenslora.errors import TensLoRAError
 from tenslora.files import require_finite, require_tensors
 from tenslora.forms import from_json, typed
 from tenslora.forward_pass import ForwardPass, listed
-from tenslora.peft.patterns import first_matches
+from tenslora.peft.patterns import LONGEST, first_matches
 from tenslora.peft.quantised import QuantisedWeights, warn_of_rounding
 from tenslora.projections import (
     Stage,
@@ -591,9 +591,8 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
             config.ranks = list(ranks[0]) if len(stages) == 1 else [list(each) for each in ranks]
         config.first_step, config.adapt = steps[0] if len(stages) == 1 else steps, adapter.config.adapt
         config.made_for = geometries
-        names: Any = {_last_name(target) for stage in stages for target in stage.targets}
         if config.target_modules is None:
-            config.target_modules = names  # PEFT keeps a set, and saves it as a list
+            config.target_modules = _names_of(self.model, set(adapted), config)
         self.peft_config[adapter_name] = config
         on_meta = any(parameter.is_meta for parameter in adapter.parameters())  # low_cpu_mem_usage; loading fills them
         for of_stage, (_, targets) in zip(adapter.stages, stages, strict=True):
@@ -1092,6 +1091,24 @@ def _warn_of_others(model: nn.Module, config: TensLoraConfig, adapted: set[str])
             f"and feed-forward blocks that the library knows can have one",
             stacklevel=2,
         )
+
+
+def _names_of(model: nn.Module, adapted: set[str], config: TensLoraConfig) -> Any:
+    # The target_modules by which PEFT finds the adapted layers, as its convert_to_lora does: their last names or, where
+    # other modules are called so too, a pattern of the ends of their paths. A LoRA takes no pattern beside
+    # layers_to_transform.
+    def ends(path: str) -> tuple[str, ...]:
+        parts = [r"\d+" if part.isdigit() else re.escape(part) for part in path.split(".")]
+        return tuple(r"\.".join(parts[start:]) for start in reversed(range(len(parts))))
+
+    own = {ends(path) for path in adapted}
+    of_others = {each for path, _ in model.named_modules() if (others := ends(path)) not in own for each in others}
+    distinct = {next((each for each in of_own if each not in of_others), of_own[-1]) for of_own in own}
+    pattern = rf"(.*\.)?({'|'.join(sorted(distinct))})"
+    last_names = {path.rpartition(".")[2] for path in adapted}
+    if distinct == {of_own[0] for of_own in own} or config.layers_to_transform is not None or len(pattern) > LONGEST:
+        return last_names  # PEFT keeps a set, and saves it as a list
+    return pattern
 
 
 def _last_name(target: TargetLinear) -> str:

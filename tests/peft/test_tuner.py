@@ -597,6 +597,21 @@ def test_modules_that_match_and_get_no_adapter_are_named() -> None:
         get_peft_model(build("hf_bert"), TensLoraConfig(target_modules=["query", "value", "classifier"]))
 
 
+@pytest.mark.parametrize(("name", "adapt"), [("hf_bert", "o"), ("hf_bert", "mlp"), ("timm_vit", "all"), ("gpt2", "o")])
+def test_a_lora_is_made_of_no_layers_but_the_adapted_ones(
+    name: str, adapt: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    model: Any = get_peft_model(build(name).float(), TensLoraConfig(adapt=adapt))
+    lora_config, state = convert_to_lora(model, rank=1)
+    again = get_peft_model(build(name).float(), lora_config)
+    adapted = {path for path, layer in again.named_modules() if hasattr(layer, "lora_A")}
+    assert adapted == {path for path, layer in model.named_modules() if isinstance(layer, TensLoraLinear)}
+    assert len(state) == 2 * len(adapted)
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build(name).float(), str(tmp_path))
+    assert not [each for each in recwarn if "target_modules also match" in str(each.message)]
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
