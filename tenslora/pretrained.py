@@ -67,6 +67,8 @@ _COUNT = "num_batches_tracked"
 def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
     """Write the adapter of a model, all other weights that require gradients, and its running statistics to one folder.
 
+    A warning tells of weights that were trained beside the adapter and that the model does not have any more.
+
     Args:
         model: with an adapter. A weight whose gradients are switched off is saved only if `attach` was to train it, or
             if `load` gave it to the model. The statistics of its batch norms are saved (`running_statistics`).
@@ -84,6 +86,12 @@ def save_pretrained(model: nn.Module, folder: Path | str) -> Path:
     """
     folder, adapter, model = require_path("folder", folder), adapter_of(model), not_compiled(model)
     head = _trained_weights(model)
+    if taken_off := _taken_off(model, adapter.trained_beside, head.keys()):
+        warnings.warn(
+            f"{listed(taken_off)}: trained beside the adapter, and not saved, because the model does not have them any "
+            f"more; save before a trained module is taken off",
+            stacklevel=2,
+        )
     require_own_layers(model)
     require_same_sizes(model)
     for path, module in model.named_modules():
@@ -420,33 +428,39 @@ def _trained_weights(model: nn.Module) -> dict[str, Tensor]:
         if name in buffers and (_owner(name) in owners or not whole.isdisjoint(_holders(name)))
     }
     statistics = {uncompiled(name): each for name, each in running_statistics(model).items()}
-    saved = trained | of_trained | statistics
-    _require_no_other_head(model, beside, saved.keys())
-    return saved
+    return trained | of_trained | statistics
 
 
-def _require_no_other_head(model: nn.Module, beside: Set[str], saved: Set[str]) -> None:
-    """Refuse to leave out weights that have taken the place of trained ones, such as those of a new head."""
-    modules = {uncompiled(path): module for path, module in model.named_modules() if path}
+def _taken_off(model: nn.Module, trained_beside: Set[str], saved: Set[str]) -> list[str]:
+    """The trained weights that the model has no longer, if nothing new is saved in their place.
+
+    Raises:
+        TensLoRAError: if weights that have taken the place, such as those of a new head, would be left out.
+    """
+    modules = {uncompiled(path): module for path, module in model.named_modules()}
     weights = {uncompiled(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    beside, taken_off = {uncompiled(name) for name in trained_beside}, []
     for gone in sorted(beside - weights):
-        path = next((path for path in _holders(gone) if path in modules), None)
-        if path is None:
-            continue
-        place = modules[path]
-        new = [f"{path}.{uncompiled(name)}" for name, _ in place.named_parameters()]
+        path = next(path for path in _holders(gone) if path in modules)
+        place, prefix = modules[path], f"{path}." if path else ""
+        new = [f"{prefix}{uncompiled(name)}" for name, _ in place.named_parameters()]
+        if saved.isdisjoint(set(new) - beside):
+            taken_off.append(gone)
+        if any(isinstance(module, AdaptedLinear) for module in place.modules()):
+            continue  # the frozen backbone is in the same module, and has taken no place
         if left_out := [name for name in new if name not in saved]:
             raise TensLoRAError(
                 f"{gone}: was trained beside the adapter, and {listed(left_out)} in its place would not be saved; let "
                 f"what is to be saved require gradients"
             )
         # torch.ao's quantised layers have no parameters; their weights are in their state dict alone.
-        kept = [] if new else [f"{path}.{uncompiled(name)}" for name in place.state_dict()]
+        kept = [] if new else [f"{prefix}{uncompiled(name)}" for name in place.state_dict()]
         if left_out := [name for name in kept if name not in saved]:
             raise TensLoRAError(
                 f"{gone}: was trained beside the adapter, and {listed(left_out)} in its place would not be saved; save "
                 f"before {path} becomes a {place._get_name()}, which has no parameters"
             )
+    return taken_off
 
 
 def _other_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:

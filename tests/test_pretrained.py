@@ -293,10 +293,39 @@ def test_a_frozen_head_in_the_place_of_a_trained_one_is_not_left_out(tmp_path: P
     in_its_place = r"classifier\.0\.weight, classifier\.0\.bias in its place"
     with pytest.raises(TensLoRAError, match=rf"^classifier\.bias: was trained beside the adapter, and {in_its_place}"):
         save_pretrained(model, tmp_path / "frozen")
-    model.classifier = nn.Identity()
-    save_pretrained(model, tmp_path / "without")
     model.classifier = nn.BatchNorm1d(24, affine=False)  # its statistics are saved
-    save_pretrained(model, tmp_path / "without")
+    with pytest.warns(
+        UserWarning, match=r"^classifier\.bias, classifier\.weight: trained beside the adapter, and not "
+    ):
+        save_pretrained(model, tmp_path / "without")
+
+
+@pytest.mark.parametrize("path", ["head", "0.head"])
+def test_a_trained_head_that_was_taken_off_is_told(path: str, tmp_path: Path) -> None:
+    def built() -> nn.Module:
+        model = PlainTransformer() if path == "head" else nn.Sequential(PlainTransformer())
+        attach(model, AdapterConfig("qkv"), train=["head"])
+        return model
+
+    model = built()
+    holder, head = model.get_submodule(path.removesuffix("head").rstrip(".")), model.get_submodule(path)
+    told = rf"{path}\.bias, {path}\.weight: trained beside the adapter, and not saved"
+    for without in (nn.Identity(), nn.ReLU(), None):
+        holder.register_module("head", without)
+        with pytest.warns(UserWarning, match=f"^{told}"):
+            save_pretrained(model, tmp_path)
+    del holder.head
+    with pytest.warns(UserWarning, match=f"^{told}"):
+        save_pretrained(model, tmp_path)
+    assert not (tmp_path / "head.safetensors").exists()
+    holder.renamed = head
+    with warnings.catch_warnings(action="error"):
+        save_pretrained(model, tmp_path)
+    assert len(load_file(tmp_path / "head.safetensors")) == 2
+    model = built()
+    model.get_submodule(path).register_parameter("bias", None)
+    with pytest.warns(UserWarning, match=rf"^{path}\.bias: trained beside the adapter, and not saved"):
+        save_pretrained(model, tmp_path)
 
 
 def test_updates_of_other_weights_are_trained_and_loaded_beside_the_adapter(tmp_path: Path) -> None:
