@@ -127,7 +127,12 @@ class Encoded(TorchDataset[Item]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Item:
-        example, label = self.inputs[index], self.labels[index]
+        try:
+            example, label = self.inputs[index], self.labels[index]
+        except StopIteration as error:  # which would end the epoch
+            raise TensLoRAError(
+                f"input {index} of the data: its source raises StopIteration, as next does at an end, and gives none"
+            ) from error
         if self.encode is None:
             return example, label
         if not self.augmented:

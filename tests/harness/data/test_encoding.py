@@ -247,6 +247,16 @@ def test_images_that_would_fill_the_memory_are_read_again(monkeypatch: pytest.Mo
         assert counted.reads[:] == [reads] * 4
 
 
+def test_a_source_that_has_come_to_an_end_does_not_end_the_epoch() -> None:
+    class Shards(list[int]):
+        def __getitem__(self, index: Any) -> Any:
+            return next(iter([]))
+
+    batches = TrainBatches(Encoded(Shards([1, 2]), [0, 1]), list, batch_size=1, seed=0)  # type: ignore[arg-type]
+    with pytest.raises(TensLoRAError, match=r"^input \d of the data: its source raises StopIteration"):
+        list(batches.epoch(1))
+
+
 def test_encoded_images_can_be_pickled() -> None:
     train, _, collate = encode_pictures(pictures(), backbone_of(), flip=True)
     train.stream = (0, 1)
