@@ -181,6 +181,7 @@ def require_whole_patches(config: ModelConfig, size: int, patch_size: object, st
     sides = patch_size if isinstance(patch_size, (tuple, list)) else [patch_size]
     for side in sides:
         if isinstance(side, int) and size % side:
+            given = str(size) if config.image_size else f"null (by the model's options or files, {size})"
             raise TensLoRAError(
-                f"model.image_size={size}: must be a multiple of {side}, the size of the patches of {config.name}"
+                f"model.image_size={given}: must be a multiple of {side}, the size of the patches of {config.name}"
             )

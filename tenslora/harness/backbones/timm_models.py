@@ -46,14 +46,15 @@ def load_timm(config: ModelConfig, classes: int) -> Backbone:
     classifier = model.get_classifier()
     head = list(classifier) if isinstance(classifier, tuple) else [classifier]
     image_input = resolve_image_input(config, _own_input(model, config, options))
+    path = weights_file(config.checkpoint) if config.pretrained and config.checkpoint is not None else None
+    if path is not None:  # before the other checks, whose messages would name what follows from the arguments
+        _require_arguments_of(path.with_name("config.json"), model, config, options)
     patches = getattr(model, "patch_embed", None)
     stride = getattr(getattr(patches, "proj", None), "stride", None)  # XCiT's patches have no proj with one stride
     require_whole_patches(config, image_input.size, getattr(patches, "patch_size", None), stride)
     backbone = Backbone(model, head, "x", image_input)
-    if config.pretrained and config.checkpoint is not None:
-        path = weights_file(config.checkpoint)
+    if path is not None:
         _load_weights(backbone, config, path)
-        _require_arguments_of(path.with_name("config.json"), model, config, options)
     return backbone
 
 
@@ -130,6 +131,11 @@ def _current_name(timm: Any, config: ModelConfig) -> str:
 def _require_known(timm: Any, config: ModelConfig, from_hub: bool) -> None:
     """Refuse a name that timm does not have, or that has no weights if they are to come from the hub."""
     name = str(config.architecture)
+    if name.startswith("local-dir:"):
+        raise TensLoRAError(
+            f"model.architecture={name}: must be the name of a model of timm, as in the folder's config.json; give the "
+            f"folder as model.checkpoint"
+        )
     architecture, _, tag = name.partition(".")
     if not timm.is_model(name):
         known = [*timm.list_models(), *timm.list_pretrained()]

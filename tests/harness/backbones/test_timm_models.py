@@ -169,6 +169,20 @@ def test_arguments_that_the_shapes_do_not_tell_are_those_of_the_weights(
     load_backbone(vit_digits(checkpoint=str(tmp_path), options={**own, **arguments}), 5, 0)
 
 
+def test_an_exported_folder_says_what_follows_from_its_arguments(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", **VIT_DIGITS)
+    timm.models.save_for_hf(model, str(tmp_path), model_args=VIT_DIGITS, safe_serialization=True)
+    config = vit_digits(checkpoint=str(tmp_path), image_size=None)  # 8, by config.json
+    options = {**VIT_DIGITS}
+    del options["patch_size"]  # 16 is timm's
+    line = r'^model\.options=.*: must have the arguments of the model whose weights these are, {"patch_size": 2,'
+    assert_refused(replace(config, options=options), line)
+    line = r"^model\.image_size=null \(by the model's options or files, 8\): must be a multiple of 3, the size"
+    assert_refused(replace(config, options={**options, "patch_size": 3}), line)
+    with pytest.raises(TensLoRAError, match=r"^model\.architecture=local-dir:x: .*; give the folder as model\.checkpoint"):
+        load_backbone(replace(config, architecture="local-dir:x"), 5, 0)
+
+
 def test_an_architecture_that_the_shapes_do_not_tell_is_that_of_the_weights(tmp_path: Path) -> None:
     quick, plain = "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_clip_224.openai"
     model = timm.create_model(quick, **VIT_DIGITS)
