@@ -16,7 +16,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tenslora.errors import TensLoRAError, first_line, line_with_kind, require_path
 from tenslora.files import require_no_device
@@ -63,6 +63,11 @@ class _Parser(argparse.ArgumentParser):
             if word.endswith("\r"):
                 self.error(str(TensLoRAError(f"{word}: {CARRIAGE_RETURN}")))
         return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        if option := re.search(r"(--\w+): expected one argument$", message):
+            message += f"; a value that begins with - is written {option[1]}=-..."
+        super().error(message)
 
 
 def whole_number(text: str) -> int:

@@ -185,6 +185,15 @@ def test_a_word_that_ends_as_a_line_of_windows_is_named(capsys: pytest.CaptureFi
     )
 
 
+def test_a_value_that_begins_with_a_dash_is_said_how_to_write(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = command_parser("predict", None)
+    parser.add_argument("--text")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--text", "-bad"])
+    assert capsys.readouterr().err.endswith("argument; a value that begins with - is written --text=-...\n")
+    assert parser.parse_args(["--text=-bad"]).text == "-bad"
+
+
 def test_a_path_is_on_disk_and_may_begin_with_the_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
