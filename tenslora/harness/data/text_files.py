@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from tenslora.errors import TensLoRAError, first_line
 from tenslora.files import read_json
 from tenslora.harness.cache import cache_latest
@@ -229,6 +231,9 @@ def reason_of(error: Exception) -> str:
     """
     from datasets.exceptions import DatasetGenerationError
 
+    if isinstance(error, yaml.YAMLError):
+        fault = getattr(error, "problem", None) or first_line(error)
+        return f"the YAML at the top of the dataset's README.md cannot be read: {fault}"
     if not isinstance(error, DatasetGenerationError):
         return first_line(error)
     reason: Any = error.__cause__ or error

@@ -11,6 +11,7 @@ import datasets
 import pandas
 import pyarrow
 import pytest
+import yaml
 
 from tenslora.errors import TensLoRAError
 from tenslora.harness.config import TextDatasetConfig
@@ -362,6 +363,12 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
     refused(
         None, r"^dataset\.hub=user/name: cannot be loaded \(Couldn't reach 'user/name' on the Hub\)$", hub="user/name"
     )
+
+
+def test_the_yaml_of_a_dataset_on_the_hub_that_is_broken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: yaml.safe_load("configs: [: {"))
+    line = r"cannot be loaded \(the YAML at the top of the dataset's README\.md cannot be read: expected the node"
+    refused(None, rf"^dataset\.hub=user/name: {line}", hub="user/name")
 
 
 @pytest.mark.parametrize("kind", [".csv", ".jsonl"])
