@@ -360,22 +360,23 @@ def _encode_texts(
 ) -> EncodedDataset:
     max_length = longest_text(config, tokenizer, backbone)
 
-    def encoded(examples: Examples) -> Encoded:
+    def encoded(examples: Examples, split: str) -> Encoded:
         tokens = _tokenize(examples, tokenizer, max_length)
-        _require_tokens(tokens, examples)
+        _require_tokens(tokens, examples, split)
         _require_embedded(tokens, tokenizer, backbone.embedding_sizes)
-        _require_equal_ends(tokens, tokenizer, backbone.model)
+        _require_equal_ends(tokens, tokenizer, backbone.model, split)
         lengths = [len(ids) for ids in tokens.columns["input_ids"]] if config.group_by_length else None
         return Encoded(range(len(examples)), examples.labels, tokens, lengths=lengths)
 
-    train = encoded(dataset.train)
-    # A run that is loaded again, which has no examples to train on, has said so before.
-    if max_length < min(config.max_length, backbone.max_tokens or math.inf) and dataset.train is not dataset.scored:
+    # A run that is loaded again has no examples to train on, and has warned of cut texts before.
+    is_loaded = dataset.train is dataset.scored
+    train = encoded(dataset.train, "" if is_loaded else "training ")
+    if max_length < min(config.max_length, backbone.max_tokens or math.inf) and not is_loaded:
         _warn_of_cut_texts(train, dataset.train, config, tokenizer, max_length)
     return EncodedDataset(
         train,
-        encoded(dataset.scored),
-        {name: encoded(examples) for name, examples in dataset.more_tests.items()},
+        encoded(dataset.scored, f"{config.scored_on} "),
+        {name: encoded(examples, f"{name} ") for name, examples in dataset.more_tests.items()},
         TextCollate(
             tokenizer,
             max_length if config.padding == "max_length" else None,
@@ -432,17 +433,18 @@ def _warn_of_cut_texts(
         )  # fmt: skip
 
 
-def _require_tokens(tokens: TokensOf, examples: Examples) -> None:
+def _require_tokens(tokens: TokensOf, examples: Examples, split: str) -> None:
     # Beside longer texts the model would answer for the padding, and alone it cannot compute.
     for number, ids in enumerate(tokens.columns["input_ids"]):
         if not ids:
             text = shown(" ".join(examples.inputs[number]))
             raise TensLoRAError(
-                f"example {number:,}, from 0 on: the model's tokenizer finds no token in its text, {text}; take it out"
+                f"{split}example {number:,}, from 0 on: the model's tokenizer finds no token in its text, {text}; take "
+                f"it out"
             )
 
 
-def _require_equal_ends(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> None:
+def _require_equal_ends(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, model: nn.Module, split: str) -> None:
     # BART and T5 take their outputs from the last end token of a text, and want equally many in all texts of a batch.
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -451,15 +453,15 @@ def _require_equal_ends(tokens: TokensOf, tokenizer: PreTrainedTokenizerBase, mo
         counts = [ids.count(end) for ids in tokens.columns["input_ids"]]
         if 0 in counts and hasattr(model, "classification_head"):  # T5Gemma's has another name, and needs none
             raise TensLoRAError(
-                f"example {counts.index(0):,}, from 0 on: the tokenizer does not end it with token {end}, by which the "
-                f"model knows the end of an example (config.json: eos_token_id); the folder of model.checkpoint must "
-                f"hold the model's own tokenizer"
+                f"{split}example {counts.index(0):,}, from 0 on: the tokenizer does not end it with token {end}, by "
+                f"which the model knows the end of an example (config.json: eos_token_id); the folder of "
+                f"model.checkpoint must hold the model's own tokenizer"
             )
         fewest = min(counts, default=0)
         if longer := [number for number, count in enumerate(counts) if count != fewest]:
             raise TensLoRAError(
-                f"example {longer[0]:,}, from 0 on, holds the text {tokenizer.convert_ids_to_tokens(end)}, which the "
-                f"model takes for the end of an example; take it out"
+                f"{split}example {longer[0]:,}, from 0 on, holds the text {tokenizer.convert_ids_to_tokens(end)}, "
+                f"which the model takes for the end of an example; take it out"
             )
 
 

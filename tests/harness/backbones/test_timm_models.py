@@ -179,7 +179,7 @@ def test_an_exported_folder_says_what_follows_from_its_arguments(tmp_path: Path)
     assert_refused(replace(config, options=options), line)
     line = r"^model\.image_size=null \(by the model's options or files, 8\): must be a multiple of 3, the size"
     assert_refused(replace(config, options={**options, "patch_size": 3}), line)
-    with pytest.raises(TensLoRAError, match=r"^model\.architecture=local-dir:x: .*; give the folder as model\.checkpoint"):
+    with pytest.raises(TensLoRAError, match=r"^model\.architecture=local-dir:x: .*; give the folder as model\."):
         load_backbone(replace(config, architecture="local-dir:x"), 5, 0)
 
 
