@@ -292,6 +292,32 @@ def class_name(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
+def are_numbers(classes: Sequence[str]) -> bool:
+    """Whether all classes, if there are any, are numbers. Otherwise each label of a file is a name, as it is written.
+
+    >>> are_numbers(["1", "2"]), are_numbers(["1", "x"])
+    (True, False)
+    """
+    return all(map(_NUMBER.fullmatch, classes))
+
+
+def spelled_differently(tables: Sequence[Dataset], column: str, classes: Sequence[str]) -> list[str]:
+    """The labels that are one class and are written in several ways, such as "01 and 1"; all those of a class in one.
+
+    Args:
+        tables: the splits of a file whose cells are all strings, and whose labels `labels_of` has taken.
+        column: the column with the labels.
+        classes: the names of the classes.
+    """
+    if not are_numbers(classes):
+        return []
+    of_class: dict[str, set[str]] = {}
+    for text in {text.strip() for table in tables for text in table.unique(column)}:
+        number = int(text) if _WHOLE_NUMBER.fullmatch(text) else float(text)
+        of_class.setdefault(class_name(number), set()).add(text)
+    return [" and ".join(sorted(of_class[name])) for name in classes if len(of_class.get(name, ())) > 1]
+
+
 def numbers_of(values: Sequence[Any], classes: Sequence[str], where: str, of_run: bool = False) -> list[float]:
     """The numbers that a model is trained on: those of the classes, or the values of a regression.
 
@@ -320,7 +346,7 @@ def numbers_of(values: Sequence[Any], classes: Sequence[str], where: str, of_run
     names = list(map(class_name, values))
     if unseen := set(names).difference(number):
         known, hint = "the run" if of_run else "the training split", ""
-        if not of_run and all(map(_NUMBER.fullmatch, (*classes, *unseen))):
+        if not of_run and are_numbers((*classes, *unseen)):
             hint = "; if they are numbers to predict, set dataset.task=regression"
         raise TensLoRAError(
             f"{where}: has labels that {known} does not have: {shortened(sorted(unseen))}; {known} has "

@@ -24,12 +24,14 @@ from tenslora.harness.config import TextDatasetConfig
 from tenslora.harness.console import at_least
 from tenslora.harness.data.examples import NO_EXAMPLES, Dataset, Examples, divided, shortened, user_path
 from tenslora.harness.data.text_columns import (
+    are_numbers,
     choose_columns,
     class_names,
     classes_of,
     labels_of,
     numbers_of,
     sentences_of,
+    spelled_differently,
 )
 
 if TYPE_CHECKING:
@@ -124,11 +126,18 @@ def _read(config: TextDatasetConfig) -> tuple[Dataset, bool]:
     train = Examples(sentences, numbers_of(values, classes, f"{source.setting}: the split {train_splits[-1]}"))
     task = "classification" if classes else "regression"
     dataset = Dataset(train, NO_EXAMPLES, classes, task, text_columns=texts)
-    if test_split is None or config.validation is not None:  # with a validation split, the test split is not read
-        return dataset, test_split is not None
-    sentences, values = _texts_and_labels(source, test_split, _rows(source, test_split), texts, label)
-    numbers = numbers_of(values, classes, f"{source.setting}: the split {test_split}")
-    return replace(dataset, test=Examples(sentences, numbers)), True
+    if test_split is not None and config.validation is None:  # with a validation split, the test split is not read
+        rows[test_split] = _rows(source, test_split)
+        sentences, values = _texts_and_labels(source, test_split, rows[test_split], texts, label, classes)
+        numbers = numbers_of(values, classes, f"{source.setting}: the split {test_split}")
+        dataset = replace(dataset, test=Examples(sentences, numbers))
+    if source.are_strings and (alike := spelled_differently(list(rows.values()), label, classes)):
+        log.warning(
+            "%s: labels that are numbers are one class where the numbers are equal: %s; a letter in all, such as in "
+            "c01, would keep them apart",
+            config.name, shortened(alike),
+        )  # fmt: skip
+    return dataset, test_split is not None
 
 
 def load_test_texts(config: TextDatasetConfig, classes: tuple[str, ...]) -> Dataset:
@@ -158,7 +167,7 @@ def load_test_texts(config: TextDatasetConfig, classes: tuple[str, ...]) -> Data
     sentences: list[tuple[str, ...]] = []
     numbers: list[float] = []
     for split, table in tables.items():
-        of_split, values = _texts_and_labels(source, split, table, texts, label)
+        of_split, values = _texts_and_labels(source, split, table, texts, label, classes)
         sentences += of_split
         numbers += numbers_of(values, classes, f"{source.setting}: the split {split}", of_run=True)
     task = "classification" if classes else "regression"
@@ -166,9 +175,9 @@ def load_test_texts(config: TextDatasetConfig, classes: tuple[str, ...]) -> Data
 
 
 def _texts_and_labels(
-    source: Source, split: str, table: Rows, texts: tuple[str, ...], label: str
+    source: Source, split: str, table: Rows, texts: tuple[str, ...], label: str, classes: Sequence[str] = ()
 ) -> tuple[list[tuple[str, ...]], list[Any]]:
-    """The texts and the labels of all rows of a split."""
+    """The texts and the labels of all rows of a split, whose labels are names if not all of `classes` are numbers."""
     where = f"{source.setting}: the split {split}"
     if lacking := [name for name in (*texts, label) if name not in table.column_names]:
         raise TensLoRAError(
@@ -176,7 +185,7 @@ def _texts_and_labels(
             f"{shortened(table.column_names)}"
         )
     sentences = sentences_of(table, texts, where)
-    return sentences, labels_of(table, label, where, are_strings=source.are_strings)
+    return sentences, labels_of(table, label, where, are_strings=source.are_strings and are_numbers(classes))
 
 
 def _choose_splits(config: TextDatasetConfig, source: Source) -> tuple[tuple[str, ...], str | None]:

@@ -206,6 +206,25 @@ def test_labels_that_only_the_test_split_has_are_refused(tmp_path: Path) -> None
     refused(root, "the split test: has labels that the training split does not have: new; .* has bad, fine, good$")
 
 
+@pytest.mark.parametrize(
+    ("labels", "test_labels", "named"),
+    [
+        (["01", "1", "10", "02", "+10"], ["2"], "01 and 1, 02 and 2, +10 and 10"),
+        (["01", "10", "02", " 02", "10"], ["02"], None),  # as so many codes are written
+        (["01", "1", "1", "02", "x"], ["02"], None),  # names, also in a split that has numbers alone
+        (["0.5", "1", "1.0", "01", "2"], ["02"], None),  # a regression
+    ],
+)
+def test_labels_that_become_one_class_are_named(
+    labels: list[str], test_labels: list[str], named: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"train.csv": table(TEXTS[:5], labels), "test.csv": table(TEXTS[:1], test_labels)}
+    load(write(tmp_path / "root", files), task="classification" if "x" in labels else None)
+    warnings = [record.getMessage() for record in caplog.records if "are equal" in record.getMessage()]
+    line = "own: labels that are numbers are one class where the numbers are equal: {}; a letter in"
+    assert [warning.startswith(line.format(named)) for warning in warnings] == [True] * (named is not None)
+
+
 def test_a_class_that_the_seed_leaves_without_training_examples_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
