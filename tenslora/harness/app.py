@@ -226,7 +226,7 @@ class _Task:
 
 def _check_formats() -> None:
     """Refuse a format of the logs that fits no message, because Python's logs would then be empty."""
-    record = logging.makeLogRecord({"msg": "a message"})
+    record = logging.LogRecord(__name__, logging.INFO, __file__, 0, "a message", None, None)
     for handler in logging.getLogger().handlers:
         try:
             handler.format(record)

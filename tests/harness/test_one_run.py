@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ import pytest
 from tenslora.harness.backbones import EMBEDDED
 from tenslora.harness.run_folder import RunFolder
 from tests.commands import Command, Commands, Ended
+from tests.conftest import ROOT
 from tests.running import SHORT, record
 from tests.sweeps import claimed_by_a_process
 
@@ -117,3 +123,17 @@ def test_a_second_process_is_refused(commands: Commands, tmp_path: Path) -> None
     assert ended.status == 1
     assert ended.err == f"error: {tmp_path}/run: another process is carrying out a run there; wait for it, or stop it\n"
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_run_on_a_terminal_prints_bare_lines(tmp_path: Path) -> None:
+    ours, its = pty.openpty()
+    words = [*ONE_EPOCH, "tensor_mode=lora", f"hydra.run.dir={tmp_path / 'run'}"]
+    with subprocess.Popen([sys.executable, ROOT / "train.py", *words], stdin=its, stdout=its, stderr=its) as process:
+        os.close(its)
+        said = b""
+        with contextlib.suppress(OSError):  # at the end of a terminal
+            while part := os.read(ours, 4096):
+                said += part
+    os.close(ours)
+    assert process.returncode == 0, said
+    assert b"\r\nlora on digits with vit_digits, seed 0: completed\r\n" in said
