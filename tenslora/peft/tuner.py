@@ -20,7 +20,13 @@ import peft
 import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    check_target_module_exists,
+    onload_layer,
+)
 from peft.utils import register_peft_method
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
@@ -713,8 +719,9 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
                 is changed then.
         """
         self._require_mergeable(adapter_names)
+        self._check_merge_allowed()
         with self._rounding_told():
-            super().merge_adapter(adapter_names, safe_merge)
+            _merge(_innermost_first(self.model), adapter_names, safe_merge)
         layers = [module for module in self.model.modules() if isinstance(module, TensLoraLinear)]
         updates = [layer.updates[name] for layer in layers for name in layer.merged_adapters if name in layer.updates]
         new = [update for update in updates if not update.merged]
@@ -759,11 +766,21 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         for layer in layers:
             layer.rounding.clear()
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        if merge:
-            self._require_mergeable(kwargs.get("adapter_names"))
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         with self._rounding_told():
-            model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            if merge:
+                self._require_mergeable(adapter_names)
+                # PEFT merges the outermost layers alone, and drops those below them.
+                layers = _innermost_first(self.model)
+                below = {part for layer in layers for part in layer.modules() if part is not layer}
+                _merge([layer for layer in layers if layer in below], adapter_names, safe_merge)
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for forward_pass in self._forward_passes.values():
             forward_pass.remove_hooks()
         return cast(nn.Module, model)
@@ -854,6 +871,18 @@ class TensLoraModel(BaseTuner):  # type: ignore[misc]
         if found:
             return f"{before}{_ADAPTERS}.{after}"
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def _innermost_first(model: nn.Module) -> list[nn.Module]:
+    # The layers of every method of PEFT. One that lies around another may multiply the other's weight, and must then
+    # find the other's update in it. PEFT unmerges the outermost first.
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)][::-1]
+
+
+def _merge(layers: Iterable[Any], adapter_names: list[str] | None, safe_merge: bool) -> None:
+    for layer in layers:
+        with onload_layer(layer):
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
 
 def chosen_stages(model: nn.Module, config: TensLoraConfig) -> list[Stage]:

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from peft import (
     AdaptionPromptConfig,
     AutoPeftModelForCausalLM,
+    IA3Config,
     PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
@@ -406,6 +407,31 @@ def test_layers_whose_adapter_was_deleted_are_merged_as_with_lora() -> None:
     model.delete_adapter("other")
     model.merge_adapter()
     torch.testing.assert_close(logits(model.merge_and_unload(), batch), logits(build("gpt2"), batch))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate")
+@pytest.mark.parametrize(
+    "around",
+    [
+        PeftLora(target_modules=["query", "key"], init_lora_weights=False),
+        IA3Config(target_modules=["query", "key"], feedforward_modules=[], init_ia3_weights=False),
+    ],
+    ids=["added", "multiplied"],
+)
+def test_layers_of_another_method_around_it_are_merged_with_it(around: PeftConfig) -> None:
+    batch = inputs("hf_bert")
+    model: Any = trained(get_peft_model(build("hf_bert"), TensLoraConfig()))
+    get_peft_model(model.get_base_model(), around, adapter_name="around")
+    expected = logits(model, batch)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, batch), expected)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, batch), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT's, of a layer that is merged twice
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch), expected)
 
 
 @pytest.mark.parametrize(
