@@ -201,6 +201,13 @@ def _start(logger: LoggerConfig, folder: Path, name: str, job_type: str, config:
             f"logger.mode={mode}: Weights & Biases refused the run ({one_line(str(error))}); "
             f"logger.mode=offline needs no service, and `wandb sync` uploads later"
         ) from error
+    except Exception as error:
+        service = os.environ.get("WANDB_SERVICE")  # which a program that uses W&B leaves to those it starts
+        if isinstance(error, TensLoRAError) or not service or "service" not in str(error).lower():
+            raise
+        raise TensLoRAError(
+            f"WANDB_SERVICE={service}: Weights & Biases cannot use it ({one_line(str(error))}); unset it"
+        ) from error
 
 
 def _offline(wandb_run: wandb.Run) -> str:

@@ -283,6 +283,7 @@ def test_without_a_home_in_the_environment_wandbs_folder_is_the_one_with_it(
         "WANDB_HTTP_TIMEOUT=abc: Input should be a valid number",
         f"WANDB_TAGS={'x' * 80}: Tag 'x+...x+' is 80 characters",
         "WANDB_RUN_ID=a/b: Weights & Biases does not accept the run",
+        "WANDB_SERVICE=garbage: Weights & Biases cannot use it",
     ],
 )
 def test_a_variable_that_wandb_does_not_take_is_named(
