@@ -37,6 +37,7 @@ from tenslora.harness.commands import (
     takes_one,
     unforeseen,
 )
+from tenslora.harness.console import asking_nobody
 from tenslora.harness.stop import Stop
 
 if TYPE_CHECKING:
@@ -194,7 +195,8 @@ class _Task:
         try:
             _refuse_hidden_files(HydraConfig.get().runtime.config_sources)
             _check_formats()
-            return self.task(composed)
+            with asking_nobody() if self._sweep else contextlib.nullcontext():
+                return self.task(composed)
         except TensLoRAError as error:
             line = str(_line(error))
             if not in_multirun:

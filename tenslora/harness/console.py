@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -44,6 +45,21 @@ def streams_that_are_open() -> Iterator[None]:
             if stream is None or getattr(stream, "closed", False):
                 stack.enter_context(redirected(io.StringIO()))
         yield
+
+
+@contextmanager
+def asking_nobody() -> Iterator[None]:
+    """A context in which a library finds no terminal to ask at, as W&B does for a key.
+
+    A sweep's progress bar would hide the question, and the sweep would wait without an end.
+    """
+    before = sys.stdin
+    with open(os.devnull) as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 class LogFile(logging.FileHandler):

@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
-from tenslora.harness.console import LogFile
+from tenslora.harness.console import LogFile, asking_nobody
 from tests.running import CONF
 
 
@@ -78,3 +79,11 @@ def test_a_log_takes_names_that_are_no_text(tmp_path: Path) -> None:
     handler.emit(record(logging.INFO, os.fsdecode(b"caf\xe9 and \xc3\xbc")))
     handler.close()
     assert (tmp_path / "train.log").read_text("utf-8") == "caf\\udce9 and \N{LATIN SMALL LETTER U WITH DIAERESIS}\n"
+
+
+def test_nobody_is_asked_in_a_sweeps_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_a_terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(sys, "stdin", at_a_terminal)
+    with asking_nobody():
+        assert (sys.stdin.isatty(), sys.stdin.read()) == (False, "")
+    assert sys.stdin is at_a_terminal
