@@ -9,7 +9,7 @@ from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
-from tenslora.errors import TensLoRAError, require_one_of, require_type
+from tenslora.errors import TensLoRAError, line_with_kind, require_one_of, require_type
 from tenslora.forms import shown
 from tenslora.harness.commands import is_text
 from tenslora.harness.data.examples import Dataset, Examples, as_list, by_position, is_sequence, require_sequences
@@ -98,7 +98,10 @@ def _split(where: str, examples: Examples, classes: int | None, columns: Sequenc
 
 def _labels(where: str, given: Any, classes: int | None) -> list[Any]:
     # A tensor has no whole numbers, and a pandas Series an index of its own by which it answers for labels[0].
-    labels = as_list(given)
+    try:
+        labels = as_list(given)
+    except Exception as error:  # of another library, as torch at a tensor on the device meta
+        raise TensLoRAError(f"the labels of {where} cannot be read ({line_with_kind(error)})") from error
     for number, label in enumerate(labels):
         if classes is None:
             is_valid, must = isinstance(label, Real) and _is_finite(label), "finite numbers"

@@ -120,6 +120,14 @@ def test_texts_of_a_series_are_in_their_order() -> None:
     assert [given.train.inputs[number] for number in range(3)] == TEXTS.train.inputs
 
 
+@pytest.mark.parametrize("labels", [torch.zeros(2, dtype=torch.long, device="meta"), torch.tensor([0, 1]).to_sparse()])
+def test_labels_that_another_library_cannot_read_are_refused(labels: Any) -> None:
+    with pytest.raises(
+        TensLoRAError, match=r"^dataset=own: the labels of the training split cannot be read \(\w+Error: "
+    ):
+        checked("dataset=own", replace(IMAGES, train=Examples(["x", "y"], labels)), False)
+
+
 def test_names_and_labels_become_pythons_own() -> None:
     given = replace(TEXTS, classes=tuple(np.array(["a", "b"])), text_columns=["text"])  # type: ignore[arg-type]
     assert repr(checked("dataset=own", given, holds_texts=True)) == repr(TEXTS)
