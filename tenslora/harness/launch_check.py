@@ -170,8 +170,11 @@ def _check_joblib(config: DictConfig) -> None:
     if (timeout := launcher.get("timeout")) is not None:
         raise TensLoRAError(f"hydra.launcher.timeout={timeout}: must be null, because joblib would break off all runs")
     given = str(launcher.get("pre_dispatch", "all"))
-    if not re.fullmatch(r"all|([1-9][0-9]*(\.[0-9]+)?\*)?n_jobs|[1-9][0-9]*", given):
-        raise TensLoRAError(f"hydra.launcher.pre_dispatch={shown(given)}: must be all, a whole number, or as 2*n_jobs")
+    whole = "[1-9][0-9]*"  # of 0, joblib would run nothing
+    if not re.fullmatch(rf"all|({whole}\*)?n_jobs(\*{whole})?|{whole}", given.replace(" ", "")):
+        raise TensLoRAError(
+            f"hydra.launcher.pre_dispatch={shown(given)}: must be all, a whole number from 1, or such as 2*n_jobs"
+        )
 
 
 def _check_params(config: DictConfig) -> None:
@@ -181,7 +184,7 @@ def _check_params(config: DictConfig) -> None:
         place = f"hydra.sweeper.params.{key}={shown(value)}"
         if isinstance(value, ListConfig) and takes_one(key):  # which Hydra would merge
             raise TensLoRAError(f"{place}: must be one option; several are written with commas, without brackets")
-        if _carries_out_table(config) and key.partition(".")[0] in (*SWEEP_KEYS, "hydra"):  # and no job's
+        if _carries_out_table(config) and key.partition(".")[0] in (*SWEEP_KEYS, "hydra"):  # a job would ignore it
             raise TensLoRAError(f"{place}: is a setting of the whole sweep; must stand outside of params")
 
 

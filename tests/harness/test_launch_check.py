@@ -42,7 +42,7 @@ def test_a_launcher_under_torchrun_is_refused(launcher: str, monkeypatch: pytest
         ("hydra/launcher=joblib hydra.launcher.timeout=9", "timeout=9.0: must be null, because joblib would break off"),
         (
             "hydra/launcher=joblib hydra.launcher.pre_dispatch=0",
-            "pre_dispatch=0: must be all, a whole number, or as ",
+            "pre_dispatch=0: must be all, a whole number from 1, or",
         ),
         ("hydra/launcher=submitit_local hydra.launcher.timeout_min=0", "timeout_min=0: must be a whole number from 1"),
         ("hydra/launcher=gpus hydra.launcher.jobs_per_gpu=1.5", "jobs_per_gpu=1.5: must be a whole number from 1"),
