@@ -261,6 +261,7 @@ NO_NUMBERS = (
     "the adapter is on the device meta and has no numbers; give it those of a state dict, or where accelerate offloads "
     "weights, a device in device_map, as {..., 'base_model.tenslora_adapters': 'cpu'} in PEFT"
 )
+"""What is said where an adapter on the device meta was to compute, or to be merged."""
 _CLASSES: dict[type[nn.Module], type[AdaptedLinear]] = {}  # those made so far, by the layers' own
 
 
