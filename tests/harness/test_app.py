@@ -383,6 +383,7 @@ def test_the_process_itself_ends_with_status_1_and_the_line(tmp_path: Path) -> N
             b"# @package _global_\ndefaults:\n  - override /tensor_mode: [full, lora]\n",
             "override /tensor_mode: must be one option, and is ['full', 'lora']",
         ),
+        (b"defaults:\n  - override tensor_mode: [full, lora]\n", "override tensor_mode: must be one option, and is ["),
         (b"# @package _global_\nadapter:\n\talpha: 4\n", ", line 3: is not YAML (found character '\\t' that cannot"),
     ],
 )

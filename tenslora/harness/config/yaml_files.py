@@ -56,6 +56,6 @@ def _require_one_option_each(loaded: ConfigResult, file: str) -> None:
     if not isinstance(loaded.config, DictConfig) or not isinstance(chosen := loaded.config.get("defaults"), ListConfig):
         return
     for words, options in (item for each in chosen if isinstance(each, DictConfig) for item in each.items()):
-        choice = str(words)  # such as override /tensor_mode@adapter
-        if isinstance(options, ListConfig) and len(options) > 1 and takes_one(choice.split("/")[-1].partition("@")[0]):
-            raise TensLoRAError(f"{file}: {choice}: must be one option, and is {list(options)}")
+        group = str(words).split()[-1].lstrip("/").partition("@")[0]  # of override /tensor_mode@adapter, tensor_mode
+        if isinstance(options, ListConfig) and len(options) > 1 and takes_one(group):
+            raise TensLoRAError(f"{file}: {words}: must be one option, and is {list(options)}")
