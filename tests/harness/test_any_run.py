@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import peft  # noqa: F401  these three here, because each example's process would spend its seconds on importing them
 import pytest
+import timm  # noqa: F401
+import transformers  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
 
