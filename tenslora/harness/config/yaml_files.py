@@ -58,4 +58,4 @@ def _require_one_option_each(loaded: ConfigResult, file: str) -> None:
     for words, options in (item for each in chosen if isinstance(each, DictConfig) for item in each.items()):
         group = str(words).split()[-1].lstrip("/").partition("@")[0]  # of override /tensor_mode@adapter, tensor_mode
         if isinstance(options, ListConfig) and len(options) > 1 and takes_one(group):
-            raise TensLoRAError(f"{file}: {words}: must be one option, and is {list(options)}")
+            raise TensLoRAError(f"{file}: {words!s}: must be one option, and is {list(options)}")
